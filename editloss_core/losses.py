@@ -1,0 +1,942 @@
+"""Embedding-only losses for training edit models on before/after pairs.
+
+This file needs torch alone and can be copied into any trainer. Three task losses answer the three ways in
+which an edit LoRA fails, and are made of the general losses beside them:
+
+====================  ==================================  ==============================================
+failure               loss                                made of
+====================  ==================================  ==============================================
+no edit               :func:`loss_no_edit_identity`       triplet: nearer to *after* than to *before*
+distorted geometry    :func:`loss_geometry_match`         feature match with *after*
+overlay               :func:`loss_overlay_avoidance`      triplet: nearer to *after* than to the overlay
+====================  ==================================  ==============================================
+
+Conventions shared by every function
+    * Embeddings are floating tensors ``[B, D]``, ``[B, P, D]``, ``[B, H, W, D]`` or any ``[B, ..., D]``. All the
+      dimensions between the first and the last are *tokens*.
+    * A distance is computed per token, then ``agg`` (``"mean"``, ``"max"``, ``"sum"``) makes one number per sample,
+      then the loss is formed, then ``reduction`` (``"mean"``, ``"sum"``, ``"none"`` → ``[B]``) reduces the batch.
+    * ``weights`` of token shape ``[B, ...]`` (an edit mask at token resolution, non-negative) weigh tokens inside
+      ``agg``: ``"mean"`` becomes Σwd / Σw (0 where Σw = 0), ``"sum"`` Σwd, ``"max"`` max(wd). ``weights`` of shape
+      ``[B]`` multiply each sample's loss; for ``[B, D]`` embeddings only this second kind exists.
+    * ``margin`` is a number ≥ 0, a tensor ``[B]``, or ``"auto"``: half of what the target itself reaches,
+      0.5 · d(positive, negative) per sample; ``"auto:0.8"`` takes another fraction in (0, 1]. With a number above
+      d(positive, negative) even a perfect prediction pays. An automatic margin is a constant for the gradient.
+    * ``smooth`` = s > 0 replaces the hinge max(0, x) by s · log(1 + exp(x / s)); s is in units of the distance.
+    * Half-precision inputs are computed in float32 and give a float32 loss; float64 stays float64. Gradients come
+      back in the dtype of their input, and only for inputs that require them.
+    * Near the origin the cosine is defined with norms clamped to 1e-4 and its gradient fades linearly to zero, so
+      its norm per token is at most 1e4; above a norm of 1e-4 both are exact. NaN in, NaN out.
+
+Every function raises ValueError for a wrong shape, dtype, device or option, naming the argument, what came and what
+was expected. Derivatives of second order are refused with an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+__all__ = [
+    "aggregate_tokens",
+    "contrastive_on_distances",
+    "contrastive_pair_loss",
+    "feature_match_loss",
+    "info_nce_loss",
+    "loss_geometry_match",
+    "loss_no_edit_identity",
+    "loss_overlay_avoidance",
+    "margin_fraction",
+    "margin_ranking_on_distances",
+    "multi_negative_ranking_loss",
+    "pair_distance",
+    "token_distances",
+    "triplet_margin_loss",
+]
+
+Margin = Union[float, str, Tensor]
+Negatives = Union[Tensor, Sequence[Tensor]]
+
+AGGREGATIONS = ("mean", "max", "sum")
+REDUCTIONS = ("mean", "sum", "none")
+DISTANCES = ("cos", "l2")
+MATCHES = ("l2", "l1", "cos")
+
+MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
+BLOCK_ELEMENTS = 1 << 20  # numbers per block: large enough to hide Python, small enough to bound the temporaries
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The primitive: one anchor against any number of references, per token, with one analytic backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "cos") -> List[Tensor]:
+    """Distance of every token of ``anchor`` to the same token of each reference.
+
+    ``"cos"``: 1 − a·r / (‖a‖‖r‖), in [0, 2]. ``"l2"``: ‖a − r‖². ``"l1"``: Σ|a − r|. ``"euclidean"``: ‖a − r‖, with
+    gradient 0 where a = r. All references are handled in one pass over the anchor, forward and backward; nothing is
+    normalised or copied into a new tensor of the embeddings' size except the gradients that are asked for.
+
+    Args:
+        anchor: ``[B, ..., D]``.
+        references: tensors shaped like ``anchor``.
+        dist: ``"cos"``, ``"l2"``, ``"l1"`` or ``"euclidean"``.
+
+    Returns:
+        One float32 (float64 for float64 input) tensor ``[B, ...]`` per reference.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or ``dist``.
+
+    >>> a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    >>> token_distances(a, [a, -a])
+    [tensor([[0., 0.]]), tensor([[2., 2.]])]
+    """
+    _check_option("dist", dist, ("cos", "l2", "l1", "euclidean"))
+    if not references:
+        raise ValueError("references: expected at least one tensor, got none")
+    _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
+    return list(_TokenDistances.apply(dist, anchor, *references))
+
+
+class _TokenDistances(torch.autograd.Function):
+    """d_j = dist(anchor, reference_j) per token.
+
+    Saved for backward: the inputs themselves and, per token, the squared norms and the dot products.
+    """
+
+    @staticmethod
+    def forward(ctx, dist, anchor, *references):
+        dtype = _compute_dtype(anchor, *references)
+        shape = anchor.shape[:-1]
+        a3 = _as_rows(anchor)
+        rows = a3.shape[:2]
+        r3 = [_as_rows(r) for r in references]
+        outputs = [torch.empty(rows, dtype=dtype, device=anchor.device) for _ in references]
+        cosine = dist == "cos"
+        norms = [torch.empty_like(outputs[0]) for _ in range(1 + len(references))] if cosine else []
+        for block in _blocks(*a3.shape):
+            a = a3[block].to(dtype)
+            if cosine:
+                aa = a.square().sum(-1)
+                norms[0][block] = aa
+            for j, reference in enumerate(r3):
+                r = reference[block].to(dtype)
+                if cosine:
+                    rr = r.square().sum(-1)
+                    norms[1 + j][block] = rr
+                    outputs[j][block] = 1.0 - _cosine((a * r).sum(-1), aa, rr)
+                else:
+                    outputs[j][block] = _norm_of(a - r, dist)
+        ctx.dist = dist
+        ctx.save_for_backward(anchor, *references, *norms, *(outputs if dist in ("cos", "euclidean") else ()))
+        ctx.set_materialize_grads(False)
+        return tuple(d.view(shape) for d in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        count = len(grads)
+        anchor, references = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count]
+        scalars = ctx.saved_tensors[1 + count :]
+        needs_anchor, needs_reference = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
+        dtype = _compute_dtype(anchor, *references)
+        a3, r3 = _as_rows(anchor), [_as_rows(r) for r in references]
+        g2 = [None if g is None else g.reshape(a3.shape[:2]) for g in grads]
+        grad_anchor = torch.empty_like(a3, memory_format=torch.contiguous_format) if needs_anchor else None
+        grad_refs = [
+            torch.empty_like(r, memory_format=torch.contiguous_format) if need else None
+            for r, need in zip(r3, needs_reference)
+        ]
+        for block in _blocks(*a3.shape):
+            a = a3[block].to(dtype)
+            at_block = [s[block] for s in scalars]
+            total = torch.zeros_like(a) if needs_anchor else None
+            for j in range(count):
+                if g2[j] is None or not (needs_anchor or needs_reference[j]):
+                    if grad_refs[j] is not None:
+                        grad_refs[j][block] = 0
+                    continue
+                r = r3[j][block].to(dtype)
+                g = g2[j][block]
+                if ctx.dist == "cos":
+                    own_a, cross_a, own_r, cross_r = _cosine_coefficients(
+                        g, 1.0 - at_block[1 + count + j], at_block[0], at_block[1 + j]
+                    )
+                    if needs_anchor:
+                        total.addcmul_(r, cross_a.unsqueeze(-1)).addcmul_(a, own_a.unsqueeze(-1))
+                    if needs_reference[j]:
+                        grad_refs[j][block] = (a * cross_r.unsqueeze(-1)).addcmul_(r, own_r.unsqueeze(-1))
+                else:
+                    step = _norm_gradient(a - r, g, ctx.dist, at_block[j] if at_block else None)
+                    if needs_anchor:
+                        total += step
+                    if needs_reference[j]:
+                        grad_refs[j][block] = -step
+            if needs_anchor:
+                grad_anchor[block] = total
+        if needs_anchor:
+            grad_anchor = grad_anchor.view(anchor.shape)
+        grad_refs = [None if g is None else g.view(r.shape) for g, r in zip(grad_refs, references)]
+        return (None, grad_anchor, *grad_refs)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """``[B, ..., D]`` as ``[B, T, D]``; a view unless the token dimensions themselves are permuted."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _blocks(batch: int, tokens: int, dim: int) -> Iterator[Tuple[slice, slice]]:
+    """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers."""
+    if tokens * dim >= BLOCK_ELEMENTS:
+        step = max(1, BLOCK_ELEMENTS // dim)
+        for b in range(batch):
+            for t in range(0, tokens, step):
+                yield slice(b, b + 1), slice(t, t + step)
+    else:
+        step = max(1, BLOCK_ELEMENTS // (tokens * dim))
+        for b in range(0, batch, step):
+            yield slice(b, b + step), slice(None)
+
+
+def _cosine(dot: Tensor, aa: Tensor, rr: Tensor) -> Tensor:
+    """Cosine from a dot product and two squared norms; written so that identical vectors give exactly 1."""
+    aa, rr = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
+    return (dot / aa * (aa / rr).sqrt()).clamp(-1.0, 1.0)
+
+
+def _cosine_coefficients(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
+    """∂(1 − cos) is linear in the two vectors: grad_a = own_a · a + cross_a · r, grad_r = own_r · r + cross_r · a.
+
+    Below MIN_NORM the own part vanishes (the clamped norm is a constant) and the cross part fades with ‖x‖ / MIN_NORM.
+    """
+    floor = MIN_NORM**2
+    inv_a, inv_r = aa.clamp_min(floor).rsqrt(), rr.clamp_min(floor).rsqrt()
+    cross = -g * inv_a * inv_r
+    own_a = torch.where(aa < floor, torch.zeros_like(g), g * cosine * inv_a.square())
+    own_r = torch.where(rr < floor, torch.zeros_like(g), g * cosine * inv_r.square())
+    return own_a, cross * _fade(aa), own_r, cross * _fade(rr)
+
+
+def _fade(squared_norm: Tensor) -> Tensor:
+    return (squared_norm.sqrt() / MIN_NORM).clamp_max(1.0)
+
+
+def _norm_of(diff: Tensor, dist: str) -> Tensor:
+    if dist == "l1":
+        return diff.abs().sum(-1)
+    squared = diff.square().sum(-1)
+    return squared.sqrt() if dist == "euclidean" else squared
+
+
+def _norm_gradient(diff: Tensor, g: Tensor, dist: str, distance: Optional[Tensor]) -> Tensor:
+    if dist == "l1":
+        return diff.sign() * g.unsqueeze(-1)
+    if dist == "l2":
+        return diff * (2.0 * g).unsqueeze(-1)
+    # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
+    return diff * (g / distance.clamp_min(1e-18)).unsqueeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From token distances to a loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def aggregate_tokens(distances: Tensor, agg: str = "mean", weights: Optional[Tensor] = None) -> Tensor:
+    """Token distances ``[B, ...]`` → ``[B]``: weighted mean, sum or maximum over all token dimensions.
+
+    Args:
+        distances: ``[B]`` (returned as it is) or ``[B, ...]``.
+        agg: ``"mean"``: Σwd / Σw, and 0 for a sample whose weights are all 0; ``"sum"``: Σwd; ``"max"``: max(wd).
+        weights: None or non-negative, shaped like ``distances``.
+
+    >>> aggregate_tokens(torch.tensor([[1.0, 3.0]]), "mean", torch.tensor([[0.0, 1.0]]))
+    tensor([3.])
+    """
+    _check_option("agg", agg, AGGREGATIONS)
+    if distances.ndim == 1:
+        return distances
+    d = distances.flatten(1)
+    if weights is not None:
+        if weights.shape != distances.shape:
+            raise ValueError(f"weights: expected shape {_shape(distances)} like the distances, got {_shape(weights)}")
+        w = weights.to(d.dtype).flatten(1)
+        d = d * w
+        if agg == "mean":
+            total = w.sum(1)
+            return d.sum(1) / torch.where(total > 0, total, torch.ones_like(total))
+    if agg == "mean":
+        return d.mean(1)
+    return d.sum(1) if agg == "sum" else d.amax(1)
+
+
+def margin_fraction(margin: Margin) -> Optional[float]:
+    """The fraction of d(positive, negative) that ``"auto"`` stands for; None if ``margin`` is a number or a tensor.
+
+    Raises:
+        ValueError: for a negative or non-finite number, another word, or a fraction outside (0, 1].
+
+    >>> margin_fraction("auto"), margin_fraction("auto:0.8"), margin_fraction(0.2)
+    (0.5, 0.8, None)
+    """
+    if isinstance(margin, Tensor):
+        if not margin.is_floating_point():
+            raise ValueError(f"margin: expected a floating tensor, got {margin.dtype}")
+        if _on_cpu(margin) and bool((margin < 0).any()):
+            raise ValueError(f"margin: expected values >= 0, got a tensor with minimum {margin.min().item():g}")
+        return None
+    if isinstance(margin, str):
+        word, _, number = margin.partition(":")
+        try:
+            fraction = float(number) if number else 0.5
+        except ValueError:
+            fraction = math.nan
+        if word.strip() != "auto" or not 0.0 < fraction <= 1.0:
+            raise ValueError(f"margin: expected a number >= 0, 'auto' or 'auto:F' with 0 < F <= 1, got {margin!r}")
+        return fraction
+    _check_number("margin", margin, minimum=0.0)
+    return None
+
+
+def margin_ranking_on_distances(
+    d_pos: Tensor,
+    d_neg: Tensor,
+    margin: Margin = 0.2,
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """Hinge on distances that the caller has: Agg_j max(0, d_pos − d_neg,j + margin).
+
+    Args:
+        d_pos: ``[B]`` distance to what should be near.
+        d_neg: ``[B]``, or ``[B, K]`` for K negatives.
+        margin: number ≥ 0, or a tensor ``[B]`` (``[B, K]`` for K negatives). ``"auto"`` needs embeddings and is refused.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (→ ``[B]``).
+        weights: None or ``[B]``, factors of the per-sample losses.
+        smooth: 0 for the hinge, > 0 for a softplus of that width.
+        neg_agg: ``"mean"``, ``"max"`` or ``"sum"`` over the K negatives.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative margin or ``smooth``, an unknown option, an empty batch.
+
+    >>> margin_ranking_on_distances(torch.tensor([0.1, 0.5]), torch.tensor([0.6, 0.4]), margin=0.2, reduction="none")
+    tensor([0.0000, 0.3000])
+    """
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_option("neg_agg", neg_agg, AGGREGATIONS)
+    _check_number("smooth", smooth, minimum=0.0)
+    _check_distances("d_pos", d_pos, (1,))
+    _check_distances("d_neg", d_neg, (1, 2))
+    if d_neg.shape[0] != d_pos.shape[0]:
+        raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
+    _check_same_device(d_pos=d_pos, d_neg=d_neg)
+    if margin_fraction(margin) is not None:
+        raise ValueError(f"margin: expected a number or a tensor, got {margin!r}, which needs embeddings")
+    sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
+    dtype = _compute_dtype(d_pos, d_neg)
+    d_pos, d_neg = d_pos.to(dtype), d_neg.to(dtype)
+    if isinstance(margin, Tensor):
+        if margin.shape not in (d_pos.shape, d_neg.shape, torch.Size([])):
+            raise ValueError(f"margin: expected shape {_shape(d_pos)} or {_shape(d_neg)}, got {_shape(margin)}")
+        if d_neg.ndim == 2 and margin.ndim == 1:
+            margin = margin.unsqueeze(1)
+    excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
+    return _reduce(aggregate_tokens(_hinge(excess, smooth), neg_agg), reduction, sample_weights)
+
+
+def contrastive_on_distances(
+    distance: Tensor, y: Tensor, margin: float = 1.0, reduction: str = "mean", weights: Optional[Tensor] = None
+) -> Tensor:
+    """½ · y · d² + ½ · (1 − y) · max(0, margin − d)², on distances ``[B]`` that the caller has.
+
+    See :func:`contrastive_pair_loss`.
+
+    >>> contrastive_on_distances(torch.tensor([0.6, 0.6]), torch.tensor([1, 0]), reduction="none")
+    tensor([0.1800, 0.0800])
+    """
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_distances("distance", distance, (1,))
+    _check_number("margin", margin, minimum=0.0)
+    sample_weights, _ = _split_weights(weights, distance.shape, distance.device)
+    y = torch.as_tensor(y, device=distance.device)
+    if y.shape not in (distance.shape, torch.Size([])):
+        raise ValueError(f"y: expected a number or shape {_shape(distance)}, one label per sample, got {_shape(y)}")
+    if _on_cpu(y) and bool(((y < 0) | (y > 1)).any()):
+        raise ValueError(f"y: expected labels in 0…1 (1 = same), got values from {y.min()} to {y.max()}")
+    distance = distance.to(_compute_dtype(distance))
+    y = y.to(distance.dtype)
+    pull = y * distance.square()
+    push = (1.0 - y) * (margin - distance).clamp_min(0.0).square()
+    return _reduce(0.5 * (pull + push), reduction, sample_weights)
+
+
+def _hinge(x: Tensor, smooth: float) -> Tensor:
+    return smooth * F.softplus(x / smooth) if smooth > 0 else x.relu()
+
+
+def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]) -> Tensor:
+    if sample_weights is not None:
+        per_sample = per_sample * sample_weights.to(per_sample.dtype)
+    if reduction == "none":
+        return per_sample
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _ranking(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: List[Tensor],
+    margin: Margin,
+    dist: str,
+    agg: str,
+    reduction: str,
+    weights: Optional[Tensor],
+    smooth: float,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """The hinge that triplet, multi-negative ranking and the task losses share; its embeddings are checked already."""
+    _check_option("dist", dist, DISTANCES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("neg_agg", neg_agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("smooth", smooth, minimum=0.0)
+    fraction = margin_fraction(margin)
+    sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
+
+    def aggregated(a: Tensor, references: List[Tensor]) -> List[Tensor]:
+        return [aggregate_tokens(d, agg, token_weights) for d in token_distances(a, references, dist)]
+
+    d_pos, *d_neg = aggregated(anchor, [positive, *negatives])
+    if fraction is not None:
+        with torch.no_grad():
+            margin = fraction * torch.stack(aggregated(positive, negatives), 1)
+    return margin_ranking_on_distances(
+        d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The general losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pair_distance(
+    a: Tensor, b: Tensor, dist: str = "cos", agg: str = "mean", weights: Optional[Tensor] = None
+) -> Tensor:
+    """Distance between two embeddings, per sample.
+
+    ``"cos"``: 1 − a·b / (‖a‖‖b‖) per token, in [0, 2]. ``"l2"``: ‖a − b‖² per token (squared, summed over D). Then
+    ``agg`` over tokens.
+
+    Args:
+        a, b: ``[B, ..., D]``, same shape.
+        dist: ``"cos"`` or ``"l2"``.
+        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
+        weights: None, token weights ``[B, ...]`` or factors per sample ``[B]``.
+
+    Returns:
+        ``[B]``.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> pair_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+    tensor([1.])
+    """
+    _check_embeddings(a=a, b=b)
+    _check_option("dist", dist, DISTANCES)
+    _check_option("agg", agg, AGGREGATIONS)
+    return _match(a, b, dist, agg, "none", weights)
+
+
+def feature_match_loss(
+    pred: Tensor,
+    target: Tensor,
+    kind: str = "l2",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Distance of predicted features to target features.
+
+    ``"l2"``: ‖p − t‖² (squared, summed over D). ``"l1"``: Σ|p − t|. ``"cos"``: 1 − cos(p, t). Per token, then ``agg``.
+
+    Args:
+        pred, target: ``[B, ..., D]``, same shape.
+        kind: ``"l2"``, ``"l1"`` or ``"cos"``.
+        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (→ ``[B]``).
+        weights: None, token weights ``[B, ...]`` or factors per sample ``[B]``.
+
+    Raises:
+        ValueError: as the module says.
+
+    Source:
+        Feature reconstruction loss of Johnson et al., 2016, "Perceptual Losses for Real-Time Style Transfer and
+        Super-Resolution", with the encoder left to the caller.
+
+    >>> feature_match_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor(5.)
+    """
+    _check_embeddings(pred=pred, target=target)
+    _check_option("kind", kind, MATCHES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    return _match(pred, target, kind, agg, reduction, weights)
+
+
+def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
+    sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
+    (d,) = token_distances(a, [b], kind)
+    return _reduce(aggregate_tokens(d, agg, token_weights), reduction, sample_weights)
+
+
+def contrastive_pair_loss(
+    z1: Tensor,
+    z2: Tensor,
+    y: Tensor,
+    margin: float = 1.0,
+    dist: str = "l2",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Contrastive loss of a labelled pair: ½ · y · d² + ½ · (1 − y) · max(0, margin − d)².
+
+    With ``dist="l2"``, d is the **Euclidean** distance ‖z1 − z2‖ (not squared), as in the paper: both parts and the
+    margin are on it. With ``dist="cos"``, d = 1 − cos(z1, z2), so a margin of 1 asks for orthogonal vectors and the
+    largest useful one is 2. With tokens, d is the aggregate of the token distances. (The paper writes Y = 0 for a
+    similar pair; here y = 1 pulls together and y = 0 pushes apart, as most libraries have it.)
+
+    Args:
+        z1, z2: ``[B, ..., D]``, same shape.
+        y: 1 = same, 0 = different; ``[B]`` bool, integer or floating in 0…1, or one number for all.
+        margin: number ≥ 0, in units of d.
+        dist: ``"l2"`` or ``"cos"``.
+        agg, reduction, weights: as the module says.
+
+    Raises:
+        ValueError: as the module says; labels outside 0…1 (looked at on the CPU only, so as not to stall a GPU).
+
+    Source:
+        Hadsell, Chopra, LeCun, 2006, "Dimensionality Reduction by Learning an Invariant Mapping", eq. 4.
+
+    >>> z1, z2 = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.3, 0.4], [0.3, 0.4]])
+    >>> contrastive_pair_loss(z1, z2, torch.tensor([1, 0]), reduction="none")
+    tensor([0.1250, 0.1250])
+    """
+    _check_embeddings(z1=z1, z2=z2)
+    _check_option("dist", dist, DISTANCES)
+    _check_option("agg", agg, AGGREGATIONS)
+    sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
+    (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
+    return contrastive_on_distances(aggregate_tokens(d, agg, token_weights), y, margin, reduction, sample_weights)
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+) -> Tensor:
+    """max(0, d(anchor, positive) − d(anchor, negative) + margin).
+
+    Args:
+        anchor, positive, negative: ``[B, ..., D]``, same shape.
+        margin: number ≥ 0 in units of d, ``[B]``, ``"auto"`` or ``"auto:F"``.
+        dist: ``"cos"`` (1 − cosine) or ``"l2"`` (squared L2, summed over D).
+        agg, reduction, weights, smooth: as the module says.
+
+    Raises:
+        ValueError: as the module says.
+
+    Source:
+        Schroff et al., 2015, "FaceNet", eq. 3 (which uses ``dist="l2"``).
+
+    >>> a, p, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> triplet_margin_loss(a, p, n), triplet_margin_loss(a, n, p, margin=0.5)
+    (tensor(0.), tensor(1.5000))
+    """
+    _check_embeddings(anchor=anchor, positive=positive, negative=negative)
+    return _ranking(anchor, positive, [negative], margin, dist, agg, reduction, weights, smooth)
+
+
+def multi_negative_ranking_loss(
+    z_anchor: Tensor,
+    z_positive: Tensor,
+    z_negs: Negatives,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """Agg_j max(0, d(anchor, positive) − d(anchor, negative_j) + margin).
+
+    Args:
+        z_anchor, z_positive: ``[B, ..., D]``, same shape.
+        z_negs: ``[B, K, ..., D]``, or a list of K tensors shaped like the anchor (K may be 1).
+        margin: number ≥ 0 in units of d, ``[B]`` or ``[B, K]``, ``"auto"`` (per negative) or ``"auto:F"``.
+        dist: ``"cos"`` or ``"l2"`` (squared).
+        agg, reduction, weights, smooth: as the module says.
+        neg_agg: ``"mean"``, ``"max"`` (the hardest negative alone) or ``"sum"`` over the K negatives.
+
+    Raises:
+        ValueError: as the module says.
+
+    Source:
+        The triplet hinge of FaceNet over K explicit negatives; ``neg_agg="max"`` is the hardest-negative form of
+        Faghri et al., 2018, "VSE++".
+
+    >>> a, p = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    >>> multi_negative_ranking_loss(a, p, [torch.tensor([[0.0, 1.0]]), a], margin=0.5)
+    tensor(0.2500)
+    """
+    _check_embeddings(z_anchor=z_anchor, z_positive=z_positive)
+    negatives = _negative_list("z_negs", z_negs, z_anchor)
+    return _ranking(z_anchor, z_positive, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
+
+
+def info_nce_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Optional[Negatives] = None,
+    temperature: float = 0.07,
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """−log( exp(s(a, p)/τ) / (exp(s(a, p)/τ) + Σ_j exp(s(a, n_j)/τ)) ) with s = −d = cos − 1.
+
+    Token embeddings are compared position by position and ``agg`` reduces the cosine distances over tokens, so with
+    ``"mean"`` s is the mean cosine (less 1, which cancels).
+
+    Args:
+        anchor, positive: ``[B, ..., D]``, same shape.
+        negatives: None: the positives of the other samples in the batch (with a batch of one there are none and the
+            loss is 0). Else negatives of one's own per sample (``[B, K, ..., D]``, or a list of K tensors shaped like
+            the anchor), or a bank that all samples share: ``[N, D]`` (every token is compared with every row) or, for
+            token embeddings, ``[N, ..., D]`` compared position by position.
+        temperature: τ > 0.
+        agg, reduction, weights: as the module says; token weights are the anchor's.
+
+    Raises:
+        ValueError: as the module says; a non-positive temperature.
+
+    Source:
+        van den Oord et al., 2018, "Representation Learning with Contrastive Predictive Coding".
+
+    >>> z = torch.eye(4)
+    >>> round(info_nce_loss(z, z, temperature=1.0).item(), 4)  # log(1 + 3/e)
+    0.7437
+    """
+    _check_embeddings(anchor=anchor, positive=positive)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("temperature", temperature, minimum=0.0, exclusive=True)
+    sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
+
+    bank = positive if negatives is None else _shared_bank(negatives, anchor)
+    if bank is None:
+        references = [positive, *_negative_list("negatives", negatives, anchor)]
+        distances = [aggregate_tokens(d, agg, token_weights) for d in token_distances(anchor, references, "cos")]
+        logits = torch.stack(distances, 1) / -temperature
+        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    else:
+        logits = _bank_distances(anchor, bank, agg, token_weights) / -temperature
+        if negatives is None:
+            target = torch.arange(len(logits), device=logits.device)
+        else:
+            (d_pos,) = token_distances(anchor, [positive], "cos")
+            logits = torch.cat([aggregate_tokens(d_pos, agg, token_weights).unsqueeze(1) / -temperature, logits], 1)
+            target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+
+
+def _bank_distances(anchor: Tensor, bank: Tensor, agg: str, token_weights: Optional[Tensor]) -> Tensor:
+    """Aggregated cosine distance of every anchor to every row of the bank, ``[B, N]``."""
+    dtype = _compute_dtype(anchor, bank)
+    a, n = (_as_rows(_UnitVectors.apply(x.to(dtype))) for x in (anchor, bank))
+    weights = None if token_weights is None else token_weights.flatten(1).to(dtype)
+    with _full_precision(anchor.device):
+        if n.shape[1] == 1 and a.shape[1] > 1:  # [N, D] against tokens
+            cosines = torch.einsum("btd,nd->bnt", a, n[:, 0])
+        elif agg == "max":
+            cosines = torch.einsum("btd,ntd->bnt", a, n)
+        else:  # the sum over tokens is one matrix product: no [B, N, T] is made
+            if weights is None:
+                weights = a.new_ones(a.shape[:2])
+            total = weights.sum(1, keepdim=True)
+            summed = total - (a * weights.unsqueeze(-1)).flatten(1) @ n.flatten(1).T
+            return summed if agg == "sum" else summed / torch.where(total > 0, total, torch.ones_like(total))
+    if weights is not None:
+        weights = weights.unsqueeze(1).expand_as(cosines).flatten(0, 1)
+    return aggregate_tokens((1.0 - cosines).flatten(0, 1), agg, weights).view(cosines.shape[:2])
+
+
+class _UnitVectors(torch.autograd.Function):
+    """x / max(‖x‖, MIN_NORM) over the last dimension, with the gradient fading below MIN_NORM."""
+
+    @staticmethod
+    def forward(ctx, x):
+        squared = x.square().sum(-1, keepdim=True)
+        unit = x * squared.clamp_min(MIN_NORM**2).rsqrt()
+        ctx.save_for_backward(unit, squared)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        unit, squared = ctx.saved_tensors
+        floor = MIN_NORM**2
+        along = (grad * unit).sum(-1, keepdim=True)
+        along = torch.where(squared < floor, torch.zeros_like(along), along)
+        return (grad - unit * along) * (squared.clamp_min(floor).rsqrt() * _fade(squared))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loss_no_edit_identity(
+    z_pred: Tensor,
+    z_gt: Tensor,
+    z_src: Tensor,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+) -> Tensor:
+    """Against *no edit*: max(0, d(pred, gt) − d(pred, src) + margin), the output must be nearer to after than to before.
+
+    Give the edit mask as token ``weights``: averaged over the whole picture, an unchanged background hides the object.
+
+    Args:
+        z_pred: ``[B, ..., D]`` embedding of the model's output.
+        z_gt: that of the after picture, same shape.
+        z_src: that of the before picture, same shape.
+        margin, dist, agg, reduction, weights, smooth: as :func:`triplet_margin_loss`.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> src, gt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> loss_no_edit_identity(gt, gt, src), loss_no_edit_identity(src, gt, src)
+    (tensor(0.), tensor(1.2000))
+    """
+    _check_embeddings(z_pred=z_pred, z_gt=z_gt, z_src=z_src)
+    return _ranking(z_pred, z_gt, [z_src], margin, dist, agg, reduction, weights, smooth)
+
+
+def loss_geometry_match(
+    z_pred: Tensor,
+    z_gt: Tensor,
+    kind: str = "l2",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Against *distorted geometry*: feature match of the output with the after picture, token by token.
+
+    Use token or grid embeddings: a global vector hardly moves when a shape is bent.
+
+    Args:
+        z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
+        kind, agg, reduction, weights: as :func:`feature_match_loss`.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> loss_geometry_match(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
+    tensor(4.)
+    """
+    _check_embeddings(z_pred=z_pred, z_gt=z_gt)
+    _check_option("kind", kind, MATCHES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    return _match(z_pred, z_gt, kind, agg, reduction, weights)
+
+
+def loss_overlay_avoidance(
+    z_pred: Tensor,
+    z_gt: Tensor,
+    z_overlay: Negatives,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """Against *overlay*: max(0, d(pred, gt) − d(pred, overlay) + margin), for one overlay or several.
+
+    Args:
+        z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
+        z_overlay: embedding of the new object painted over the old one: shaped like ``z_pred``, ``[B, K, ..., D]`` for
+            K constructions, or a list of K.
+        margin, dist, agg, reduction, weights, smooth, neg_agg: as :func:`multi_negative_ranking_loss`.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> gt, overlay = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    >>> loss_overlay_avoidance(gt, gt, overlay, margin="auto"), loss_overlay_avoidance(overlay, gt, overlay, margin=0)
+    (tensor(0.), tensor(0.2929))
+    """
+    _check_embeddings(z_pred=z_pred, z_gt=z_gt)
+    negatives = _negative_list("z_overlay", z_overlay, z_pred)
+    return _ranking(z_pred, z_gt, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether values may be looked at without stalling a GPU (or breaking a compiled graph)."""
+    return x.device.type == "cpu" and not (hasattr(torch, "compiler") and _is_compiling())
+
+
+def _is_compiling() -> bool:
+    probe = getattr(torch.compiler, "is_compiling", None)
+    return bool(probe is not None and probe())
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _full_precision(device: torch.device):
+    """Autocast off: inside it a matrix product would be rounded to half precision."""
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except RuntimeError:  # a device type without autocast
+        return contextlib.nullcontext()
+
+
+def _check_option(name: str, value: str, options: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def _check_number(name: str, value: float, minimum: float, exclusive: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < minimum or (exclusive and value == minimum):
+        raise ValueError(f"{name}: expected a number {'>' if exclusive else '>='} {minimum:g}, got {value!r}")
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+
+
+def _check_embeddings(**named: Tensor) -> None:
+    """All are ``[B, ..., D]`` of one shape on one device, floating and not empty."""
+    first_name, first = next(iter(named.items()))
+    for name, x in named.items():
+        _check_tensor(name, x)
+        if x.ndim < 2:
+            raise ValueError(f"{name}: expected [B, D], [B, P, D], [B, H, W, D] or [B, ..., D], got {_shape(x)}")
+        if x.numel() == 0:
+            raise ValueError(f"{name}: expected at least one sample, token and feature, got empty shape {_shape(x)}")
+        if x.shape != first.shape:
+            raise ValueError(f"{name}: expected shape {_shape(first)} like {first_name}, got {_shape(x)}")
+    _check_same_device(**named)
+
+
+def _check_same_device(**named: Tensor) -> None:
+    first_name, first = next(iter(named.items()))
+    for name, x in named.items():
+        if x.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} like {first_name}, got {x.device}")
+
+
+def _check_distances(name: str, d: Tensor, dims: Sequence[int]) -> None:
+    _check_tensor(name, d)
+    if d.ndim not in dims or d.numel() == 0:
+        expected = " or ".join({1: "[B]", 2: "[B, K]"}[n] for n in dims)
+        raise ValueError(f"{name}: expected distances {expected} with B >= 1, got shape {_shape(d)}")
+
+
+def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tensor]:
+    """``[B, ..., D]``, ``[B, K, ..., D]`` or a sequence of ``[B, ..., D]`` as a list of views shaped like the anchor."""
+    if isinstance(negatives, Tensor):
+        _check_tensor(name, negatives)
+        if negatives.ndim == anchor.ndim + 1:
+            expected = [anchor.shape[0], "K", *anchor.shape[1:]]
+            if negatives.numel() == 0 or negatives.shape[:1] + negatives.shape[2:] != anchor.shape:
+                listed = ", ".join(map(str, expected))
+                raise ValueError(f"{name}: expected shape [{listed}] with K >= 1, got {_shape(negatives)}")
+            items = list(negatives.unbind(1))
+        else:
+            items = [negatives]
+    elif isinstance(negatives, (list, tuple)):
+        items = list(negatives)
+    else:
+        raise ValueError(f"{name}: expected a tensor or a list of tensors, got {type(negatives).__name__}")
+    if not items:
+        raise ValueError(f"{name}: expected at least one negative, got an empty list")
+    named: Dict[str, Tensor] = {"the anchor": anchor}
+    named.update({name if len(items) == 1 else f"{name}[{i}]": x for i, x in enumerate(items)})
+    _check_embeddings(**named)
+    return items
+
+
+def _shared_bank(negatives: Negatives, anchor: Tensor) -> Optional[Tensor]:
+    """The bank ``[N, D]`` or ``[N, ..., D]``; None if the negatives belong to the samples."""
+    if not isinstance(negatives, Tensor) or negatives.ndim not in (2, anchor.ndim):
+        return None
+    _check_tensor("negatives", negatives)
+    fits = negatives.shape[1:] in (anchor.shape[1:], anchor.shape[-1:])
+    if negatives.numel() == 0 or not fits:
+        tokens = "".join(f"{n}, " for n in anchor.shape[1:-1])
+        ways = f"[N, {anchor.shape[-1]}]" + (f" or [N, {tokens}{anchor.shape[-1]}]" if tokens else "")
+        raise ValueError(f"negatives: expected a bank {ways}, or [B, K, ...] per sample, got {_shape(negatives)}")
+    _check_same_device(anchor=anchor, negatives=negatives)
+    return negatives
+
+
+def _split_weights(
+    weights: Optional[Tensor], shape: torch.Size, device: torch.device
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """(per sample ``[B]``, per token ``[B, ...]``), at most one of which is not None, for tokens of ``shape``."""
+    if weights is None:
+        return None, None
+    if not isinstance(weights, Tensor):
+        raise ValueError(f"weights: expected a tensor or None, got {type(weights).__name__}")
+    if weights.device != device:
+        raise ValueError(f"weights: expected device {device} like the embeddings, got {weights.device}")
+    if weights.shape not in (shape, shape[:1]):
+        ways = f"{list(shape[:1])} per sample" + (f" or {list(shape)} per token" if len(shape) > 1 else "")
+        raise ValueError(f"weights: expected shape {ways}, got {_shape(weights)}")
+    if _on_cpu(weights) and bool((weights < 0).any()):
+        raise ValueError(f"weights: expected values >= 0, got a minimum of {weights.min().item():g}")
+    return (weights, None) if weights.ndim == 1 else (None, weights)
