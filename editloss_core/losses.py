@@ -49,6 +49,7 @@ __all__ = [
     "contrastive_pair_loss",
     "feature_match_loss",
     "info_nce_loss",
+    "info_nce_on_distances",
     "loss_geometry_match",
     "loss_no_edit_identity",
     "loss_overlay_avoidance",
@@ -380,6 +381,39 @@ def contrastive_on_distances(
     return _reduce(0.5 * (pull + push), reduction, sample_weights)
 
 
+def info_nce_on_distances(
+    d_pos: Tensor,
+    d_neg: Tensor,
+    temperature: float = 0.07,
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """−log( exp(−d_pos/τ) / (exp(−d_pos/τ) + Σ_j exp(−d_neg,j/τ)) ), on distances that the caller has.
+
+    Args:
+        d_pos: ``[B]``.
+        d_neg: ``[B]`` or ``[B, K]``.
+        temperature: τ > 0.
+        reduction, weights: as the module says.
+
+    >>> info_nce_on_distances(torch.tensor([0.0]), torch.tensor([[0.0]]), temperature=1.0)
+    tensor(0.6931)
+    """
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("temperature", temperature, minimum=0.0, exclusive=True)
+    _check_distances("d_pos", d_pos, (1,))
+    _check_distances("d_neg", d_neg, (1, 2))
+    if d_neg.shape[0] != d_pos.shape[0]:
+        raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
+    _check_same_device(d_pos=d_pos, d_neg=d_neg)
+    sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
+    dtype = _compute_dtype(d_pos, d_neg)
+    d_neg = d_neg.reshape(len(d_pos), -1)
+    logits = torch.cat([d_pos.unsqueeze(1).to(dtype), d_neg.to(dtype)], 1) / -temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+
+
 def _hinge(x: Tensor, smooth: float) -> Tensor:
     return smooth * F.softplus(x / smooth) if smooth > 0 else x.relu()
 
@@ -654,20 +688,17 @@ def info_nce_loss(
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
 
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
-    if bank is None:
-        references = [positive, *_negative_list("negatives", negatives, anchor)]
-        distances = [aggregate_tokens(d, agg, token_weights) for d in token_distances(anchor, references, "cos")]
-        logits = torch.stack(distances, 1) / -temperature
-        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    else:
+    if negatives is None:
         logits = _bank_distances(anchor, bank, agg, token_weights) / -temperature
-        if negatives is None:
-            target = torch.arange(len(logits), device=logits.device)
-        else:
-            (d_pos,) = token_distances(anchor, [positive], "cos")
-            logits = torch.cat([aggregate_tokens(d_pos, agg, token_weights).unsqueeze(1) / -temperature, logits], 1)
-            target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+        target = torch.arange(len(logits), device=logits.device)
+        return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+    own = [] if bank is not None else _negative_list("negatives", negatives, anchor)
+    distances = [aggregate_tokens(d, agg, token_weights) for d in token_distances(anchor, [positive, *own], "cos")]
+    if bank is None:
+        d_neg = torch.stack(distances[1:], 1)
+    else:
+        d_neg = _bank_distances(anchor, bank, agg, token_weights)
+    return info_nce_on_distances(distances[0], d_neg, temperature, reduction, sample_weights)
 
 
 def _bank_distances(anchor: Tensor, bank: Tensor, agg: str, token_weights: Optional[Tensor]) -> Tensor:

@@ -9,8 +9,9 @@ random ``{a|b}`` choices in text, and ``%Node.widget%`` replacements in file nam
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 # Nodes that exist in the frontend only; links pass through them or end in them.
 VIRTUAL_CLASSES = frozenset({"Note", "MarkdownNote", "Reroute", "PrimitiveNode"})
@@ -33,7 +34,7 @@ class _Input:
     choices: tuple[Any, ...] = ()
 
     @classmethod
-    def from_spec(cls, name: str, spec: Any) -> "_Input":
+    def from_spec(cls, name: str, spec: Any) -> _Input:
         kind = spec[0]
         options = (spec[1] if len(spec) > 1 else None) or {}
         if isinstance(kind, (list, tuple)):  # [["a", "b"], {...}], the older way to write a COMBO

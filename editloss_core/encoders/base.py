@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Callable, Iterable, Optional
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch.nn import functional as F
 OUTPUTS = ("global", "tokens", "grid")
 
 Progress = Callable[[int, int], None]
+ImageSize = Union[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -133,17 +137,20 @@ class Preprocess:
         return height - height % self.multiple, width - width % self.multiple
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``[B, H, W, 3]`` in 0…1 → normalised ``[B, 3, h, w]`` in float32."""
-        x = images.movedim(-1, 1).float()
-        target = self.size(x.shape[2], x.shape[3])
-        scaled = target
-        if self.crop:
-            scale = max(target[0] / x.shape[2], target[1] / x.shape[3])
-            scaled = tuple(max(t, round(s * scale)) for t, s in zip(target, x.shape[2:]))
-        if scaled != tuple(x.shape[2:]):
+        """``[B, H, W, 3]`` in 0…1 → normalised ``[B, 3, h, w]`` in float32 (float64 stays float64)."""
+        x = images.movedim(-1, 1)
+        x = x if x.dtype == torch.float64 else x.float()
+        height, width = x.shape[2:]
+        target = scaled = self.size(height, width)
+        if self.crop:  # torchvision's Resize and CenterCrop round in these ways
+            if target[0] * width >= target[1] * height:
+                scaled = target[0], max(target[1], width * target[0] // height)
+            else:
+                scaled = max(target[0], height * target[1] // width), target[1]
+        if scaled != (height, width):
             # Cubic overshoot leaves 0…1; the clamp that follows has a zero gradient only where it bites.
             x = F.interpolate(x, size=scaled, mode=self.mode, antialias=True, align_corners=False).clamp(0.0, 1.0)
-        top, left = (scaled[0] - target[0]) // 2, (scaled[1] - target[1]) // 2
+        top, left = round((scaled[0] - target[0]) / 2), round((scaled[1] - target[1]) / 2)
         x = x[:, :, top : top + target[0], left : left + target[1]]
         mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
@@ -154,6 +161,42 @@ class Preprocess:
         how = "shorter side, centre crop" if self.crop else "stretch"
         mean, std = (" ".join(f"{v:.6g}" for v in values) for values in (self.mean, self.std))
         return f"resize {size} ({self.mode}, antialias, {how}); mean {mean}; std {std}"
+
+
+class PixelEncoder(Encoder):
+    """An encoder made of a :class:`Preprocess` and a function from its pixels to a vector or a feature map.
+
+    A subclass implements :meth:`features` and calls ``super().__init__`` once its network stands.
+    """
+
+    def __init__(self, info: EncoderInfo, preprocess: Preprocess, device: torch.device):
+        self.info, self.preprocess, self.device = info, preprocess, device
+        self._grids: dict[tuple[int, int], tuple[int, int]] = {}
+
+    @abstractmethod
+    def features(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels ``[B, 3, h, w]`` → ``[B, D]`` for ``"global"``, else a map ``[B, D, rows, columns]``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.features(self.preprocess(images))
+        expected = 2 if self.info.output == "global" else 4
+        if x.ndim != expected:
+            raise ValueError(f"{self.info.name}: expected {expected}-dimensional features, got {list(x.shape)}")
+        if self.info.output == "global":
+            return x
+        self._grids[self.preprocess.size(*images.shape[1:3])] = (x.shape[2], x.shape[3])
+        x = x.permute(0, 2, 3, 1)
+        return x.flatten(1, 2) if self.info.output == "tokens" else x
+
+    def grid(self, height: int, width: int) -> Optional[tuple[int, int]]:
+        """As in :class:`Encoder`. A size that was not encoded before costs one black picture through the network."""
+        if self.info.output == "global":
+            return None
+        size = self.preprocess.size(height, width)
+        if size not in self._grids:
+            with torch.no_grad():
+                self._grids[size] = tuple(self.features(torch.zeros(1, 3, *size, device=self.device)).shape[2:])
+        return self._grids[size]
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]], *texts: str) -> str:
@@ -179,3 +222,97 @@ def hash_module(module: nn.Module, *texts: str) -> str:
 def freeze(module: nn.Module, device: torch.device) -> nn.Module:
     """An encoder is never trained: eval mode, no parameter gradients, on its device."""
     return module.eval().requires_grad_(False).to(device)
+
+
+def check_output(output: str, allowed: Sequence[str] = OUTPUTS) -> None:
+    """ValueError unless ``output`` is one of ``allowed``."""
+    if output not in allowed:
+        raise ValueError(f"output: expected one of {', '.join(allowed)}, got {output!r}")
+
+
+def check_known(name: str, value: str, known: Iterable[str]) -> None:
+    """ValueError with the closest known names unless ``value`` is one of ``known``."""
+    known = list(known)
+    if value not in known:
+        close = difflib.get_close_matches(value, known, n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else f"{len(known)} names are known, e.g. {known[0]}"
+        raise ValueError(f"{name}: {value!r} is unknown; {hint}")
+
+
+def height_width(image_size: ImageSize) -> tuple[int, int]:
+    """``518`` or ``(392, 518)`` → (height, width).
+
+    Raises:
+        ValueError: for anything else, and for sizes below one pixel.
+    """
+    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
+        raise ValueError(f"image_size: expected pixels or (height, width), got {image_size!r}")
+    return pair
+
+
+@contextmanager
+def building(weights: Union[str, Path, None], random_seed: Optional[int]) -> Iterator[None]:
+    """Where a network is constructed: outside ComfyUI's inference mode (its tensors cannot take part in backward),
+    with a reproducible start if it stays random, and without touching torch's global random state.
+
+    Raises:
+        ValueError: unless exactly one of ``weights`` and ``random_seed`` is given. An untrained encoder measures
+            nothing, so it has to be asked for (tests do).
+    """
+    if (weights is None) == (random_seed is None):
+        raise ValueError("weights: expected a .safetensors file, or None with random_seed for an untrained network; "
+                         f"got weights={weights!r} and random_seed={random_seed!r}")
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        if random_seed is not None:
+            torch.default_generator.manual_seed(random_seed)
+        yield
+
+
+def read_safetensors(path: Union[str, Path]) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for another suffix (pickles can run code) and for a file that is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"weights: expected a .safetensors file, got {path.name}; convert it with "
+                         f"python -m editloss_core.encoders.convert {path.name} {path.stem}.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: no such file: {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"weights: {path.name} is not a whole safetensors file ({error})") from error
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], name: str, ignore: Sequence[str] = ()) -> None:
+    """Copy ``state`` into ``module``; every tensor must fit.
+
+    Args:
+        module: the network.
+        state: its tensors by name.
+        name: of the network, for the error.
+        ignore: prefixes of tensors that the file may hold and the network does not need (a classifier head).
+
+    Raises:
+        ValueError: names a few of the missing, misshapen and surplus tensors. Nothing is copied then.
+    """
+    own = module.state_dict()
+    # BatchNorm's step counter plays no part in eval mode, and old files lack it.
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    surplus = [k for k in state if k not in own and not k.startswith(tuple(ignore))]
+    misshapen = [f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
+                 for k, v in own.items() if k in state and state[k].shape != v.shape]
+    faults = []
+    for kind, names in (("missing", missing), ("of another shape", misshapen), ("not known to the network", surplus)):
+        if names:
+            faults.append(f"{len(names)} {kind} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})")
+    if faults:
+        raise ValueError(f"weights: the file does not fit {name}, which has {len(own)} tensors: {'; '.join(faults)}")
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)

@@ -1,0 +1,274 @@
+"""Embeddings by role and encoder: the one thing that losses read, and its file on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .encoders.base import Encoder, EncoderInfo, Progress, check_images, hash_tensors
+
+ROLES = ("pred", "gt", "src", "overlay", "hard_negative")
+NEGATIVE_ROLES = ("overlay", "hard_negative")  # may hold several pictures per pair: [B, K, ..., D]
+FORMAT = "editloss-embeddings-1"
+
+
+class StaleEmbeddings(ValueError):
+    """An embedding file that must not be used with these encoders or pictures; the message says why."""
+
+
+@dataclass(frozen=True)
+class EmbeddingSet:
+    """Roles × encoders → tensors, with what is needed to compare, weigh and draw them.
+
+    Roles: ``pred`` the model's output, ``gt`` the after picture, ``src`` the before picture, ``overlay`` and
+    ``hard_negative`` pictures that the output must not look like.
+
+    Attributes:
+        tensors: (role, encoder name) → ``[B, ..., D]``; for ``overlay`` and ``hard_negative`` ``[B, K, ..., D]``. A role
+            with B = 1 stands for every sample (one pair, many outputs).
+        encoders: encoder name → :class:`EncoderInfo`.
+        grids: encoder name → (rows, columns) of its tokens; absent for global embeddings.
+        images: role → sha256 of the pictures it was made from.
+        mask: None, or the edit region ``[B, H, W]`` in 0…1 at pixel resolution.
+
+    Instances are never changed; :meth:`with_images` and :meth:`with_mask` return new ones.
+    """
+
+    tensors: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderInfo] = field(default_factory=dict)
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    images: Mapping[str, str] = field(default_factory=dict)
+    mask: Optional[Tensor] = None
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def with_images(
+        self,
+        encoder: Encoder,
+        images: Mapping[str, Tensor],
+        batch_size: int = 8,
+        progress: Optional[Progress] = None,
+    ) -> "EmbeddingSet":
+        """Encode pictures by role, without gradients, and add them.
+
+        Args:
+            encoder: any :class:`Encoder`.
+            images: role → ``[B, H, W, 3]``. Negatives may hold K pictures per pair, sample-major (index b·K + k), where
+                the number of pairs is that of ``gt`` or ``src`` (here or in the set already).
+            batch_size, progress: as :meth:`Encoder.embed`; progress counts over all roles.
+
+        Raises:
+            ValueError: an unknown role, wrong shapes, numbers of pictures that do not fit, pictures of different sizes,
+                or pictures other than those that the set already has under a role.
+        """
+        if not images:
+            raise ValueError("images: expected pictures for at least one role, got none")
+        for role, batch in images.items():
+            check_role(role)
+            check_images(role, batch)
+        hashes = {role: hash_images(batch) for role, batch in images.items()}
+        for role, digest in hashes.items():
+            if self.images.get(role, digest) != digest:
+                raise ValueError(
+                    f"{role}: these are other pictures than the ones already encoded under this role; "
+                    "start a new set or connect the same pictures to every encoder"
+                )
+        known = self.encoders.get(encoder.info.name)
+        if known is not None and known.fingerprint != encoder.info.fingerprint:
+            raise ValueError(f"encoder: the set already has another encoder named {known.name!r}; give one another name")
+        name = encoder.info.name
+        tensors, done, total = dict(self.tensors), 0, sum(len(batch) for batch in images.values())
+        grids = dict(self.grids)
+        for role, batch in images.items():
+            step = None if progress is None else (lambda n, _, base=done: progress(base + n, total))
+            tensors[role, name] = encoder.embed(batch, batch_size, step)
+            grid = encoder.grid(*batch.shape[1:3])
+            if grid is not None and grids.setdefault(name, grid) != grid:
+                raise ValueError(
+                    f"{role}: expected pictures that give a token grid of {grids[name][0]}×{grids[name][1]} like the "
+                    f"other roles, got {grid[0]}×{grid[1]} from {batch.shape[1]}×{batch.shape[2]} pixels"
+                )
+            done += len(batch)
+        pairs = _pair_count({r: tensors[r, name] for r in ROLES if (r, name) in tensors})
+        for role in NEGATIVE_ROLES:
+            if role in images:
+                flat = tensors[role, name]
+                if len(flat) % pairs:
+                    raise ValueError(f"{role}: expected a multiple of {pairs} pictures (pairs), got {len(flat)}")
+                tensors[role, name] = flat.view(pairs, -1, *flat.shape[1:])
+        return replace(
+            self,
+            tensors=tensors,
+            encoders={**self.encoders, name: encoder.info},
+            grids=grids,
+            images={**self.images, **hashes},
+        )
+
+    def with_mask(self, mask: Tensor) -> "EmbeddingSet":
+        """Add the edit region ``[B, H, W]`` (or ``[H, W]``) in 0…1; B = 1 stands for every sample.
+
+        Raises:
+            ValueError: wrong shape, values outside 0…1, or a mask without any edit, naming the sample.
+        """
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.numel() == 0:
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"mask: expected [B, H, W], got {got}")
+        mask = (mask if mask.ndim == 3 else mask.unsqueeze(0)).detach().float().cpu()
+        if not bool(((mask >= 0) & (mask <= 1)).all()):
+            raise ValueError(f"mask: expected values in 0…1, got {mask.min().item():g} to {mask.max().item():g}")
+        empty = [i for i, m in enumerate(mask) if m.max() == 0]
+        if empty:
+            raise ValueError(f"mask: sample {empty[0]} of {len(mask)} is empty; paint the edit region or leave the mask out")
+        return replace(self, mask=mask)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def get(self, role: str, encoder: str) -> Tensor:
+        """The tensor of a role and an encoder.
+
+        Raises:
+            ValueError: naming what is missing and what there is.
+        """
+        check_role(role)
+        if encoder not in self.encoders:
+            raise ValueError(f"encoder: {encoder!r} is not in the embeddings; they have {sorted(self.encoders) or 'none'}")
+        if (role, encoder) not in self.tensors:
+            there = [r for r in ROLES if (r, encoder) in self.tensors]
+            raise ValueError(f"{role}: no embedding by {encoder!r}; it has {', '.join(there)}")
+        return self.tensors[role, encoder]
+
+    def token_weights(self, encoder: str) -> Optional[Tensor]:
+        """The edit mask at the encoder's token resolution: the share of each token's area inside the mask.
+
+        Returns:
+            ``[B, P]`` or ``[B, h, w]`` like the encoder's tokens; None without a mask or for global embeddings.
+        """
+        if self.mask is None or encoder not in self.grids:
+            return None
+        weights = F.adaptive_avg_pool2d(self.mask.unsqueeze(1), self.grids[encoder]).squeeze(1)
+        return weights.flatten(1) if self.encoders[encoder].output == "tokens" else weights
+
+    # -- the file ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file atomically; returns its path."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        tensors = {f"{role}/{name}": t.detach().cpu().contiguous() for (role, name), t in self.tensors.items()}
+        if not tensors:
+            raise ValueError("embeddings: nothing to save, the set is empty")
+        if self.mask is not None:
+            tensors["mask"] = self.mask.contiguous()
+        metadata = {
+            "format": FORMAT,
+            "encoders": json.dumps({name: json.loads(info.to_json()) for name, info in self.encoders.items()}),
+            "grids": json.dumps(self.grids),
+            "images": json.dumps(self.images),
+            "content": hash_tensors(sorted(tensors.items())),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        encoders: Sequence[Encoder | EncoderInfo] = (),
+        images: Mapping[str, Tensor] | None = None,
+    ) -> "EmbeddingSet":
+        """Read a file written by :meth:`save`.
+
+        Args:
+            path: the file.
+            encoders: encoders that the embeddings must come from; a different fingerprint is refused.
+            images: role → the pictures that the embeddings must have been made from.
+
+        Raises:
+            FileNotFoundError: no such file.
+            StaleEmbeddings: not an embedding file, damaged, or made by another encoder, with other preprocessing or
+                from other pictures; the message says which.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"embeddings: there is no file {path.name}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise StaleEmbeddings(f"{path.name}: not a readable safetensors file ({error})") from error
+        if metadata.get("format") != FORMAT:
+            came = metadata.get("format", "no format entry")
+            raise StaleEmbeddings(f"{path.name}: expected an embedding file ({FORMAT}), got {came}")
+        if metadata.get("content") != hash_tensors(sorted(tensors.items())):
+            raise StaleEmbeddings(f"{path.name}: the tensors do not match the content hash in the file; make it again")
+        try:
+            infos = {name: EncoderInfo(**entry) for name, entry in json.loads(metadata["encoders"]).items()}
+            grids = {name: (int(grid[0]), int(grid[1])) for name, grid in json.loads(metadata["grids"]).items()}
+            hashes = dict(json.loads(metadata["images"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StaleEmbeddings(f"{path.name}: its metadata cannot be read ({error!r}); make it again") from error
+        for encoder in encoders:
+            _refuse_other_encoder(path, infos, encoder.info if isinstance(encoder, Encoder) else encoder)
+        for role, batch in (images or {}).items():
+            if hashes.get(role) != hash_images(batch):
+                reason = "other pictures" if role in hashes else "no pictures at all"
+                raise StaleEmbeddings(f"{path.name}: {role} was made from {reason}; encode again")
+        mask = tensors.pop("mask", None)
+        return cls({tuple(key.split("/", 1)): t for key, t in tensors.items()}, infos, grids, hashes, mask)
+
+
+def check_role(role: str) -> None:
+    """ValueError unless ``role`` is one of ROLES."""
+    if role not in ROLES:
+        raise ValueError(f"role: expected one of {', '.join(ROLES)}, got {role!r}")
+
+
+def hash_images(images: Tensor) -> str:
+    """sha256 of a picture batch at 8 bits, so that a picture and its PNG file have the same hash."""
+    check_images("images", images)
+    return hash_tensors([("images", (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8))])
+
+
+def _pair_count(tensors: Mapping[str, Tensor]) -> int:
+    """How many pairs the pictures belong to: that of gt and src where there are any, which must agree."""
+    counts = {role: len(tensors[role]) for role in ("gt", "src") if role in tensors}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"src: expected as many before as after pictures, got {counts['src']} and {counts['gt']}")
+    pairs = next(iter(counts.values()), 1)
+    outputs = len(tensors["pred"]) if "pred" in tensors else pairs
+    if pairs not in (1, outputs):
+        raise ValueError(f"pred: expected {pairs} outputs, one for each pair, got {outputs}")
+    return pairs
+
+
+def _refuse_other_encoder(path: Path, infos: Mapping[str, EncoderInfo], wanted: EncoderInfo) -> None:
+    have = infos.get(wanted.name)
+    if have is None:
+        raise StaleEmbeddings(f"{path.name}: expected embeddings by {wanted.name!r}, it has {sorted(infos)}")
+    if have.preprocessing != wanted.preprocessing:
+        raise StaleEmbeddings(
+            f"{path.name}: {wanted.name!r} was run with other preprocessing: {have.preprocessing!r} in the file, "
+            f"{wanted.preprocessing!r} now; encode again"
+        )
+    if have.fingerprint != wanted.fingerprint:
+        raise StaleEmbeddings(f"{path.name}: {wanted.name!r} had other weights ({have.fingerprint[:12]}…) than now; encode again")

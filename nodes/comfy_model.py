@@ -1,0 +1,258 @@
+"""The only file that reaches into ComfyUI's model internals: VAE, CLIP_VISION and MODEL as encoders of the core.
+
+ComfyUI's own paths are written for inference: ``ClipVisionModel.encode_image`` rounds pixels, weights loaded by a node
+are inference tensors, and Flux blocks add in place. The encoders made here go around all three when a gradient is asked
+for, and are plain forward passes when not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Callable, Optional
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sampler_helpers
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, check_output, hash_module, hash_tensors
+from ..editloss_core.encoders.diffusion import DiffusionFeatureEncoder
+from ..editloss_core.encoders.vae import VAEEncoder
+
+CLIP_VISION_LAYERS = ("last", "penultimate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients through modules that were loaded for inference
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def thaw(module: nn.Module) -> None:
+    """Replace inference tensors among a module's weights by ordinary frozen ones, one at a time, in place.
+
+    Tensors made under ``torch.inference_mode`` cannot be saved for a backward pass. The values stay the same and
+    ComfyUI's bookkeeping goes by names, so nothing else notices.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None and p.is_inference():
+                    part._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+            for name, b in part._buffers.items():
+                if b is not None and b.is_inference():
+                    part._buffers[name] = b.clone()
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Answers in-place additions and products with new tensors, so that backward can go through Flux blocks."""
+
+    _ANSWERS = {
+        Tensor.add_: torch.add,
+        Tensor.mul_: torch.mul,
+        Tensor.__iadd__: torch.add,
+        Tensor.__imul__: torch.mul,
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self._ANSWERS.get(func, func)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def differentiable(module: nn.Module):
+    """Inside, ``module`` can be run and differentiated with respect to its input, if gradients are on at all."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        yield
+        return
+    thaw(module)
+    with OutOfPlace():
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VAE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vae_encoder(vae, image_size: int = 0, to_model: Callable[[Tensor], Tensor] = lambda z: z) -> VAEEncoder:
+    """Latents of a ComfyUI VAE as a grid ``[B, h, w, C]``; the posterior's mean, as ComfyUI itself encodes.
+
+    Args:
+        vae: ComfyUI VAE.
+        image_size: side of the square that is encoded, in pixels; 0 keeps each picture's size.
+        to_model: from the VAE's latents to those of a diffusion model.
+
+    Raises:
+        ValueError: for a VAE of audio or video.
+    """
+    if getattr(vae, "first_stage_model", None) is None:
+        raise ValueError("vae: this VAE has no weights; the checkpoint it came from does not contain one")
+    if vae.latent_dim != 2 or not isinstance(vae.downscale_ratio, int):
+        raise ValueError(f"vae: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)")
+
+    def encode(pixels: Tensor) -> Tensor:
+        comfy.model_management.load_models_gpu(
+            [vae.patcher], memory_required=vae.memory_used_encode(pixels.shape, vae.vae_dtype)
+        )
+        with differentiable(vae.first_stage_model):
+            inputs = vae.process_input((pixels + 1.0) / 2.0).to(vae.device, vae.vae_dtype)
+            return to_model(vae.first_stage_model.encode(inputs).float())
+
+    kind = type(vae.first_stage_model).__name__
+    return VAEEncoder(
+        encode,
+        name=f"vae/{kind.lower()}-{vae.latent_channels}ch",
+        fingerprint=hash_module(vae.first_stage_model, kind, str(vae.vae_dtype)),
+        downscale=vae.downscale_ratio,
+        device=vae.device,
+        image_size=image_size,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP_VISION
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ClipVisionEncoder(PixelEncoder):
+    """ComfyUI's CLIP_VISION (CLIP, SigLIP, DINOv2) with differentiable preprocessing and without rounding.
+
+    Args:
+        clip_vision: a ``comfy.clip_vision.ClipVisionModel``.
+        output: ``"global"`` is the pooled (projected) vector; ``"tokens"`` and ``"grid"`` are the patches, without the
+            class token.
+        layer: ``"last"`` or ``"penultimate"``, for tokens and grid.
+        crop: True crops the centre as CLIP was trained; False stretches, so that nothing is out of sight.
+    """
+
+    def __init__(self, clip_vision, output: str = "global", layer: str = "last", crop: bool = False):
+        check_output(output)
+        if layer not in CLIP_VISION_LAYERS:
+            raise ValueError(f"layer: expected one of {', '.join(CLIP_VISION_LAYERS)}, got {layer!r}")
+        if output == "global" and layer != "last":
+            raise ValueError("layer: the global vector exists for 'last' only; choose tokens or grid for 'penultimate'")
+        self.clip, self.layer = clip_vision, layer
+        size = clip_vision.image_size
+        self.side = size // _patch_size(clip_vision.model)
+        preprocess = Preprocess(size, size, tuple(clip_vision.image_mean), tuple(clip_vision.image_std), crop=crop)
+        kind = type(clip_vision.model).__name__
+        described = preprocess.describe()
+        info = EncoderInfo(
+            name=f"clip_vision/{kind.lower()}-{size}{'' if layer == 'last' else f'/{layer}'}/{output}",
+            preprocessing=described,
+            fingerprint=hash_module(clip_vision.model, kind, described, output, layer),
+            output=output,
+        )
+        super().__init__(info, preprocess, clip_vision.load_device)
+
+    def grid(self, height: int, width: int) -> Optional[tuple[int, int]]:
+        return None if self.info.output == "global" else (self.side, self.side)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        comfy.model_management.load_model_gpu(self.clip.patcher)
+        with differentiable(self.clip.model):
+            last, intermediate, pooled, *_ = self.clip.model(
+                pixel_values=pixels, intermediate_output=-2 if self.layer == "penultimate" else None
+            )
+        if self.info.output == "global":
+            return pooled.float()
+        patches = (last if self.layer == "last" else intermediate)[:, -self.side**2 :].float()
+        return patches.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+
+def _patch_size(model: nn.Module) -> int:
+    """The stride of the convolution that cuts a picture into patches: the first one of every image encoder here."""
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d)).stride[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MODEL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def diffusion_encoder(
+    model, vae, conditioning, block: str, noise_level: float, seed: int, output: str = "grid", image_size: int = 0
+) -> DiffusionFeatureEncoder:
+    """Features of one block of a flow model (FLUX and kin) for a picture noised to ``noise_level``.
+
+    Args:
+        model: ComfyUI MODEL.
+        vae: the VAE that belongs to it.
+        conditioning: CONDITIONING; the first entry is used, with reference latents if it has them.
+        block: name of a module inside the diffusion model, for example ``double_blocks.9`` or ``single_blocks.20``.
+        noise_level: t in (0, 1): x_t = (1 − t) · x0 + t · ε.
+        seed: of ε.
+
+    Raises:
+        ValueError: a model that is not a flow model, an unknown block (with the names there are), empty conditioning.
+    """
+    base = model.model
+    if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            f"model: expected a flow-matching model (FLUX and kin), got {type(base).__name__} with "
+            f"{type(base.model_sampling).__name__} sampling"
+        )
+    net = base.diffusion_model
+    module = dict(net.named_modules()).get(block)
+    if module is None or not block:
+        names = [n for n, m in net.named_modules() if n.count(".") == 1 and n.split(".")[1].isdigit()]
+        raise ValueError(f"block: {type(net).__name__} has no module {block!r}; try one of {_abridged(names)}")
+    if not conditioning:
+        raise ValueError("conditioning: expected at least one entry, got none")
+    patch = getattr(net, "patch_size", 1)
+    seen = {"text": 0, "picture": 0}  # tokens of the last call
+
+    def predict(x: Tensor, t: Tensor) -> None:
+        comfy.model_management.load_models_gpu([model], memory_required=base.memory_required(x.shape))
+        x, t = x.to(model.load_device), t.to(model.load_device)
+        cond = comfy.sampler_helpers.convert_cond(conditioning)[0]
+        inputs = base.extra_conds(**_on(cond, x.device), noise=x, device=x.device)
+        inputs = {name: value.process_cond(batch_size=len(x), device=x.device).cond for name, value in inputs.items()}
+        seen["text"] = inputs["c_crossattn"].shape[1] if "c_crossattn" in inputs else 0
+        seen["picture"] = -(-x.shape[2] // patch) * -(-x.shape[3] // patch)
+        options = model.model_options.get("transformer_options", {}).copy()
+        with differentiable(net):
+            base.apply_model(x, t, transformer_options=options, **inputs)
+
+    def select(result) -> Tensor:
+        """The picture's own tokens: references follow them, and in single-stream blocks the text precedes them."""
+        features = result[0] if isinstance(result, tuple) else result
+        if features.ndim != 3:
+            return features
+        start = 0 if isinstance(result, tuple) else seen["text"]
+        return features[:, start : start + seen["picture"]]
+
+    kind = type(base).__name__
+    return DiffusionFeatureEncoder(
+        vae_encoder(vae, image_size, base.process_latent_in),
+        predict,
+        module,
+        select,
+        name=f"diffusion/{kind.lower()}/{block}",
+        fingerprint=hash_module(net, kind, hash_tensors(_tensors_of(conditioning))),
+        t=noise_level,
+        seed=seed,
+        patch=patch,
+        output=output,
+    )
+
+
+def _on(cond: dict, device: torch.device) -> dict:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
+
+
+def _tensors_of(conditioning) -> list[tuple[str, Tensor]]:
+    context, extra = conditioning[0]
+    named = [("context", context)]
+    for key, value in sorted(extra.items()):
+        for i, item in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(item, Tensor):
+                named.append((f"{key}.{i}", item))
+    return named
+
+
+def _abridged(names: list[str], most: int = 6) -> str:
+    shown = names if len(names) <= most else [*names[: most // 2], "…", *names[-most // 2 :]]
+    return ", ".join(shown) or "nothing: it has no numbered blocks"

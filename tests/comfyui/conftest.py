@@ -1,0 +1,137 @@
+"""A real ComfyUI and a real browser for the tests in this folder; nothing of ComfyUI is mocked.
+
+The server starts once for the whole session (about 15 s on two cores). Where its requirements are missing,
+every test here is skipped with the reason, and no test module is imported.
+"""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+for folder in (HERE, HERE.parents[1] / "workflows"):  # helpers; comfy_server, ui_to_api, run
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+if TYPE_CHECKING:
+    from comfy_server import Client, ComfyServer
+    from playwright.sync_api import Browser, Page
+
+REQUIRED = ("torch", "torchsde", "torchvision", "transformers", "sentencepiece", "safetensors", "aiohttp", "yaml",
+            "PIL", "scipy", "psutil", "alembic", "sqlalchemy", "av", "einops", "requests",
+            "comfyui_frontend_package", "playwright")
+MISSING = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+
+# Chromium as root, in a container, without a GPU, and without calls to its maker.
+CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# A first visit opens a tutorial and a template browser on top of the graph.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False,
+            "Comfy.Release.Status": "what's new seen", "Comfy.Validation.NodeDefs": True}
+
+
+class _SkippedModule(pytest.Module):
+    """A test module that is not imported, because what it imports is not there."""
+
+    def collect(self) -> list[Any]:
+        pytest.skip(f"needs {', '.join(MISSING)}: pip install -e \".[test]\"")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Generator[None, list[Any], list[Any]]:
+    """Put a skip in the place of every module here, its doctests included, if something is missing."""
+    collected = yield
+    if MISSING and file_path.suffix == ".py":
+        tests = file_path.name.startswith("test_")
+        return [_SkippedModule.from_parent(parent, path=file_path)] if tests else []
+    return collected
+
+
+@pytest.fixture(scope="session")
+def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """One ComfyUI with this pack, in a base directory of its own."""
+    from comfy_server import ComfyServer
+
+    base = tmp_path_factory.mktemp("comfyui")
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+    with ComfyServer(base=base) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(comfyui_server: ComfyServer) -> Client:
+    from comfy_server import Client
+
+    return Client(comfyui_server.url)
+
+
+@pytest.fixture(scope="session")
+def object_info(client: Client) -> dict[str, Any]:
+    """Every node class of the running server."""
+    return client.object_info()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = find_chromium(playwright.chromium.executable_path)
+        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_ARGS)
+        yield chromium
+        chromium.close()
+
+
+def find_chromium(playwrights_own: str) -> str:
+    """The path of a Chromium, after one attempt to install one; fails the test if there is none."""
+    named = os.environ.get("CHROMIUM_PATH")
+    if named:
+        if not Path(named).is_file():
+            pytest.fail(f"CHROMIUM_PATH is {named}, and there is no such file")
+        return named
+    if Path(playwrights_own).is_file():
+        return playwrights_own
+    found = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if found:
+        return found
+    command = [sys.executable, "-m", "playwright", "install", "chromium"]
+    try:
+        said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600).stderr
+    except subprocess.TimeoutExpired:
+        said = "the installation took more than 10 minutes"
+    if not Path(playwrights_own).is_file():
+        pytest.fail("no Chromium for the frontend tests. Install one with 'python -m playwright install chromium' or "
+                    f"your system's package manager, or set CHROMIUM_PATH.\n{said.strip()[-800:]}")
+    return playwrights_own
+
+
+@pytest.fixture
+def page(browser: Browser, comfyui_server: ComfyServer) -> Iterator[Page]:
+    """ComfyUI's frontend, loaded and ready; ``window.app`` is the live application.
+
+    ``page.errors`` collects uncaught exceptions of the page. Requests to other hosts are refused, so that a
+    test says the same with and without internet.
+    """
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    context.route(lambda url: not url.startswith((comfyui_server.url, "data:", "blob:")), lambda route: route.abort())
+    tab = context.new_page()
+    tab.errors = []
+    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
+    tab.goto(comfyui_server.url, wait_until="domcontentloaded", timeout=120_000)
+    # vueAppReady is set when the extensions are loaded and the first graph is on the canvas.
+    tab.wait_for_function("window.app && window.app.vueAppReady && window.app.graph", timeout=120_000)
+    yield tab
+    context.close()

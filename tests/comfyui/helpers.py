@@ -1,0 +1,41 @@
+"""Small helpers for tests against a real ComfyUI."""
+from __future__ import annotations
+
+from typing import Any
+
+
+def graph(**nodes: tuple[Any, ...]) -> dict[str, Any]:
+    """An API prompt in one line per node: ``name=("ClassType", {"input": value_or_link})``.
+
+    A link is written ``link("name")`` or ``link("name", output_slot)``. The names become the node ids, so an
+    error or an output can be found by the name that the test gave.
+
+    >>> graph(a=("EmptyImage", {"width": 8}), b=("PreviewImage", {"images": link("a")}))["b"]["inputs"]
+    {'images': ['a', 0]}
+    """
+    return {name: {"class_type": node[0], "inputs": dict(node[1]) if len(node) > 1 else {}}
+            for name, node in nodes.items()}
+
+
+def link(node: str, slot: int = 0) -> list[Any]:
+    """The output ``slot`` of the node called ``node``, as an input value."""
+    return [node, slot]
+
+
+def frontend_prompt(page: Any, workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """The prompt that the real frontend makes of a saved workflow, through the playwright ``page``.
+
+    Inputs that the node class does not declare are left out: they are widgets with which the frontend shows
+    results, such as the text box of Preview as Text, and the server ignores them.
+    """
+    prompt = page.evaluate("""async workflow => {
+        await window.app.loadGraphData(workflow, true, false, null,
+                                       {showMissingNodesDialog: false, showMissingModelsDialog: false})
+        return (await window.app.graphToPrompt()).output
+    }""", workflow)
+    for node in prompt.values():
+        declared = object_info[node["class_type"]]["input"]
+        known = {*declared.get("required", ()), *declared.get("optional", ())}
+        linked = {name for name, value in node["inputs"].items() if isinstance(value, list)}
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known | linked}
+    return prompt

