@@ -373,8 +373,8 @@ def dequantize_image(image: Tensor) -> Tensor:
 def image_key(image: Tensor) -> str:
     """A key made of what a picture shows: 32 hexadecimal digits of the SHA-256 of its shape and 8-bit values.
 
-    A picture and its PNG have the same key. ComfyUI's Save Image, and others, cut 255·x off where the rest is rounded;
-    so does the key: it takes the floor of 255·x + 0.001, which is right for both.
+    A picture and its PNG have the same key. ComfyUI's Save Image cuts 255·x (in float32) off instead of rounding it,
+    and so does the key; for what was loaded from 8 bits as k / 255 both give k, for all 256 values.
 
     Args:
         image: ``[H, W, C]`` or ``[1, H, W, C]``, float32 or float64 in 0…1, or uint8.
@@ -392,7 +392,7 @@ def image_key(image: Tensor) -> str:
     if image.is_floating_point():
         if image.isnan().any():
             raise ValueError("image: expected values in 0…1, got NaN")
-        image = (image.clamp(0, 1) * 255 + 1e-3).clamp(0, 255).to(torch.uint8)
+        image = (image.float().clamp(0, 1) * 255).to(torch.uint8)
     digest = hashlib.sha256(json.dumps(list(image.shape)).encode())
     digest.update(image.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

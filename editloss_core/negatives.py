@@ -53,6 +53,7 @@ OVERLAY_KINDS = ("new_over_old", "old_over_new", "blend", "double")
 # re-encoded as WebP, is 0.015 to 0.03 after the blur below; the edited objects reach 0.13 to 0.45.
 JUST_VISIBLE = 0.02
 LARGEST_DRIFT = 0.06  # a colour shift of the whole picture; the pairs above have 0.003 to 0.016. More is an edit.
+LARGEST_NOISE = 0.15  # what differs by more is changed, even if it is the whole picture
 SAME_PIXEL = 2.5 / 255  # largest difference that 8-bit rounding of two equal pictures explains, with a margin
 
 
@@ -473,7 +474,8 @@ def estimate_mask(
        median over the unchanged pixels, is taken out first.
     3. Pixels with d above a low threshold are kept if they are connected to enough pixels above a high one.
        ``"auto"``: with the noise n = median + 4 · 1.4826 · MAD of the pixels below Otsu's threshold, low is
-       max(n, 0.02) and high is max(Otsu, low, 0.04). A number is used for low and its double for high.
+       max(n, 0.02), at most 0.15, and high is max(Otsu, low, 0.04), at most 0.3. A number is used for low and its
+       double for high.
     4. The region is closed, pieces smaller than ``min_area`` (or than 2 % of the largest) go, holes up to 2 % of the
        picture are filled, and the rest grows by ``margin``.
 
@@ -534,8 +536,8 @@ def _changed(before: Tensor, after: Tensor, threshold: float | str, min_area: fl
         background = d[d < otsu] if bool((d < otsu).any()) else d.flatten()
         median = background.median()
         noise = (median + 4 * 1.4826 * (background - median).abs().median()).item()
-        low = max(noise, JUST_VISIBLE)
-        high = max(otsu, low, 2 * JUST_VISIBLE)
+        low = min(max(noise, JUST_VISIBLE), LARGEST_NOISE)
+        high = min(max(otsu, low, 2 * JUST_VISIBLE), 2 * LARGEST_NOISE)
     else:
         low, high = float(threshold), 2 * float(threshold)
     seeds = d > high

@@ -22,7 +22,7 @@ class LossTerm:
         kind: a key of :data:`TERMS`.
         encoder: name of the encoder whose embeddings the term reads.
         weight: factor in the total; 0 only watches.
-        name: unique in an objective; made from kind and encoder when empty.
+        name: unique in an objective (a second one gets a number); made from the kind when empty.
         anchor, positive, negative: roles; ``negative`` may be ``"in_batch"`` for InfoNCE.
         reference: role whose distance to ``negative`` the margin ranking compares with.
         dist: ``"cos"`` or ``"l2"``; match terms know ``"l1"`` too.
@@ -65,7 +65,7 @@ class LossTerm:
             elif f.name not in defaults and getattr(self, f.name) is not None:
                 raise ValueError(f"{f.name}: a {self.kind} term has no such setting; it has {', '.join(defaults)}")
         if not self.name:
-            object.__setattr__(self, "name", f"{self.kind} · {self.encoder}")
+            object.__setattr__(self, "name", self.kind.replace("_", " "))
         losses._check_number("weight", self.weight, minimum=0.0)
         losses._check_option("agg", self.agg, losses.AGGREGATIONS)
         losses._check_option("token_weights", self.token_weights, TOKEN_WEIGHTS)
@@ -101,8 +101,8 @@ class TermReport:
         toward_failure: ``[B]`` or None. Hinge terms: max_k 1 − d(anchor, negative_k) / d(positive, negative_k), at least 0:
             0 = no nearer to a negative than the target is, 1 = at the negative. Match terms: d(pred, gt) / d(src, gt):
             0 = at the target, 1 = as far off as the picture before the edit.
-        token_map: ``[B, h, w]`` or None. Hinge terms: d₊ − d₋ per token (above 0: nearer to the negative than to the
-            target); the others: the distance per token.
+        token_map: ``[B, h, w]`` or None. Hinge terms: d₊ − d₋ per token to the nearest of several negatives (above 0:
+            nearer to the negative than to the target); the others: the distance per token.
         token_weights: ``[B, h, w]`` or None: how much each token counted.
     """
 
@@ -337,8 +337,9 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
         if e.details and compared == term.anchor:
             toward = (1.0 - columns / reach.reshape(len(d_pos), -1).clamp_min(1e-12)).amax(1).clamp_min(0.0)
         if e.details:
-            negatives = e.token_distances(term, compared, term.negative)
-            token_map = e.token_distances(term, term.anchor, term.positive)[0] - torch.stack(negatives).mean(0)
+            negatives = torch.stack(e.token_distances(term, compared, term.negative), 1)
+            nearest = negatives[torch.arange(len(columns), device=columns.device), columns.argmin(1)]
+            token_map = e.token_distances(term, term.anchor, term.positive)[0] - nearest
     return e.report(term, per_sample, token_map, distances=distances, active=active, toward_failure=toward)
 
 

@@ -16,6 +16,17 @@ from editloss_core.negatives import (
 
 SIZE = 64
 RED, BLUE, GREY = (0.9, 0.1, 0.1), (0.1, 0.2, 0.9), (0.5, 0.55, 0.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 STILL = dict(max_offset=0.0, scale=(1.0, 1.0))
 PASTES = ("new_over_old", "old_over_new", "double")
 
@@ -148,8 +159,9 @@ def test_both_objects_show_with_silhouettes(seed):
             )
 
 
+@pytest.mark.parametrize("jitter", [{}, STILL], ids=["moved", "still"])
 @pytest.mark.parametrize("opacity", [(0.55, 1.0), (1.0, 1.0)])
-def test_opaque_settings_never_hide_the_old_object_or_give_the_target(opacity):
+def test_opaque_settings_never_hide_the_old_object_or_give_the_target(opacity, jitter):
     """Worst cases: a whole region pasted, and a new object that covers the old one completely."""
     before, after, old, new = scene()
     big = torch.stack([disc(30, 30, 24), disc(32, 30, 24)])
@@ -164,8 +176,8 @@ def test_opaque_settings_never_hide_the_old_object_or_give_the_target(opacity):
         (covering, dict(mask_after=big)),
         (covering, dict(mask=everything, mask_before=old)),
     ]
-    for seed in range(3):
-        settings = OverlaySettings(opacity=opacity, seed=seed)
+    for seed in range(2):
+        settings = OverlaySettings(opacity=opacity, seed=seed, **jitter)
         for target, masks in cases:
             result = make_overlays(before, target, settings=settings, **masks)
             for i, name in enumerate(result.names):
@@ -404,17 +416,14 @@ def test_holes_and_thin_spirals_are_handled():
     mask = estimate_mask(ground[None], paint(ring, RED, ground)[None], margin=0.0)
     assert mask[0, 64, 64] == 1 and iou(mask, disc(64, 64, 14, 128)[None]) >= 0.8
     spiral = torch.zeros(1, 1, 41, 41, dtype=torch.bool)
-    x = y = 0
-    dx, dy, length = 1, 0, 40
-    spiral[0, 0, 0, 0] = True
-    while length > 0:
-        for _ in range(length):
+    x, y, dx, dy = -1, 0, 1, 0
+    for arm in (41, 40, 40, *(n for n in range(38, 0, -2) for _ in range(2))):
+        for _ in range(arm):
             x, y = x + dx, y + dy
             spiral[0, 0, y, x] = True
         dx, dy = -dy, dx
-        length -= 2 if dy == 0 else 0
-    spiral[0, 0, 20, 20] = True if spiral[0, 0, 19:22, 19:22].any() else spiral[0, 0, 20, 20]
     labels = _components(spiral)
+    assert 800 < spiral.sum() < 1000  # every other line
     assert len(labels[spiral].unique()) == 1 and torch.all(labels[~spiral] == 0)
 
 

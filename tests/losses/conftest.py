@@ -16,7 +16,7 @@ def block_elements(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The tensors of these tests are so small that a second thread only costs."""
     threads = torch.get_num_threads()

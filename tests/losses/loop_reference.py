@@ -144,9 +144,7 @@ def margin_of(margin, sample, j, d_positive_negative=None):
     return margin
 
 
-def margin_ranking_on_distances(
-    d_pos, d_neg, margin=0.2, reduction="mean", weights=None, smooth=0.0, neg_agg="mean"
-):
+def margin_ranking_on_distances(d_pos, d_neg, margin=0.2, reduction="mean", weights=None, smooth=0.0, neg_agg="mean"):
     per_sample = []
     for i, positive in enumerate(d_pos.tolist()):
         negatives = flatten(d_neg[i].tolist())
@@ -183,9 +181,7 @@ def triplet_margin_loss(anchor, positive, negative, *args, **kwargs):
     return multi_negative_ranking_loss(anchor, positive, [negative], *args, **kwargs)
 
 
-def info_nce_loss(
-    anchor, positive, negatives=None, temperature=0.07, agg="mean", reduction="mean", weights=None
-):
+def info_nce_loss(anchor, positive, negatives=None, temperature=0.07, agg="mean", reduction="mean", weights=None):
     samples = tokens_of(anchor)
     d_pos = distances(anchor, positive, "cos", agg, weights)
     per_sample = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from loop_reference import embeddings, some_weights
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from editloss_core import losses
 from editloss_core.losses import (
@@ -92,8 +93,8 @@ for dist, agg in itertools.product(("cos", "l2"), ("mean", "max", "sum")):
     )
     case(
         f"triplet-{dist}-{agg}",
-        lambda a, p, n, m, w, o=dict(dist=dist, agg=agg): triplet_margin_loss(a, p, n, m * 9, weights=w, **o),
-        lambda a, p, n, m, w, o=dict(dist=dist, agg=agg): plain_ranking(
+        lambda a, p, n, m, w, o={"dist": dist, "agg": agg}: triplet_margin_loss(a, p, n, m * 9, weights=w, **o),
+        lambda a, p, n, m, w, o={"dist": dist, "agg": agg}: plain_ranking(
             a, p, [n], (m * 9).unsqueeze(1), weights=w, **o
         ),
         *(A, P, N, MARGIN, W),
@@ -133,7 +134,7 @@ case(
 )
 for neg_agg in ("mean", "max", "sum"):
     for name, loss in {"multi_negative": multi_negative_ranking_loss, "overlay": loss_overlay_avoidance}.items():
-        o = dict(margin=3.0, smooth=0.5, neg_agg=neg_agg)
+        o = {"margin": 3.0, "smooth": 0.5, "neg_agg": neg_agg}
         case(
             f"{name}-list-{neg_agg}",
             lambda a, p, n, m, w, loss=loss, o=o: loss(a, p, [n, m], weights=w, **o),
@@ -147,7 +148,7 @@ for neg_agg in ("mean", "max", "sum"):
             *(A, P, torch.stack([N, M], 1)),
         )
 for agg in ("mean", "max", "sum"):
-    o = dict(temperature=0.5, agg=agg)
+    o = {"temperature": 0.5, "agg": agg}
     case(
         f"info_nce-in batch-{agg}",
         lambda a, p, w, o=o: info_nce_loss(a, p, weights=w, **o),
@@ -163,8 +164,8 @@ for agg in ("mean", "max", "sum"):
         )
 
 
-def leaves(inputs, needs=itertools.repeat(True)):
-    return [x.detach().clone().requires_grad_(need) for x, need in zip(inputs, needs)]
+def leaves(inputs, needs=None):
+    return [x.detach().clone().requires_grad_(need) for x, need in zip(inputs, needs or itertools.repeat(True))]
 
 
 @pytest.fixture(params=CASES)
@@ -198,7 +199,7 @@ def test_equal_to_autograd_through_the_plain_formula(named_case):
 @pytest.mark.parametrize("neg_agg", ["mean", "max"])
 @pytest.mark.parametrize("dist", ["cos", "l2"])
 def test_auto_margin_is_a_constant_for_the_gradient(dist, neg_agg):
-    o = dict(margin="auto", dist=dist, neg_agg=neg_agg, weights=W, smooth=1.0)
+    o = {"margin": "auto", "dist": dist, "neg_agg": neg_agg, "weights": W, "smooth": 1.0}
     found, expected = leaves((A, P, N, M)), leaves((A, P, N, M))
     loss_overlay_avoidance(found[0], found[1], found[2:], **o).backward()
     plain_ranking(expected[0], expected[1], expected[2:], **o).backward()
@@ -250,7 +251,7 @@ def test_same_tensor_twice(name):
 def test_blocks(block_elements, dist):
     inputs = embeddings((5, 2, 3, 4), 4)
     found, expected = leaves(inputs), leaves(inputs)
-    o = dict(dist=dist, neg_agg="max", margin="auto")
+    o = {"dist": dist, "neg_agg": "max", "margin": "auto"}
     loss_overlay_avoidance(found[0], found[1], found[2:], **o).backward()
     flat = [x.flatten(1, 2) for x in expected]
     plain_ranking(flat[0], flat[1], flat[2:], **o).backward()
@@ -317,16 +318,16 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, size):
         super().__init__()
-        self.size, self.storages, self.made = size, set(), []
+        self.size, self.made = size, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs))
-                  if isinstance(x, torch.Tensor)}  # fmt: skip
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().size() >= self.size * x.element_size():
-                if x.untyped_storage().data_ptr() not in inputs:
-                    self.made.append(f"{function}: {list(x.shape)}")
+        old = {x.untyped_storage().data_ptr() for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
+        for x in tree_flatten(result)[0]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in old:
+                size = x.untyped_storage().nbytes() // x.element_size()
+                if size >= self.size:
+                    self.made.append(f"{function}: {size} numbers")
         return result
 
 

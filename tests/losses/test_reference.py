@@ -102,7 +102,7 @@ def test_margin_ranking(d_neg_shape, margin, smooth, neg_agg):
     d_pos, d_neg = torch.rand(4, dtype=torch.float64), torch.rand(d_neg_shape, dtype=torch.float64)
     margin = some_margin(margin, *d_neg_shape)
     for weights in (None, torch.tensor([0.0, 1.0, 2.0, 0.5])):
-        options = dict(margin=margin, smooth=smooth, neg_agg=neg_agg, weights=weights)
+        options = {"margin": margin, "smooth": smooth, "neg_agg": neg_agg, "weights": weights}
         check("margin_ranking_on_distances", d_pos, d_neg, **options)
 
 
@@ -155,8 +155,24 @@ def test_info_nce(layout, form, agg):
     negatives = info_nce_negatives(form, layout, negatives)
     for weights in weight_kinds(layout):
         for temperature in (0.07, 1):
-            options = dict(temperature=temperature, agg=agg, weights=some_weights(weights, layout))
+            options = {"temperature": temperature, "agg": agg, "weights": some_weights(weights, layout)}
             check("info_nce_loss", anchor, positive, negatives, **options)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 0.0, 2.0])], ids=["plain", "weights"])
+def test_on_distances_of_the_caller(weights):
+    """The halves of the losses that start from distances equal the whole on the distances of one-number embeddings."""
+    a, b = embeddings((3, 1), 2)
+    y = torch.tensor([1.0, 0.0, 0.5])
+    whole = losses.contrastive_pair_loss(a, b, y, 1.5, weights=weights)
+    assert_near(losses.contrastive_on_distances((a - b).abs()[:, 0], y, 1.5, weights=weights), whole.item())
+
+    anchor, positive, *negatives = embeddings((3, 4), 4)
+    d_pos, *d_neg = (losses.pair_distance(anchor, x) for x in (positive, *negatives))
+    expected = loops.info_nce_loss(anchor, positive, negatives, 0.2, weights=weights)
+    assert_near(losses.info_nce_on_distances(d_pos, torch.stack(d_neg, 1), 0.2, weights=weights), expected)
+    expected = loops.info_nce_loss(anchor, positive, negatives[:1], 0.2, weights=weights)
+    assert_near(losses.info_nce_on_distances(d_pos, d_neg[0], 0.2, weights=weights), expected)
 
 
 def test_a_sample_without_weight_costs_nothing():

@@ -1,0 +1,1 @@
+"""Pictures and tables that show what the losses say, and where."""
