@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .encoders.base import Encoder, EncoderInfo, Progress, check_images, hash_tensors
+from .files import replacing
 
 ROLES = ("pred", "gt", "src", "overlay", "hard_negative")
 NEGATIVE_ROLES = ("overlay", "hard_negative")  # may hold several pictures per pair: [B, K, ..., D]
@@ -85,11 +83,14 @@ class EmbeddingSet:
         if known is not None and known.fingerprint != encoder.info.fingerprint:
             raise ValueError(f"encoder: the set already has another encoder named {known.name!r}; give one another name")
         name = encoder.info.name
+        counts = {role: t.shape[:2].numel() if role in NEGATIVE_ROLES else len(t) for role, t in self._by(name).items()}
+        counts.update({role: len(batch) for role, batch in images.items()})
+        pairs = _pair_count(counts)
         tensors, done, total = dict(self.tensors), 0, sum(len(batch) for batch in images.values())
         grids = dict(self.grids)
         for role, batch in images.items():
             step = None if progress is None else (lambda n, _, base=done: progress(base + n, total))
-            tensors[role, name] = encoder.embed(batch, batch_size, step)
+            tensors[role, name] = _ordinary(encoder.embed(batch, batch_size, step))
             grid = encoder.grid(*batch.shape[1:3])
             if grid is not None and grids.setdefault(name, grid) != grid:
                 raise ValueError(
@@ -97,13 +98,11 @@ class EmbeddingSet:
                     f"other roles, got {grid[0]}×{grid[1]} from {batch.shape[1]}×{batch.shape[2]} pixels"
                 )
             done += len(batch)
-        pairs = _pair_count({r: tensors[r, name] for r in ROLES if (r, name) in tensors})
         for role in NEGATIVE_ROLES:
             if role in images:
-                flat = tensors[role, name]
-                if len(flat) % pairs:
-                    raise ValueError(f"{role}: expected a multiple of {pairs} pictures (pairs), got {len(flat)}")
-                tensors[role, name] = flat.view(pairs, -1, *flat.shape[1:])
+                tensors[role, name] = tensors[role, name].unflatten(0, (pairs, -1))
+            elif (role, name) in tensors and len(tensors[role, name]) == 1:  # encoded before gt and src said how many pairs
+                tensors[role, name] = tensors[role, name][0].unflatten(0, (pairs, -1))
         return replace(
             self,
             tensors=tensors,
@@ -121,7 +120,7 @@ class EmbeddingSet:
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.numel() == 0:
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask: expected [B, H, W], got {got}")
-        mask = (mask if mask.ndim == 3 else mask.unsqueeze(0)).detach().float().cpu()
+        mask = _ordinary((mask if mask.ndim == 3 else mask.unsqueeze(0)).detach().float().cpu())
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError(f"mask: expected values in 0…1, got {mask.min().item():g} to {mask.max().item():g}")
         empty = [i for i, m in enumerate(mask) if m.max() == 0]
@@ -141,8 +140,7 @@ class EmbeddingSet:
         if encoder not in self.encoders:
             raise ValueError(f"encoder: {encoder!r} is not in the embeddings; they have {sorted(self.encoders) or 'none'}")
         if (role, encoder) not in self.tensors:
-            there = [r for r in ROLES if (r, encoder) in self.tensors]
-            raise ValueError(f"{role}: no embedding by {encoder!r}; it has {', '.join(there)}")
+            raise ValueError(f"{role}: no embedding by {encoder!r}; it has {', '.join(self._by(encoder)) or 'none'}")
         return self.tensors[role, encoder]
 
     def token_weights(self, encoder: str) -> Optional[Tensor]:
@@ -153,7 +151,9 @@ class EmbeddingSet:
         """
         if self.mask is None or encoder not in self.grids:
             return None
-        weights = F.adaptive_avg_pool2d(self.mask.unsqueeze(1), self.grids[encoder]).squeeze(1)
+        (height, width), (h, w) = self.mask.shape[1:], self.grids[encoder]
+        area = height / h * (width / w)
+        weights = (_overlaps(height, h) @ self.mask @ _overlaps(width, w).T / area).clamp(0, 1)
         return weights.flatten(1) if self.encoders[encoder].output == "tokens" else weights
 
     # -- the file ---------------------------------------------------------------------------------------------------
@@ -163,27 +163,23 @@ class EmbeddingSet:
         from safetensors.torch import save_file
 
         path = Path(path)
-        tensors = {f"{role}/{name}": t.detach().cpu().contiguous() for (role, name), t in self.tensors.items()}
+        tensors = {f"{role}/{name}": t.detach().cpu() for (role, name), t in self.tensors.items()}
         if not tensors:
             raise ValueError("embeddings: nothing to save, the set is empty")
         if self.mask is not None:
-            tensors["mask"] = self.mask.contiguous()
+            tensors["mask"] = self.mask
+        # safetensors refuses tensors that share memory, as one picture under two roles does.
+        tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
         metadata = {
             "format": FORMAT,
             "encoders": json.dumps({name: json.loads(info.to_json()) for name, info in self.encoders.items()}),
             "grids": json.dumps(self.grids),
             "images": json.dumps(self.images),
-            "content": hash_tensors(sorted(tensors.items())),
         }
+        metadata["content"] = _hash_content(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         return path
 
     @classmethod
@@ -213,28 +209,42 @@ class EmbeddingSet:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                if metadata.get("format") != FORMAT:  # before the tensors are read: it may be a checkpoint of many GB
+                    came = metadata.get("format", "no format entry")
+                    raise StaleEmbeddings(f"{path.name}: expected an embedding file ({FORMAT}), got {came}")
+                # Copied: safetensors maps the file, and who overwrites it later would change or crash us.
+                with torch.inference_mode(False):
+                    tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         except (SafetensorError, OSError) as error:
             raise StaleEmbeddings(f"{path.name}: not a readable safetensors file ({error})") from error
-        if metadata.get("format") != FORMAT:
-            came = metadata.get("format", "no format entry")
-            raise StaleEmbeddings(f"{path.name}: expected an embedding file ({FORMAT}), got {came}")
-        if metadata.get("content") != hash_tensors(sorted(tensors.items())):
-            raise StaleEmbeddings(f"{path.name}: the tensors do not match the content hash in the file; make it again")
+        if metadata.get("content") != _hash_content(tensors, metadata):
+            raise StaleEmbeddings(f"{path.name}: damaged, it does not match the content hash written in it; make it again")
         try:
             infos = {name: EncoderInfo(**entry) for name, entry in json.loads(metadata["encoders"]).items()}
             grids = {name: (int(grid[0]), int(grid[1])) for name, grid in json.loads(metadata["grids"]).items()}
             hashes = dict(json.loads(metadata["images"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StaleEmbeddings(f"{path.name}: its metadata cannot be read ({error!r}); make it again") from error
-        for encoder in encoders:
-            _refuse_other_encoder(path, infos, encoder.info if isinstance(encoder, Encoder) else encoder)
-        for role, batch in (images or {}).items():
-            if hashes.get(role) != hash_images(batch):
-                reason = "other pictures" if role in hashes else "no pictures at all"
-                raise StaleEmbeddings(f"{path.name}: {role} was made from {reason}; encode again")
+        wanted = [encoder.info if isinstance(encoder, Encoder) else encoder for encoder in encoders]
+        for info in wanted:
+            _refuse_other_encoder(path, infos, info)
         mask = tensors.pop("mask", None)
-        return cls({tuple(key.split("/", 1)): t for key, t in tensors.items()}, infos, grids, hashes, mask)
+        result = cls({tuple(key.split("/", 1)): t for key, t in tensors.items()}, infos, grids, hashes, mask)
+        for role, batch in (images or {}).items():
+            check_role(role)
+            makers = [name for name in infos if (role, name) in result.tensors]
+            missing = [info.name for info in wanted if info.name not in makers]
+            if missing or not makers:
+                by = f" by {missing[0]!r}" if missing else ""
+                there = ", ".join(dict.fromkeys(r for r, name in result.tensors if not missing or name == missing[0]))
+                raise StaleEmbeddings(f"{path.name}: there is no {role}{by} in it, only {there}; encode again")
+            if hashes.get(role) != hash_images(batch):
+                raise StaleEmbeddings(f"{path.name}: {role} was made from other pictures; encode again")
+        return result
+
+    def _by(self, encoder: str) -> dict[str, Tensor]:
+        """Role → tensor of one encoder, in the order of ROLES."""
+        return {role: self.tensors[role, encoder] for role in ROLES if (role, encoder) in self.tensors}
 
 
 def check_role(role: str) -> None:
@@ -249,15 +259,38 @@ def hash_images(images: Tensor) -> str:
     return hash_tensors([("images", (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8))])
 
 
-def _pair_count(tensors: Mapping[str, Tensor]) -> int:
-    """How many pairs the pictures belong to: that of gt and src where there are any, which must agree."""
-    counts = {role: len(tensors[role]) for role in ("gt", "src") if role in tensors}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"src: expected as many before as after pictures, got {counts['src']} and {counts['gt']}")
-    pairs = next(iter(counts.values()), 1)
-    outputs = len(tensors["pred"]) if "pred" in tensors else pairs
-    if pairs not in (1, outputs):
-        raise ValueError(f"pred: expected {pairs} outputs, one for each pair, got {outputs}")
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that a loss may keep for backward; ComfyUI runs nodes in inference mode, whose tensors it may not."""
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _overlaps(pixels: int, cells: int) -> Tensor:
+    """``[cells, pixels]``: how much of each pixel lies in each of ``cells`` equal parts of the line, in pixels.
+
+    Unlike adaptive pooling, whose bins overlap where the sizes do not divide, this is exact for any two sizes.
+    """
+    edges = torch.arange(cells + 1, dtype=torch.float64).mul(pixels).div(cells).unsqueeze(1)
+    pixel = torch.arange(pixels, dtype=torch.float64)
+    return (torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)).clamp_min(0).float()
+
+
+def _hash_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over tensors and over the metadata that says what they are."""
+    return hash_tensors(sorted(tensors.items()), *(metadata.get(key, "") for key in ("encoders", "grids", "images")))
+
+
+def _pair_count(counts: Mapping[str, int]) -> int:
+    """How many pairs numbers of pictures by role belong to: that of gt and src where there are any, which must agree."""
+    known = {role: counts[role] for role in ("gt", "src") if role in counts}
+    if len(set(known.values())) > 1:
+        raise ValueError(f"src: expected as many before as after pictures, got {known['src']} and {known['gt']}")
+    pairs = next(iter(known.values()), 1)
+    if pairs not in (1, counts.get("pred", pairs)):
+        raise ValueError(f"pred: expected {pairs} outputs, one for each pair, got {counts['pred']}")
+    for role in NEGATIVE_ROLES:
+        if counts.get(role, pairs) % pairs:
+            raise ValueError(f"{role}: expected a multiple of {pairs} pictures (pairs), got {counts[role]}")
     return pairs
 
 
@@ -270,5 +303,7 @@ def _refuse_other_encoder(path: Path, infos: Mapping[str, EncoderInfo], wanted: 
             f"{path.name}: {wanted.name!r} was run with other preprocessing: {have.preprocessing!r} in the file, "
             f"{wanted.preprocessing!r} now; encode again"
         )
+    if have.output != wanted.output:
+        raise StaleEmbeddings(f"{path.name}: {wanted.name!r} gave {have.output}, now it gives {wanted.output}; encode again")
     if have.fingerprint != wanted.fingerprint:
         raise StaleEmbeddings(f"{path.name}: {wanted.name!r} had other weights ({have.fingerprint[:12]}…) than now; encode again")

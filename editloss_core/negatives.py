@@ -170,9 +170,9 @@ def make_overlays(
 
     Both objects stay visible: where the paste covers a share h of the other object, its visible share is 1 − α·h, and α
     is drawn from ``opacity`` cut off at (1 − min_visible) / h. So an opaque paste of a whole edit region, which would
-    be the after picture itself, does not happen: without silhouettes h = 1 and α ≤ 1 − min_visible. An object that
-    touches the border of the picture is not moved away from it and not shrunk, because its cut edge would show; with
-    that exception a paste is kept inside the picture.
+    be the after picture itself, does not happen: without silhouettes h is near 1 and α at most near 1 − min_visible.
+    An object that touches the border of the picture is not moved away from it and not shrunk, because its cut edge
+    would show; any other is not shifted across the border.
 
     Every draw comes from a generator on the CPU, seeded by (seed, index of the sample, kind, how often the kind came
     before): it does not depend on the device, on the other samples or on the other kinds.

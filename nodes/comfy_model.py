@@ -23,6 +23,7 @@ from ..editloss_core.encoders.diffusion import DiffusionFeatureEncoder
 from ..editloss_core.encoders.vae import VAEEncoder
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
+PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,8 +122,8 @@ class ClipVisionEncoder(PixelEncoder):
 
     Args:
         clip_vision: a ``comfy.clip_vision.ClipVisionModel``.
-        output: ``"global"`` is the pooled (projected) vector; ``"tokens"`` and ``"grid"`` are the patches, without the
-            class token.
+        output: ``"global"`` is the pooled (projected) vector, or for SigLIP, whose pooling ComfyUI does not load, the
+            mean of the patches; ``"tokens"`` and ``"grid"`` are the patches, without the class token.
         layer: ``"last"`` or ``"penultimate"``, for tokens and grid.
         crop: True crops the centre as CLIP was trained; False stretches, so that nothing is out of sight.
     """
@@ -157,7 +158,7 @@ class ClipVisionEncoder(PixelEncoder):
                 pixel_values=pixels, intermediate_output=-2 if self.layer == "penultimate" else None
             )
         if self.info.output == "global":
-            return pooled.float()
+            return pooled.float() if pooled.ndim == 2 else pooled.float().mean(1)
         patches = (last if self.layer == "last" else intermediate)[:, -self.side**2 :].float()
         return patches.transpose(1, 2).unflatten(2, (self.side, self.side))
 
@@ -186,7 +187,8 @@ def diffusion_encoder(
         seed: of ε.
 
     Raises:
-        ValueError: a model that is not a flow model, an unknown block (with the names there are), empty conditioning.
+        ValueError: a model that is not a flow model, an unknown block (with the names there are), a VAE with other
+            latents, empty conditioning; when called, conditioning that does not fit the model.
     """
     base = model.model
     if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
@@ -201,30 +203,44 @@ def diffusion_encoder(
         raise ValueError(f"block: {type(net).__name__} has no module {block!r}; try one of {_abridged(names)}")
     if not conditioning:
         raise ValueError("conditioning: expected at least one entry, got none")
+    channels = base.latent_format.latent_channels
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"vae: {type(base).__name__} takes latents of {channels} channels, this VAE makes {vae.latent_channels} channels"
+        )
+    kind = type(base).__name__
     patch = getattr(net, "patch_size", 1)
+    place = int(type(module).__name__ in PICTURE_SECOND)
     seen = {"text": 0, "picture": 0}  # tokens of the last call
 
     def predict(x: Tensor, t: Tensor) -> None:
         comfy.model_management.load_models_gpu([model], memory_required=base.memory_required(x.shape))
         x, t = x.to(model.load_device), t.to(model.load_device)
         cond = comfy.sampler_helpers.convert_cond(conditioning)[0]
-        inputs = base.extra_conds(**_on(cond, x.device), noise=x, device=x.device)
+        try:
+            inputs = base.extra_conds(**_on(cond, x.device), noise=x, device=x.device)
+        except KeyError as error:
+            raise ValueError(f"conditioning: {kind} needs {error}; make it with the model's own text encoder") from error
         inputs = {name: value.process_cond(batch_size=len(x), device=x.device).cond for name, value in inputs.items()}
         seen["text"] = inputs["c_crossattn"].shape[1] if "c_crossattn" in inputs else 0
         seen["picture"] = -(-x.shape[2] // patch) * -(-x.shape[3] // patch)
         options = model.model_options.get("transformer_options", {}).copy()
-        with differentiable(net):
-            base.apply_model(x, t, transformer_options=options, **inputs)
+        try:
+            with differentiable(net):
+                base.apply_model(x, t, transformer_options=options, **inputs)
+        except comfy.model_management.OOM_EXCEPTION:
+            raise
+        except RuntimeError as error:
+            raise ValueError(f"conditioning: {kind} cannot be run with it; use the model's own text encoder ({error})") from error
 
     def select(result) -> Tensor:
         """The picture's own tokens: references follow them, and in single-stream blocks the text precedes them."""
-        features = result[0] if isinstance(result, tuple) else result
+        features = result[place] if isinstance(result, tuple) else result
         if features.ndim != 3:
             return features
         start = 0 if isinstance(result, tuple) else seen["text"]
         return features[:, start : start + seen["picture"]]
 
-    kind = type(base).__name__
     return DiffusionFeatureEncoder(
         vae_encoder(vae, image_size, base.process_latent_in),
         predict,

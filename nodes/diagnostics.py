@@ -7,6 +7,7 @@ import json
 from comfy_api.latest import io, ui
 
 from ..editloss_core.diagnostics import report as reports
+from .checks import checked
 from .sockets import EmbeddingsSocket, ObjectiveSocket
 
 CATEGORY = "EditLoss/diagnostics"
@@ -40,14 +41,14 @@ class EvaluateObjective(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, objective, embeddings, pred=None, gt=None, src=None, width=1600) -> io.NodeOutput:
         report = objective.objective.evaluate(embeddings, details=True)
         text = reports.text_table(report)
         pred, gt, src = (None if images is None else images[..., :3] for images in (pred, gt, src))
         picture = reports.picture(report, pred, gt, src, width)
         values = json.dumps({**report.as_dict(), "signal": report.signal()}, allow_nan=True)
-        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (text,)}
-        return io.NodeOutput(picture, text, float(report.total), values, ui=shown)
+        return io.NodeOutput(picture, text, float(report.total), values, ui=ui.PreviewImage(picture, cls=cls))
 
 
 NODES = [EvaluateObjective]

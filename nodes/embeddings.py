@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..editloss_core.embeddings import EmbeddingSet
 from . import folders
+from .checks import checked
 from .sockets import EmbeddingsSocket, EncoderSocket
 
 CATEGORY = "EditLoss/embeddings"
@@ -45,6 +46,7 @@ class Encode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(
         cls, encoder, pred=None, gt=None, src=None, overlay=None, hard_negative=None, mask=None, embeddings=None,
         batch_size=8,
@@ -80,6 +82,7 @@ class SaveEmbeddings(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, embeddings, file_name) -> io.NodeOutput:
         path = embeddings.save(folders.embedding_file_to_write(file_name))
         return io.NodeOutput(embeddings, ui={"text": (f"{path.name}: {len(embeddings.tensors)} tensors",)})
@@ -110,14 +113,15 @@ class LoadEmbeddings(io.ComfyNode):
         return True  # the list may be older than the folder; execute looks at the folder and names what is there
 
     @classmethod
-    def fingerprint_inputs(cls, file, **_) -> str:
+    def fingerprint_inputs(cls, file, **_) -> str | float:
         try:
             status = folders.embedding_file_to_read(file).stat()
-        except ValueError:
-            return "missing"
+        except (AttributeError, ValueError):  # linked, so not known yet, or no such file: always run, execute says why
+            return float("nan")
         return f"{status.st_mtime_ns} {status.st_size}"
 
     @classmethod
+    @checked("file")
     def execute(cls, file, encoder=None, gt=None, src=None) -> io.NodeOutput:
         path = folders.embedding_file_to_read(file)
         images = {role: batch[..., :3] for role, batch in (("gt", gt), ("src", src)) if batch is not None}

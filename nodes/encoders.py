@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from . import comfy_model
+from .checks import checked
 from .folders import ENCODER_FOLDER, encoder_weights, encoder_weights_path
 from .sockets import EncoderSocket
 
@@ -66,6 +67,7 @@ class OpenCLIP(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked("weights")
     def execute(cls, architecture, weights, output, crop=False) -> io.NodeOutput:
         with torch.inference_mode(False):
             path = encoder_weights_path(weights)
@@ -100,6 +102,7 @@ class Timm(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked("weights")
     def execute(cls, model_name, weights, output, layer, image_size=0, crop=False) -> io.NodeOutput:
         with torch.inference_mode(False):
             path = encoder_weights_path(weights)
@@ -125,6 +128,7 @@ class VAELatents(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, vae, image_size=0) -> io.NodeOutput:
         return io.NodeOutput(comfy_model.vae_encoder(vae, image_size))
 
@@ -150,6 +154,7 @@ class ClipVision(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, clip_vision, output, layer, crop=False) -> io.NodeOutput:
         return io.NodeOutput(comfy_model.ClipVisionEncoder(clip_vision, output, layer, crop))
 
@@ -175,7 +180,7 @@ class DiffusionFeatures(io.ComfyNode):
                     "noise_level", default=0.3, min=0.01, max=0.99, step=0.01,
                     tooltip="t of x_t = (1 − t) · picture + t · noise. Low sees detail, high sees layout. Try 0.2 to 0.5.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Of the noise, the same for every picture."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of the noise, the same for every picture."),
                 _output_input("grid", ["grid", "tokens"]),
                 _size_input("Side of the square that the model sees, in pixels. 0: the picture's own size."),
             ],
@@ -183,6 +188,7 @@ class DiffusionFeatures(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, model, vae, conditioning, block, noise_level, seed, output, image_size=0) -> io.NodeOutput:
         encoder = comfy_model.diffusion_encoder(
             model, vae, conditioning, block.strip(), noise_level, seed, output, image_size

@@ -13,7 +13,8 @@ NEGATIVE_FOLDER = Path("editloss") / "hard_negatives"
 
 # Letters of any script, digits and a few signs, per part. No dot first, so neither '..' nor a hidden file.
 _PART = re.compile(r"[^\W_][\w\- .]{0,99}")
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?")
+_MOST_PARTS, _MOST_BYTES = 8, 200  # file systems take 255 bytes a part; the ending and the temporary file need some
 
 
 def register_model_folder() -> None:
@@ -32,45 +33,75 @@ def encoder_weights() -> list[str]:
 def encoder_weights_path(name: str) -> Path:
     """A file of the weights folder by the name that the node shows.
 
+    Links among the models are followed, as every loader of ComfyUI does: people keep models on another disk.
+
     Raises:
-        ValueError: for a name that is not in the list, whatever it points to.
+        ValueError: for a name that is not in the list, whatever it points to, and for a link to nowhere.
     """
     if name not in encoder_weights():
         there = ", ".join(encoder_weights()) or "no .safetensors file yet"
-        raise ValueError(f"weights: {name!r} is not in models/{ENCODER_FOLDER}; it has {there}")
-    return Path(folder_paths.get_full_path_or_raise(ENCODER_FOLDER, name))
+        raise ValueError(f"weights: {_short(name)} is not in models/{ENCODER_FOLDER}; it has {there}")
+    path = folder_paths.get_full_path(ENCODER_FOLDER, name)
+    if path is None:
+        raise ValueError(f"weights: {_short(name)} is a link to a file that is not there")
+    return Path(path)
 
 
 def _checked(setting: str, name: str) -> Path:
     parts = name.strip().split("/")
-    if not all(_PART.fullmatch(part) and not _RESERVED.fullmatch(part) and part[-1] not in " ." for part in parts):
+    if len(parts) > _MOST_PARTS or not all(map(_plain, parts)):
         raise ValueError(
-            f"{setting}: expected a name of letters, digits, spaces, '-', '_' and '.', with '/' for subfolders, got {name!r}"
+            f"{setting}: expected a name of letters, digits, spaces, '-', '_' and '.', at most {_MOST_BYTES} bytes, with '/' "
+            f"for up to {_MOST_PARTS - 1} subfolders, got {_short(name)}"
         )
     return Path(*parts)
 
 
-def _inside(root: str, relative: Path) -> Path:
+def _plain(part: str) -> bool:
+    allowed = _PART.fullmatch(part) and not _RESERVED.fullmatch(part) and part[-1] not in " ."
+    return bool(allowed) and len(part.encode()) <= _MOST_BYTES
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else f"{name[:100]}…")
+
+
+def _inside(setting: str, root: str, relative: Path) -> Path:
     """The path below a folder of ComfyUI; a link that leads out of it is refused."""
     base = Path(root).resolve()
-    path = (base / relative).resolve()
+    try:
+        path = (base / relative).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise ValueError(f"{setting}: {relative.as_posix()} cannot be followed: {error}") from error
     if not path.is_relative_to(base):
-        raise ValueError(f"{relative.as_posix()} leads out of ComfyUI's {base.name} folder")
+        raise ValueError(f"{setting}: {relative.as_posix()} leads out of ComfyUI's {base.name} folder")
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ValueError(f"{setting}: expected a folder, {parent.relative_to(base).as_posix()} is a file")
+            break
     return path
 
 
 def embedding_file_to_write(name: str) -> Path:
     """``output/editloss/embeddings/NAME.safetensors``."""
-    return _inside(folder_paths.get_output_directory(), EMBEDDING_FOLDER / f"{_checked('name', name)}.safetensors")
+    relative = EMBEDDING_FOLDER / f"{_checked('file_name', name)}.safetensors"
+    path = _inside("file_name", folder_paths.get_output_directory(), relative)
+    if path.is_dir():
+        raise ValueError(f"file_name: {relative.as_posix()} is a folder; choose another name")
+    return path
 
 
 def embedding_files() -> list[str]:
     """What the load node offers: ``NAME [output]`` and ``NAME [input]``."""
     found = []
     for place, root in _embedding_roots().items():
-        base = Path(root) / EMBEDDING_FOLDER
-        names = sorted(p.relative_to(base).with_suffix("").as_posix() for p in base.rglob("*.safetensors"))
-        found += [f"{name} [{place}]" for name in names]
+        try:
+            base = _inside("file", root, EMBEDDING_FOLDER)
+        except ValueError:  # the folder is a link that leads out: nothing is read there
+            continue
+        files = (p.relative_to(base) for p in base.rglob("*.safetensors") if p.is_file())
+        found += [f"{name} [{place}]" for name in sorted(p.with_suffix("").as_posix() for p in files)]
     return found
 
 
@@ -81,11 +112,11 @@ def embedding_file_to_read(entry: str) -> Path:
     relative = EMBEDDING_FOLDER / f"{_checked('file', name)}.safetensors"
     roots = _embedding_roots()
     for root in [roots[place]] if place else roots.values():
-        path = _inside(root, relative)
+        path = _inside("file", root, relative)
         if path.is_file():
             return path
     there = ", ".join(embedding_files()) or "none yet: run Save Embeddings first"
-    raise ValueError(f"file: there are no embeddings called {entry!r}; there are {there}")
+    raise ValueError(f"file: there are no embeddings called {_short(entry)}; there are {there}")
 
 
 def _embedding_roots() -> dict[str, str]:
@@ -94,4 +125,4 @@ def _embedding_roots() -> dict[str, str]:
 
 def negative_buffer_folder(name: str) -> Path:
     """``output/editloss/hard_negatives/NAME``."""
-    return _inside(folder_paths.get_output_directory(), NEGATIVE_FOLDER / _checked("buffer", name))
+    return _inside("buffer", folder_paths.get_output_directory(), NEGATIVE_FOLDER / _checked("buffer", name))

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..editloss_core import losses
 from ..editloss_core.objective import PRESETS, TERMS, TOKEN_WEIGHTS, LossTerm
+from .checks import checked
 from .sockets import EncoderSocket, ObjectiveSocket, WiredObjective
 
 CATEGORY = "EditLoss/losses"
@@ -121,6 +122,7 @@ class LossNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, encoder, weight, objective=None, margin_mode="fixed", label=None, **settings) -> io.NodeOutput:
         if margin_mode == "auto":
             settings["margin"] = f"auto:{settings['margin']:g}"
@@ -209,6 +211,7 @@ class RecommendedMix(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, encoder, preset, geometry_dist, geometry_encoder=None) -> io.NodeOutput:
         if preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..editloss_core.hard_negatives import HardNegativeBuffer, dequantize_image, image_key, quantize_image
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, estimate_mask, make_overlays
 from . import folders
+from .checks import checked
 
 CATEGORY = "EditLoss/negatives"
 
@@ -45,12 +46,12 @@ class OverlayNegative(io.ComfyNode):
                     "opacity_min", default=0.55, min=0.3, max=1.0, step=0.05, tooltip="Least opacity of what is pasted."
                 ),
                 io.Float.Input(
-                    "opacity_max", default=0.9, min=0.3, max=1.0, step=0.05,
+                    "opacity_max", default=1.0, min=0.3, max=1.0, step=0.05,
                     tooltip="Most opacity. Without silhouettes it is held at 0.7, because an opaque paste of the whole edit "
                     "region would be the after picture.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFF, tooltip="The same seed gives the same overlays, picture by picture."
+                    "seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="The same seed gives the same overlays, picture by picture."
                 ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="The edit region. Open: estimated from where before and after differ."
@@ -76,6 +77,7 @@ class OverlayNegative(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(
         cls, before, after, construction, opacity_min, opacity_max, seed, mask=None, mask_before=None, mask_after=None,
         feather=2.0, max_offset=0.02, scale_jitter=0.05,
@@ -121,6 +123,7 @@ class EstimateMask(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, before, after, threshold, grow=0.01, feather=0.0) -> io.NodeOutput:
         before, after = _same_batch(before, after)
         mask = estimate_mask(before, after, threshold or "auto", margin=grow, feather=feather)
@@ -161,6 +164,7 @@ class StoreHardNegative(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(cls, images, before, buffer, capacity, per_picture, score=0.0) -> io.NodeOutput:
         images, before = images[..., :3], before[..., :3]
         if len(images) % len(before):
@@ -184,7 +188,7 @@ class DrawHardNegative(io.ComfyNode):
                 _before_input(),
                 _buffer_input(),
                 io.Int.Input("count", default=1, min=1, max=64, tooltip="How many for each before picture."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, tooltip="The same seed and buffer give the same draw."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="The same seed and buffer give the same draw."),
                 io.Combo.Input(
                     "if_empty", options=["error", "before"], default="error",
                     tooltip="When a picture has none yet: stop, or use the before picture itself (the output of no edit).",
@@ -194,11 +198,16 @@ class DrawHardNegative(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, buffer, **_) -> float:
-        folder = folders.negative_buffer_folder(buffer)
-        return max((p.stat().st_mtime for p in folder.glob("*.safetensors")), default=0.0)
+    def fingerprint_inputs(cls, buffer, **_) -> str | float:
+        try:
+            folder = folders.negative_buffer_folder(buffer)
+        except (AttributeError, ValueError):  # linked, so not known yet, or no name: always run, and execute says why
+            return float("nan")
+        times = [p.lstat().st_mtime_ns for p in folder.glob("*.safetensors")]
+        return f"{len(times)} {max(times, default=0)}"
 
     @classmethod
+    @checked()
     def execute(cls, before, buffer, count, seed, if_empty) -> io.NodeOutput:
         before = before[..., :3]
         folder = folders.negative_buffer_folder(buffer)

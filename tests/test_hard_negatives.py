@@ -294,27 +294,62 @@ def test_two_processes_write_and_read_at_once(tmp_path):
         assert load_file(entry.path)["negative"].shape == (64,)
 
 
-def test_a_killed_writer_leaves_a_readable_buffer(tmp_path):
-    halves = 0
-    for round_ in range(3):
-        process = start(WRITE_FOR_EVER, tmp_path, "victim", stdout=subprocess.PIPE)
-        assert process.stdout.readline().strip() == b"ready"
-        time.sleep(0.12 + 0.037 * round_)
-        temporary = list(tmp_path.glob(".editloss-negatives-*.tmp"))
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
-        halves += bool(temporary)
-        buffer = HardNegativeBuffer(tmp_path, capacity=8, per_key=8, lock_timeout=10)
-        entries = buffer.entries("a")
-        assert 1 <= len(entries) <= 8
-        for entry in entries:
-            assert load_file(entry.path)["negative"].numel() == 1_000_000
-        buffer.store("a", torch.zeros(1_000_000))
-        assert buffer.draw("a", 2).shape == (2, 1_000_000)
-        assert list(tmp_path.glob(".editloss-negatives-*.tmp")) == []  # what the dead left is swept
+STOP_IN_THE_MIDDLE = (
+    PROLOGUE
+    + """
+import os, pathlib
+
+def half(self, data):
+    with open(self, "wb") as file:
+        file.write(data[: len(data) // 2])
+    stop()
+
+def stop(*_):
+    print("ready", flush=True)
+    time.sleep(60)
+
+if name == "half written":
+    pathlib.Path.write_bytes = half
+else:
+    os.replace = stop
+HardNegativeBuffer(folder, capacity=3).store("a", torch.tensor([9.0]))
+"""
+)
 
 
-def test_a_writer_that_dies_before_the_replacement_costs_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["half written", "not yet replaced"])
+def test_a_writer_killed_at_its_worst_moment(tmp_path, moment):
+    buffer = HardNegativeBuffer(tmp_path, capacity=3, lock_timeout=10)
+    for n in range(3):
+        buffer.store("a", number(n))
+    process = start(STOP_IN_THE_MIDDLE, tmp_path, moment, stdout=subprocess.PIPE)
+    assert process.stdout.readline().strip() == b"ready"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert len(list(tmp_path.glob(".editloss-negatives-*.tmp"))) == 1
+    assert values(buffer, "a") == ([0, 1, 2] if moment == "half written" else [1, 2])
+    assert len(files(tmp_path)) == len(buffer)
+    buffer.store("a", number(5))
+    assert values(buffer, "a") == [1, 2, 5]
+    assert list(tmp_path.glob(".editloss-negatives-*.tmp")) == []  # what the dead left is swept
+
+
+def test_a_writer_killed_at_any_moment(tmp_path):
+    process = start(WRITE_FOR_EVER, tmp_path, "victim", stdout=subprocess.PIPE)
+    assert process.stdout.readline().strip() == b"ready"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    buffer = HardNegativeBuffer(tmp_path, capacity=8, per_key=8, lock_timeout=10)
+    entries = buffer.entries("a")
+    assert 1 <= len(entries) <= 8 and len(files(tmp_path)) == len(entries)
+    for entry in entries:
+        assert load_file(entry.path)["negative"].numel() == 1_000_000
+    buffer.store("a", torch.zeros(1_000_000))
+    assert buffer.draw("a", 2).shape == (2, 1_000_000)
+
+
+def test_a_full_disk_costs_no_entry(tmp_path, monkeypatch):
     buffer = HardNegativeBuffer(tmp_path, capacity=2)
     for n in range(2):
         buffer.store("a", number(n))

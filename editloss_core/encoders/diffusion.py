@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def run_to(block: nn.Module, call: Callable[[], Any]) -> Any:
     """
     outputs: list = []
 
-    def stop(module: nn.Module, args: Any, output: Any) -> Optional[Any]:
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output)
         raise _Reached(outputs)
 

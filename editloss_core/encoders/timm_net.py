@@ -31,7 +31,7 @@ class TimmEncoder(PixelEncoder):
             Early layers see texture and exact position, late ones see objects. Only for grid and tokens.
         image_size: pixels or (height, width), multiples of the patch size for ViTs; 0 is the model's own size; -1
             keeps each picture's own size, rounded down to the patch size (or the stage's stride). DINOv2's own size is
-            518: 224 is six times faster.
+            518, which is 37 × 37 tokens; 224 gives 16 × 16.
         crop: False stretches the whole picture; True scales the shorter side and crops the centre.
         device: where it runs; None is the CPU.
         random_seed: seed of an untrained network, for tests.

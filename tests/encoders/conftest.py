@@ -163,11 +163,11 @@ def photo() -> np.ndarray:
 
 def assert_close_to_pil(ours: torch.Tensor, theirs: torch.Tensor, std: tuple[float, ...]) -> None:
     """Preprocessed pixels agree but for two habits of PIL: it rounds to 8 bits after each of its two passes, and it
-    clips cubic overshoot after each (measured on ``photo``: 0.3/255 on average, 1.0/255 for 999 of 1000 values, up to
-    6/255 beside hard black edges; with a clamp between two passes the largest is 1.0/255)."""
+    clips cubic overshoot after each. Measured on ``photo``: 0.3/255 on average, up to 6/255 beside hard black edges;
+    with a clamp between two passes the largest would be 1.0/255, but gradients would stop there too."""
     difference = ((ours - theirs).abs() * 255 * torch.tensor(std).view(1, 3, 1, 1)).flatten().sort().values
     assert ours.shape == theirs.shape and difference.mean() < 0.5
-    assert difference[int(0.999 * len(difference))] < 1.5 and difference[-1] < 8
+    assert difference[int(0.995 * len(difference))] < 1.5 and difference[-1] < 8
 
 
 @pytest.fixture

@@ -204,8 +204,8 @@ def test_real_features_find_where_an_edit_is(lite0):
     from PIL import Image
 
     folder = files("comfyui_workflow_templates_media_image") / "templates"
-    before, after = (torch.from_numpy(np.array(Image.open(str(folder / TEMPLATE.format(n))).convert("RGB"))).float()[None]
-                     / 255 for n in (1, 2))
+    names = [str(folder / TEMPLATE.format(n)) for n in (1, 2)]
+    before, after = (torch.from_numpy(np.array(Image.open(n).convert("RGB"))).float()[None] / 255 for n in names)
     distance = 1 - torch.cosine_similarity(encoder.embed(before), encoder.embed(after), dim=-1)[0]
     row, column = divmod(int(distance.argmax()), distance.shape[1])
     y, x = (row + 0.5) / distance.shape[0] * 350, (column + 0.5) / distance.shape[1] * 350

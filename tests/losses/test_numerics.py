@@ -174,6 +174,27 @@ def test_all_norms_tiny_at_once():
             assert all(g.norm(dim=-1).max() <= 2e4 * (1 + 1e-6) for g in gradients)
 
 
+@pytest.mark.parametrize("norm", [1e-8, 1e-6, 3e-5, 9.9e-5])
+@pytest.mark.parametrize("loss", ["anchor", "reference", "info_nce anchor", "info_nce bank"])
+def test_below_1e_4_the_clamped_cosine_is_differentiated_and_faded(loss, norm):
+    """With the norm clamped, cos = x·r̂ / 1e-4 is linear in x: its gradient is r̂ / 1e-4, faded by ‖x‖ / 1e-4."""
+    x, r = (UNIT[0][:, 0] * norm).requires_grad_(), UNIT[1][:, 0]
+    if "info" in loss:  # two logits, −1 · (1 − cos) each: a bank of the positive's opposite
+        a, b = (x, r) if "anchor" in loss else (r, x)
+        (found,) = torch.autograd.grad(info_nce_loss(a, -r, b[:1], temperature=1.0, reduction="none")[0], x)
+        other = r[0] / MIN_NORM
+        if "anchor" in loss:  # d loss / d cos(x, ±r) = ∓ the probability of the bank's row
+            chance = torch.sigmoid(2 * (x[0] * r[0]).sum() / MIN_NORM)
+            expected = chance * 2 * other
+        else:
+            expected = torch.sigmoid((x[0] * r[0]).sum() / MIN_NORM + 1) * other
+        found, expected = found[0], expected * norm / MIN_NORM
+    else:
+        (found,) = torch.autograd.grad(pair_distance(*((x, r) if loss == "anchor" else (r, x))).sum(), x)
+        expected = -r / MIN_NORM * norm / MIN_NORM
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=0)
+
+
 def analytic_cosine_distance(a, b):
     """1 − cos and its two gradients in float64: (cos · â − b̂) / ‖a‖, and the same with a and b exchanged."""
     na, nb = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
