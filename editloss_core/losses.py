@@ -40,7 +40,6 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 __all__ = [
@@ -101,8 +100,9 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
     [tensor([[0., 0.]]), tensor([[2., 2.]])]
     """
     _check_option("dist", dist, ("cos", "l2", "l1", "euclidean"))
-    if not references:
-        raise ValueError("references: expected at least one tensor, got none")
+    if not isinstance(references, (list, tuple)) or not references:
+        came = "an empty one" if isinstance(references, (list, tuple)) else type(references).__name__
+        raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
     return list(_TokenDistances.apply(dist, anchor, *references))
 
@@ -124,12 +124,12 @@ class _TokenDistances(torch.autograd.Function):
         cosine = dist == "cos"
         norms = [torch.empty_like(outputs[0]) for _ in range(1 + len(references))] if cosine else []
         for block in _blocks(*a3.shape):
-            a = a3[block].to(dtype)
+            a = a3[block].to(dtype).contiguous()
             if cosine:
                 aa = a.square().sum(-1)
                 norms[0][block] = aa
             for j, reference in enumerate(r3):
-                r = reference[block].to(dtype)
+                r = reference[block].to(dtype).contiguous()
                 if cosine:
                     rr = r.square().sum(-1)
                     norms[1 + j][block] = rr
@@ -142,8 +142,8 @@ class _TokenDistances(torch.autograd.Function):
         return tuple(d.view(shape) for d in outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        _refuse_second_order()
         count = len(grads)
         anchor, references = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count]
         scalars = ctx.saved_tensors[1 + count :]
@@ -187,6 +187,11 @@ class _TokenDistances(torch.autograd.Function):
             grad_anchor = grad_anchor.view(anchor.shape)
         grad_refs = [None if g is None else g.view(r.shape) for g, r in zip(grad_refs, references)]
         return (None, grad_anchor, *grad_refs)
+
+
+def _refuse_second_order() -> None:
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("the losses have no derivatives of second order: call backward without create_graph=True")
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -263,12 +268,16 @@ def aggregate_tokens(distances: Tensor, agg: str = "mean", weights: Optional[Ten
     tensor([3.])
     """
     _check_option("agg", agg, AGGREGATIONS)
+    _check_tensor("distances", distances)
+    if distances.ndim < 1 or distances.numel() == 0:
+        raise ValueError(f"distances: expected [B] or [B, ...] with B >= 1, got shape {_shape(distances)}")
     if distances.ndim == 1:
         return distances
     d = distances.flatten(1)
     if weights is not None:
         if weights.shape != distances.shape:
             raise ValueError(f"weights: expected shape {_shape(distances)} like the distances, got {_shape(weights)}")
+        _split_weights(weights, distances.shape, distances.device)
         w = weights.to(d.dtype).flatten(1)
         d = d * w
         if agg == "mean":
@@ -295,9 +304,9 @@ def margin_fraction(margin: Margin) -> Optional[float]:
             raise ValueError(f"margin: expected values >= 0, got a tensor with minimum {margin.min().item():g}")
         return None
     if isinstance(margin, str):
-        word, _, number = margin.partition(":")
+        word, colon, number = margin.partition(":")
         try:
-            fraction = float(number) if number else 0.5
+            fraction = float(number) if colon else 0.5
         except ValueError:
             fraction = math.nan
         if word.strip() != "auto" or not 0.0 < fraction <= 1.0:
@@ -347,8 +356,8 @@ def margin_ranking_on_distances(
     dtype = _compute_dtype(d_pos, d_neg)
     d_pos, d_neg = d_pos.to(dtype), d_neg.to(dtype)
     if isinstance(margin, Tensor):
-        if margin.shape not in (d_pos.shape, d_neg.shape, torch.Size([])):
-            raise ValueError(f"margin: expected shape {_shape(d_pos)} or {_shape(d_neg)}, got {_shape(margin)}")
+        _check_margin_tensor(margin, d_neg.shape, d_neg.device)
+        margin = margin.to(dtype)
         if d_neg.ndim == 2 and margin.ndim == 1:
             margin = margin.unsqueeze(1)
     excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
@@ -369,13 +378,9 @@ def contrastive_on_distances(
     _check_distances("distance", distance, (1,))
     _check_number("margin", margin, minimum=0.0)
     sample_weights, _ = _split_weights(weights, distance.shape, distance.device)
-    y = torch.as_tensor(y, device=distance.device)
-    if y.shape not in (distance.shape, torch.Size([])):
-        raise ValueError(f"y: expected a number or shape {_shape(distance)}, one label per sample, got {_shape(y)}")
-    if _on_cpu(y) and bool(((y < 0) | (y > 1)).any()):
-        raise ValueError(f"y: expected labels in 0…1 (1 = same), got values from {y.min()} to {y.max()}")
+    _check_labels(y, distance.shape[0], distance.device)
     distance = distance.to(_compute_dtype(distance))
-    y = y.to(distance.dtype)
+    y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
     pull = y * distance.square()
     push = (1.0 - y) * (margin - distance).clamp_min(0.0).square()
     return _reduce(0.5 * (pull + push), reduction, sample_weights)
@@ -415,7 +420,8 @@ def info_nce_on_distances(
 
 
 def _hinge(x: Tensor, smooth: float) -> Tensor:
-    return smooth * F.softplus(x / smooth) if smooth > 0 else x.relu()
+    # Below 1e-30 the quotient would overflow and the two are the same in float32.
+    return smooth * F.softplus(x / smooth) if smooth > 1e-30 else x.relu()
 
 
 def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]) -> Tensor:
@@ -424,6 +430,12 @@ def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]
     if reduction == "none":
         return per_sample
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _aggregated_distances(
+    anchor: Tensor, references: Sequence[Tensor], dist: str, agg: str, token_weights: Optional[Tensor]
+) -> List[Tensor]:
+    return [aggregate_tokens(d, agg, token_weights) for d in token_distances(anchor, references, dist)]
 
 
 def _ranking(
@@ -445,15 +457,13 @@ def _ranking(
     _check_option("reduction", reduction, REDUCTIONS)
     _check_number("smooth", smooth, minimum=0.0)
     fraction = margin_fraction(margin)
+    if isinstance(margin, Tensor):
+        _check_margin_tensor(margin, torch.Size([anchor.shape[0], len(negatives)]), anchor.device)
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
-
-    def aggregated(a: Tensor, references: List[Tensor]) -> List[Tensor]:
-        return [aggregate_tokens(d, agg, token_weights) for d in token_distances(a, references, dist)]
-
-    d_pos, *d_neg = aggregated(anchor, [positive, *negatives])
+    d_pos, *d_neg = _aggregated_distances(anchor, [positive, *negatives], dist, agg, token_weights)
     if fraction is not None:
         with torch.no_grad():
-            margin = fraction * torch.stack(aggregated(positive, negatives), 1)
+            margin = fraction * torch.stack(_aggregated_distances(positive, negatives, dist, agg, token_weights), 1)
     return margin_ranking_on_distances(
         d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg
     )
@@ -572,6 +582,9 @@ def contrastive_pair_loss(
     _check_embeddings(z1=z1, z2=z2)
     _check_option("dist", dist, DISTANCES)
     _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("margin", margin, minimum=0.0)
+    _check_labels(y, z1.shape[0], z1.device)
     sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
     (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
     return contrastive_on_distances(aggregate_tokens(d, agg, token_weights), y, margin, reduction, sample_weights)
@@ -688,12 +701,14 @@ def info_nce_loss(
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
 
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
+    if bank is not None:  # used twice below: its two gradients must not be rounded to half precision before they are added
+        anchor = anchor.to(_compute_dtype(anchor, positive, bank))
     if negatives is None:
         logits = _bank_distances(anchor, bank, agg, token_weights) / -temperature
         target = torch.arange(len(logits), device=logits.device)
         return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
     own = [] if bank is not None else _negative_list("negatives", negatives, anchor)
-    distances = [aggregate_tokens(d, agg, token_weights) for d in token_distances(anchor, [positive, *own], "cos")]
+    distances = _aggregated_distances(anchor, [positive, *own], "cos", agg, token_weights)
     if bank is None:
         d_neg = torch.stack(distances[1:], 1)
     else:
@@ -733,8 +748,8 @@ class _UnitVectors(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        _refuse_second_order()
         unit, squared = ctx.saved_tensors
         floor = MIN_NORM**2
         along = (grad * unit).sum(-1, keepdim=True)
@@ -917,6 +932,33 @@ def _check_distances(name: str, d: Tensor, dims: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected distances {expected} with B >= 1, got shape {_shape(d)}")
 
 
+def _check_margin_tensor(margin: Tensor, negatives: torch.Size, device: torch.device) -> None:
+    """``[]``, ``[B]`` or ``[B, K]`` where the negatives' distances are ``[B]`` or ``[B, K]``."""
+    if margin.shape not in (negatives, negatives[:1], torch.Size([])):
+        ways = " or ".join(dict.fromkeys(str(list(shape)) for shape in (negatives[:1], negatives)))
+        raise ValueError(f"margin: expected a number or shape {ways}, got {_shape(margin)}")
+    if margin.ndim and margin.device != device:
+        raise ValueError(f"margin: expected device {device} like the distances, got {margin.device}")
+
+
+def _check_labels(y: Union[Tensor, float], batch: int, device: torch.device) -> None:
+    if isinstance(y, Tensor):
+        if y.shape not in (torch.Size([batch]), torch.Size([])):
+            raise ValueError(f"y: expected a number or shape [{batch}], one label per sample, got {_shape(y)}")
+        if y.is_complex():
+            raise ValueError(f"y: expected real labels in 0…1, got {y.dtype}")
+        if y.device != device:
+            raise ValueError(f"y: expected device {device} like the embeddings, got {y.device}")
+        outside = _on_cpu(y) and bool(((y < 0) | (y > 1)).any())
+    elif isinstance(y, (bool, int, float)):
+        outside = not 0 <= y <= 1
+    else:
+        raise ValueError(f"y: expected a tensor of labels or one number, got {y!r}")
+    if outside:
+        came = f"values from {y.min()} to {y.max()}" if isinstance(y, Tensor) else repr(y)
+        raise ValueError(f"y: expected labels in 0…1 (1 = same), got {came}")
+
+
 def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tensor]:
     """``[B, ..., D]``, ``[B, K, ..., D]`` or a sequence of ``[B, ..., D]`` as a list of views shaped like the anchor."""
     if isinstance(negatives, Tensor):
@@ -963,6 +1005,8 @@ def _split_weights(
         return None, None
     if not isinstance(weights, Tensor):
         raise ValueError(f"weights: expected a tensor or None, got {type(weights).__name__}")
+    if weights.is_complex():
+        raise ValueError(f"weights: expected real numbers, got {weights.dtype}")
     if weights.device != device:
         raise ValueError(f"weights: expected device {device} like the embeddings, got {weights.device}")
     if weights.shape not in (shape, shape[:1]):

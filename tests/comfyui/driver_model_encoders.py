@@ -403,11 +403,9 @@ def check_flux_refusals() -> None:
     refused(lambda: pooled_missing(x), "conditioning", "pooled_output")
     foreign = [[torch.randn(1, TEXT, 99), cond[0][1]]]
     refused(lambda: MODEL.diffusion_encoder(model, vae, foreign, "double_blocks.0", 0.3, 0)(x), "conditioning", "Flux")
-    # A block that is left out of every call: its encoder says so, and no hook stays behind.
-    never = model.model.diffusion_model.final_layer.adaLN_modulation
-    model.model.diffusion_model.final_layer.adaLN_modulation = torch.nn.ModuleList([torch.nn.Identity()])
-    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "final_layer.adaLN_modulation.0", 0.3, 0)(x), "block")
-    model.model.diffusion_model.final_layer.adaLN_modulation = never
+    # A module that no call runs: its encoder says so, and no hook stays behind.
+    model.model.diffusion_model.spare = torch.nn.Identity()
+    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "spare", 0.3, 0)(x), "block", "without running it")
     assert not any(m._forward_hooks for m in model.model.diffusion_model.modules())
     model.model.model_sampling = comfy.model_sampling.ModelSamplingDiscrete()
     refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.0", 0.3, 0),
