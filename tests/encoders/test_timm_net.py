@@ -151,7 +151,7 @@ WITH_PICTURES = pytest.mark.skipif(importlib.util.find_spec("comfyui_workflow_te
 def lite0(tmp_path_factory):
     from lite0 import write_lite0
 
-    return write_lite0(tmp_path_factory.mktemp("lite0"))
+    return write_lite0(tmp_path_factory.mktemp("lite0") / "tf_efficientnet_lite0.safetensors")
 
 
 def _animal(number: int) -> torch.Tensor:
