@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import torch
 from comfy_api.latest import io, ui
 
 from ..editloss_core.diagnostics import report as reports
@@ -24,7 +25,7 @@ class EvaluateObjective(io.ComfyNode):
             inputs=[
                 ObjectiveSocket.Input("objective", tooltip="Terms from a chain of loss nodes or from the preset."),
                 EmbeddingsSocket.Input("embeddings", tooltip="Must hold every role and encoder that the terms name."),
-                io.Image.Input("pred", optional=True, tooltip="The outputs, to draw the heat maps on."),
+                io.Image.Input("pred", optional=True, tooltip="The outputs, to draw the heat maps on. Open: they lie on grey."),
                 io.Image.Input("gt", optional=True, tooltip="The after picture, shown for comparison."),
                 io.Image.Input("src", optional=True, tooltip="The before picture, shown for comparison."),
                 io.Int.Input(
@@ -46,6 +47,8 @@ class EvaluateObjective(io.ComfyNode):
         report = objective.objective.evaluate(embeddings, details=True)
         text = reports.text_table(report)
         pred, gt, src = (None if images is None else images[..., :3] for images in (pred, gt, src))
+        if pred is None:  # the heat maps lie on grey then
+            pred = torch.full((1, 8, 8, 3), 0.5)
         picture = reports.picture(report, pred, gt, src, width)
         values = json.dumps({**report.as_dict(), "signal": report.signal()}, allow_nan=True)
         return io.NodeOutput(picture, text, float(report.total), values, ui=ui.PreviewImage(picture, cls=cls))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editloss_core.encoders import EncoderInfo, OpenCLIPEncoder, TimmEncoder
-from conftest import CLIPS, DINO2, TIMM_KWARGS
+from small_networks import CLIPS, DINO2, TIMM_KWARGS
 
 CASES = [
     *[f"{name}:{output}" for name in (*CLIPS, *TIMM_KWARGS) for output in ("global", "grid")],

@@ -50,7 +50,7 @@ def test_timm(timms, tmp_path):
 def test_another_process_agrees(clips, timms, tmp_path):
     here = [OpenCLIPEncoder("tiny-vit", clips["tiny-vit"].file).info.fingerprint,
             TimmEncoder("test_resnet", timms["test_resnet"].file).info.fingerprint]
-    code = ("import sys, pathlib; from conftest import register_clips; "
+    code = ("import sys, pathlib; from small_networks import register_clips; "
             "from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder; "
             "register_clips(pathlib.Path(sys.argv[3])); "
             "print(OpenCLIPEncoder('tiny-vit', sys.argv[1]).info.fingerprint, "

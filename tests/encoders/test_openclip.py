@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editloss_core.encoders import OpenCLIPEncoder
-from conftest import CLIPS, assert_close_to_pil
+from small_networks import CLIPS, assert_close_to_pil
 
 
 @pytest.mark.parametrize("name", CLIPS)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editloss_core.encoders import TimmEncoder
-from conftest import DINO2, DINO3, SMALL, TIMM_KWARGS, VIT, assert_close_to_pil
+from small_networks import DINO2, DINO3, SMALL, TIMM_KWARGS, VIT, assert_close_to_pil
 
 
 @pytest.mark.parametrize("name, size", [(VIT, 0), (VIT, (96, 128)), (DINO2, (42, 70)), (DINO3, (48, 80))])
