@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Callable, Mapping, Optional
+from typing import Callable, Iterable, Mapping, Optional
 
 import torch
 from torch import Tensor
 
 from . import losses
-from .embeddings import NEGATIVE_ROLES, EmbeddingSet, check_role
+from .embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
 
 TOKEN_WEIGHTS = ("mask", "difference", "none")
 
@@ -66,26 +66,33 @@ class LossTerm:
                 raise ValueError(f"{f.name}: a {self.kind} term has no such setting; it has {', '.join(defaults)}")
         if not self.name:
             object.__setattr__(self, "name", self.kind.replace("_", " "))
+        self._check()
+
+    def _check(self) -> None:
+        """Everything that the public loss would refuse, under this term's own names and before any work."""
+        if not isinstance(self.encoder, str) or not self.encoder:
+            raise ValueError(f"encoder: expected the name of an encoder, got {self.encoder!r}")
         losses._check_number("weight", self.weight, minimum=0.0)
         losses._check_option("agg", self.agg, losses.AGGREGATIONS)
         losses._check_option("token_weights", self.token_weights, TOKEN_WEIGHTS)
         if self.dist is not None:
-            match = TERMS[self.kind].evaluate is _match
-            losses._check_option("dist", self.dist, losses.MATCHES if match else losses.DISTANCES)
+            l1_too = self.kind in ("geometry_match", "feature_match")
+            losses._check_option("dist", self.dist, losses.MATCHES if l1_too else losses.DISTANCES)
         if self.margin is not None and losses.margin_fraction(self.margin) and self.kind in ("margin_ranking", "contrastive"):
             raise ValueError(f"margin: a {self.kind} term needs a number, got {self.margin!r}")
-        for role in (self.anchor, self.positive, self.reference, self.negative):
-            if role is not None and not (role == "in_batch" and self.kind == "info_nce"):
-                check_role(role)
-        for role in (self.anchor, self.positive, self.reference):
-            if role in NEGATIVE_ROLES:
-                raise ValueError(f"anchor, positive, reference: expected pred, gt or src, got {role!r}")
-
-    @property
-    def label_roles(self) -> str:
-        """The comparison in words, for tables: ``pred → gt, away from src``."""
-        text = f"{self.anchor} → {self.positive}"
-        return f"{text}, away from {self.negative}" if self.negative else text
+        if self.smooth is not None:
+            losses._check_number("smooth", self.smooth, minimum=0.0)
+        if self.neg_agg is not None:
+            losses._check_option("neg_agg", self.neg_agg, losses.AGGREGATIONS)
+        if self.temperature is not None:
+            losses._check_number("temperature", self.temperature, minimum=0.0, exclusive=True)
+        if self.label not in (None, 0, 1):
+            raise ValueError(f"label: expected 1 (same) or 0 (different), got {self.label!r}")
+        pictures = tuple(role for role in ROLES if role not in NEGATIVE_ROLES)
+        negatives = (*ROLES, "in_batch") if self.kind == "info_nce" else ROLES
+        for name, options in (("anchor", pictures), ("positive", pictures), ("reference", pictures), ("negative", negatives)):
+            if getattr(self, name) is not None:
+                losses._check_option(name, getattr(self, name), options)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class TermReport:
         token_map: ``[B, h, w]`` or None. Hinge terms: d₊ − d₋ per token to the nearest of several negatives (above 0:
             nearer to the negative than to the target); the others: the distance per token.
         token_weights: ``[B, h, w]`` or None: how much each token counted.
+        map_meaning: what a high (red) and a low (blue) value of the map say, in words.
     """
 
     term: LossTerm
@@ -114,6 +122,7 @@ class TermReport:
     toward_failure: Optional[Tensor] = None
     token_map: Optional[Tensor] = None
     token_weights: Optional[Tensor] = None
+    map_meaning: str = ""
 
     @property
     def weighted(self) -> Tensor:
@@ -169,9 +178,19 @@ class ObjectiveReport:
 
 @dataclass(frozen=True)
 class EditObjective:
-    """An ordered set of terms. Adding a term returns a new objective, the way LoRA stacks chain."""
+    """An ordered set of terms. Adding a term returns a new objective, the way LoRA stacks chain.
+
+    Raises:
+        ValueError: for two terms of one name.
+    """
 
     terms: tuple[LossTerm, ...] = field(default_factory=tuple)
+
+    def __post_init__(self):
+        names = [t.name for t in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"name: expected a name for each term, got {name!r} twice; with_term numbers them")
 
     def with_term(self, term: LossTerm) -> "EditObjective":
         """Append; a name that is taken gets a number."""
@@ -198,10 +217,10 @@ class EditObjective:
         """
         if not self.terms:
             raise ValueError("objective: expected at least one term, got none")
-        evaluation = _Evaluation(embeddings, details)
-        evaluation.prefetch(self.terms)
+        evaluation = _Evaluation(self.terms, embeddings, details)
         reports = tuple(TERMS[term.kind].evaluate(evaluation, term) for term in self.terms)
-        return ObjectiveReport(sum(r.weighted for r in reports), reports)
+        counted = [r.weighted for r in reports if r.term.weight > 0]
+        return ObjectiveReport(sum(counted) if counted else torch.zeros(()), reports)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,77 +229,89 @@ class EditObjective:
 
 
 class _Evaluation:
-    """The distances of one evaluation, keyed by (encoder, distance, anchor role, reference role, k)."""
+    """The token distances of one evaluation, keyed by encoder, distance and the two roles in the order of ROLES."""
 
-    def __init__(self, embeddings: EmbeddingSet, details: bool):
+    def __init__(self, terms: tuple[LossTerm, ...], embeddings: EmbeddingSet, details: bool):
         self.embeddings, self.details = embeddings, details
-        self.batches: dict[str, int] = {}
+        encoders = {term.encoder for term in terms}
+        self.batch = max((len(t) for (_, name), t in embeddings.tensors.items() if name in encoders), default=1)
         self.tokens: dict[tuple[str, str, str, str], list[Tensor]] = {}
+        self._weights: dict[tuple[str, str], Optional[Tensor]] = {}
+        self._prefetch(terms)
 
     def roles(self, role: str, encoder: str) -> list[Tensor]:
-        """A role's embeddings, K of them for negatives, each broadcast to the batch of the outputs."""
+        """A role's embeddings, K of them for negatives, each broadcast to the batch and on the device of the outputs."""
         tensor = self.embeddings.get(role, encoder)
         items = list(tensor.unbind(1)) if role in NEGATIVE_ROLES else [tensor]
-        batch = self.batch(encoder)
-        if len(items[0]) not in (1, batch):
-            raise ValueError(f"{role}: expected 1 or {batch} samples like the largest role, got {len(items[0])}")
-        device = self.embeddings.get("pred", encoder).device if ("pred", encoder) in self.embeddings.tensors else None
-        return [item.to(device or item.device).expand(batch, *item.shape[1:]) for item in items]
+        if len(tensor) not in (1, self.batch):
+            raise ValueError(f"{role}: expected 1 or {self.batch} samples like the largest role, got {len(tensor)}")
+        device = self.embeddings.tensors.get(("pred", encoder), tensor).device
+        return [item.to(device).expand(self.batch, *item.shape[1:]) for item in items]
 
-    def batch(self, encoder: str) -> int:
-        if encoder not in self.batches:
-            self.batches[encoder] = max(len(t) for (_, name), t in self.embeddings.tensors.items() if name == encoder)
-        return self.batches[encoder]
+    def _prefetch(self, terms: tuple[LossTerm, ...]) -> None:
+        """One pass of the primitive per (encoder, distance, anchor), over every reference that any term needs.
 
-    def prefetch(self, terms: tuple[LossTerm, ...]) -> None:
-        """One pass of the primitive per (encoder, distance, anchor), over every reference that any term needs."""
-        wanted: dict[tuple[str, str, str], dict[str, None]] = {}
+        Distances that are constants for the gradient (automatic margins, weights, what pictures show) come last and
+        without a graph, unless a term has them as its own.
+        """
+        own: dict[tuple, None] = {}
+        constant: dict[tuple, None] = {}
         for term in terms:
-            for dist, anchor, reference in TERMS[term.kind].pairs(term):
-                self.embeddings.get(anchor, term.encoder), self.embeddings.get(reference, term.encoder)
-                wanted.setdefault((term.encoder, dist, anchor), {})[reference] = None
-        for (encoder, dist, anchor), references in wanted.items():
-            lists = {role: self.roles(role, encoder) for role in references}
-            flat = [tensor for items in lists.values() for tensor in items]
+            kind, has = TERMS[term.kind], lambda pair: all((r, term.encoder) in self.embeddings.tensors for r in pair[1:])
+            needed = kind.constants(term, False)
+            if term.token_weights == "difference" and term.encoder in self.embeddings.grids:
+                needed.append(("cos", "gt", "src"))
+            if self.details:  # but a picture must not make a role necessary
+                needed += filter(has, kind.constants(term, True))
+            for pairs, group in ((kind.pairs(term), own), (needed, constant)):
+                for dist, *roles in pairs:
+                    for role in roles:
+                        self.embeddings.get(role, term.encoder)
+                    group[(term.encoder, dist, *sorted(roles, key=ROLES.index))] = None
+        self._compute(own)
+        with torch.no_grad():
+            self._compute(key for key in constant if key not in own)
+
+    def _compute(self, keys: Iterable[tuple[str, str, str, str]]) -> None:
+        grouped: dict[tuple[str, str, str], list[str]] = {}
+        for *group, reference in keys:
+            grouped.setdefault(tuple(group), []).append(reference)
+        for (encoder, dist, anchor), references in grouped.items():
+            lists = [self.roles(role, encoder) for role in references]
+            flat = [tensor for items in lists for tensor in items]
             results = iter(losses.token_distances(self.roles(anchor, encoder)[0], flat, dist))
-            for role, items in lists.items():
+            for role, items in zip(references, lists):
                 self.tokens[encoder, dist, anchor, role] = [next(results) for _ in items]
 
-    def token_distances(self, term: LossTerm, anchor: str, reference: str, dist: str | None = None) -> list[Tensor]:
-        return self.tokens[term.encoder, dist or term.dist, anchor, reference]
+    def token_distances(self, term: LossTerm, a: str, b: str, dist: Optional[str] = None) -> list[Tensor]:
+        anchor, reference = sorted((a, b), key=ROLES.index)
+        return self.tokens.get((term.encoder, dist or term.dist, anchor, reference), [])
 
-    def distances(self, term: LossTerm, anchor: str, reference: str, dist: str | None = None) -> Tensor:
+    def distances(self, term: LossTerm, a: str, b: str, dist: Optional[str] = None) -> Tensor:
         """Aggregated: ``[B]``, or ``[B, K]`` for a role of several negatives."""
         weights = self.weights(term)
-        parts = [losses.aggregate_tokens(d, term.agg, weights) for d in self.token_distances(term, anchor, reference, dist)]
-        return torch.stack(parts, 1) if reference in NEGATIVE_ROLES else parts[0]
-
-    def constant_distances(self, term: LossTerm, anchor: str, reference: str) -> Tensor:
-        """As :meth:`distances`, without a graph, between roles that no term needs a gradient of."""
-        key = (term.encoder, term.dist, anchor, reference)
-        with torch.no_grad():
-            if key not in self.tokens:
-                self.tokens[key] = losses.token_distances(
-                    self.roles(anchor, term.encoder)[0], self.roles(reference, term.encoder), term.dist
-                )
-            return self.distances(term, anchor, reference).detach()
+        parts = [losses.aggregate_tokens(d, term.agg, weights) for d in self.token_distances(term, a, b, dist)]
+        return torch.stack(parts, 1) if {a, b} & set(NEGATIVE_ROLES) else parts[0]
 
     def weights(self, term: LossTerm) -> Optional[Tensor]:
         """Token weights of a term, shaped like its token distances; None when every token counts the same."""
+        key = (term.encoder, term.token_weights)
+        if key not in self._weights:
+            self._weights[key] = self._make_weights(term)
+        return self._weights[key]
+
+    def _make_weights(self, term: LossTerm) -> Optional[Tensor]:
         if term.encoder not in self.embeddings.grids or term.token_weights == "none":
             return None
         if term.token_weights == "difference":
-            with torch.no_grad():
-                gt, src = self.roles("gt", term.encoder)[0], self.roles("src", term.encoder)[0]
-                return losses.token_distances(gt, [src], "cos")[0]
+            return self.token_distances(term, "gt", "src", "cos")[0].detach()
         weights = self.embeddings.token_weights(term.encoder)
         if weights is None:
             return None
-        batch = self.batch(term.encoder)
-        if len(weights) not in (1, batch):
-            raise ValueError(f"mask: expected 1 or {batch} masks like the pictures, got {len(weights)}")
+        if len(weights) not in (1, self.batch):
+            raise ValueError(f"mask: expected 1 or {self.batch} masks like the pictures, got {len(weights)}")
         device = self.embeddings.get(term.anchor, term.encoder).device
-        return weights.to(device).expand(batch, *weights.shape[1:])
+        return weights.to(device).expand(self.batch, *weights.shape[1:])
 
     def map(self, term: LossTerm, values: Optional[Tensor]) -> Optional[Tensor]:
         """Values per token as ``[B, h, w]``."""
@@ -304,15 +335,22 @@ def _name(anchor: str, reference: str) -> str:
     return f"d({anchor}, {reference})"
 
 
+def _share(d: Tensor, whole: Tensor) -> Tensor:
+    """d / whole, and 0 where the whole is nothing."""
+    return torch.where(whole > 1e-6, d / whole.clamp_min(1e-6), torch.zeros_like(d)).detach()
+
+
 def _match(e: _Evaluation, term: LossTerm) -> TermReport:
     d = e.distances(term, term.anchor, term.positive)
     distances = {_name(term.anchor, term.positive): d}
     toward = None
-    if e.details and (term.anchor, term.positive) == ("pred", "gt") and ("src", term.encoder) in e.embeddings.tensors:
-        edit = distances["d(src, gt)"] = e.constant_distances(term, "src", "gt")
-        toward = d.detach() / edit.clamp_min(1e-12)
-    token_map = e.token_distances(term, term.anchor, term.positive)[0]
-    return e.report(term, d, token_map, distances=distances, toward_failure=toward)
+    if e.details and (term.anchor, term.positive) == ("pred", "gt") and e.token_distances(term, "gt", "src"):
+        edit = distances["d(src, gt)"] = e.distances(term, "gt", "src").detach()
+        toward = _share(d, edit)
+    return e.report(
+        term, d, e.token_distances(term, term.anchor, term.positive)[0], distances=distances, toward_failure=toward,
+        map_meaning=f"red: {term.anchor} far from {term.positive}",
+    )  # fmt: skip
 
 
 def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
@@ -320,53 +358,69 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
     d_pos = e.distances(term, term.anchor, term.positive)
     d_neg = e.distances(term, compared, term.negative)
     distances = {_name(term.anchor, term.positive): d_pos, _name(compared, term.negative): d_neg}
-    margin, fraction = term.margin, losses.margin_fraction(term.margin)
-    reach = None
-    if fraction is not None or (e.details and compared == term.anchor):
-        reach = distances[_name(term.positive, term.negative)] = e.constant_distances(term, term.positive, term.negative)
+    margin, fraction, reach = term.margin, losses.margin_fraction(term.margin), None
+    if compared == term.anchor and (fraction is not None or e.details):
+        reach = distances[_name(term.positive, term.negative)] = e.distances(term, term.positive, term.negative).detach()
     if fraction is not None:
         margin = fraction * reach
     per_sample = losses.margin_ranking_on_distances(
         d_pos, d_neg, margin, "none", smooth=term.smooth, neg_agg=term.neg_agg or "mean"
     )
-    with torch.no_grad():
-        columns = d_neg.detach().reshape(len(d_pos), -1)
-        width = margin.reshape(len(d_pos), -1) if isinstance(margin, Tensor) else margin
-        active = float((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1).float().mean())
-        toward = token_map = None
-        if e.details and compared == term.anchor:
-            toward = (1.0 - columns / reach.reshape(len(d_pos), -1).clamp_min(1e-12)).amax(1).clamp_min(0.0)
-        if e.details:
-            negatives = torch.stack(e.token_distances(term, compared, term.negative), 1)
-            nearest = negatives[torch.arange(len(columns), device=columns.device), columns.argmin(1)]
-            token_map = e.token_distances(term, term.anchor, term.positive)[0] - nearest
-    return e.report(term, per_sample, token_map, distances=distances, active=active, toward_failure=toward)
+    columns = d_neg.detach().reshape(len(d_pos), -1)
+    width = margin.reshape(len(d_pos), -1) if isinstance(margin, Tensor) else margin
+    active = float((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1).float().mean())
+    toward = None
+    if e.details and reach is not None:
+        reach = reach.reshape(len(d_pos), -1)
+        toward = torch.where(reach > 1e-6, 1.0 - _share(columns, reach), torch.zeros_like(reach)).amax(1).clamp_min(0.0)
+    meaning = f"red: nearer to {term.negative} than to {term.positive}; blue: nearer to {term.positive}"
+    if compared != term.anchor:
+        first, second = distances
+        meaning = f"red: {first} above {second}; blue: below"
+    return e.report(
+        term, per_sample, _difference_map(e, term, compared, columns), distances=distances, active=active,
+        toward_failure=toward, map_meaning=meaning,
+    )  # fmt: skip
+
+
+def _difference_map(e: _Evaluation, term: LossTerm, compared: str, d_neg: Tensor, dist: Optional[str] = None) -> Tensor:
+    """d₊ − d₋ per token, with the negative that is nearest to each sample as a whole."""
+    negatives = torch.stack(e.token_distances(term, compared, term.negative, dist), 1)
+    nearest = negatives[torch.arange(len(d_neg), device=d_neg.device), d_neg.argmin(1)]
+    return e.token_distances(term, term.anchor, term.positive, dist)[0] - nearest
 
 
 def _contrastive(e: _Evaluation, term: LossTerm) -> TermReport:
-    kind = "euclidean" if term.dist == "l2" else "cos"
+    kind = _contrastive_dist(term)
     d = e.distances(term, term.anchor, term.positive, kind)
-    label = torch.full((len(d),), term.label, device=d.device)
-    per_sample = losses.contrastive_on_distances(d, label, term.margin, "none")
-    active = float((d > 0 if term.label else d < term.margin).float().mean())
+    per_sample = losses.contrastive_on_distances(d, term.label, term.margin, "none")
     token_map = e.token_distances(term, term.anchor, term.positive, kind)[0]
-    return e.report(term, per_sample, token_map, distances={_name(term.anchor, term.positive): d}, active=active)
+    meaning = f"red: {term.anchor} far from {term.positive}"
+    if term.label:
+        active = d > 0
+    else:
+        active, token_map = d < term.margin, (term.margin - token_map).clamp_min(0.0)
+        meaning = f"red: {term.anchor} near {term.positive}, inside the margin"
+    return e.report(
+        term, per_sample, token_map, distances={_name(term.anchor, term.positive): d},
+        active=float(active.float().mean()), map_meaning=meaning,
+    )  # fmt: skip
 
 
 def _info_nce(e: _Evaluation, term: LossTerm) -> TermReport:
     d_pos = e.distances(term, term.anchor, term.positive, "cos")
     distances = {_name(term.anchor, term.positive): d_pos}
-    token_map = e.token_distances(term, term.anchor, term.positive, "cos")[0]
     if term.negative == "in_batch":
         anchor, positive = (e.roles(role, term.encoder)[0] for role in (term.anchor, term.positive))
-        per_sample = losses.info_nce_loss(
-            anchor, positive, None, term.temperature, term.agg, "none", e.weights(term)
-        )
+        per_sample = losses.info_nce_loss(anchor, positive, None, term.temperature, term.agg, "none", e.weights(term))
+        token_map = e.token_distances(term, term.anchor, term.positive, "cos")[0]
+        meaning = f"red: {term.anchor} far from {term.positive}"
     else:
         d_neg = distances[_name(term.anchor, term.negative)] = e.distances(term, term.anchor, term.negative, "cos")
         per_sample = losses.info_nce_on_distances(d_pos, d_neg, term.temperature, "none")
-        token_map = token_map - torch.stack(e.token_distances(term, term.anchor, term.negative, "cos")).mean(0)
-    return e.report(term, per_sample, token_map, distances=distances)
+        token_map = _difference_map(e, term, term.anchor, d_neg.detach().reshape(len(d_pos), -1), "cos")
+        meaning = f"red: nearer to {term.negative} than to {term.positive}; blue: nearer to {term.positive}"
+    return e.report(term, per_sample, token_map, distances=distances, map_meaning=meaning)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,18 +428,42 @@ def _info_nce(e: _Evaluation, term: LossTerm) -> TermReport:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _ranking_pairs(term: LossTerm) -> list[tuple[str, str, str]]:
+Pairs = list[tuple[str, str, str]]  # (dist, role, role)
+
+
+def _ranking_pairs(term: LossTerm) -> Pairs:
     return [(term.dist, term.anchor, term.positive), (term.dist, term.reference or term.anchor, term.negative)]
 
 
-def _single_pair(term: LossTerm) -> list[tuple[str, str, str]]:
-    dist = "euclidean" if term.kind == "contrastive" and term.dist == "l2" else term.dist
-    return [(dist, term.anchor, term.positive)]
+def _ranking_constants(term: LossTerm, details: bool) -> Pairs:
+    if losses.margin_fraction(term.margin) is not None or (details and term.reference is None):
+        return [(term.dist, term.positive, term.negative)]
+    return []
 
 
-def _info_nce_pairs(term: LossTerm) -> list[tuple[str, str, str]]:
+def _match_pairs(term: LossTerm) -> Pairs:
+    return [(term.dist, term.anchor, term.positive)]
+
+
+def _match_constants(term: LossTerm, details: bool) -> Pairs:
+    return [(term.dist, "gt", "src")] if details and (term.anchor, term.positive) == ("pred", "gt") else []
+
+
+def _contrastive_dist(term: LossTerm) -> str:
+    return "euclidean" if term.dist == "l2" else "cos"
+
+
+def _contrastive_pairs(term: LossTerm) -> Pairs:
+    return [(_contrastive_dist(term), term.anchor, term.positive)]
+
+
+def _info_nce_pairs(term: LossTerm) -> Pairs:
     references = [term.positive] + ([] if term.negative == "in_batch" else [term.negative])
     return [("cos", term.anchor, reference) for reference in references]
+
+
+def _no_constants(term: LossTerm, details: bool) -> Pairs:
+    return []
 
 
 @dataclass(frozen=True)
@@ -395,58 +473,51 @@ class TermKind:
     Attributes:
         loss: the public function that the term equals.
         defaults: field of :class:`LossTerm` → default; other optional fields do not exist for this kind.
-        pairs: the distances that it needs, as (dist, anchor role, reference role).
         evaluate: makes the report.
+        pairs: the distances that the loss is made of.
+        constants: those that are constants for its gradient; with details, also those that only pictures need.
         failure: the failure of an edit model that it answers, if one.
     """
 
     loss: Callable
     defaults: Mapping[str, object]
-    pairs: Callable[[LossTerm], list[tuple[str, str, str]]]
     evaluate: Callable[[_Evaluation, LossTerm], TermReport]
+    pairs: Callable[[LossTerm], Pairs]
+    constants: Callable[[LossTerm, bool], Pairs] = _no_constants
     failure: Optional[str] = None
 
 
 _MATCH = {"anchor": "pred", "positive": "gt"}
 _HINGE = {**_MATCH, "dist": "cos", "margin": 0.2, "smooth": 0.0}
 
+_RANKING = (_ranking, _ranking_pairs, _ranking_constants)
+_MATCHING = (_match, _match_pairs, _match_constants)
+
 TERMS: dict[str, TermKind] = {
-    "no_edit_identity": TermKind(
-        losses.loss_no_edit_identity, {**_HINGE, "negative": "src"}, _ranking_pairs, _ranking, "no edit"
-    ),
-    "geometry_match": TermKind(
-        losses.loss_geometry_match, {**_MATCH, "dist": "l2"}, _single_pair, _match, "distorted"
-    ),
+    "no_edit_identity": TermKind(losses.loss_no_edit_identity, {**_HINGE, "negative": "src"}, *_RANKING, "no edit"),
+    "geometry_match": TermKind(losses.loss_geometry_match, {**_MATCH, "dist": "l2"}, *_MATCHING, "distorted"),
     "overlay_avoidance": TermKind(
-        losses.loss_overlay_avoidance,
-        {**_HINGE, "negative": "overlay", "neg_agg": "mean"},
-        _ranking_pairs,
-        _ranking,
-        "overlay",
+        losses.loss_overlay_avoidance, {**_HINGE, "negative": "overlay", "neg_agg": "mean"}, *_RANKING, "overlay"
     ),
-    "pair_distance": TermKind(losses.pair_distance, {**_MATCH, "dist": "cos"}, _single_pair, _match),
-    "feature_match": TermKind(losses.feature_match_loss, {**_MATCH, "dist": "l2"}, _single_pair, _match),
+    "pair_distance": TermKind(losses.pair_distance, {**_MATCH, "dist": "cos"}, *_MATCHING),
+    "feature_match": TermKind(losses.feature_match_loss, {**_MATCH, "dist": "l2"}, *_MATCHING),
     "contrastive": TermKind(
-        losses.contrastive_pair_loss, {**_MATCH, "dist": "l2", "margin": 1.0, "label": 1}, _single_pair, _contrastive
+        losses.contrastive_pair_loss,
+        {**_MATCH, "dist": "l2", "margin": 1.0, "label": 1},
+        _contrastive,
+        _contrastive_pairs,
     ),
-    "triplet": TermKind(losses.triplet_margin_loss, {**_HINGE, "negative": "src"}, _ranking_pairs, _ranking),
+    "triplet": TermKind(losses.triplet_margin_loss, {**_HINGE, "negative": "src"}, *_RANKING),
     "margin_ranking": TermKind(
         losses.margin_ranking_on_distances,
-        {**_HINGE, "reference": "src", "negative": "gt"},
-        _ranking_pairs,
-        _ranking,
+        {**_HINGE, "reference": "src", "negative": "gt", "neg_agg": "mean"},
+        *_RANKING,
     ),
     "multi_negative": TermKind(
-        losses.multi_negative_ranking_loss,
-        {**_HINGE, "negative": "hard_negative", "neg_agg": "mean"},
-        _ranking_pairs,
-        _ranking,
+        losses.multi_negative_ranking_loss, {**_HINGE, "negative": "hard_negative", "neg_agg": "mean"}, *_RANKING
     ),
     "info_nce": TermKind(
-        losses.info_nce_loss,
-        {**_MATCH, "negative": "in_batch", "temperature": 0.07},
-        _info_nce_pairs,
-        _info_nce,
+        losses.info_nce_loss, {**_MATCH, "negative": "in_batch", "temperature": 0.07}, _info_nce, _info_nce_pairs
     ),
 }
 

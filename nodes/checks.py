@@ -60,7 +60,7 @@ def _fault(declared: io.Input, value: object, any_text: bool) -> str:
         fine = isinstance(value, str) and value in declared.options
         return "" if fine else f"one of {', '.join(map(repr, declared.options))}"
     if kind in (io.String.io_type, io.Combo.io_type):
-        return "" if isinstance(value, str) else "text"
+        return "" if isinstance(value, str) and _readable(value) else "text"
     if kind == io.Boolean.io_type:
         return "" if isinstance(value, bool) else "true or false"
     if kind == io.Image.io_type:
@@ -75,6 +75,15 @@ def _fault(declared: io.Input, value: object, any_text: bool) -> str:
         return "" if pairs and all(isinstance(c[1], dict) for c in value) else "CONDITIONING from a link"
     constant = value is None or isinstance(value, (str, int, float, bool, list, dict))
     return f"a {kind} from a link" if constant else ""
+
+
+def _readable(text: str) -> bool:
+    """Without lone surrogates, which JSON can carry and neither a file nor a font can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _floating(value: object) -> bool:

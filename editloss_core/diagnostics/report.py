@@ -8,6 +8,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
+from ..encoders.base import check_images
 from ..objective import TERMS, ObjectiveReport, TermReport
 
 FAILURE_NAMES = {"no edit": "NO EDIT", "distorted": "DISTORTED", "overlay": "OVERLAY", None: "no failure signal"}
@@ -27,20 +28,31 @@ def text_table(report: ObjectiveReport) -> str:
     for t in report.terms:
         distances = ", ".join(f"{label} {float(d.detach().mean()):.4f}" for label, d in t.distances.items())
         lines.append(
-            f"| {t.term.name} | {t.term.weight:g} | {float(t.value.detach()):.4f} | {float(t.weighted.detach()):.4f} "
+            f"| {_cell(t.term.name)} | {t.term.weight:g} | {float(t.value.detach()):.4f} | {float(t.weighted.detach()):.4f} "
             f"| {_percent(t.active)} | {distances} |"
         )
-    lines += ["", "| output | signal | " + " | ".join(t.term.name for t in report.terms) + " |"]
+    lines += ["", "| output | signal | " + " | ".join(_cell(t.term.name) for t in report.terms) + " |"]
     lines.append("|---" * (2 + len(report.terms)) + "|")
-    for i, failure in enumerate(report.signal()):
+    for i, failure in enumerate(_signal(report)):
         cells = " | ".join(f"{float(t.per_sample[i].detach()):.4f}{_toward(t, i)}" for t in report.terms)
-        lines.append(f"| {i + 1} | {FAILURE_NAMES[failure]} | {cells} |")
+        lines.append(f"| {i + 1} | {failure} | {cells} |")
     lines += [
         "",
         "In brackets: how far the output went towards the failure (0 % at the target, 100 % at the negative, or as far off "
         "as the picture before the edit). This reads the training signal; it is not an independent judge.",
     ]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _signal(report: ObjectiveReport) -> list[str]:
+    """The signal in words; an en dash where no term can tell."""
+    if all(t.toward_failure is None or not TERMS[t.term.kind].failure for t in report.terms):
+        return ["–"] * len(report.terms[0].per_sample)
+    return [FAILURE_NAMES[failure] for failure in report.signal()]
 
 
 def _percent(share: Optional[float]) -> str:
@@ -53,7 +65,7 @@ def _toward(t: TermReport, i: int) -> str:
 
 def picture(
     report: ObjectiveReport,
-    pred: Tensor,
+    pred: Optional[Tensor] = None,
     gt: Optional[Tensor] = None,
     src: Optional[Tensor] = None,
     width: int = 1600,
@@ -66,7 +78,7 @@ def picture(
 
     Args:
         report: from :meth:`EditObjective.evaluate` with ``details=True``.
-        pred: outputs ``[B, H, W, 3]`` in 0…1; B = 1 stands for the whole batch.
+        pred: outputs ``[B, H, W, 3]`` in 0…1; B = 1 stands for the whole batch; None draws the maps on plain grey.
         gt, src: after and before pictures, B or 1 of them.
         width: of the picture, in pixels.
 
@@ -80,16 +92,21 @@ def picture(
     from matplotlib.figure import Figure
 
     total = len(report.terms[0].per_sample)
+    for name, images in (("pred", pred), ("gt", gt), ("src", src)):
+        if images is not None:
+            check_images(name, images)
+            if len(images) not in (1, total):
+                raise ValueError(f"{name}: expected 1 or {total} pictures like the report, got {len(images)}")
     rows = {"before": src, "after": gt, "output": pred}
-    for name, images in rows.items():
-        if images is not None and len(images) not in (1, total):
-            raise ValueError(f"{name}: expected 1 or {total} pictures like the report, got {len(images)}")
+    ground = next((images for images in (pred, gt, src) if images is not None), None)
+    ground = torch.full((1, 256, 256, 3), 0.6) if ground is None else torch.full_like(ground[:1], 0.6)
+    ground = ground if pred is None else pred
     shown = min(total, MAX_COLUMNS)
     names = [name for name, images in rows.items() if images is not None]
     mapped = [t for t in report.terms if t.token_map is not None]
 
     label, cell, gap = 2.3, 2.15, 0.12  # inches
-    aspect = pred.shape[1] / pred.shape[2]
+    aspect = ground.shape[1] / ground.shape[2]
     picture_rows = len(names) + len(mapped)
     bars = 0.26 * max(1, sum(t.toward_failure is not None for t in report.terms)) + 0.1
     table = 0.3 * (len(report.terms) + 1)
@@ -102,18 +119,18 @@ def picture(
         return figure.add_axes((left / inches[0], 1 - (top + h) / inches[1], w / inches[0], h / inches[1]))
 
     def write(x: float, y: float, text: str, **style):
-        style = {"color": _INK, "fontsize": 10, "va": "center", "ha": "left", **style}
+        style = {"color": _INK, "fontsize": 10, "va": "center", "ha": "left", "parse_math": False, **style}
         figure.text(x / inches[0], 1 - y / inches[1], text, **style)
 
-    signal = report.signal()
+    signal = _signal(report)
     write(0.2, 0.28, f"Objective: total {float(report.total.detach()):.4f}", fontsize=14, weight="bold")
     if total > shown:
         write(0.2, 0.56, f"the first {shown} of {total} outputs", color=_MUTED, fontsize=9)
     lefts = [label + i * (cell + gap) for i in range(shown)]
     for i, left in enumerate(lefts):
-        color = _BAD if signal[i] else _GOOD
+        color = {FAILURE_NAMES[None]: _GOOD, "–": _MUTED}.get(signal[i], _BAD)
         write(left + cell / 2, 0.3, f"output {i + 1}", ha="center", color=_MUTED, fontsize=10)
-        write(left + cell / 2, 0.6, FAILURE_NAMES[signal[i]], ha="center", color=color, fontsize=13, weight="bold")
+        write(left + cell / 2, 0.6, signal[i], ha="center", color=color, fontsize=13, weight="bold")
 
     top = 0.9
     _draw_bars(axes, write, report, lefts, top, cell, bars)
@@ -127,10 +144,10 @@ def picture(
         middle = top + cell * aspect / 2
         write(0.2, middle - 0.5, _wrapped(t.term.name, 22), fontsize=11, weight="bold")
         write(0.2, middle - 0.08, _wrapped(t.term.encoder, 32), fontsize=8, color=_MUTED)
-        write(0.2, middle + 0.42, _wrapped(_explain(t), 32), fontsize=8)
+        write(0.2, middle + 0.42, _wrapped(t.map_meaning, 32), fontsize=8)
         scale = max(float(t.token_map[:shown].abs().max()), 1e-6)
         for i, left in enumerate(lefts):
-            _draw_map(axes(left, top, cell, cell * aspect), _nth(pred, i), t, i, scale)
+            _draw_map(axes(left, top, cell, cell * aspect), _nth(ground, i), t, i, scale)
             write(
                 left + 0.05, top + 0.13, f"loss {float(t.per_sample[i].detach()):.3f}", fontsize=8, color="white", weight="bold",
                 bbox={"facecolor": "#000000a0", "edgecolor": "none", "pad": 1.5},
@@ -153,13 +170,6 @@ def _wrapped(text: str, columns: int) -> str:
 
 def _cut(text: str, columns: int) -> str:
     return text if len(text) <= columns else text[: columns - 1] + "…"
-
-
-def _explain(t: TermReport) -> str:
-    term = t.term
-    if TERMS[term.kind].evaluate.__name__ == "_ranking":
-        return f"red: nearer to {term.negative} than to {term.positive}; blue: nearer to {term.positive}"
-    return f"red: {term.anchor} far from {term.positive}"
 
 
 def _draw_picture(ax, image: Tensor) -> None:

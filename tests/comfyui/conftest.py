@@ -37,7 +37,8 @@ CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # A first visit opens a tutorial and a template browser on top of the graph.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False,
-            "Comfy.Release.Status": "what's new seen", "Comfy.Validation.NodeDefs": True}
+            "Comfy.Release.Status": "what's new seen", "Comfy.Validation.NodeDefs": True,
+            "Comfy.VueNodes.Enabled": False, "Comfy.Minimap.Visible": False}
 
 
 class _SkippedModule(pytest.Module):
@@ -127,6 +128,7 @@ def page(browser: Browser, comfyui_server: ComfyServer) -> Iterator[Page]:
     """
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
     context.route(lambda url: not url.startswith((comfyui_server.url, "data:", "blob:")), lambda route: route.abort())
+    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
     tab = context.new_page()
     tab.errors = []
     tab.on("pageerror", lambda error: tab.errors.append(str(error)))
