@@ -254,9 +254,12 @@ def check_role(role: str) -> None:
 
 
 def hash_images(images: Tensor) -> str:
-    """sha256 of a picture batch at 8 bits, so that a picture and its PNG file have the same hash."""
+    """sha256 of a picture batch at 8 bits, so that a picture and its PNG file have the same hash.
+
+    255·x is cut off, not rounded, as ComfyUI's Save Image does it.
+    """
     check_images("images", images)
-    return hash_tensors([("images", (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8))])
+    return hash_tensors([("images", (images.detach().float().clamp(0, 1) * 255).to(torch.uint8))])
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

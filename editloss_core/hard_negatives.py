@@ -179,7 +179,7 @@ class HardNegativeBuffer:
             if same and kind != (same[-1].shape, same[-1].dtype):
                 raise ValueError(
                     f"tensor: expected {list(same[-1].shape)} {same[-1].dtype} like the other entries under "
-                    f"{_short(key)}, got {list(kind[0])} {kind[1]}; clear() that key to start anew"
+                    f"{_short(key)}, got {list(kind[0])} {kind[1]}; clear() that key, or use another buffer"
                 )
             sequence = 1 + max((e.sequence for e in entries), default=0)
             metadata = {
@@ -255,7 +255,7 @@ class HardNegativeBuffer:
         if len(kinds) > 1:
             raise ValueError(
                 f"key: entries under {_short(key)} differ in shape or dtype and cannot be stacked: {', '.join(kinds)}; "
-                "clear() that key to start anew"
+                "clear() that key, or use another buffer"
             )
         return torch.stack(chosen)
 

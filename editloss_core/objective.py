@@ -436,7 +436,7 @@ def _ranking_pairs(term: LossTerm) -> Pairs:
 
 
 def _ranking_constants(term: LossTerm, details: bool) -> Pairs:
-    if losses.margin_fraction(term.margin) is not None or (details and term.reference is None):
+    if losses.margin_fraction(term.margin) is not None or (details and term.reference in (None, term.anchor)):
         return [(term.dist, term.positive, term.negative)]
     return []
 

@@ -72,6 +72,11 @@ def differentiable(module: nn.Module):
         yield
 
 
+def encoder_device() -> torch.device:
+    """Where encoders that the pack loads itself run: ComfyUI's device."""
+    return comfy.model_management.get_torch_device()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # VAE
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io
 
+from ..editloss_core.encoders.base import Encoder
 from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from . import comfy_model
@@ -42,6 +45,20 @@ def _crop_input() -> io.Boolean.Input:
     )  # fmt: skip
 
 
+def _name_input() -> io.String.Input:
+    return io.String.Input(
+        "name", default="", optional=True,
+        tooltip="What the encoder is called in reports and embedding files. Empty: made from the network and its output. Name "
+        "one of two that differ only in weights or size.",
+    )  # fmt: skip
+
+
+def _named(encoder: Encoder, name: str) -> io.NodeOutput:
+    if name.strip():
+        encoder.info = replace(encoder.info, name=name.strip())
+    return io.NodeOutput(encoder)
+
+
 ENCODER_OUTPUT = EncoderSocket.Output(display_name="encoder", tooltip="To Encode and to the losses that shall read it.")
 
 
@@ -57,21 +74,23 @@ class OpenCLIP(io.ComfyNode):
                 io.String.Input(
                     "architecture", default="ViT-L-14",
                     tooltip="OpenCLIP's name for the architecture: ViT-B-32, ViT-L-14, ViT-SO400M-14-SigLIP-384 … It must fit "
-                    "the weights.",
+                    "the weights; OpenAI's need the names that end in -quickgelu.",
                 ),
                 _weights_input(),
                 _output_input("global"),
                 _crop_input(),
+                _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
         )  # fmt: skip
 
     @classmethod
     @checked("weights")
-    def execute(cls, architecture, weights, output, crop=False) -> io.NodeOutput:
+    def execute(cls, architecture, weights, output, crop=False, name="") -> io.NodeOutput:
         with torch.inference_mode(False):
-            path = encoder_weights_path(weights)
-            return io.NodeOutput(OpenCLIPEncoder(architecture.strip(), path, output=output, crop=crop))
+            path, device = encoder_weights_path(weights), comfy_model.encoder_device()
+            encoder = OpenCLIPEncoder(architecture.strip(), path, output=output, crop=crop, device=device)
+        return _named(encoder, name)
 
 
 class Timm(io.ComfyNode):
@@ -97,19 +116,20 @@ class Timm(io.ComfyNode):
                 ),
                 _size_input("Side of the square that the network sees, in pixels. 0: the model's own. Larger: finer tokens, slower."),
                 _crop_input(),
+                _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
         )  # fmt: skip
 
     @classmethod
     @checked("weights")
-    def execute(cls, model_name, weights, output, layer, image_size=0, crop=False) -> io.NodeOutput:
+    def execute(cls, model_name, weights, output, layer, image_size=0, crop=False, name="") -> io.NodeOutput:
         with torch.inference_mode(False):
-            path = encoder_weights_path(weights)
+            path, device = encoder_weights_path(weights), comfy_model.encoder_device()
             encoder = TimmEncoder(
-                model_name.strip(), path, output=output, layer=layer, image_size=image_size, crop=crop
+                model_name.strip(), path, output=output, layer=layer, image_size=image_size, crop=crop, device=device
             )
-        return io.NodeOutput(encoder)
+        return _named(encoder, name)
 
 
 class VAELatents(io.ComfyNode):
@@ -123,14 +143,15 @@ class VAELatents(io.ComfyNode):
             inputs=[
                 io.Vae.Input("vae", tooltip="The VAE of the model that you train (for FLUX: ae.safetensors)."),
                 _size_input("Side of the square that the VAE sees, in pixels. 0: the picture's own size."),
+                _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
         )
 
     @classmethod
     @checked()
-    def execute(cls, vae, image_size=0) -> io.NodeOutput:
-        return io.NodeOutput(comfy_model.vae_encoder(vae, image_size))
+    def execute(cls, vae, image_size=0, name="") -> io.NodeOutput:
+        return _named(comfy_model.vae_encoder(vae, image_size), name)
 
 
 class ClipVision(io.ComfyNode):
@@ -149,14 +170,15 @@ class ClipVision(io.ComfyNode):
                     tooltip="For grid and tokens: the last layer, or the one before, which CLIP trained less for captions.",
                 ),
                 _crop_input(),
+                _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
         )  # fmt: skip
 
     @classmethod
     @checked()
-    def execute(cls, clip_vision, output, layer, crop=False) -> io.NodeOutput:
-        return io.NodeOutput(comfy_model.ClipVisionEncoder(clip_vision, output, layer, crop))
+    def execute(cls, clip_vision, output, layer, crop=False, name="") -> io.NodeOutput:
+        return _named(comfy_model.ClipVisionEncoder(clip_vision, output, layer, crop), name)
 
 
 class DiffusionFeatures(io.ComfyNode):
@@ -183,17 +205,18 @@ class DiffusionFeatures(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of the noise, the same for every picture."),
                 _output_input("grid", ["grid", "tokens"]),
                 _size_input("Side of the square that the model sees, in pixels. 0: the picture's own size."),
+                _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
         )  # fmt: skip
 
     @classmethod
     @checked()
-    def execute(cls, model, vae, conditioning, block, noise_level, seed, output, image_size=0) -> io.NodeOutput:
+    def execute(cls, model, vae, conditioning, block, noise_level, seed, output, image_size=0, name="") -> io.NodeOutput:
         encoder = comfy_model.diffusion_encoder(
             model, vae, conditioning, block.strip(), noise_level, seed, output, image_size
         )
-        return io.NodeOutput(encoder)
+        return _named(encoder, name)
 
 
 NODES = [OpenCLIP, Timm, VAELatents, ClipVision, DiffusionFeatures]

@@ -72,7 +72,7 @@ def _inside(setting: str, root: str, relative: Path) -> Path:
     try:
         path = (base / relative).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
-        raise ValueError(f"{setting}: {relative.as_posix()} cannot be followed: {error}") from error
+        raise ValueError(f"{setting}: {relative.as_posix()} cannot be opened: its links go in a circle") from error
     if not path.is_relative_to(base):
         raise ValueError(f"{setting}: {relative.as_posix()} leads out of ComfyUI's {base.name} folder")
     for parent in path.parents:

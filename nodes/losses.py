@@ -115,7 +115,7 @@ class LossNode(io.ComfyNode):
                 ),
                 io.String.Input(
                     "name", default="", optional=True,
-                    tooltip="What this term is called in reports. Empty: made from the loss and the encoder.",
+                    tooltip="What this term is called in reports. Empty: the name of the loss, numbered if it is there twice.",
                 ),
             ],
             outputs=[OBJECTIVE_OUTPUT],
@@ -125,7 +125,10 @@ class LossNode(io.ComfyNode):
     @checked()
     def execute(cls, encoder, weight, objective=None, margin_mode="fixed", label=None, **settings) -> io.NodeOutput:
         if margin_mode == "auto":
-            settings["margin"] = f"auto:{settings['margin']:g}"
+            fraction = settings["margin"]
+            if not 0.0 < fraction <= 1.0:
+                raise ValueError(f"margin: in auto mode expected a fraction above 0 and up to 1, got {fraction:g}")
+            settings["margin"] = f"auto:{fraction!r}"  # not :g, which rounds to six digits
         if label is not None:
             settings["label"] = int(label == "same")
         term = LossTerm(cls.KIND, encoder.info.name, weight=weight, **settings)

@@ -39,6 +39,8 @@ FIT = """() => {
     canvas.ds.offset = [(left + (width - (box[2] - box[0]) * scale) / 2) / scale - box[0],
                         (top + (height - (box[3] - box[1]) * scale) / 2) / scale - box[1]];
     canvas.setDirty(true, true);
+    return [...[box[0], box[1]].map((v, i) => (v + canvas.ds.offset[i]) * scale),
+            ...[box[2], box[3]].map((v, i) => (v + canvas.ds.offset[i]) * scale)];
 }"""
 
 
@@ -108,12 +110,14 @@ def _finished(client, before: set[str], timeout: float = 240.0) -> dict:
 
 
 def _screenshot(desk, path: Path) -> None:
-    desk.evaluate(FIT)
+    box = desk.evaluate(FIT)
     desk.wait_for_timeout(2500)
     shot = Image.open(io.BytesIO(desk.screenshot())).convert("RGB")
-    assert len(shot.getcolors(1 << 24)) > 5000, "the canvas is blank"
+    graph = shot.crop((int(box[0]) - 12, int(box[1]) - 12, int(box[2]) + 12, int(box[3]) + 12))
+    assert len(graph.getcolors(1 << 24)) > 5000, "the canvas is blank"
     if UPDATE:
-        shot.resize((1440, 810), Image.Resampling.LANCZOS).save(path.with_suffix(".jpg"), quality=85, optimize=True)
+        small = graph.resize((1440, round(1440 * graph.height / graph.width)), Image.Resampling.LANCZOS)
+        small.save(path.with_suffix(".jpg"), quality=85, optimize=True)
         folder = ROOT / "docs" / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
-        shot.save(folder / f"workflow_{path.stem}.webp", quality=80)
+        graph.save(folder / f"workflow_{path.stem}.webp", quality=80)

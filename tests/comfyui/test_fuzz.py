@@ -139,6 +139,8 @@ def pool() -> dict[str, Any]:
         "encode": ("EditLossEncode", {"encoder": link("encoder"), "overlay": link("pair"), "hard_negative": link("pred"),
                                       "mask": link("mask"), **both}),
         "encode_vector": ("EditLossEncode", {"encoder": link("vector"), **both}),
+        "encode_both": ("EditLossEncode", {"encoder": link("vector"), "embeddings": link("encode"), "overlay": link("pair"),
+                                           "hard_negative": link("pred"), **both}),
         "objective": ("EditLossNoEditIdentity", loss)}
 
 
@@ -148,7 +150,7 @@ RECIPES: dict[str, dict[str, list[Any]]] = {
     "DiffusionEncoder": {"model": ["model"], "vae": ["vae"], "conditioning": [["data", 1], ["data", 1], "lotus"]},
     "Encode": {"encoder": ["encoder", "vector", "latents"], "embeddings": ["encode", "encode_vector"]},
     "SaveEmbeddings": {"embeddings": ["encode", "encode_vector"]}, "LoadEmbeddings": {"encoder": ["encoder", "vector"]},
-    "EvaluateObjective": {"objective": ["objective"], "embeddings": ["encode", "encode_vector"]}}
+    "EvaluateObjective": {"objective": ["objective"], "embeddings": ["encode_both"] * 3 + ["encode_vector"]}}
 SOCKETS = {"EDITLOSS_ENCODER": ["encoder", "vector"], "EDITLOSS_OBJECTIVE": ["objective"], "EDITLOSS_EMBEDDINGS": ["encode"]}
 USUAL = {"before": "src", "after": "gt", "pred": "pred", "gt": "gt", "src": "src", "images": "pred", "overlay": "pair",
          "hard_negative": "pred", "mask": "mask", "mask_before": "mask", "mask_after": "mask"}
@@ -160,9 +162,9 @@ def draw_prompt(rng: random.Random, node: str, info: dict[str, Any]) -> dict[str
     recipe = RECIPES.get(short, {})
     declared = [(group, name, *entry) for group in ("required", "optional") for name, entry in info["input"].get(group, {}).items()]
     inputs: dict[str, Any] = {}
-    plain = rng.random() < 0.5  # nothing but defaults and fitting pictures, mostly
+    plain = rng.random() < 0.5  # nothing but defaults and what fits, mostly
     for group, name, kind, options in declared:
-        if group == "optional" and rng.random() < 0.4:
+        if group == "optional" and rng.random() < (1.0 if plain and short == "LoadEmbeddings" else 0.4):
             continue
         if kind in ("IMAGE", "MASK"):
             inputs[name] = link(USUAL[name] if plain or rng.random() < 0.6 else rng.choice(SHAPES[kind]))
@@ -189,7 +191,8 @@ def followers(rng: random.Random, info: dict[str, Any]) -> dict[str, Any]:
         pictures = {role: link(rng.choice(["src", "gt", "empty0", "empty5", "empty7", "nan", "alpha"])) for role in ("pred", "gt")}
         return {"after": ("EditLossEncode", {"encoder": link("node"), **pictures}), "show": ("PreviewAny", {"source": link("after")})}
     if kind == "EDITLOSS_OBJECTIVE":
-        wired = {"objective": link("node"), "embeddings": link(rng.choice(["encode", "encode", "encode_vector"])), "width": 640}
+        wired = {"objective": link("node"), "width": 640,
+                 "embeddings": link(rng.choice(["encode_both"] * 5 + ["encode", "encode_vector"]))}
         return {"after": ("EditLossEvaluateObjective", wired), "show": ("PreviewAny", {"source": link("after", 3)})}
     if kind == "EDITLOSS_EMBEDDINGS" and rng.random() < 0.6:
         copy = {"embeddings": link("node"), "file_name": f"fuzz/copy{rng.randint(0, 3)}"}

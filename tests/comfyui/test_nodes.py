@@ -570,7 +570,7 @@ ERRORS: list[tuple[str, Callable[[], dict[str, Any]], str, str]] = [
     ("a word for a picture", lambda: encode_with(pred="cat.png"), "Encode", "pred: expected a batch of pictures.*'cat.png'"),
     ("a word for an encoder", lambda: node_alone("PairDistance", encoder="dino", weight=1.0, **ROLES, dist="cos"),
      "PairDistance", "encoder: expected an encoder from one of the Encoder nodes, got 'dino'"),
-    ("auto margin above 1", lambda: loss_with(margin=1.5, margin_mode="auto"), "Triplet", "margin: .*0 < F <= 1, got 'auto:1.5'"),
+    ("auto margin above 1", lambda: loss_with(margin=1.5, margin_mode="auto"), "Triplet", "margin: in auto mode .*up to 1, got 1.5"),
     # encoders
     ("missing weights", lambda: timm_with(weights="dinov2.safetensors"), "TimmEncoder",
      f"weights: 'dinov2.safetensors' is not in models/editloss_encoders; it has .*{TIMM_FILE}"),
