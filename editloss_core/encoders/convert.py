@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Mapping, Union
 
 import torch
 from torch import Tensor
+
+from ..files import replacing
 
 # Where training scripts put a network's tensors, in the order of preference.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "module", "params")
@@ -47,14 +47,8 @@ def convert_to_safetensors(source: Union[str, Path], target: Union[str, Path], o
         raise ValueError(f"source: {source.name} is not a plain file of tensors and was not opened, since it could "
                          f"run code ({reason})") from error
     tensors = _tensors(loaded, source.name)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(target) as partial:
         save_file(tensors, partial, metadata={"format": "pt", "converted_from": source.name})
-        os.replace(partial, target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
     return len(tensors)
 
 

@@ -19,6 +19,7 @@ from ui_to_api import to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+PICTURES = ROOT / "docs" / "pictures"
 UPDATE = os.environ.get("EDITLOSS_UPDATE_PICTURES") == "1"
 
 DROP = """async ([text, name]) => {
@@ -94,6 +95,8 @@ def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client,
         desk.wait_for_function("id => window.app.graph.getNodeById(id).imgs?.length === 1", arg=node, timeout=20_000)
     assert desk.errors == []
     _screenshot(desk, path)
+    if UPDATE and path.stem == "diagnose_edit":
+        picture.save(PICTURES / "report.webp", quality=85)
 
 
 def _finished(client, before: set[str], timeout: float = 240.0) -> dict:
@@ -118,6 +121,4 @@ def _screenshot(desk, path: Path) -> None:
     if UPDATE:
         small = graph.resize((1440, round(1440 * graph.height / graph.width)), Image.Resampling.LANCZOS)
         small.save(path.with_suffix(".jpg"), quality=85, optimize=True)
-        folder = ROOT / "docs" / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        graph.save(folder / f"workflow_{path.stem}.webp", quality=80)
+        graph.save(PICTURES / f"workflow_{path.stem}.webp", quality=80)
