@@ -71,8 +71,8 @@ def _fault(declared: io.Input, value: object, any_text: bool) -> str:
     if kind in OWN_SOCKETS:
         return "" if isinstance(value, OWN_SOCKETS[kind][0]) else OWN_SOCKETS[kind][1]
     if kind == io.Conditioning.io_type:
-        pairs = isinstance(value, list) and all(isinstance(c, (list, tuple)) and len(c) == 2 for c in value)
-        return "" if pairs and all(isinstance(c[1], dict) for c in value) else "CONDITIONING from a link"
+        fine = isinstance(value, list) and all(map(_is_cond, value))
+        return "" if fine else "CONDITIONING from a link"
     constant = value is None or isinstance(value, (str, int, float, bool, list, dict))
     return f"a {kind} from a link" if constant else ""
 
@@ -84,6 +84,11 @@ def _readable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_cond(entry: object) -> bool:
+    pair = isinstance(entry, (list, tuple)) and len(entry) == 2
+    return pair and isinstance(entry[0], torch.Tensor) and isinstance(entry[1], dict)
 
 
 def _floating(value: object) -> bool:
