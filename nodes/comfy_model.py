@@ -187,7 +187,7 @@ def diffusion_encoder(
         model: ComfyUI MODEL.
         vae: the VAE that belongs to it.
         conditioning: CONDITIONING; the first entry is used, with reference latents if it has them.
-        block: name of a module inside the diffusion model, for example ``double_blocks.9`` or ``single_blocks.20``.
+        block: name of a whole block of the diffusion model, for example ``double_blocks.9`` or ``single_blocks.20``.
         noise_level: t in (0, 1): x_t = (1 − t) · x0 + t · ε.
         seed: of ε.
 
@@ -202,10 +202,10 @@ def diffusion_encoder(
             f"{type(base.model_sampling).__name__} sampling"
         )
     net = base.diffusion_model
-    module = dict(net.named_modules()).get(block)
-    if module is None or not block:
-        names = [n for n, m in net.named_modules() if n.count(".") == 1 and n.split(".")[1].isdigit()]
-        raise ValueError(f"block: {type(net).__name__} has no module {block!r}; try one of {_abridged(names)}")
+    blocks = {n: m for n, m in net.named_modules() if n.count(".") == 1 and n.split(".")[1].isdigit()}
+    if block not in blocks:  # parts of blocks are left out: their answers say nothing about which tokens are whose
+        raise ValueError(f"block: {type(net).__name__} has no block {block!r}; try one of {_abridged(list(blocks))}")
+    module = blocks[block]
     if not conditioning:
         raise ValueError("conditioning: expected at least one entry, got none")
     channels = base.latent_format.latent_channels
@@ -244,7 +244,12 @@ def diffusion_encoder(
         if features.ndim != 3:
             return features
         start = 0 if isinstance(result, tuple) else seen["text"]
-        return features[:, start : start + seen["picture"]]
+        features = features[:, start : start + seen["picture"]]
+        if features.shape[1] != seen["picture"]:
+            raise ValueError(
+                f"block: expected {seen['picture']} picture tokens from {block!r}, got {features.shape[1]}; try another block"
+            )
+        return features
 
     return DiffusionFeatureEncoder(
         vae_encoder(vae, image_size, base.process_latent_in),

@@ -403,9 +403,10 @@ def check_flux_refusals() -> None:
     refused(lambda: pooled_missing(x), "conditioning", "pooled_output")
     foreign = [[torch.randn(1, TEXT, 99), cond[0][1]]]
     refused(lambda: MODEL.diffusion_encoder(model, vae, foreign, "double_blocks.0", 0.3, 0)(x), "conditioning", "Flux")
-    # A module that no call runs: its encoder says so, and no hook stays behind.
-    model.model.diffusion_model.spare = torch.nn.Identity()
-    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "spare", 0.3, 0)(x), "block", "without running it")
+    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.0.img_mlp", 0.3, 0), "block", "try one of")
+    # A block that no call runs: its encoder says so, and no hook stays behind.
+    model.model.diffusion_model.spare = torch.nn.ModuleList([torch.nn.Identity()])
+    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "spare.0", 0.3, 0)(x), "block", "without running it")
     assert not any(m._forward_hooks for m in model.model.diffusion_model.modules())
     model.model.model_sampling = comfy.model_sampling.ModelSamplingDiscrete()
     refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.0", 0.3, 0),

@@ -384,7 +384,6 @@ def test_fuzz(field: SimpleNamespace, client: Client, object_info: dict[str, Any
             bad.append(f"#{i} {node} {shown}\n    {fault}: {culprit}: {message[:600]}")
         if MARKER in message:
             leaks.append(f"#{i} {node}: {message[:300]}")
-        if os.environ.get("DBG"): print(json.dumps([i, node, kind, culprit, exception, message[:300]]), file=open("/tmp/probe/dbg.jsonl","a"))
         assert field.server.alive, f"the server died of prompt {i}: {json.dumps(prompt)[:2000]}\n{field.server.log_tail()}"
     seconds = time.monotonic() - began
     with capsys.disabled():

@@ -585,7 +585,7 @@ ERRORS: list[tuple[str, Callable[[], dict[str, Any]], str, str]] = [
     ("VAE size off the grid", lambda: distance_by(("EditLossVAEEncoder", {"vae": link("vae"), "image_size": 50}),
                                                   vae=DIFFUSION["vae"]), "VAEEncoder", "image_size: expected multiples of 8"),
     ("unknown block", lambda: distance_by(diffusion(block="double_blocks.3"), **DIFFUSION), "DiffusionEncoder",
-     "has no module 'double_blocks.3'; try one of joint_blocks.0"),
+     "has no block 'double_blocks.3'; try one of joint_blocks.0"),
     ("conditioning of another model", lambda: distance_by(diffusion(conditioning=link("lotus")), **DIFFUSION,
                                                           lotus=("LotusConditioning", {})),
      "Encode", "conditioning: SD3 needs 'pooled_output'"),
@@ -643,3 +643,22 @@ def test_the_server_goes_on_serving_after_all_of_them(core: SimpleNamespace, cli
 def test_a_link_to_an_input_that_no_longer_exists_is_left_out(client: Client, world: SimpleNamespace) -> None:
     """A workflow from another version of the pack: ComfyUI drops unknown constants, but passes unknown links on."""
     assert values_of(client, encode_with(an_older_input=link("gt")))["total"] > 0
+
+
+# ---------------------------------------------------------------------------- names and shapes that reports must draw
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "cost $x_$ and $y$", "a|b", "line\nbreak", "日本語 🎉", "n" * 5000])
+def test_any_name_can_stand_in_a_report(name: str, client: Client) -> None:
+    values = values_of(client, evaluated((LOSS[0], {**LOSS[1], "name": name})))
+    assert list(values["terms"]) == [name]
+
+
+def test_the_report_of_a_tall_picture_stays_a_picture(client: Client) -> None:
+    """An output of 4 × 256 pixels; its height must not be multiplied into every row of the report."""
+    shown = client.run(needed(evaluated(LOSS, tall=("ImageScale", {"image": link("gt"), "upscale_method": "bilinear", "width": 4,
+                                                                  "height": 256, "crop": "disabled"}), evaluate=(
+        "EditLossEvaluateObjective", {"objective": link("loss0"), "embeddings": link("encode"), "pred": link("tall"),
+                                      "width": 640}))))
+    height, width = picture_of(client, shown.outputs["evaluate"]["images"][0]).shape[1:3]
+    assert width == 640 and height < 6 * width
