@@ -53,9 +53,11 @@ def _fault(declared: io.Input, value: object, any_text: bool) -> str:
     if kind in (io.Int.io_type, io.Float.io_type):
         whole = kind == io.Int.io_type
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if number and math.isfinite(value) and declared.min <= value <= declared.max:
+        low = -math.inf if declared.min is None else declared.min
+        high = math.inf if declared.max is None else declared.max
+        if number and math.isfinite(value) and low <= value <= high:
             return ""
-        return f"a {'whole ' if whole else ''}number from {declared.min:g} to {declared.max:g}"
+        return f"a {'whole ' if whole else ''}number from {low:g} to {high:g}"
     if kind == io.Combo.io_type and not any_text:
         fine = isinstance(value, str) and value in declared.options
         return "" if fine else f"one of {', '.join(map(repr, declared.options))}"

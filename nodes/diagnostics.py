@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import torch
 from comfy_api.latest import io, ui
 
 from ..editloss_core.diagnostics import report as reports
@@ -47,8 +46,6 @@ class EvaluateObjective(io.ComfyNode):
         report = objective.objective.evaluate(embeddings, details=True)
         text = reports.text_table(report)
         pred, gt, src = (None if images is None else images[..., :3] for images in (pred, gt, src))
-        if pred is None:  # the heat maps lie on grey then
-            pred = torch.full((1, 8, 8, 3), 0.5)
         picture = reports.picture(report, pred, gt, src, width)
         values = json.dumps({**report.as_dict(), "signal": report.signal()}, allow_nan=True)
         return io.NodeOutput(picture, text, float(report.total), values, ui=ui.PreviewImage(picture, cls=cls))

@@ -106,7 +106,7 @@ def picture(
     mapped = [t for t in report.terms if t.token_map is not None]
 
     label, cell, gap = 2.3, 2.15, 0.12  # inches
-    aspect = ground.shape[1] / ground.shape[2]
+    aspect = min(max(ground.shape[1] / ground.shape[2], 0.4), 1.8)  # of a row; beyond it pictures get margins
     picture_rows = len(names) + len(mapped)
     bars = 0.26 * max(1, sum(t.toward_failure is not None for t in report.terms)) + 0.1
     table = 0.3 * (len(report.terms) + 1)
@@ -173,7 +173,7 @@ def _cut(text: str, columns: int) -> str:
 
 
 def _draw_picture(ax, image: Tensor) -> None:
-    ax.imshow(image.numpy(), interpolation="bilinear", aspect="auto")
+    ax.imshow(image.numpy(), interpolation="bilinear", aspect="equal")
     ax.set_axis_off()
 
 
@@ -188,8 +188,8 @@ def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
     weights = weights / weights.max().clamp_min(1e-12)
     shown[..., 3] = (weights * (0.1 + 0.75 * (values.abs() / scale).sqrt())).clamp(0, 0.85).numpy()
     extent = (0, image.shape[1], image.shape[0], 0)
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="bilinear", aspect="auto")
-    ax.imshow(shown, extent=extent, interpolation="nearest", aspect="auto")
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="bilinear", aspect="equal")
+    ax.imshow(shown, extent=extent, interpolation="nearest", aspect="equal")
     ax.set_axis_off()
 
 

@@ -256,7 +256,7 @@ def write_buffers(folder: Path, outside: Path) -> None:
 
     full = HardNegativeBuffer(folder / "full")
     pictures = {name: picture_tensor(name) for name in ("src", "gt")}
-    for name, picture in pictures.items():
+    for picture in pictures.values():
         full.store(image_key(picture), quantize_image(1 - picture))
     sizes = HardNegativeBuffer(folder / "two_sizes")
     for i, picture in enumerate(pictures.values()):
