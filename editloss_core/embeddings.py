@@ -10,7 +10,7 @@ from typing import Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from .encoders.base import Encoder, EncoderInfo, Progress, check_images, hash_tensors
+from .encoders.base import WHOLE, Encoder, EncoderInfo, Progress, Region, check_images, hash_tensors
 from .files import replacing
 
 ROLES = ("pred", "gt", "src", "overlay", "hard_negative")
@@ -34,6 +34,7 @@ class EmbeddingSet:
             with B = 1 stands for every sample (one pair, many outputs).
         encoders: encoder name → :class:`EncoderInfo`.
         grids: encoder name → (rows, columns) of its tokens; absent for global embeddings.
+        regions: encoder name → the part of the pictures that its grid covers; absent for all of it.
         images: role → sha256 of the pictures it was made from.
         mask: None, or the edit region ``[B, H, W]`` in 0…1 at pixel resolution.
 
@@ -43,6 +44,7 @@ class EmbeddingSet:
     tensors: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     encoders: Mapping[str, EncoderInfo] = field(default_factory=dict)
     grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    regions: Mapping[str, Region] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
     mask: Optional[Tensor] = None
 
@@ -87,15 +89,20 @@ class EmbeddingSet:
         counts.update({role: len(batch) for role, batch in images.items()})
         pairs = _pair_count(counts)
         tensors, done, total = dict(self.tensors), 0, sum(len(batch) for batch in images.values())
-        grids = dict(self.grids)
+        grids, regions = dict(self.grids), dict(self.regions)
         for role, batch in images.items():
             step = None if progress is None else (lambda n, _, base=done: progress(base + n, total))
             tensors[role, name] = _ordinary(encoder.embed(batch, batch_size, step))
-            grid = encoder.grid(*batch.shape[1:3])
+            grid, region = encoder.grid(*batch.shape[1:3]), encoder.region(*batch.shape[1:3])
             if grid is not None and grids.setdefault(name, grid) != grid:
                 raise ValueError(
                     f"{role}: expected pictures that give a token grid of {grids[name][0]}×{grids[name][1]} like the "
                     f"other roles, got {grid[0]}×{grid[1]} from {batch.shape[1]}×{batch.shape[2]} pixels"
+                )
+            if grid is not None and regions.setdefault(name, region) != region:
+                raise ValueError(
+                    f"{role}: expected pictures of the same proportions as the other roles, since the encoder crops, got "
+                    f"{batch.shape[1]}×{batch.shape[2]} pixels"
                 )
             done += len(batch)
         for role in NEGATIVE_ROLES:
@@ -108,6 +115,7 @@ class EmbeddingSet:
             tensors=tensors,
             encoders={**self.encoders, name: encoder.info},
             grids=grids,
+            regions=regions,
             images={**self.images, **hashes},
         )
 
@@ -152,8 +160,10 @@ class EmbeddingSet:
         if self.mask is None or encoder not in self.grids:
             return None
         (height, width), (h, w) = self.mask.shape[1:], self.grids[encoder]
-        area = height / h * (width / w)
-        weights = (_overlaps(height, h) @ self.mask @ _overlaps(width, w).T / area).clamp(0, 1)
+        top, left, bottom, right = self.regions.get(encoder, WHOLE)
+        rows, columns = _overlaps(height, h, top, bottom), _overlaps(width, w, left, right)
+        area = height * (bottom - top) / h * (width * (right - left) / w)
+        weights = (rows @ self.mask @ columns.T / area).clamp(0, 1)
         return weights.flatten(1) if self.encoders[encoder].output == "tokens" else weights
 
     # -- the file ---------------------------------------------------------------------------------------------------
@@ -174,6 +184,7 @@ class EmbeddingSet:
             "format": FORMAT,
             "encoders": json.dumps({name: json.loads(info.to_json()) for name, info in self.encoders.items()}),
             "grids": json.dumps(self.grids),
+            "regions": json.dumps(self.regions),
             "images": json.dumps(self.images),
         }
         metadata["content"] = _hash_content(tensors, metadata)
@@ -222,6 +233,7 @@ class EmbeddingSet:
         try:
             infos = {name: EncoderInfo(**entry) for name, entry in json.loads(metadata["encoders"]).items()}
             grids = {name: (int(grid[0]), int(grid[1])) for name, grid in json.loads(metadata["grids"]).items()}
+            regions = {name: tuple(map(float, region)) for name, region in json.loads(metadata["regions"]).items()}
             hashes = dict(json.loads(metadata["images"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StaleEmbeddings(f"{path.name}: its metadata cannot be read ({error!r}); make it again") from error
@@ -229,7 +241,11 @@ class EmbeddingSet:
         for info in wanted:
             _refuse_other_encoder(path, infos, info)
         mask = tensors.pop("mask", None)
-        result = cls({tuple(key.split("/", 1)): t for key, t in tensors.items()}, infos, grids, hashes, mask)
+        named = {tuple(key.split("/", 1)): t for key, t in tensors.items()}
+        for (role, name), t in named.items():
+            if role not in ROLES or name not in infos or not t.is_floating_point() or t.ndim < 2 + (role in NEGATIVE_ROLES):
+                raise StaleEmbeddings(f"{path.name}: {role}/{name} {list(t.shape)} is no embedding of its encoders; make it again")
+        result = cls(named, infos, grids, regions, hashes, mask)
         for role, batch in (images or {}).items():
             check_role(role)
             makers = [name for name in infos if (role, name) in result.tensors]
@@ -268,19 +284,19 @@ def _ordinary(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _overlaps(pixels: int, cells: int) -> Tensor:
-    """``[cells, pixels]``: how much of each pixel lies in each of ``cells`` equal parts of the line, in pixels.
+def _overlaps(pixels: int, cells: int, start: float, end: float) -> Tensor:
+    """``[cells, pixels]``: how much of each pixel lies in each of ``cells`` equal parts of start…end of the line.
 
     Unlike adaptive pooling, whose bins overlap where the sizes do not divide, this is exact for any two sizes.
     """
-    edges = torch.arange(cells + 1, dtype=torch.float64).mul(pixels).div(cells).unsqueeze(1)
+    edges = torch.arange(cells + 1, dtype=torch.float64).mul(pixels * (end - start)).div(cells).unsqueeze(1) + pixels * start
     pixel = torch.arange(pixels, dtype=torch.float64)
     return (torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)).clamp_min(0).float()
 
 
 def _hash_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over tensors and over the metadata that says what they are."""
-    return hash_tensors(sorted(tensors.items()), *(metadata.get(key, "") for key in ("encoders", "grids", "images")))
+    return hash_tensors(sorted(tensors.items()), *(metadata.get(key, "") for key in ("encoders", "grids", "regions", "images")))
 
 
 def _pair_count(counts: Mapping[str, int]) -> int:

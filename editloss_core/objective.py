@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import losses
 from .embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
+from .encoders.base import WHOLE, Region
 
 TOKEN_WEIGHTS = ("mask", "difference", "none")
 
@@ -111,6 +112,7 @@ class TermReport:
         token_map: ``[B, h, w]`` or None. Hinge terms: d₊ − d₋ per token to the nearest of several negatives (above 0:
             nearer to the negative than to the target); the others: the distance per token.
         token_weights: ``[B, h, w]`` or None: how much each token counted.
+        region: the part of the pictures that the map covers: top, left, bottom, right as fractions.
         map_meaning: what a high (red) and a low (blue) value of the map say, in words.
     """
 
@@ -122,6 +124,7 @@ class TermReport:
     toward_failure: Optional[Tensor] = None
     token_map: Optional[Tensor] = None
     token_weights: Optional[Tensor] = None
+    region: Region = WHOLE
     map_meaning: str = ""
 
     @property
@@ -310,6 +313,12 @@ class _Evaluation:
             return None
         if len(weights) not in (1, self.batch):
             raise ValueError(f"mask: expected 1 or {self.batch} masks like the pictures, got {len(weights)}")
+        unseen = [i for i, w in enumerate(weights) if w.max() == 0]
+        if unseen:
+            raise ValueError(
+                f"mask: the edit region of sample {unseen[0]} lies outside what {term.encoder!r} sees of the picture; turn "
+                "its crop off"
+            )
         device = self.embeddings.get(term.anchor, term.encoder).device
         return weights.to(device).expand(self.batch, *weights.shape[1:])
 
@@ -327,6 +336,7 @@ class _Evaluation:
             per_sample,
             token_map=self.map(term, token_map),
             token_weights=self.map(term, weights),
+            region=self.embeddings.regions.get(term.encoder, WHOLE),
             **extra,
         )
 

@@ -16,6 +16,7 @@ from editloss_core import embeddings as module
 from editloss_core.embeddings import FORMAT, EmbeddingSet, StaleEmbeddings, check_role, hash_images
 from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, hash_tensors
 from editloss_core.files import replacing
+from editloss_core.objective import EditObjective, LossTerm
 
 PATCH = 4
 
@@ -579,3 +580,45 @@ def test_a_missing_role_is_refused(tmp_path):
     EmbeddingSet.load(path, (), {"src": images["src"]})
     with pytest.raises(ValueError, match="^role: expected one of"):
         EmbeddingSet.load(path, (), {"after": images["gt"]})
+
+
+# --- an encoder that crops -------------------------------------------------------------------------------------------
+
+
+class CentreEncoder(PixelEncoder):
+    """Sees the central square only: the mean colour of 4 × 4 patches of it."""
+
+    def __init__(self):
+        preprocess = Preprocess(16, 16, crop=True)
+        super().__init__(EncoderInfo("centre/grid", preprocess.describe(), "f", "grid"), preprocess, torch.device("cpu"))
+
+    def features(self, pixels):
+        return torch.nn.functional.avg_pool2d(pixels, 4)
+
+
+def test_the_mask_is_cropped_as_the_pictures_are():
+    """A picture twice as wide as high: its left and right quarters are out of sight."""
+    made = EmbeddingSet().with_images(CentreEncoder(), {"gt": torch.rand(1, 16, 32, 3)})
+    assert made.regions == {"centre/grid": (0.0, 0.25, 1.0, 0.75)}
+    mask = torch.zeros(1, 16, 32)
+    mask[:, :, 12:] = 1  # from the second of four columns of tokens to the right border
+    expected = torch.tensor([0.0, 1.0, 1.0, 1.0]).expand(1, 4, 4)
+    torch.testing.assert_close(made.with_mask(mask).token_weights("centre/grid"), expected)
+
+
+def test_regions_survive_the_file(tmp_path):
+    made = EmbeddingSet().with_images(CentreEncoder(), {"gt": torch.rand(1, 16, 32, 3)})
+    assert EmbeddingSet.load(made.save(tmp_path / "e.safetensors")).regions == made.regions
+
+
+def test_an_edit_out_of_sight_is_refused():
+    picture, mask = torch.rand(1, 16, 32, 3), torch.zeros(1, 16, 32)
+    mask[:, :, :6] = 1
+    made = EmbeddingSet().with_images(CentreEncoder(), {"pred": picture, "gt": picture}).with_mask(mask)
+    with pytest.raises(ValueError, match="^mask: the edit region of sample 0 lies outside what 'centre/grid' sees"):
+        EditObjective((LossTerm("geometry_match", "centre/grid"),)).evaluate(made)
+
+
+def test_pictures_of_other_proportions_are_refused():
+    with pytest.raises(ValueError, match="^src: expected pictures of the same proportions .* since the encoder crops"):
+        EmbeddingSet().with_images(CentreEncoder(), {"gt": torch.rand(1, 16, 32, 3), "src": torch.rand(1, 16, 16, 3)})

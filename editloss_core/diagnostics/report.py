@@ -45,7 +45,7 @@ def text_table(report: ObjectiveReport) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _signal(report: ObjectiveReport) -> list[str]:
@@ -187,9 +187,13 @@ def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
     weights = torch.ones_like(values) if t.token_weights is None else t.token_weights[i].float().cpu()
     weights = weights / weights.max().clamp_min(1e-12)
     shown[..., 3] = (weights * (0.1 + 0.75 * (values.abs() / scale).sqrt())).clamp(0, 0.85).numpy()
-    extent = (0, image.shape[1], image.shape[0], 0)
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="bilinear", aspect="equal")
-    ax.imshow(shown, extent=extent, interpolation="nearest", aspect="equal")
+    height, width = image.shape[:2]
+    top, left, bottom, right = t.region
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear", aspect="equal")
+    ax.imshow(
+        shown, extent=(left * width, right * width, bottom * height, top * height), interpolation="nearest", aspect="equal"
+    )
+    ax.set(xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
 
 

@@ -19,6 +19,8 @@ OUTPUTS = ("global", "tokens", "grid")
 
 Progress = Callable[[int, int], None]
 ImageSize = Union[int, Sequence[int]]
+Region = tuple[float, float, float, float]  # top, left, bottom, right as fractions of a picture
+WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Encoder(ABC):
     @abstractmethod
     def grid(self, height: int, width: int) -> Optional[tuple[int, int]]:
         """Rows and columns of the grid for pictures of this size (row-major for ``"tokens"``); None for global."""
+
+    def region(self, height: int, width: int) -> Region:
+        """The part of a picture of this size that the token grid covers: all of it, unless the encoder crops."""
+        return WHOLE
 
     def __call__(self, images: Tensor) -> Tensor:
         """Encode with gradients.
@@ -140,20 +146,30 @@ class Preprocess:
         """``[B, H, W, 3]`` in 0…1 → normalised ``[B, 3, h, w]`` in float32 (float64 stays float64)."""
         x = images.movedim(-1, 1)
         x = x if x.dtype == torch.float64 else x.float()
-        height, width = x.shape[2:]
+        target, scaled, top, left = self._plan(*x.shape[2:])
+        if scaled != tuple(x.shape[2:]):
+            # Cubic overshoot leaves 0…1; the clamp that follows has a zero gradient only where it bites.
+            x = F.interpolate(x, size=scaled, mode=self.mode, antialias=True, align_corners=False).clamp(0.0, 1.0)
+        x = x[:, :, top : top + target[0], left : left + target[1]]
+        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (x - mean) / std
+
+    def _plan(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+        """(what the network sees, what the picture is scaled to, top and left of the former in the latter)."""
         target = scaled = self.size(height, width)
         if self.crop:  # torchvision's Resize and CenterCrop round in these ways
             if target[0] * width >= target[1] * height:
                 scaled = target[0], max(target[1], width * target[0] // height)
             else:
                 scaled = max(target[0], height * target[1] // width), target[1]
-        if scaled != (height, width):
-            # Cubic overshoot leaves 0…1; the clamp that follows has a zero gradient only where it bites.
-            x = F.interpolate(x, size=scaled, mode=self.mode, antialias=True, align_corners=False).clamp(0.0, 1.0)
-        top, left = round((scaled[0] - target[0]) / 2), round((scaled[1] - target[1]) / 2)
-        x = x[:, :, top : top + target[0], left : left + target[1]]
-        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return target, scaled, round((scaled[0] - target[0]) / 2), round((scaled[1] - target[1]) / 2)
+
+    def region(self, height: int, width: int) -> Region:
+        """The part of a picture of this size that the network sees."""
+        target, scaled, top, left = self._plan(height, width)
+        return (
+            top / scaled[0], left / scaled[1], (top + target[0]) / scaled[0], (left + target[1]) / scaled[1]
+        )  # fmt: skip
 
     def describe(self) -> str:
         """The preprocessing in words, as it stands in an embedding file."""
@@ -187,6 +203,9 @@ class PixelEncoder(Encoder):
         self._grids[self.preprocess.size(*images.shape[1:3])] = (x.shape[2], x.shape[3])
         x = x.permute(0, 2, 3, 1)
         return x.flatten(1, 2) if self.info.output == "tokens" else x
+
+    def region(self, height: int, width: int) -> Region:
+        return self.preprocess.region(height, width)
 
     def grid(self, height: int, width: int) -> Optional[tuple[int, int]]:
         """As in :class:`Encoder`. A size that was not encoded before costs one black picture through the network."""

@@ -7,7 +7,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from .base import Encoder, EncoderInfo, check_output, hash_tensors
+from .base import Encoder, EncoderInfo, Region, check_output, hash_tensors
 from .vae import VAEEncoder
 
 
@@ -68,6 +68,9 @@ class DiffusionFeatureEncoder(Encoder):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.vae.grid(height, width)
         return -(-rows // self.patch), -(-columns // self.patch)
+
+    def region(self, height: int, width: int) -> Region:
+        return self.vae.region(height, width)
 
     def noise(self, x0: Tensor) -> Tensor:
         """ε ``[1, C, h, w]``, drawn on the CPU so that every device sees the same."""
