@@ -56,7 +56,7 @@ class EmbeddingSet:
         images: Mapping[str, Tensor],
         batch_size: int = 8,
         progress: Optional[Progress] = None,
-    ) -> "EmbeddingSet":
+    ) -> EmbeddingSet:
         """Encode pictures by role, without gradients, and add them.
 
         Args:
@@ -83,7 +83,9 @@ class EmbeddingSet:
                 )
         known = self.encoders.get(encoder.info.name)
         if known is not None and known.fingerprint != encoder.info.fingerprint:
-            raise ValueError(f"encoder: the set already has another encoder named {known.name!r}; give one another name")
+            raise ValueError(
+                f"encoder: the set already has another encoder named {known.name!r}; give one another name"
+            )
         name = encoder.info.name
         counts = {role: t.shape[:2].numel() if role in NEGATIVE_ROLES else len(t) for role, t in self._by(name).items()}
         counts.update({role: len(batch) for role, batch in images.items()})
@@ -108,7 +110,9 @@ class EmbeddingSet:
         for role in NEGATIVE_ROLES:
             if role in images:
                 tensors[role, name] = tensors[role, name].unflatten(0, (pairs, -1))
-            elif (role, name) in tensors and len(tensors[role, name]) == 1:  # encoded before gt and src said how many pairs
+            elif (role, name) in tensors and len(
+                tensors[role, name]
+            ) == 1:  # encoded before gt and src said how many pairs
                 tensors[role, name] = tensors[role, name][0].unflatten(0, (pairs, -1))
         return replace(
             self,
@@ -119,7 +123,7 @@ class EmbeddingSet:
             images={**self.images, **hashes},
         )
 
-    def with_mask(self, mask: Tensor) -> "EmbeddingSet":
+    def with_mask(self, mask: Tensor) -> EmbeddingSet:
         """Add the edit region ``[B, H, W]`` (or ``[H, W]``) in 0…1; B = 1 stands for every sample.
 
         Raises:
@@ -133,7 +137,9 @@ class EmbeddingSet:
             raise ValueError(f"mask: expected values in 0…1, got {mask.min().item():g} to {mask.max().item():g}")
         empty = [i for i, m in enumerate(mask) if m.max() == 0]
         if empty:
-            raise ValueError(f"mask: sample {empty[0]} of {len(mask)} is empty; paint the edit region or leave the mask out")
+            raise ValueError(
+                f"mask: sample {empty[0]} of {len(mask)} is empty; paint the edit region or leave the mask out"
+            )
         return replace(self, mask=mask)
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -146,7 +152,9 @@ class EmbeddingSet:
         """
         check_role(role)
         if encoder not in self.encoders:
-            raise ValueError(f"encoder: {encoder!r} is not in the embeddings; they have {sorted(self.encoders) or 'none'}")
+            raise ValueError(
+                f"encoder: {encoder!r} is not in the embeddings; they have {sorted(self.encoders) or 'none'}"
+            )
         if (role, encoder) not in self.tensors:
             raise ValueError(f"{role}: no embedding by {encoder!r}; it has {', '.join(self._by(encoder)) or 'none'}")
         return self.tensors[role, encoder]
@@ -199,7 +207,7 @@ class EmbeddingSet:
         path: str | Path,
         encoders: Sequence[Encoder | EncoderInfo] = (),
         images: Mapping[str, Tensor] | None = None,
-    ) -> "EmbeddingSet":
+    ) -> EmbeddingSet:
         """Read a file written by :meth:`save`.
 
         Args:
@@ -229,7 +237,9 @@ class EmbeddingSet:
         except (SafetensorError, OSError) as error:
             raise StaleEmbeddings(f"{path.name}: not a readable safetensors file ({error})") from error
         if metadata.get("content") != _hash_content(tensors, metadata):
-            raise StaleEmbeddings(f"{path.name}: damaged, it does not match the content hash written in it; make it again")
+            raise StaleEmbeddings(
+                f"{path.name}: damaged, it does not match the content hash written in it; make it again"
+            )
         try:
             infos = {name: EncoderInfo(**entry) for name, entry in json.loads(metadata["encoders"]).items()}
             grids = {name: (int(grid[0]), int(grid[1])) for name, grid in json.loads(metadata["grids"]).items()}
@@ -243,8 +253,15 @@ class EmbeddingSet:
         mask = tensors.pop("mask", None)
         named = {tuple(key.split("/", 1)): t for key, t in tensors.items()}
         for (role, name), t in named.items():
-            if role not in ROLES or name not in infos or not t.is_floating_point() or t.ndim < 2 + (role in NEGATIVE_ROLES):
-                raise StaleEmbeddings(f"{path.name}: {role}/{name} {list(t.shape)} is no embedding of its encoders; make it again")
+            if (
+                role not in ROLES
+                or name not in infos
+                or not t.is_floating_point()
+                or t.ndim < 2 + (role in NEGATIVE_ROLES)
+            ):
+                raise StaleEmbeddings(
+                    f"{path.name}: {role}/{name} {list(t.shape)} is no embedding of its encoders; make it again"
+                )
         result = cls(named, infos, grids, regions, hashes, mask)
         for role, batch in (images or {}).items():
             check_role(role)
@@ -289,14 +306,19 @@ def _overlaps(pixels: int, cells: int, start: float, end: float) -> Tensor:
 
     Unlike adaptive pooling, whose bins overlap where the sizes do not divide, this is exact for any two sizes.
     """
-    edges = torch.arange(cells + 1, dtype=torch.float64).mul(pixels * (end - start)).div(cells).unsqueeze(1) + pixels * start
+    edges = (
+        torch.arange(cells + 1, dtype=torch.float64).mul(pixels * (end - start)).div(cells).unsqueeze(1)
+        + pixels * start
+    )
     pixel = torch.arange(pixels, dtype=torch.float64)
     return (torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)).clamp_min(0).float()
 
 
 def _hash_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over tensors and over the metadata that says what they are."""
-    return hash_tensors(sorted(tensors.items()), *(metadata.get(key, "") for key in ("encoders", "grids", "regions", "images")))
+    return hash_tensors(
+        sorted(tensors.items()), *(metadata.get(key, "") for key in ("encoders", "grids", "regions", "images"))
+    )
 
 
 def _pair_count(counts: Mapping[str, int]) -> int:
@@ -323,6 +345,10 @@ def _refuse_other_encoder(path: Path, infos: Mapping[str, EncoderInfo], wanted: 
             f"{wanted.preprocessing!r} now; encode again"
         )
     if have.output != wanted.output:
-        raise StaleEmbeddings(f"{path.name}: {wanted.name!r} gave {have.output}, now it gives {wanted.output}; encode again")
+        raise StaleEmbeddings(
+            f"{path.name}: {wanted.name!r} gave {have.output}, now it gives {wanted.output}; encode again"
+        )
     if have.fingerprint != wanted.fingerprint:
-        raise StaleEmbeddings(f"{path.name}: {wanted.name!r} had other weights ({have.fingerprint[:12]}…) than now; encode again")
+        raise StaleEmbeddings(
+            f"{path.name}: {wanted.name!r} had other weights ({have.fingerprint[:12]}…) than now; encode again"
+        )

@@ -464,9 +464,7 @@ def _ranking(
     if fraction is not None:
         with torch.no_grad():
             margin = fraction * torch.stack(_aggregated_distances(positive, negatives, dist, agg, token_weights), 1)
-    return margin_ranking_on_distances(
-        d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg
-    )
+    return margin_ranking_on_distances(d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -701,7 +699,8 @@ def info_nce_loss(
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
 
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
-    if bank is not None:  # used twice below: its two gradients must not be rounded to half precision before they are added
+    if bank is not None:
+        # The anchor is used twice below: its two gradients must not be rounded to half precision before they are added.
         anchor = anchor.to(_compute_dtype(anchor, positive, bank))
     if negatives is None:
         logits = _bank_distances(anchor, bank, agg, token_weights) / -temperature

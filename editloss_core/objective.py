@@ -79,7 +79,11 @@ class LossTerm:
         if self.dist is not None:
             l1_too = self.kind in ("geometry_match", "feature_match")
             losses._check_option("dist", self.dist, losses.MATCHES if l1_too else losses.DISTANCES)
-        if self.margin is not None and losses.margin_fraction(self.margin) and self.kind in ("margin_ranking", "contrastive"):
+        if (
+            self.margin is not None
+            and losses.margin_fraction(self.margin)
+            and self.kind in ("margin_ranking", "contrastive")
+        ):
             raise ValueError(f"margin: a {self.kind} term needs a number, got {self.margin!r}")
         if self.smooth is not None:
             losses._check_number("smooth", self.smooth, minimum=0.0)
@@ -91,7 +95,12 @@ class LossTerm:
             raise ValueError(f"label: expected 1 (same) or 0 (different), got {self.label!r}")
         pictures = tuple(role for role in ROLES if role not in NEGATIVE_ROLES)
         negatives = (*ROLES, "in_batch") if self.kind == "info_nce" else ROLES
-        for name, options in (("anchor", pictures), ("positive", pictures), ("reference", pictures), ("negative", negatives)):
+        for name, options in (
+            ("anchor", pictures),
+            ("positive", pictures),
+            ("reference", pictures),
+            ("negative", negatives),
+        ):
             if getattr(self, name) is not None:
                 losses._check_option(name, getattr(self, name), options)
 
@@ -195,7 +204,7 @@ class EditObjective:
             if names.count(name) > 1:
                 raise ValueError(f"name: expected a name for each term, got {name!r} twice; with_term numbers them")
 
-    def with_term(self, term: LossTerm) -> "EditObjective":
+    def with_term(self, term: LossTerm) -> EditObjective:
         """Append; a name that is taken gets a number."""
         names = {t.name for t in self.terms}
         name, count = term.name, 2
@@ -260,12 +269,13 @@ class _Evaluation:
         own: dict[tuple, None] = {}
         constant: dict[tuple, None] = {}
         for term in terms:
-            kind, has = TERMS[term.kind], lambda pair: all((r, term.encoder) in self.embeddings.tensors for r in pair[1:])
+            kind = TERMS[term.kind]
             needed = kind.constants(term, False)
             if term.token_weights == "difference" and term.encoder in self.embeddings.grids:
                 needed.append(("cos", "gt", "src"))
             if self.details:  # but a picture must not make a role necessary
-                needed += filter(has, kind.constants(term, True))
+                there = {role for role, encoder in self.embeddings.tensors if encoder == term.encoder}
+                needed += [pair for pair in kind.constants(term, True) if there.issuperset(pair[1:])]
             for pairs, group in ((kind.pairs(term), own), (needed, constant)):
                 for dist, *roles in pairs:
                     for role in roles:
@@ -370,7 +380,9 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
     distances = {_name(term.anchor, term.positive): d_pos, _name(compared, term.negative): d_neg}
     margin, fraction, reach = term.margin, losses.margin_fraction(term.margin), None
     if compared == term.anchor and (fraction is not None or e.details):
-        reach = distances[_name(term.positive, term.negative)] = e.distances(term, term.positive, term.negative).detach()
+        reach = distances[_name(term.positive, term.negative)] = e.distances(
+            term, term.positive, term.negative
+        ).detach()
     if fraction is not None:
         margin = fraction * reach
     per_sample = losses.margin_ranking_on_distances(

@@ -96,7 +96,9 @@ def vae_encoder(vae, image_size: int = 0, to_model: Callable[[Tensor], Tensor] =
     if getattr(vae, "first_stage_model", None) is None:
         raise ValueError("vae: this VAE has no weights; the checkpoint it came from does not contain one")
     if vae.latent_dim != 2 or not isinstance(vae.downscale_ratio, int):
-        raise ValueError(f"vae: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)")
+        raise ValueError(
+            f"vae: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)"
+        )
 
     def encode(pixels: Tensor) -> Tensor:
         comfy.model_management.load_models_gpu(
@@ -164,7 +166,7 @@ class ClipVisionEncoder(PixelEncoder):
             )
         if self.info.output == "global":
             return pooled.float() if pooled.ndim == 2 else pooled.float().mean(1)
-        patches = (last if self.layer == "last" else intermediate)[:, -self.side**2 :].float()
+        patches = (last if self.layer == "last" else intermediate)[:, -(self.side**2) :].float()
         return patches.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
@@ -225,7 +227,9 @@ def diffusion_encoder(
         try:
             inputs = base.extra_conds(**_on(cond, x.device), noise=x, device=x.device)
         except KeyError as error:
-            raise ValueError(f"conditioning: {kind} needs {error}; make it with the model's own text encoder") from error
+            raise ValueError(
+                f"conditioning: {kind} needs {error}; make it with the model's own text encoder"
+            ) from error
         inputs = {name: value.process_cond(batch_size=len(x), device=x.device).cond for name, value in inputs.items()}
         seen["text"] = inputs["c_crossattn"].shape[1] if "c_crossattn" in inputs else 0
         seen["picture"] = -(-x.shape[2] // patch) * -(-x.shape[3] // patch)
@@ -236,7 +240,9 @@ def diffusion_encoder(
         except comfy.model_management.OOM_EXCEPTION:
             raise
         except RuntimeError as error:
-            raise ValueError(f"conditioning: {kind} cannot be run with it; use the model's own text encoder ({error})") from error
+            raise ValueError(
+                f"conditioning: {kind} cannot be run with it; use the model's own text encoder ({error})"
+            ) from error
 
     def select(result) -> Tensor:
         """The picture's own tokens: references follow them, and in single-stream blocks the text precedes them."""
@@ -251,13 +257,16 @@ def diffusion_encoder(
             )
         return features
 
+    # LoRAs are applied when the model is loaded and change what it computes; their id is new in every session, so that an
+    # embedding file made with one is never taken for another's.
+    patches = str(model.patches_uuid) if model.patches else ""
     return DiffusionFeatureEncoder(
         vae_encoder(vae, image_size, base.process_latent_in),
         predict,
         module,
         select,
         name=f"diffusion/{kind.lower()}/{block}",
-        fingerprint=hash_module(net, kind, hash_tensors(_tensors_of(conditioning))),
+        fingerprint=hash_module(net, kind, hash_tensors(_tensors_of(conditioning)), patches),
         t=noise_level,
         seed=seed,
         patch=patch,

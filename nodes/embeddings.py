@@ -99,9 +99,13 @@ class LoadEmbeddings(io.ComfyNode):
             "stale or foreign file is refused with a reason.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=folders.embedding_files(), tooltip="A file written by Save Embeddings. Press R to refresh."
+                    "file",
+                    options=folders.embedding_files(),
+                    tooltip="A file written by Save Embeddings. Press R to refresh.",
                 ),
-                EncoderSocket.Input("encoder", optional=True, tooltip="Refuse the file unless it was made by this encoder."),
+                EncoderSocket.Input(
+                    "encoder", optional=True, tooltip="Refuse the file unless it was made by this encoder."
+                ),
                 _picture("gt", "Refuse the file unless its after pictures are these."),
                 _picture("src", "Refuse the file unless its before pictures are these."),
             ],

@@ -212,7 +212,9 @@ class DiffusionFeatures(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(cls, model, vae, conditioning, block, noise_level, seed, output, image_size=0, name="") -> io.NodeOutput:
+    def execute(
+        cls, model, vae, conditioning, block, noise_level, seed, output, image_size=0, name=""
+    ) -> io.NodeOutput:
         encoder = comfy_model.diffusion_encoder(
             model, vae, conditioning, block.strip(), noise_level, seed, output, image_size
         )

@@ -19,7 +19,9 @@ _MOST_PARTS, _MOST_BYTES = 8, 200  # file systems take 255 bytes a part; the end
 
 def register_model_folder() -> None:
     """``models/editloss_encoders``, and whatever extra_model_paths.yaml adds under that name."""
-    folder_paths.add_model_folder_path(ENCODER_FOLDER, str(Path(folder_paths.models_dir) / ENCODER_FOLDER), is_default=True)
+    folder_paths.add_model_folder_path(
+        ENCODER_FOLDER, str(Path(folder_paths.models_dir) / ENCODER_FOLDER), is_default=True
+    )
     paths, extensions = folder_paths.folder_names_and_paths[ENCODER_FOLDER]
     folder_paths.folder_names_and_paths[ENCODER_FOLDER] = (paths, extensions | {".safetensors"})
     Path(paths[0]).mkdir(parents=True, exist_ok=True)

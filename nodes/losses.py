@@ -66,7 +66,9 @@ def _setting_input(name: str, default, kind: str) -> list:
         return [io.Float.Input("smooth", default=0.0, min=0.0, max=100.0, step=0.01, optional=True, tooltip=tip)]
     if name == "neg_agg":
         tip = "How several negatives of one picture count: mean, max (the hardest alone) or sum. Try mean."
-        return [io.Combo.Input("neg_agg", options=list(losses.AGGREGATIONS), default=default, optional=True, tooltip=tip)]
+        return [
+            io.Combo.Input("neg_agg", options=list(losses.AGGREGATIONS), default=default, optional=True, tooltip=tip)
+        ]
     if name == "temperature":
         tip = "Sharpness of InfoNCE: lower looks harder at the nearest negative. 0.05 to 0.2; try 0.07."
         return [io.Float.Input("temperature", default=default, min=0.001, max=100.0, step=0.01, tooltip=tip)]
@@ -143,7 +145,9 @@ class NoEditIdentity(LossNode):
 
 class GeometryMatch(LossNode):
     KIND, NODE_ID, TITLE = "geometry_match", "EditLossGeometryMatch", "Loss: Geometry Match"
-    DESCRIPTION_TEXT = "Against distorted shapes: matches the output's features with those of the after picture, token by token."
+    DESCRIPTION_TEXT = (
+        "Against distorted shapes: matches the output's features with those of the after picture, token by token."
+    )
     FIXED = ("anchor", "positive")
 
 
@@ -165,7 +169,9 @@ class FeatureMatch(LossNode):
 
 class Contrastive(LossNode):
     KIND, NODE_ID, TITLE = "contrastive", "EditLossContrastive", "Loss: Contrastive Pair"
-    DESCRIPTION_TEXT = "Hadsell et al. 2006: pulls a pair together (same) or pushes it apart up to a margin (different)."
+    DESCRIPTION_TEXT = (
+        "Hadsell et al. 2006: pulls a pair together (same) or pushes it apart up to a margin (different)."
+    )
 
 
 class Triplet(LossNode):
@@ -175,7 +181,9 @@ class Triplet(LossNode):
 
 class MarginRanking(LossNode):
     KIND, NODE_ID, TITLE = "margin_ranking", "EditLossMarginRanking", "Loss: Margin Ranking on Distances"
-    DESCRIPTION_TEXT = "max(0, d(anchor, positive) − d(reference, negative) + margin): ranks one distance below another."
+    DESCRIPTION_TEXT = (
+        "max(0, d(anchor, positive) − d(reference, negative) + margin): ranks one distance below another."
+    )
 
 
 class MultiNegative(LossNode):
@@ -185,7 +193,9 @@ class MultiNegative(LossNode):
 
 class InfoNCE(LossNode):
     KIND, NODE_ID, TITLE = "info_nce", "EditLossInfoNCE", "Loss: InfoNCE"
-    DESCRIPTION_TEXT = "Classifies the right after picture among negatives: the other pictures of the batch, or a role's."
+    DESCRIPTION_TEXT = (
+        "Classifies the right after picture among negatives: the other pictures of the batch, or a role's."
+    )
 
 
 class RecommendedMix(io.ComfyNode):

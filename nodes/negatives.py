@@ -21,7 +21,9 @@ def _same_batch(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor
     before, after = before[..., :3], after[..., :3]
     if before.shape[1:3] != after.shape[1:3]:
         sizes = [f"{t.shape[2]}×{t.shape[1]}" for t in (before, after)]
-        raise ValueError(f"after: expected the size of before, {sizes[0]} pixels, got {sizes[1]}; scale one of them first")
+        raise ValueError(
+            f"after: expected the size of before, {sizes[0]} pixels, got {sizes[1]}; scale one of them first"
+        )
     return before, after
 
 
@@ -129,7 +131,9 @@ class EstimateMask(io.ComfyNode):
         mask = estimate_mask(before, after, threshold or "auto", margin=grow, feather=feather)
         empty = [i for i, m in enumerate(mask) if not m.any()]
         if empty:
-            raise ValueError(f"Pair {empty[0]}: no visible difference between before and after; lower threshold or check the pair")
+            raise ValueError(
+                f"Pair {empty[0]}: no visible difference between before and after; lower threshold or check the pair"
+            )
         return io.NodeOutput(mask)
 
 
@@ -222,10 +226,14 @@ class DrawHardNegative(io.ComfyNode):
             elif if_empty == "before":
                 drawn.append(picture.expand(count, -1, -1, -1).cpu())
             else:
-                raise ValueError(f"buffer: {buffer!r} has nothing for before picture {i}; store some, or set if_empty to before")
+                raise ValueError(
+                    f"buffer: {buffer!r} has nothing for before picture {i}; store some, or set if_empty to before"
+                )
         sizes = {tuple(d.shape[1:3]) for d in drawn}
         if len(sizes) > 1:
-            raise ValueError(f"buffer: expected pictures of one size, {buffer!r} has {sorted(sizes)} (height, width) for these")
+            raise ValueError(
+                f"buffer: expected pictures of one size, {buffer!r} has {sorted(sizes)} (height, width) for these"
+            )
         return io.NodeOutput(torch.cat(drawn))
 
 

@@ -22,10 +22,10 @@ class WiredObjective:
     objective: EditObjective = field(default_factory=EditObjective)
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
 
-    def with_term(self, term: LossTerm, encoder: Encoder) -> "WiredObjective":
+    def with_term(self, term: LossTerm, encoder: Encoder) -> WiredObjective:
         return replace(self.with_encoder(encoder), objective=self.objective.with_term(term))
 
-    def with_encoder(self, encoder: Encoder) -> "WiredObjective":
+    def with_encoder(self, encoder: Encoder) -> WiredObjective:
         known = self.encoders.get(encoder.info.name, encoder)
         if known.info.fingerprint != encoder.info.fingerprint:
             raise ValueError(

@@ -281,7 +281,9 @@ def test_tokens_that_the_mask_does_not_touch_weigh_nothing():
 
 
 def test_token_weights_are_absent_without_a_mask_or_without_tokens():
-    made = EmbeddingSet().with_images(Patches(), {"gt": pictures(1)}).with_images(Patches("global"), {"gt": pictures(1)})
+    made = (
+        EmbeddingSet().with_images(Patches(), {"gt": pictures(1)}).with_images(Patches("global"), {"gt": pictures(1)})
+    )
     assert made.token_weights("patches/grid") is None
     assert made.with_mask(torch.ones(8, 12)).token_weights("patches/global") is None
 
@@ -379,7 +381,9 @@ def test_the_same_set_gives_the_same_content_hash_and_another_mask_another(tmp_p
             return file.metadata()["content"]
 
     assert content(made) == content(full_set()[0])
-    assert len({content(made), content(made.with_mask(torch.ones(2, 2))), content(made.with_mask(torch.ones(2, 3)))}) == 3
+    assert (
+        len({content(made), content(made.with_mask(torch.ones(2, 2))), content(made.with_mask(torch.ones(2, 3)))}) == 3
+    )
 
 
 def test_what_was_loaded_does_not_hang_on_the_file(saved):
@@ -546,11 +550,17 @@ def test_incomplete_metadata_are_refused(saved, drop):
 
 
 def test_another_encoder_is_refused(saved):
-    refuse(saved[0], r"expected embeddings by 'patches/tokens', it has \['patches/global', 'patches/grid'\]", [Patches("tokens")])
+    refuse(
+        saved[0],
+        r"expected embeddings by 'patches/tokens', it has \['patches/global', 'patches/grid'\]",
+        [Patches("tokens")],
+    )
 
 
 def test_other_preprocessing_is_refused(saved):
-    refuse(saved[0], "'patches/grid' was run with other preprocessing: .*mean 0.5 .*mean 0.25 .*now", [Patches(mean=0.25)])
+    refuse(
+        saved[0], "'patches/grid' was run with other preprocessing: .*mean 0.5 .*mean 0.25 .*now", [Patches(mean=0.25)]
+    )
 
 
 def test_other_weights_are_refused(saved):
@@ -572,7 +582,9 @@ def test_other_pictures_are_refused(saved):
 
 def test_a_missing_role_is_refused(tmp_path):
     a, b, images = Patches("grid"), Patches("global"), full_set()[1]
-    made = EmbeddingSet().with_images(a, {"gt": images["gt"], "src": images["src"]}).with_images(b, {"gt": images["gt"]})
+    made = (
+        EmbeddingSet().with_images(a, {"gt": images["gt"], "src": images["src"]}).with_images(b, {"gt": images["gt"]})
+    )
     path = made.save(tmp_path / "x")
     refuse(path, "there is no pred in it, only gt, src", (), {"pred": images["pred"]})
     refuse(path, "there is no src by 'patches/global' in it, only gt;", [a, b], {"src": images["src"]})
@@ -590,7 +602,9 @@ class CentreEncoder(PixelEncoder):
 
     def __init__(self):
         preprocess = Preprocess(16, 16, crop=True)
-        super().__init__(EncoderInfo("centre/grid", preprocess.describe(), "f", "grid"), preprocess, torch.device("cpu"))
+        super().__init__(
+            EncoderInfo("centre/grid", preprocess.describe(), "f", "grid"), preprocess, torch.device("cpu")
+        )
 
     def features(self, pixels):
         return torch.nn.functional.avg_pool2d(pixels, 4)

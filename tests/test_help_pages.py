@@ -47,12 +47,16 @@ class Source:
                 schema = self._schema(self.classes["LossNode"])
             else:
                 schema = self._schema(c)
-                ids = {k.arg: k.value for k in schema.keywords if k.arg in ("node_id", "display_name")} if schema else {}
+                ids = (
+                    {k.arg: k.value for k in schema.keywords if k.arg in ("node_id", "display_name")} if schema else {}
+                )
                 if not isinstance(ids.get("node_id"), ast.Constant):
                     continue  # the base class of the losses
                 node_id, title = ids["node_id"].value, ids["display_name"].value
                 inputs = self._names(_keyword(schema, "inputs"), "Input")
-            found[node_id] = Node(title, frozenset(inputs), frozenset(self._names(_keyword(schema, "outputs"), "Output")))
+            found[node_id] = Node(
+                title, frozenset(inputs), frozenset(self._names(_keyword(schema, "outputs"), "Output"))
+            )
         return found
 
     def _schema(self, c: ast.ClassDef) -> ast.Call | None:
@@ -111,7 +115,9 @@ def _takes_auto(kind: str) -> bool:
     return True
 
 
-NODES = {node_id: node for path in sorted((ROOT / "nodes").glob("*.py")) for node_id, node in Source(path).nodes().items()}
+NODES = {
+    node_id: node for path in sorted((ROOT / "nodes").glob("*.py")) for node_id, node in Source(path).nodes().items()
+}
 each_node = pytest.mark.parametrize("node_id", sorted(NODES))
 
 
@@ -136,7 +142,15 @@ def test_every_node_has_a_page_and_every_page_a_node():
 def test_reader_of_schemas_finds_what_helpers_and_tables_make():
     assert NODES["EditLossEncode"].inputs >= {"encoder", "pred", "gt", "hard_negative", "mask", "batch_size"}
     assert NODES["EditLossTimmEncoder"].inputs >= {"model_name", "weights", "output", "layer", "image_size", "crop"}
-    assert NODES["EditLossTriplet"].inputs >= {"encoder", "weight", "margin", "margin_mode", "negative", "objective", "agg"}
+    assert NODES["EditLossTriplet"].inputs >= {
+        "encoder",
+        "weight",
+        "margin",
+        "margin_mode",
+        "negative",
+        "objective",
+        "agg",
+    }
     assert "margin_mode" not in NODES["EditLossMarginRanking"].inputs
     assert "anchor" not in NODES["EditLossNoEditIdentity"].inputs
     assert NODES["EditLossEvaluateObjective"].outputs == {"picture", "text", "total", "values"}

@@ -36,7 +36,13 @@ def make(layout="grid", pairs=B, outputs=B, seed=0, name="e", mask=True, dtype=t
     g = torch.Generator().manual_seed(seed)
     shape = LAYOUTS[layout]
     common = torch.randn(*shape, D, generator=g, dtype=torch.float64)
-    count = {"pred": (outputs,), "gt": (pairs,), "src": (pairs,), "overlay": (pairs, K), "hard_negative": (pairs, H + 1)}
+    count = {
+        "pred": (outputs,),
+        "gt": (pairs,),
+        "src": (pairs,),
+        "overlay": (pairs, K),
+        "hard_negative": (pairs, H + 1),
+    }
     tensors = {
         (role, name): (0.5 * common + torch.randn(*count[role], *shape, D, generator=g, dtype=torch.float64)).to(dtype)
         for role in ROLES
@@ -55,7 +61,9 @@ def make(layout="grid", pairs=B, outputs=B, seed=0, name="e", mask=True, dtype=t
 
 
 def merged(*sets):
-    tensors, encoders, grids = ({k: v for s in sets for k, v in getattr(s, f).items()} for f in ("tensors", "encoders", "grids"))
+    tensors, encoders, grids = (
+        {k: v for s in sets for k, v in getattr(s, f).items()} for f in ("tensors", "encoders", "grids")
+    )
     return EmbeddingSet(tensors, encoders, grids, {}, sets[0].mask)
 
 
@@ -114,7 +122,11 @@ class Direct:
             return losses.multi_negative_ranking_loss(a, p, negative, neg_agg=t.neg_agg, **hinge)
         if t.kind == "margin_ranking":
             return losses.margin_ranking_on_distances(
-                self.distance(t.anchor, t.positive), self.distance(t.reference, t.negative), t.margin, reduction, smooth=t.smooth
+                self.distance(t.anchor, t.positive),
+                self.distance(t.reference, t.negative),
+                t.margin,
+                reduction,
+                smooth=t.smooth,
             )
         if t.kind == "geometry_match":
             return losses.loss_geometry_match(a, p, t.dist, **common)
@@ -474,7 +486,9 @@ def test_no_gradient_work_for_constants(monkeypatch):
 
     monkeypatch.setattr(losses._TokenDistances, "backward", staticmethod(spy))
     made = make()
-    objective = recommended("e").with_term(LossTerm("margin_ranking", "e")).with_term(LossTerm("triplet", "e", margin="auto"))
+    objective = (
+        recommended("e").with_term(LossTerm("margin_ranking", "e")).with_term(LossTerm("triplet", "e", margin="auto"))
+    )
     report = objective.evaluate(made, details=True)
     report.total.backward()
     assert [needs[1] for needs in asked] == [True] and not any(asked[0][2:])
@@ -723,7 +737,9 @@ def test_a_target_that_equals_the_negative_gives_finite_numbers():
 def test_as_dict_is_plain_json(layout, details):
     report = everything().evaluate(make(layout), details)
     back = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert back["total"] == pytest.approx(report.total.item()) and list(back["terms"]) == [t.term.name for t in report.terms]
+    assert back["total"] == pytest.approx(report.total.item()) and list(back["terms"]) == [
+        t.term.name for t in report.terms
+    ]
     for t in report.terms:
         entry = back["terms"][t.term.name]
         assert (entry["kind"], entry["encoder"], entry["weight"]) == (t.term.kind, "e", t.term.weight)
@@ -852,7 +868,9 @@ def test_a_term_that_only_watches_does_not_touch_the_total():
     """Not even with a value that is no number."""
     made = make()
     made.tensors["src", "e"][0] = torch.nan
-    objective = EditObjective().with_term(LossTerm("geometry_match", "e")).with_term(LossTerm("triplet", "e", weight=0.0))
+    objective = (
+        EditObjective().with_term(LossTerm("geometry_match", "e")).with_term(LossTerm("triplet", "e", weight=0.0))
+    )
     report = objective.evaluate(made)
     assert report.terms[1].value.isnan() and report.total.equal(report.terms[0].value)
     report.total.backward()

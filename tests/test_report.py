@@ -75,7 +75,9 @@ def drawn(monkeypatch):
     Drawn.texts, Drawn.boxes = [], []
     text, add_axes = Figure.text, Figure.add_axes
     monkeypatch.setattr(Figure, "text", lambda self, x, y, s, **k: Drawn.texts.append(s) or text(self, x, y, s, **k))
-    monkeypatch.setattr(Figure, "add_axes", lambda self, rect, **k: Drawn.boxes.append(rect) or add_axes(self, rect, **k))
+    monkeypatch.setattr(
+        Figure, "add_axes", lambda self, rect, **k: Drawn.boxes.append(rect) or add_axes(self, rect, **k)
+    )
     return Drawn
 
 
@@ -123,7 +125,9 @@ def test_the_table_has_every_value():
         assert cells[4] == ("–" if t.active is None else f"{t.active:.0%}")
         for name, d in t.distances.items():
             assert f"{name} {d.mean().item():.4f}" in cells[5]
-    outputs = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:3] in ("| 1", "| 2", "| 3", "| 4")]
+    outputs = [
+        [c.strip() for c in line.strip("|").split("|")] for line in lines if line[:3] in ("| 1", "| 2", "| 3", "| 4")
+    ]
     assert [cells[1] for cells in outputs] == ["no failure signal", "NO EDIT", "OVERLAY", "DISTORTED"]
     for i, cells in enumerate(outputs):
         assert cells[0] == str(i + 1)
@@ -180,7 +184,17 @@ def test_columns_rows_and_verdicts(drawn):
     for row, value in ((1, 0.8), (2, 0.6), (3, 0.2)):
         for box in drawn.boxes[3 * row : 3 * row + 3]:
             assert pixels(image, box).flatten().tolist() == pytest.approx([value] * 3, abs=0.01)
-    for text in ("output 1", "output 3", "no failure signal", "NO EDIT", "OVERLAY", "before", "after", "output", "no edit identity"):
+    for text in (
+        "output 1",
+        "output 3",
+        "no failure signal",
+        "NO EDIT",
+        "OVERLAY",
+        "before",
+        "after",
+        "output",
+        "no edit identity",
+    ):
         assert text in drawn.texts, text
     assert any(f"total {report.total.item():.4f}" in text for text in drawn.texts)
     for t in report.terms:
@@ -212,7 +226,12 @@ def test_nothing_overlaps_and_nothing_leaves_the_picture(layout_only, count):
     for i, (left, bottom, w, h) in enumerate(layout_only.boxes):
         assert left >= 0 and bottom >= 0 and left + w <= 1 and bottom + h <= 1
         for other in layout_only.boxes[:i]:
-            apart = left >= other[0] + other[2] or other[0] >= left + w or bottom >= other[1] + other[3] or other[1] >= bottom + h
+            apart = (
+                left >= other[0] + other[2]
+                or other[0] >= left + w
+                or bottom >= other[1] + other[3]
+                or other[1] >= bottom + h
+            )
             assert apart or all(abs(a - b) < 1e-9 for a, b in zip(other, (left, bottom, w, h)))
 
 
@@ -237,7 +256,9 @@ def test_red_is_where_the_output_is_nearer_to_the_negative(drawn, layout):
     report = EditObjective((LossTerm("no_edit_identity", "e"),)).evaluate(made, details=True)
     image = module.picture(report, grey(2), width=WIDTH)
     cells = [pixels(image, box, *GRID).flatten(0, 1) for box in drawn.boxes[-2:]]  # the maps come last
-    kinds = [["red" if red(c) else "blue" if blue(c) else "none" if neutral(c) else "?" for c in column] for column in cells]
+    kinds = [
+        ["red" if red(c) else "blue" if blue(c) else "none" if neutral(c) else "?" for c in column] for column in cells
+    ]
     # The top left corner of a map has the loss written over it, so the middle of its first token is still read as drawn.
     assert kinds[0] == ["blue", "red", "blue", "none", "blue", "red"]
     assert kinds[1] == ["red", "blue", "blue", "blue", "none", "blue"]
@@ -333,7 +354,9 @@ def test_twelve_terms_of_every_kind(drawn):
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("name", ["word " * 60, "x" * 300, "Kanten schärfer als vorher – “Maß” ≥ 0,5"], ids=["words", "one", "signs"])
+@pytest.mark.parametrize(
+    "name", ["word " * 60, "x" * 300, "Kanten schärfer als vorher – “Maß” ≥ 0,5"], ids=["words", "one", "signs"]
+)
 def test_long_names(name):
     objective = EditObjective((LossTerm("no_edit_identity", name, name=name), LossTerm("geometry_match", name)))
     report = evaluated(GT, SRC, objective=objective, name=name)

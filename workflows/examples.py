@@ -49,7 +49,9 @@ def _template_picture(name: str) -> np.ndarray:
     try:
         package = __import__(PACKAGE)
     except ImportError as error:
-        raise RuntimeError(f'{PACKAGE} is not installed; it comes with ComfyUI, or: pip install -e ".[comfyui]"') from error
+        raise RuntimeError(
+            f'{PACKAGE} is not installed; it comes with ComfyUI, or: pip install -e ".[comfyui]"'
+        ) from error
     path = Path(package.__file__).parent / "templates" / name
     if not path.is_file():
         raise RuntimeError(f"{PACKAGE} has no picture {name}; the version that ComfyUI 0.3.75 asks for has it")

@@ -7,6 +7,7 @@
 ComfyUI is looked for in --comfyui, then in COMFYUI_PATH, then around this pack; if there is none, a small
 private copy is downloaded. Your own ComfyUI's folders are never written to.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comfy_server import Client, ComfyError, ComfyServer, History, Progress
+from comfy_client import Client, ComfyError, History, Progress
+from comfy_server import ComfyServer
 from ui_to_api import WorkflowError, to_prompt
 
 HERE = Path(__file__).resolve().parent
@@ -71,8 +73,11 @@ class ProgressLines:
 
     def _write(self, status: str, end: str = "") -> None:
         title = self._titles.get(self._node, f"node {self._node}")
-        print(f"\r  {title}  {status}    " if self._live else f"  {title}  {status}",
-              end=end if self._live else "\n", flush=True)
+        print(
+            f"\r  {title}  {status}    " if self._live else f"  {title}  {status}",
+            end=end if self._live else "\n",
+            flush=True,
+        )
 
 
 def save(history: History, prompt: dict[str, Any], client: Client, out: Path) -> list[Path]:
@@ -151,8 +156,13 @@ def _prepare(server: ComfyServer) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default=DEFAULT, metavar="NAME",
-                        help=f"a workflow of this folder, or a path to a .json (default: {DEFAULT})")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"a workflow of this folder, or a path to a .json (default: {DEFAULT})",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: results/NAME)")
     parser.add_argument("--comfyui", metavar="PATH", help="the ComfyUI folder to use")
     parser.add_argument("--list", action="store_true", help="list the workflows and stop")

@@ -7,6 +7,7 @@ browser. This module does the same without a browser, so that a saved workflow c
 Left out on purpose, because they live in the browser alone: subgraphs and group nodes (one clear error),
 random ``{a|b}`` choices in text, and ``%Node.widget%`` replacements in file names.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -84,8 +85,10 @@ def _drop_old_slots(inputs: list[_Input], values: list[Any]) -> list[Any]:
     """
     upload = any(i.type == "COMBO" and any(i.options.get(key) for key in UPLOAD_OPTIONS) for i in inputs)
     with_slot = [i for i in inputs if i.is_widget or i.options.get("forceInput")]
-    count = sum(2 if i.options.get("control_after_generate") or i.name in ("seed", "noise_seed") else 1
-                for i in with_slot) + upload
+    count = (
+        sum(2 if i.options.get("control_after_generate") or i.name in ("seed", "noise_seed") else 1 for i in with_slot)
+        + upload
+    )
     if count != len(values):
         return values
     forced = [bool(i.options.get("forceInput")) for i in with_slot]
@@ -147,12 +150,19 @@ class _Graph:
         """The node and output at the other end of a connected socket."""
         origin = self.links.get(slot["link"])
         if origin is None or origin[0] not in self.nodes:
-            raise WorkflowError(f"{self.name(node_id)}: input '{slot['name']}' uses link {slot['link']}, "
-                                "which leads nowhere in this file")
+            raise WorkflowError(
+                f"{self.name(node_id)}: input '{slot['name']}' uses link {slot['link']}, "
+                "which leads nowhere in this file"
+            )
         return origin
 
-    def source(self, node_id: str, slot: dict[str, Any], kind: str | None = None,
-               seen: frozenset[tuple[str, str]] = frozenset()) -> tuple[str, int] | None:
+    def source(
+        self,
+        node_id: str,
+        slot: dict[str, Any],
+        kind: str | None = None,
+        seen: frozenset[tuple[str, str]] = frozenset(),
+    ) -> tuple[str, int] | None:
         """Follow a link through reroutes and bypassed nodes to the output that feeds it, if any does."""
         if slot.get("link") is None:
             return None
@@ -171,8 +181,9 @@ class _Graph:
             return self.source(from_id, slots[output], kind, seen) if output < len(slots) else None
         return from_id, output
 
-    def _bypass(self, node: dict[str, Any], slots: list[dict[str, Any]], output: int,
-                kind: str) -> dict[str, Any] | None:
+    def _bypass(
+        self, node: dict[str, Any], slots: list[dict[str, Any]], output: int, kind: str
+    ) -> dict[str, Any] | None:
         """The input that a bypassed node hands on as its output number ``output``."""
         if not slots:
             return None
@@ -209,8 +220,10 @@ def _check(workflow: dict[str, Any], graph: _Graph) -> None:
     missing: dict[str, list[str]] = {}
     for node_id, node in graph.active():
         if node["type"] in subgraphs:
-            raise WorkflowError(f"node {node_id} ({node.get('title') or node['type']}) is a subgraph; "
-                                "unpack it in ComfyUI and save again")
+            raise WorkflowError(
+                f"node {node_id} ({node.get('title') or node['type']}) is a subgraph; "
+                "unpack it in ComfyUI and save again"
+            )
         if node["type"] not in graph.info:
             missing.setdefault(node["type"], []).append(node_id)
     if missing:
@@ -251,8 +264,11 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
                 inputs[slot["name"]] = (*graph.primitive_value(node_id, slot), inputs[slot["name"]])[0]
         prompt[node_id] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": graph.title(node)}}
     for node in prompt.values():
-        node["inputs"] = {name: _encode(value) for name, value in node["inputs"].items()
-                          if not (isinstance(value, tuple) and value[0] not in prompt)}
+        node["inputs"] = {
+            name: _encode(value)
+            for name, value in node["inputs"].items()
+            if not (isinstance(value, tuple) and value[0] not in prompt)
+        }
     return prompt
 
 

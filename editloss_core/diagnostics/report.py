@@ -191,13 +191,18 @@ def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
     top, left, bottom, right = t.region
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0), interpolation="bilinear", aspect="equal")
     ax.imshow(
-        shown, extent=(left * width, right * width, bottom * height, top * height), interpolation="nearest", aspect="equal"
+        shown,
+        extent=(left * width, right * width, bottom * height, top * height),
+        interpolation="nearest",
+        aspect="equal",
     )
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
 
 
-def _draw_bars(axes, write, report: ObjectiveReport, lefts: Sequence[float], top: float, cell: float, height: float) -> None:
+def _draw_bars(
+    axes, write, report: ObjectiveReport, lefts: Sequence[float], top: float, cell: float, height: float
+) -> None:
     """How far each output went towards each term's failure, 0 to 100 %, with a mark at the half."""
     terms = [t for t in report.terms if t.toward_failure is not None]
     if not terms:

@@ -13,8 +13,16 @@ _WHERE = {
     "convert_to_safetensors": ".convert",
 }
 
-__all__ = ["Encoder", "EncoderInfo", "Preprocess", "OpenCLIPEncoder", "TimmEncoder", "VAEEncoder",
-           "DiffusionFeatureEncoder", "convert_to_safetensors"]
+__all__ = [
+    "Encoder",
+    "EncoderInfo",
+    "Preprocess",
+    "OpenCLIPEncoder",
+    "TimmEncoder",
+    "VAEEncoder",
+    "DiffusionFeatureEncoder",
+    "convert_to_safetensors",
+]
 
 
 def __getattr__(name: str):

@@ -43,7 +43,7 @@ class EncoderInfo:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> "EncoderInfo":
+    def from_json(cls, text: str) -> EncoderInfo:
         return cls(**json.loads(text))
 
 
@@ -280,8 +280,10 @@ def building(weights: Union[str, Path, None], random_seed: Optional[int]) -> Ite
             nothing, so it has to be asked for (tests do).
     """
     if (weights is None) == (random_seed is None):
-        raise ValueError("weights: expected a .safetensors file, or None with random_seed for an untrained network; "
-                         f"got weights={weights!r} and random_seed={random_seed!r}")
+        raise ValueError(
+            "weights: expected a .safetensors file, or None with random_seed for an untrained network; "
+            f"got weights={weights!r} and random_seed={random_seed!r}"
+        )
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         if random_seed is not None:
             torch.default_generator.manual_seed(random_seed)
@@ -300,8 +302,10 @@ def read_safetensors(path: Union[str, Path]) -> dict[str, Tensor]:
 
     path = Path(path)
     if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"weights: expected a .safetensors file, got {path.name}; convert it with "
-                         f"python -m editloss_core.encoders.convert {path.name} {path.stem}.safetensors")
+        raise ValueError(
+            f"weights: expected a .safetensors file, got {path.name}; convert it with "
+            f"python -m editloss_core.encoders.convert {path.name} {path.stem}.safetensors"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"weights: no such file: {path}")
     try:
@@ -326,8 +330,11 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], name: str, ignore:
     # BatchNorm's step counter plays no part in eval mode, and old files lack it.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     surplus = [k for k in state if k not in own and not k.startswith(tuple(ignore))]
-    misshapen = [f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
-                 for k, v in own.items() if k in state and state[k].shape != v.shape]
+    misshapen = [
+        f"{k} {list(state[k].shape)} instead of {list(v.shape)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
     faults = []
     for kind, names in (("missing", missing), ("of another shape", misshapen), ("not known to the network", surplus)):
         if names:

@@ -1,6 +1,6 @@
 """Weights from a PyTorch pickle (.pth, .pt, .bin) as safetensors, without running any code from the file.
 
-    python -m editloss_core.encoders.convert dinov2_vits14_pretrain.pth dinov2_vits14.safetensors
+python -m editloss_core.encoders.convert dinov2_vits14_pretrain.pth dinov2_vits14.safetensors
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ def convert_to_safetensors(source: Union[str, Path], target: Union[str, Path], o
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of anything else raises anything else
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"source: {source.name} is not a plain file of tensors and was not opened, since it could "
-                         f"run code ({reason})") from error
+        raise ValueError(
+            f"source: {source.name} is not a plain file of tensors and was not opened, since it could "
+            f"run code ({reason})"
+        ) from error
     tensors = _tensors(loaded, source.name)
     with replacing(target) as partial:
         save_file(tensors, partial, metadata={"format": "pt", "converted_from": source.name})
@@ -59,13 +61,16 @@ def _tensors(loaded: Any, file: str) -> dict[str, Tensor]:
             break
         loaded = inner
     # Tied weights share memory, which safetensors refuses: each gets its own.
-    tensors = {str(k): v.detach().clone().contiguous() for k, v in loaded.items() if isinstance(v, Tensor)} \
-        if isinstance(loaded, Mapping) else {}
+    tensors = (
+        {str(k): v.detach().clone().contiguous() for k, v in loaded.items() if isinstance(v, Tensor)}
+        if isinstance(loaded, Mapping)
+        else {}
+    )
     if not tensors:
         keys = f", with {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, Mapping) and loaded else ""
         raise ValueError(f"source: {file} holds no named tensors (found {type(loaded).__name__}{keys})")
     if all(k.startswith("module.") for k in tensors):
-        tensors = {k[len("module."):]: v for k, v in tensors.items()}
+        tensors = {k[len("module.") :]: v for k, v in tensors.items()}
     return tensors
 
 

@@ -38,9 +38,20 @@ class DiffusionFeatureEncoder(Encoder):
             gives an unexpected shape.
     """
 
-    def __init__(self, vae: VAEEncoder, predict: Callable[[Tensor, Tensor], Any], block: nn.Module,
-                 select: Callable[[Any], Tensor], name: str, fingerprint: str, *, t: float = 0.3, seed: int = 0,
-                 patch: int = 1, output: str = "grid"):
+    def __init__(
+        self,
+        vae: VAEEncoder,
+        predict: Callable[[Tensor, Tensor], Any],
+        block: nn.Module,
+        select: Callable[[Any], Tensor],
+        name: str,
+        fingerprint: str,
+        *,
+        t: float = 0.3,
+        seed: int = 0,
+        patch: int = 1,
+        output: str = "grid",
+    ):
         check_output(output, ("tokens", "grid"))
         if not 0.0 < t < 1.0:
             raise ValueError(f"t: expected a noise level above 0 and below 1, got {t}")
@@ -61,8 +72,10 @@ class DiffusionFeatureEncoder(Encoder):
         if x.ndim == 4 and x.shape[2:] == (rows, columns):
             x = x.flatten(2).transpose(1, 2)
         if x.ndim != 3 or tuple(x.shape[:2]) != (len(x0), rows * columns):
-            raise ValueError(f"{self.info.name}: expected features [{len(x0)}, {rows * columns}, D] or [{len(x0)}, D, "
-                             f"{rows}, {columns}], got {list(x.shape)}; check select and patch")
+            raise ValueError(
+                f"{self.info.name}: expected features [{len(x0)}, {rows * columns}, D] or [{len(x0)}, D, "
+                f"{rows}, {columns}], got {list(x.shape)}; check select and patch"
+            )
         return x if self.info.output == "tokens" else x.unflatten(1, (rows, columns))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -10,8 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import (EncoderInfo, ImageSize, PixelEncoder, Preprocess, building, check_known, check_output, freeze,
-                   hash_module, height_width, load_weights, read_safetensors)
+from .base import (
+    EncoderInfo,
+    ImageSize,
+    PixelEncoder,
+    Preprocess,
+    building,
+    check_known,
+    check_output,
+    freeze,
+    hash_module,
+    height_width,
+    load_weights,
+    read_safetensors,
+)
 
 
 class OpenCLIPEncoder(PixelEncoder):
@@ -55,9 +67,19 @@ class OpenCLIPEncoder(PixelEncoder):
         FileNotFoundError: if the weights file does not exist.
     """
 
-    def __init__(self, architecture: str, weights: Union[str, Path, None] = None, output: str = "global", *,
-                 pretrained_tag: str = "", normalize: bool = False, image_size: ImageSize = 0, crop: bool = False,
-                 device: Union[str, torch.device, None] = None, random_seed: Optional[int] = None):
+    def __init__(
+        self,
+        architecture: str,
+        weights: Union[str, Path, None] = None,
+        output: str = "global",
+        *,
+        pretrained_tag: str = "",
+        normalize: bool = False,
+        image_size: ImageSize = 0,
+        crop: bool = False,
+        device: Union[str, torch.device, None] = None,
+        random_seed: Optional[int] = None,
+    ):
         import open_clip
 
         check_output(output)
@@ -99,8 +121,9 @@ def _build_visual(config: dict[str, Any]) -> nn.Module:
 def _last_map(visual: nn.Module, pixels: Tensor) -> Tensor:
     """``[B, 3, H, W]`` → ``[B, D, h, w]``; all three families of towers speak ``forward_intermediates``."""
     pooler = getattr(visual, "attn_pool", None)
-    x = visual.forward_intermediates(pixels, indices=1, normalize_intermediates=pooler is None,
-                                     intermediates_only=True)["image_intermediates"][-1]
+    x = visual.forward_intermediates(
+        pixels, indices=1, normalize_intermediates=pooler is None, intermediates_only=True
+    )["image_intermediates"][-1]
     return x if pooler is None else pooler.ln_k(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -116,8 +139,10 @@ def _preprocess_cfg(architecture: str, tag: str, quick_gelu: bool) -> dict[str, 
         check_known("pretrained_tag", tag, tags or ["(this architecture has no known weights)"])
         wanted = bool(cfgs[tag].get("quick_gelu", False))
         if wanted != quick_gelu:
-            raise ValueError(f"pretrained_tag: {tag} was trained {'with' if wanted else 'without'} QuickGELU; choose "
-                             f"the {'…-quickgelu' if wanted else 'plain'} architecture instead of {architecture}")
+            raise ValueError(
+                f"pretrained_tag: {tag} was trained {'with' if wanted else 'without'} QuickGELU; choose "
+                f"the {'…-quickgelu' if wanted else 'plain'} architecture instead of {architecture}"
+            )
         return cfgs[tag]
     votes = Counter((tuple(c["mean"]), tuple(c["std"]), c["interpolation"]) for c in cfgs.values())
     if not votes:
@@ -129,14 +154,17 @@ def _preprocess_cfg(architecture: str, tag: str, quick_gelu: bool) -> dict[str, 
 def _visual_state(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
     """The image tower's tensors under the tower's own names."""
     if any(k.startswith("vision_model.") for k in state):
-        raise ValueError(f"weights: {file} is in transformers' layout (vision_model.*), as ComfyUI's clip_vision files "
-                         "are; load it as CLIP_VISION, or take the open_clip file of the same model")
-    tower = {k[len("visual."):]: v for k, v in state.items() if k.startswith("visual.")}
+        raise ValueError(
+            f"weights: {file} is in transformers' layout (vision_model.*), as ComfyUI's clip_vision files "
+            "are; load it as CLIP_VISION, or take the open_clip file of the same model"
+        )
+    tower = {k[len("visual.") :]: v for k, v in state.items() if k.startswith("visual.")}
     return tower or state
 
 
-def _input_size(visual: nn.Module, vision_cfg: dict[str, Any], architecture: str, output: str,
-                image_size: ImageSize) -> tuple[int, int]:
+def _input_size(
+    visual: nn.Module, vision_cfg: dict[str, Any], architecture: str, output: str, image_size: ImageSize
+) -> tuple[int, int]:
     own = height_width(visual.image_size)
     if image_size == 0:
         return own
@@ -148,6 +176,8 @@ def _input_size(visual: nn.Module, vision_cfg: dict[str, Any], architecture: str
     else:
         free = hasattr(visual, "attnpool") and output != "global"
     if size != own and not free:
-        raise ValueError(f"image_size: {architecture} has fixed positions for {own[0]}×{own[1]} pixels and cannot give "
-                         f"{output} at {size[0]}×{size[1]}; use 0")
+        raise ValueError(
+            f"image_size: {architecture} has fixed positions for {own[0]}×{own[1]} pixels and cannot give "
+            f"{output} at {size[0]}×{size[1]}; use 0"
+        )
     return size

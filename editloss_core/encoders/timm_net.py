@@ -9,8 +9,20 @@ from typing import Any, Mapping, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from .base import (EncoderInfo, ImageSize, PixelEncoder, Preprocess, building, check_known, check_output, freeze,
-                   hash_module, height_width, load_weights, read_safetensors)
+from .base import (
+    EncoderInfo,
+    ImageSize,
+    PixelEncoder,
+    Preprocess,
+    building,
+    check_known,
+    check_output,
+    freeze,
+    hash_module,
+    height_width,
+    load_weights,
+    read_safetensors,
+)
 
 
 class TimmEncoder(PixelEncoder):
@@ -43,10 +55,19 @@ class TimmEncoder(PixelEncoder):
         FileNotFoundError: if the weights file does not exist.
     """
 
-    def __init__(self, model_name: str, weights: Union[str, Path, None] = None, output: str = "grid", *,
-                 layer: int = -1, image_size: ImageSize = 0, crop: bool = False,
-                 device: Union[str, torch.device, None] = None, random_seed: Optional[int] = None,
-                 model_kwargs: Optional[Mapping[str, Any]] = None):
+    def __init__(
+        self,
+        model_name: str,
+        weights: Union[str, Path, None] = None,
+        output: str = "grid",
+        *,
+        layer: int = -1,
+        image_size: ImageSize = 0,
+        crop: bool = False,
+        device: Union[str, torch.device, None] = None,
+        random_seed: Optional[int] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+    ):
         import timm
 
         check_output(output)
@@ -65,20 +86,26 @@ class TimmEncoder(PixelEncoder):
         cfg = timm.data.resolve_model_data_config(self.net)
         size, multiple = _input_size(self.net, cfg, model_name, any_size, self.layer, image_size)
         mode = cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic"
-        preprocess = Preprocess(*size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), mode=mode, crop=crop,
-                                multiple=multiple)
+        preprocess = Preprocess(
+            *size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), mode=mode, crop=crop, multiple=multiple
+        )
         name = f"timm/{model_name}/{output}" + (f"/layer{layer}" if layer != -1 else "")
         # Arguments can change a network without changing its weights (the number of heads).
-        fingerprint = hash_module(self.net, f"timm/{model_name}/{output}/{self.layer}", preprocess.describe(),
-                                  repr(sorted(model_kwargs.items())))
+        fingerprint = hash_module(
+            self.net,
+            f"timm/{model_name}/{output}/{self.layer}",
+            preprocess.describe(),
+            repr(sorted(model_kwargs.items())),
+        )
         super().__init__(EncoderInfo(name, preprocess.describe(), fingerprint, output), preprocess, device)
 
     def features(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.net.parameters()).dtype)
         if self.info.output == "global":
             return self.net(pixels)
-        return self.net.forward_intermediates(pixels, indices=[self.layer], norm=True, stop_early=True,
-                                              output_fmt="NCHW", intermediates_only=True)[0]
+        return self.net.forward_intermediates(
+            pixels, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )[0]
 
 
 def _check_name(model_name: str) -> None:
@@ -141,8 +168,9 @@ def _removed_heads(net: nn.Module):
         yield f"{found or name}."
 
 
-def _input_size(net: nn.Module, cfg: dict[str, Any], model_name: str, any_size: bool, layer: int,
-                image_size: ImageSize) -> tuple[tuple[int, int], int]:
+def _input_size(
+    net: nn.Module, cfg: dict[str, Any], model_name: str, any_size: bool, layer: int, image_size: ImageSize
+) -> tuple[tuple[int, int], int]:
     """Height and width for the network (0, 0 for each picture's own) and what they must be multiples of."""
     embed = getattr(net, "patch_embed", None)
     own = height_width(getattr(embed, "img_size", None) or cfg["input_size"][1:])
@@ -156,6 +184,8 @@ def _input_size(net: nn.Module, cfg: dict[str, Any], model_name: str, any_size: 
     if not any_size and (image_size == -1 or size != own):
         raise ValueError(f"image_size: {model_name} takes only {own[0]}×{own[1]} pixels, got {image_size}; use 0")
     if is_vit and any(v % multiple for v in size):
-        raise ValueError(f"image_size: {model_name} takes multiples of {multiple} pixels, got {size[0]}×{size[1]}; "
-                         f"try {tuple(max(v // multiple, 1) * multiple for v in size)}")
+        raise ValueError(
+            f"image_size: {model_name} takes multiples of {multiple} pixels, got {size[0]}×{size[1]}; "
+            f"try {tuple(max(v // multiple, 1) * multiple for v in size)}"
+        )
     return size, multiple

@@ -31,9 +31,18 @@ class VAEEncoder(PixelEncoder):
         ValueError: for a bad ``downscale`` or ``image_size``; when called, for latents of an unexpected shape.
     """
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], name: str, fingerprint: str, downscale: int, *,
-                 device: Union[str, torch.device] = "cpu", image_size: ImageSize = 0,
-                 shift: Union[float, Sequence[float]] = 0.0, scale: Union[float, Sequence[float]] = 1.0):
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        name: str,
+        fingerprint: str,
+        downscale: int,
+        *,
+        device: Union[str, torch.device] = "cpu",
+        image_size: ImageSize = 0,
+        shift: Union[float, Sequence[float]] = 0.0,
+        scale: Union[float, Sequence[float]] = 1.0,
+    ):
         if downscale < 1:
             raise ValueError(f"downscale: expected at least 1, got {downscale}")
         height, width = (0, 0) if image_size == 0 else height_width(image_size)
@@ -42,8 +51,9 @@ class VAEEncoder(PixelEncoder):
         self.encode, self.downscale = encode, downscale
         # Built outside inference mode: backward through a node's inference tensors is refused.
         with torch.inference_mode(False):
-            self.shift, self.scale = (torch.as_tensor(v, dtype=torch.float32).clone().reshape(1, -1, 1, 1).to(device)
-                                      for v in (shift, scale))
+            self.shift, self.scale = (
+                torch.as_tensor(v, dtype=torch.float32).clone().reshape(1, -1, 1, 1).to(device) for v in (shift, scale)
+            )
         preprocess = Preprocess(height, width, multiple=downscale)
         described = preprocess.describe()
         whole = hash_tensors([("shift", self.shift), ("scale", self.scale)], fingerprint, described, str(downscale))
@@ -53,8 +63,9 @@ class VAEEncoder(PixelEncoder):
         z = self.encode(pixels)
         rows, columns = (v // self.downscale for v in pixels.shape[2:])
         if z.ndim != 4 or (len(z), *z.shape[2:]) != (len(pixels), rows, columns):
-            raise ValueError(f"{self.info.name}: expected latents [{len(pixels)}, C, {rows}, {columns}], "
-                             f"got {list(z.shape)}")
+            raise ValueError(
+                f"{self.info.name}: expected latents [{len(pixels)}, C, {rows}, {columns}], got {list(z.shape)}"
+            )
         return (z - self.shift) * self.scale
 
     def latents(self, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 The server starts once for the whole session (about 15 s on two cores). Where its requirements are missing,
 every test here is skipped with the reason, and no test module is imported.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,34 +19,65 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE, HERE.parents[1] / "workflows"):  # helpers; comfy_server, ui_to_api, run
+for folder in (HERE, HERE.parents[1] / "workflows"):  # helpers; comfy_server, comfy_client, ui_to_api, run
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 if TYPE_CHECKING:
-    from comfy_server import Client, ComfyServer
+    from comfy_client import Client
+    from comfy_server import ComfyServer
     from playwright.sync_api import Browser, Page
 
-REQUIRED = ("torch", "torchsde", "torchvision", "transformers", "sentencepiece", "safetensors", "aiohttp", "yaml",
-            "PIL", "scipy", "psutil", "alembic", "sqlalchemy", "av", "einops", "requests",
-            "comfyui_frontend_package", "playwright")
+REQUIRED = (
+    "torch",
+    "torchsde",
+    "torchvision",
+    "transformers",
+    "sentencepiece",
+    "safetensors",
+    "aiohttp",
+    "yaml",
+    "PIL",
+    "scipy",
+    "psutil",
+    "alembic",
+    "sqlalchemy",
+    "av",
+    "einops",
+    "requests",
+    "comfyui_frontend_package",
+    "playwright",
+)
 MISSING = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
 
 # Chromium as root, in a container, without a GPU, and without calls to its maker.
-CHROMIUM_ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
-                 "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM_ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # A first visit opens a tutorial and a template browser on top of the graph.
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False,
-            "Comfy.Release.Status": "what's new seen", "Comfy.Validation.NodeDefs": True,
-            "Comfy.VueNodes.Enabled": False, "Comfy.Minimap.Visible": False}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Release.Status": "what's new seen",
+    "Comfy.Validation.NodeDefs": True,
+    "Comfy.VueNodes.Enabled": False,
+    "Comfy.Minimap.Visible": False,
+}
 
 
 class _SkippedModule(pytest.Module):
     """A test module that is not imported, because what it imports is not there."""
 
     def collect(self) -> list[Any]:
-        pytest.skip(f"needs {', '.join(MISSING)}: pip install -e \".[test]\"")
+        pytest.skip(f'needs {", ".join(MISSING)}: pip install -e ".[test]"')
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,7 +105,7 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
 
 @pytest.fixture(scope="session")
 def client(comfyui_server: ComfyServer) -> Client:
-    from comfy_server import Client
+    from comfy_client import Client
 
     return Client(comfyui_server.url)
 
@@ -114,8 +146,10 @@ def find_chromium(playwrights_own: str) -> str:
     except subprocess.TimeoutExpired:
         said = "the installation took more than 10 minutes"
     if not Path(playwrights_own).is_file():
-        pytest.fail("no Chromium for the frontend tests. Install one with 'python -m playwright install chromium' or "
-                    f"your system's package manager, or set CHROMIUM_PATH.\n{said.strip()[-800:]}")
+        pytest.fail(
+            "no Chromium for the frontend tests. Install one with 'python -m playwright install chromium' or "
+            f"your system's package manager, or set CHROMIUM_PATH.\n{said.strip()[-800:]}"
+        )
     return playwrights_own
 
 

@@ -5,6 +5,7 @@
 Every ``check_…`` below is one test. The networks are ComfyUI's own classes, small and with random weights. ``loaded``
 builds them twice: plainly, and inside ``torch.inference_mode()``, where ComfyUI's executor runs every node.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -36,7 +37,9 @@ def check(function: Callable[..., None]) -> Callable[..., None]:
 def import_pack(folder: Path) -> Any:
     """nodes/comfy_model.py, with the pack under a path-like name, as ComfyUI loads custom nodes."""
     name = str(folder).replace(".", "_x_")
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -76,23 +79,61 @@ def small_vae(channels: int = 16, kind: str = "taesd") -> Any:
         state = randomised(comfy.taesd.taesd.TAESD(latent_channels=channels), scale=0.04).state_dict()
         state["vae_scale"], state["vae_shift"] = torch.tensor(0.3611), torch.tensor(0.1159)
         return comfy.sd.VAE(sd=state)
-    ddconfig = {"double_z": True, "z_channels": channels, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
-                "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    ddconfig = {
+        "double_z": True,
+        "z_channels": channels,
+        "resolution": 64,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
     params = {"ddconfig": ddconfig, "embed_dim": channels}
     state = randomised(AutoencoderKL(**params), scale=0.05).state_dict()
     return comfy.sd.VAE(sd=state, config={"params": params})
 
 
 CLIPS = {
-    "clip": {"model_type": "clip_vision_model", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-             "intermediate_size": 128, "hidden_act": "quick_gelu", "num_channels": 3, "patch_size": 14, "image_size": 56,
-             "projection_dim": 32},
-    "siglip": {"model_type": "siglip_vision_model", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
-               "intermediate_size": 128, "hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "patch_size": 14,
-               "image_size": 56, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-    "dinov2": {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-               "layer_norm_eps": 1e-6, "use_swiglu_ffn": False, "image_size": 518, "patch_size": 14,
-               "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    "clip": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "hidden_act": "quick_gelu",
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 56,
+        "projection_dim": 32,
+    },
+    "siglip": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 56,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    },
+    "dinov2": {
+        "model_type": "dinov2",
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "layer_norm_eps": 1e-6,
+        "use_swiglu_ffn": False,
+        "image_size": 518,
+        "patch_size": 14,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    },
 }
 
 
@@ -108,9 +149,23 @@ def small_clip(kind: str) -> Any:
     return clip
 
 
-FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 24, "context_in_dim": 20,
-        "hidden_size": 64, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 3, "axes_dim": [8, 12, 12],
-        "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 24,
+    "context_in_dim": 20,
+    "hidden_size": 64,
+    "mlp_ratio": 2.0,
+    "num_heads": 2,
+    "depth": 2,
+    "depth_single_blocks": 3,
+    "axes_dim": [8, 12, 12],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+}
 TEXT = 5  # tokens
 
 
@@ -159,7 +214,8 @@ def assert_gradient(encoder: Any, x: Tensor, step: float = 0.02, tolerance: floa
         numeric = ((ends[0] - ends[1]) / (2 * step)).item()
         analytic = (grad.double() * direction).sum().item()
         assert abs(numeric - analytic) <= tolerance * max(abs(numeric), abs(analytic)), (
-            f"gradient: {analytic:.6g} along a direction, finite differences say {numeric:.6g}")
+            f"gradient: {analytic:.6g} along a direction, finite differences say {numeric:.6g}"
+        )
 
 
 def assert_contract(encoder: Any, x: Tensor) -> None:
@@ -174,7 +230,9 @@ def assert_contract(encoder: Any, x: Tensor) -> None:
     if output == "global":
         assert rows_columns is None
     else:
-        assert tuple(z.shape[1:3]) == rows_columns if output == "grid" else z.shape[1] == rows_columns[0] * rows_columns[1]
+        assert (
+            tuple(z.shape[1:3]) == rows_columns if output == "grid" else z.shape[1] == rows_columns[0] * rows_columns[1]
+        )
     with torch.inference_mode():
         assert_close(encoder.embed(x, batch_size=1), z.float(), what="embed in batches of 1")
 
@@ -243,7 +301,7 @@ def _clip(kind: str, output: str, layer: str, inference: bool) -> None:
         encoder = MODEL.ClipVisionEncoder(clip, output, layer)
         x = pictures(side, side)
         theirs = clip.encode_image(x, crop=False)
-        tokens = theirs["last_hidden_state" if layer == "last" else "penultimate_hidden_states"][:, -(patches**2):]
+        tokens = theirs["last_hidden_state" if layer == "last" else "penultimate_hidden_states"][:, -(patches**2) :]
         pooled = theirs["image_embeds"]  # of SigLIP, ComfyUI gives every patch: its pooling head is not loaded
         wanted = (pooled if pooled.ndim == 2 else pooled.mean(1)) if output == "global" else tokens
         wanted = wanted.unflatten(1, (patches, patches)) if output == "grid" else wanted
@@ -254,16 +312,23 @@ def _clip(kind: str, output: str, layer: str, inference: bool) -> None:
         for crop in (False, True):
             whole = clip.encode_image(y, crop=crop)
             ours = MODEL.ClipVisionEncoder(clip, "tokens", crop=crop)(y)
-            assert_close(ours, whole["last_hidden_state"][:, -(patches**2):].clone(), 0.02, f"tokens with crop={crop}")
+            assert_close(ours, whole["last_hidden_state"][:, -(patches**2) :].clone(), 0.02, f"tokens with crop={crop}")
     assert encoder.grid(100, 50) == (None if output == "global" else (patches, patches))
     assert_contract(encoder, x[:1] if kind == "dinov2" else x)
     assert_gradient(encoder, x[:1])
 
 
 for _kind, _output, _layer, _inference in (
-        ("clip", "global", "last", True), ("clip", "grid", "last", False), ("clip", "tokens", "penultimate", True),
-        ("siglip", "global", "last", True), ("siglip", "grid", "penultimate", False), ("siglip", "tokens", "last", True),
-        ("dinov2", "global", "last", False), ("dinov2", "grid", "last", True), ("dinov2", "tokens", "penultimate", False)):
+    ("clip", "global", "last", True),
+    ("clip", "grid", "last", False),
+    ("clip", "tokens", "penultimate", True),
+    ("siglip", "global", "last", True),
+    ("siglip", "grid", "penultimate", False),
+    ("siglip", "tokens", "last", True),
+    ("dinov2", "global", "last", False),
+    ("dinov2", "grid", "last", True),
+    ("dinov2", "tokens", "penultimate", False),
+):
     _name = f"{_kind}_{_output}_{_layer}{'_loaded_in_inference_mode' if _inference else ''}"
     CHECKS[_name] = lambda k=_kind, o=_output, la=_layer, i=_inference: _clip(k, o, la, i)
 
@@ -274,9 +339,16 @@ def check_clip_vision_refusals() -> None:
     refused(lambda: MODEL.ClipVisionEncoder(clip, "patches"), "output", "global, tokens, grid", "patches")
     refused(lambda: MODEL.ClipVisionEncoder(clip, "grid", "first"), "layer", "last, penultimate", "first")
     refused(lambda: MODEL.ClipVisionEncoder(clip, "global", "penultimate"), "layer", "'last' only")
-    names = {MODEL.ClipVisionEncoder(clip, o, la, c).info.fingerprint
-             for o, la, c in (("grid", "last", False), ("grid", "penultimate", False), ("grid", "last", True),
-                              ("tokens", "last", False), ("global", "last", False))}
+    names = {
+        MODEL.ClipVisionEncoder(clip, o, la, c).info.fingerprint
+        for o, la, c in (
+            ("grid", "last", False),
+            ("grid", "penultimate", False),
+            ("grid", "last", True),
+            ("tokens", "last", False),
+            ("global", "last", False),
+        )
+    }
     assert len(names) == 5, "fingerprints do not tell outputs, layers and crops apart"
 
 
@@ -289,15 +361,17 @@ def _block_output(model: Any, cond: list[Any], block: str, x_t: Tensor, t: float
 
     module = model.model.diffusion_model.get_submodule(block)
     seen: list[Any] = []
-    hook = module.register_forward_hook(lambda _m, _a, out: seen.append(
-        tuple(v.clone() for v in out) if isinstance(out, tuple) else out.clone()))
+    hook = module.register_forward_hook(
+        lambda _m, _a, out: seen.append(tuple(v.clone() for v in out) if isinstance(out, tuple) else out.clone())
+    )
     model.pre_run()
     try:
         converted = comfy.sampler_helpers.convert_cond(cond)
         conds = {"positive": [dict(c) for c in converted]}
         conds = comfy.samplers.process_conds(model.model, x_t, conds, x_t.device)
-        comfy.samplers.calc_cond_batch(model.model, [conds["positive"]], x_t, torch.full((len(x_t),), t),
-                                       {"transformer_options": {}})
+        comfy.samplers.calc_cond_batch(
+            model.model, [conds["positive"]], x_t, torch.full((len(x_t),), t), {"transformer_options": {}}
+        )
     finally:
         hook.remove()
     assert len(seen) == 1, f"the block ran {len(seen)} times"
@@ -332,11 +406,17 @@ def _flux(block: str, references: int, inference: bool, output: str = "grid") ->
             assert (other(x) - wanted).abs().max() > 1e-3, "the reference latents are not seen"
 
 
-for _block, _references, _inference in (("double_blocks.0", 0, False), ("double_blocks.1", 1, True),
-                                        ("single_blocks.0", 2, False), ("single_blocks.1", 0, True),
-                                        ("double_blocks.1", 0, True), ("single_blocks.2", 1, True)):
-    _name = (f"flux_{_block.replace('.', '_')}_{_references}_references"
-             f"{'_loaded_in_inference_mode' if _inference else ''}")
+for _block, _references, _inference in (
+    ("double_blocks.0", 0, False),
+    ("double_blocks.1", 1, True),
+    ("single_blocks.0", 2, False),
+    ("single_blocks.1", 0, True),
+    ("double_blocks.1", 0, True),
+    ("single_blocks.2", 1, True),
+):
+    _name = (
+        f"flux_{_block.replace('.', '_')}_{_references}_references{'_loaded_in_inference_mode' if _inference else ''}"
+    )
     CHECKS[_name] = lambda b=_block, r=_references, i=_inference: _flux(b, r, i, "tokens" if r else "grid")
 
 
@@ -346,11 +426,25 @@ def check_sd3_joint_block() -> None:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD3({
-        "image_model": None, "in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 2, "input_size": None,
-        "adm_in_channels": 24, "num_patches": 64, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None,
-        "x_block_self_attn_layers": [],
-        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 20, "out_features": 128}}})
+    config = comfy.supported_models.SD3(
+        {
+            "image_model": None,
+            "in_channels": 16,
+            "patch_size": 2,
+            "out_channels": 16,
+            "depth": 2,
+            "input_size": None,
+            "adm_in_channels": 24,
+            "num_patches": 64,
+            "pos_embed_max_size": 8,
+            "pos_embed_scaling_factor": None,
+            "x_block_self_attn_layers": [],
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 20, "out_features": 128},
+            },
+        }
+    )
     config.unet_config.pop("image_model")
     with loaded(True):
         config.set_inference_dtype(torch.float32, None)
@@ -392,13 +486,19 @@ def check_flux_refusals() -> None:
     import comfy.model_sampling
 
     model, vae, cond, x = small_flux(), small_vae(16), conditioning(), pictures(32, 32)
-    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.9", 0.3, 0),
-            "block", "double_blocks.9", "double_blocks.0", "single_blocks.2")
+    refused(
+        lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.9", 0.3, 0),
+        "block",
+        "double_blocks.9",
+        "double_blocks.0",
+        "single_blocks.2",
+    )
     refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "", 0.3, 0), "block", "try one of")
     refused(lambda: MODEL.diffusion_encoder(model, vae, [], "double_blocks.0", 0.3, 0), "conditioning", "got none")
     refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.0", 1.0, 0), "above 0 and below 1", "1.0")
-    refused(lambda: MODEL.diffusion_encoder(model, small_vae(4), cond, "double_blocks.0", 0.3, 0),
-            "vae", "16", "4 channels")
+    refused(
+        lambda: MODEL.diffusion_encoder(model, small_vae(4), cond, "double_blocks.0", 0.3, 0), "vae", "16", "4 channels"
+    )
     pooled_missing = MODEL.diffusion_encoder(model, vae, conditioning(pooled_output=True), "double_blocks.0", 0.3, 0)
     refused(lambda: pooled_missing(x), "conditioning", "pooled_output")
     foreign = [[torch.randn(1, TEXT, 99), cond[0][1]]]
@@ -409,8 +509,12 @@ def check_flux_refusals() -> None:
     refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "spare.0", 0.3, 0)(x), "block", "without running it")
     assert not any(m._forward_hooks for m in model.model.diffusion_model.modules())
     model.model.model_sampling = comfy.model_sampling.ModelSamplingDiscrete()
-    refused(lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.0", 0.3, 0),
-            "model", "flow-matching", "ModelSamplingDiscrete")
+    refused(
+        lambda: MODEL.diffusion_encoder(model, vae, cond, "double_blocks.0", 0.3, 0),
+        "model",
+        "flow-matching",
+        "ModelSamplingDiscrete",
+    )
 
 
 # ---------------------------------------------------------------------------- thaw

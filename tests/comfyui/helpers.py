@@ -1,4 +1,5 @@
 """Small helpers for tests against a real ComfyUI."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,8 +14,9 @@ def graph(**nodes: tuple[Any, ...]) -> dict[str, Any]:
     >>> graph(a=("EmptyImage", {"width": 8}), b=("PreviewImage", {"images": link("a")}))["b"]["inputs"]
     {'images': ['a', 0]}
     """
-    return {name: {"class_type": node[0], "inputs": dict(node[1]) if len(node) > 1 else {}}
-            for name, node in nodes.items()}
+    return {
+        name: {"class_type": node[0], "inputs": dict(node[1]) if len(node) > 1 else {}} for name, node in nodes.items()
+    }
 
 
 def link(node: str, slot: int = 0) -> list[Any]:
@@ -28,11 +30,14 @@ def frontend_prompt(page: Any, workflow: dict[str, Any], object_info: dict[str, 
     Inputs that the node class does not declare are left out: they are widgets with which the frontend shows
     results, such as the text box of Preview as Text, and the server ignores them.
     """
-    prompt = page.evaluate("""async workflow => {
+    prompt = page.evaluate(
+        """async workflow => {
         await window.app.loadGraphData(workflow, true, false, null,
                                        {showMissingNodesDialog: false, showMissingModelsDialog: false})
         return (await window.app.graphToPrompt()).output
-    }""", workflow)
+    }""",
+        workflow,
+    )
     for node in prompt.values():
         declared = object_info[node["class_type"]]["input"]
         known = {*declared.get("required", ()), *declared.get("optional", ())}

@@ -1,4 +1,5 @@
 """Real files of small networks with random weights, for every loader that the node tests use."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,9 +16,12 @@ VAE_FILE, MODEL_FILE, DATASET = "taesd16.safetensors", "sd3_tiny.safetensors", "
 def write_models(models: Path, output: Path) -> None:
     """Everything below, once; files that are there already stay."""
     encoders = models / "editloss_encoders"
-    for folder, name, make in ((encoders, TIMM_FILE, timm_weights), (encoders, CLIP_FILE, clip_weights),
-                               (models / "vae", VAE_FILE, vae_weights),
-                               (models / "diffusion_models", MODEL_FILE, sd3_weights)):
+    for folder, name, make in (
+        (encoders, TIMM_FILE, timm_weights),
+        (encoders, CLIP_FILE, clip_weights),
+        (models / "vae", VAE_FILE, vae_weights),
+        (models / "diffusion_models", MODEL_FILE, sd3_weights),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / name).is_file():
             save_file({k: v.contiguous() for k, v in make().items()}, folder / name)
@@ -88,8 +92,13 @@ class TinyVAE(nn.Module):
 def vae() -> TinyVAE:
     torch.manual_seed(0)
     model = TinyVAE()
-    model.load_state_dict({**randomised(model, scale=0.04).state_dict(), "vae_scale": torch.tensor(0.3611),
-                           "vae_shift": torch.tensor(0.1159)})
+    model.load_state_dict(
+        {
+            **randomised(model, scale=0.04).state_dict(),
+            "vae_scale": torch.tensor(0.3611),
+            "vae_shift": torch.tensor(0.1159),
+        }
+    )
     return model
 
 
@@ -101,15 +110,23 @@ def sd3_weights() -> dict[str, Tensor]:
     """The smallest flow model that ComfyUI's stock loader detects: one joint block of width 64, 16 latent channels."""
     generator = torch.Generator().manual_seed(0)
     width, text, pooled = 64, 20, 24
-    linears = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width),
-               "y_embedder.mlp.0": (width, pooled), "y_embedder.mlp.2": (width, width),
-               "context_embedder": (width, text), "final_layer.linear": (64, width),
-               "final_layer.adaLN_modulation.1": (2 * width, width), "x_embedder.proj": (width, 16, 2, 2),
-               "joint_blocks.0.context_block.attn.qkv": (3 * width, width),
-               "joint_blocks.0.context_block.adaLN_modulation.1": (2 * width, width),
-               "joint_blocks.0.x_block.attn.qkv": (3 * width, width), "joint_blocks.0.x_block.attn.proj": (width, width),
-               "joint_blocks.0.x_block.mlp.fc1": (4 * width, width), "joint_blocks.0.x_block.mlp.fc2": (width, 4 * width),
-               "joint_blocks.0.x_block.adaLN_modulation.1": (6 * width, width)}
+    linears = {
+        "t_embedder.mlp.0": (width, 256),
+        "t_embedder.mlp.2": (width, width),
+        "y_embedder.mlp.0": (width, pooled),
+        "y_embedder.mlp.2": (width, width),
+        "context_embedder": (width, text),
+        "final_layer.linear": (64, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "x_embedder.proj": (width, 16, 2, 2),
+        "joint_blocks.0.context_block.attn.qkv": (3 * width, width),
+        "joint_blocks.0.context_block.adaLN_modulation.1": (2 * width, width),
+        "joint_blocks.0.x_block.attn.qkv": (3 * width, width),
+        "joint_blocks.0.x_block.attn.proj": (width, width),
+        "joint_blocks.0.x_block.mlp.fc1": (4 * width, width),
+        "joint_blocks.0.x_block.mlp.fc2": (width, 4 * width),
+        "joint_blocks.0.x_block.adaLN_modulation.1": (6 * width, width),
+    }
     state = {"pos_embed": torch.randn(1, 256, width, generator=generator)}
     for name, shape in linears.items():
         state[f"{name}.weight"] = 0.1 * torch.randn(shape, generator=generator)
@@ -122,5 +139,7 @@ def write_conditioning(folder: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
     context, pooled = torch.randn(1, 5, 20, generator=generator), torch.randn(1, 24, generator=generator)
-    torch.save({"latents": [{"samples": torch.zeros(1, 16, 4, 4)}],
-                "conditioning": [[[context, {"pooled_output": pooled}]]]}, folder / "shard_0000.pkl")
+    torch.save(
+        {"latents": [{"samples": torch.zeros(1, 16, 4, 4)}], "conditioning": [[[context, {"pooled_output": pooled}]]]},
+        folder / "shard_0000.pkl",
+    )

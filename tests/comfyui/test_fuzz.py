@@ -3,6 +3,7 @@
 The prompts come from one seed. Two environment variables help to look further: EDITLOSS_FUZZ_PROMPTS (how many) and
 EDITLOSS_FUZZ_SEED.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_server import Client, ComfyServer, NodeError
+from comfy_client import Client, NodeError
+from comfy_server import ComfyServer
 from helpers import graph, link
 from PIL import Image
 from safetensors.torch import save_file
@@ -35,33 +37,169 @@ MARKER = "top-secret-encoder"  # stands in every file outside the folders; nothi
 
 # ---------------------------------------------------------------------------- values
 
-NAMES = ["", " ", ".", "..", "../../x", "../" * 12 + "etc/passwd", "/etc/passwd", "C:\\Windows\\win.ini", "\\\\host\\share",
-         "con", "NUL.txt", "com1", "a\0b", "a\nb", "日本語/モデル", "🎉", "é" * 300, "ä" * 100, "x" * 10_000, "a/" * 300 + "b",
-         "a/../b", "a//b", "~root/x", "$HOME", "%2e%2e%2f", "name.", "name /x", "-rf", "*", "\ud800", "nan", "{}", "null",
-         "..\\..\\x", "a:b", "a|b<c>", ".hidden", "x.safetensors", "x.safetensors/y", "good", "good [output]", "good [input]",
-         "good [temp]", "folder.safetensors", "folder", "link_out", "link_out [input]", "link_dir/secret", "loop",
-         "link_dir/secret [input]", "escape/secret"]
-NUMBERS = [0, -1, 1, 3.7, -0.0, 1e308, -1e308, 1e-320, float("nan"), float("inf"), "nan", "-inf", "12", "0x10", "1e3", "",
-           2**31, 2**63, -(2**63), 10**30, True, None, "twelve"]
-OTHERS = [None, True, 0, -5, 1.5, "", "text", {}, {"a": 1}, {"__value__": []}, {"__value__": [1, 2]}, {"__value__": [["a", {}]]},
-          {"__value__": None}, [], ["src"], ["src", 0, 0], ["src", 99], ["src", -1]]
+NAMES = [
+    "",
+    " ",
+    ".",
+    "..",
+    "../../x",
+    "../" * 12 + "etc/passwd",
+    "/etc/passwd",
+    "C:\\Windows\\win.ini",
+    "\\\\host\\share",
+    "con",
+    "NUL.txt",
+    "com1",
+    "a\0b",
+    "a\nb",
+    "日本語/モデル",
+    "🎉",
+    "é" * 300,
+    "ä" * 100,
+    "x" * 10_000,
+    "a/" * 300 + "b",
+    "a/../b",
+    "a//b",
+    "~root/x",
+    "$HOME",
+    "%2e%2e%2f",
+    "name.",
+    "name /x",
+    "-rf",
+    "*",
+    "\ud800",
+    "nan",
+    "{}",
+    "null",
+    "..\\..\\x",
+    "a:b",
+    "a|b<c>",
+    ".hidden",
+    "x.safetensors",
+    "x.safetensors/y",
+    "good",
+    "good [output]",
+    "good [input]",
+    "good [temp]",
+    "folder.safetensors",
+    "folder",
+    "link_out",
+    "link_out [input]",
+    "link_dir/secret",
+    "loop",
+    "link_dir/secret [input]",
+    "escape/secret",
+]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    3.7,
+    -0.0,
+    1e308,
+    -1e308,
+    1e-320,
+    float("nan"),
+    float("inf"),
+    "nan",
+    "-inf",
+    "12",
+    "0x10",
+    "1e3",
+    "",
+    2**31,
+    2**63,
+    -(2**63),
+    10**30,
+    True,
+    None,
+    "twelve",
+]
+OTHERS = [
+    None,
+    True,
+    0,
+    -5,
+    1.5,
+    "",
+    "text",
+    {},
+    {"a": 1},
+    {"__value__": []},
+    {"__value__": [1, 2]},
+    {"__value__": [["a", {}]]},
+    {"__value__": None},
+    [],
+    ["src"],
+    ["src", 0, 0],
+    ["src", 99],
+    ["src", -1],
+]
 # Numbers that are allowed but slow are not drawn.
-CHEAP = {"image_size": [0, 0, 16, 32, 48, 17, 50, 64], "width": [640, 640, 672, 641], "count": [1, 2, 5],
-         "batch_size": [1, 2, 8], "feather": [0.0, 0.5, 2.0, 7.0, 64.0]}
-FILES = {"weights": [TIMM_FILE, TIMM_FILE, CLIP_FILE, "empty.safetensors", "truncated.safetensors", "text.safetensors",
-                     "pickle.safetensors", "foreign.safetensors", "numbers.safetensors", "not_finite.safetensors",
-                     "huge_header.safetensors", "nowhere.safetensors", "loop.safetensors", "outside.safetensors",
-                     "sub/../test_vit.safetensors", "folder.safetensors"],
-         "OpenCLIPEncoder.weights": [CLIP_FILE, CLIP_FILE, CLIP_FILE, TIMM_FILE, "truncated.safetensors"],
-         "file": ["good", "good [input]", "empty", "truncated", "text", "foreign", "no_metadata", "bad_json", "one_number",
-                  "no_encoder", "other_role", "whole_numbers", "two_sizes", "nan", "link_out", "link_dir/secret",
-                  "link_out [input]", "loop", "folder", "escape/secret", "gone"],
-         "buffer": ["full", "full", "empty", "broken", "two_sizes", "a_file", "link_dir", "loop", "full/below", "fresh"],
-         "file_name": ["fuzz/a", "fuzz/b c", "fuzz/ü", "link_out", "link_dir/new", "loop", "folder", "good/below"],
-         "model_name": [TIMM, TIMM, "test_resnet", "vit_tiny_patch16_224", "hf-hub:timm/test_vit", "test_vit.r160_in1k"],
-         "architecture": [CLIP, CLIP, "ViT-S-16", "hf-hub:a/b", "local-dir:/tmp"],
-         "block": ["joint_blocks.0", "joint_blocks.0", "joint_blocks.0.x_block", "joint_blocks.9", "final_layer", "x_embedder"],
-         "name": ["a", "a|b", "line\nbreak", "🎉 日本語", "n" * 3000]}
+CHEAP = {
+    "image_size": [0, 0, 16, 32, 48, 17, 50, 64],
+    "width": [640, 640, 672, 641],
+    "count": [1, 2, 5],
+    "batch_size": [1, 2, 8],
+    "feather": [0.0, 0.5, 2.0, 7.0, 64.0],
+}
+FILES = {
+    "weights": [
+        TIMM_FILE,
+        TIMM_FILE,
+        CLIP_FILE,
+        "empty.safetensors",
+        "truncated.safetensors",
+        "text.safetensors",
+        "pickle.safetensors",
+        "foreign.safetensors",
+        "numbers.safetensors",
+        "not_finite.safetensors",
+        "huge_header.safetensors",
+        "nowhere.safetensors",
+        "loop.safetensors",
+        "outside.safetensors",
+        "sub/../test_vit.safetensors",
+        "folder.safetensors",
+    ],
+    "OpenCLIPEncoder.weights": [CLIP_FILE, CLIP_FILE, CLIP_FILE, TIMM_FILE, "truncated.safetensors"],
+    "file": [
+        "good",
+        "good [input]",
+        "empty",
+        "truncated",
+        "text",
+        "foreign",
+        "no_metadata",
+        "bad_json",
+        "one_number",
+        "no_encoder",
+        "other_role",
+        "whole_numbers",
+        "two_sizes",
+        "nan",
+        "link_out",
+        "link_dir/secret",
+        "link_out [input]",
+        "loop",
+        "folder",
+        "escape/secret",
+        "gone",
+    ],
+    "buffer": ["full", "full", "empty", "broken", "two_sizes", "a_file", "link_dir", "loop", "full/below", "fresh"],
+    "file_name": ["fuzz/a", "fuzz/b c", "fuzz/ü", "link_out", "link_dir/new", "loop", "folder", "good/below"],
+    "model_name": [TIMM, TIMM, "test_resnet", "vit_tiny_patch16_224", "hf-hub:timm/test_vit", "test_vit.r160_in1k"],
+    "architecture": [CLIP, CLIP, "ViT-S-16", "hf-hub:a/b", "local-dir:/tmp"],
+    "block": [
+        "joint_blocks.0",
+        "joint_blocks.0",
+        "joint_blocks.0.x_block",
+        "joint_blocks.9",
+        "final_layer",
+        "x_embedder",
+    ],
+    "name": ["a", "a|b", "line\nbreak", "🎉 日本語", "n" * 3000],
+}
 
 
 def valid(rng: random.Random, node: str, name: str, kind: str, options: dict[str, Any], plain: bool) -> Any:
@@ -73,7 +211,9 @@ def valid(rng: random.Random, node: str, name: str, kind: str, options: dict[str
     if name in CHEAP:
         return rng.choice(CHEAP[name])
     if kind == "INT":
-        return rng.choice([options["min"], options["max"], options["default"], rng.randint(options["min"], options["max"])])
+        return rng.choice(
+            [options["min"], options["max"], options["default"], rng.randint(options["min"], options["max"])]
+        )
     if kind == "FLOAT":
         low, high = options["min"], min(options["max"], 100.0)
         return rng.choice([low, options["max"], options["default"], rng.uniform(low, high)])
@@ -94,21 +234,31 @@ def broken(rng: random.Random, name: str, kind: str) -> Any:
         return rng.choice([*NUMBERS[:6], *OTHERS, link("text")])
     if kind in ("IMAGE", "MASK"):
         return rng.choice([*OTHERS, link("vae"), link("text"), *map(link, SHAPES[kind]), *map(link, SHAPES[kind])])
-    return rng.choice([*OTHERS, *(link(node) for node in ("src", "mask", "vae", "model", "encoder", "encode", "objective"))])
+    return rng.choice(
+        [*OTHERS, *(link(node) for node in ("src", "mask", "vae", "model", "encoder", "encode", "objective"))]
+    )
 
 
 # ---------------------------------------------------------------------------- nodes around the one that is tested
 
 SIZES = [(1, 1, 1), (1, 7, 1), (7, 1, 2), (16, 16, 1), (16, 16, 3), (33, 17, 1), (64, 48, 2), (40, 24, 5), (8, 64, 1)]
-SHAPES = {"IMAGE": [f"empty{i}" for i in range(len(SIZES))] + ["src", "gt", "pred", "scaled", "alpha", "nan", "pair"],
-          "MASK": ["mask", "ones", "zeros", "half", "nan_mask", "tiny_mask", "odd_mask", "masks"]}
+SHAPES = {
+    "IMAGE": [f"empty{i}" for i in range(len(SIZES))] + ["src", "gt", "pred", "scaled", "alpha", "nan", "pair"],
+    "MASK": ["mask", "ones", "zeros", "half", "nan_mask", "tiny_mask", "odd_mask", "masks"],
+}
 
 
 def pool() -> dict[str, Any]:
     """In every prompt, so that ComfyUI keeps the loaded networks; only what a prompt uses is run."""
+
     def scaled(node: str, width: int, height: int) -> tuple[str, dict[str, Any]]:
-        return "ImageScale", {"image": link(node), "upscale_method": "bilinear", "width": width, "height": height,
-                              "crop": "disabled"}
+        return "ImageScale", {
+            "image": link(node),
+            "upscale_method": "bilinear",
+            "width": width,
+            "height": height,
+            "crop": "disabled",
+        }
 
     def solid(value: float, width: int, height: int) -> tuple[str, dict[str, Any]]:
         return "SolidMask", {"value": value, "width": width, "height": height}
@@ -116,51 +266,108 @@ def pool() -> dict[str, Any]:
     both = {"pred": link("pred"), "gt": link("gt"), "src": link("src")}
     loss = {"encoder": link("encoder"), "weight": 1.0, "dist": "cos", "margin": 0.2, "margin_mode": "fixed"}
     return {
-        "int": ("PrimitiveInt", {"value": -7}), "float": ("PrimitiveFloat", {"value": 1e30}),
-        "text": ("PrimitiveString", {"value": "linked text"}), "climb": ("PrimitiveString", {"value": "../../escape"}),
-        **{f"empty{i}": ("EmptyImage", {"width": w, "height": h, "batch_size": b, "color": 1000003 * (i + 1) % 0xFFFFFF})
-           for i, (h, w, b) in enumerate(SIZES)},
-        "src": ("LoadImage", {"image": "fuzz_src.png"}), "gt": ("LoadImage", {"image": "fuzz_gt.png"}),
-        "pred": ("ImageBatch", {"image1": link("src"), "image2": link("gt")}), "scaled": scaled("gt", 19, 31),
+        "int": ("PrimitiveInt", {"value": -7}),
+        "float": ("PrimitiveFloat", {"value": 1e30}),
+        "text": ("PrimitiveString", {"value": "linked text"}),
+        "climb": ("PrimitiveString", {"value": "../../escape"}),
+        **{
+            f"empty{i}": (
+                "EmptyImage",
+                {"width": w, "height": h, "batch_size": b, "color": 1000003 * (i + 1) % 0xFFFFFF},
+            )
+            for i, (h, w, b) in enumerate(SIZES)
+        },
+        "src": ("LoadImage", {"image": "fuzz_src.png"}),
+        "gt": ("LoadImage", {"image": "fuzz_gt.png"}),
+        "pred": ("ImageBatch", {"image1": link("src"), "image2": link("gt")}),
+        "scaled": scaled("gt", 19, 31),
         "pair": ("ImageBatch", {"image1": link("gt"), "image2": link("src")}),
         "alpha": ("JoinImageWithAlpha", {"image": link("gt"), "alpha": link("half")}),
         "mask": ("LoadImageMask", {"image": "fuzz_mask.png", "channel": "red"}),
-        "ones": solid(1.0, 48, 48), "zeros": solid(0.0, 48, 48), "half": solid(0.5, 48, 48), "nan_mask": solid("nan", 48, 48),
-        "tiny_mask": solid(1.0, 1, 1), "odd_mask": solid(1.0, 13, 99),
+        "ones": solid(1.0, 48, 48),
+        "zeros": solid(0.0, 48, 48),
+        "half": solid(0.5, 48, 48),
+        "nan_mask": solid("nan", 48, 48),
+        "tiny_mask": solid(1.0, 1, 1),
+        "odd_mask": solid(1.0, 13, 99),
         "many": ("RepeatImageBatch", {"image": link("gt"), "amount": 3}),
         "masks": ("ImageToMask", {"image": link("many"), "channel": "green"}),
         "nan": ("MaskToImage", {"mask": link("nan_mask")}),
-        "vae": ("VAELoader", {"vae_name": VAE_FILE}), "model": ("UNETLoader", {"unet_name": MODEL_FILE, "weight_dtype": "default"}),
-        "data": ("LoadTrainingDataset", {"folder_name": DATASET}), "lotus": ("LotusConditioning", {}),
-        "encoder": ("EditLossTimmEncoder", {"model_name": TIMM, "weights": TIMM_FILE, "output": "grid", "layer": -1,
-                                            "image_size": 32}),
+        "vae": ("VAELoader", {"vae_name": VAE_FILE}),
+        "model": ("UNETLoader", {"unet_name": MODEL_FILE, "weight_dtype": "default"}),
+        "data": ("LoadTrainingDataset", {"folder_name": DATASET}),
+        "lotus": ("LotusConditioning", {}),
+        "encoder": (
+            "EditLossTimmEncoder",
+            {"model_name": TIMM, "weights": TIMM_FILE, "output": "grid", "layer": -1, "image_size": 32},
+        ),
         "vector": ("EditLossTimmEncoder", {"model_name": TIMM, "weights": TIMM_FILE, "output": "global", "layer": -1}),
         "latents": ("EditLossVAEEncoder", {"vae": link("vae")}),
-        "encode": ("EditLossEncode", {"encoder": link("encoder"), "overlay": link("pair"), "hard_negative": link("pred"),
-                                      "mask": link("mask"), **both}),
+        "encode": (
+            "EditLossEncode",
+            {
+                "encoder": link("encoder"),
+                "overlay": link("pair"),
+                "hard_negative": link("pred"),
+                "mask": link("mask"),
+                **both,
+            },
+        ),
         "encode_vector": ("EditLossEncode", {"encoder": link("vector"), **both}),
-        "encode_both": ("EditLossEncode", {"encoder": link("vector"), "embeddings": link("encode"), "overlay": link("pair"),
-                                           "hard_negative": link("pred"), **both}),
-        "objective": ("EditLossNoEditIdentity", loss)}
+        "encode_both": (
+            "EditLossEncode",
+            {
+                "encoder": link("vector"),
+                "embeddings": link("encode"),
+                "overlay": link("pair"),
+                "hard_negative": link("pred"),
+                **both,
+            },
+        ),
+        "objective": ("EditLossNoEditIdentity", loss),
+    }
 
 
 RECIPES: dict[str, dict[str, list[Any]]] = {
-    "TimmEncoder": {}, "OpenCLIPEncoder": {}, "CLIPVisionEncoder": {"clip_vision": ["vae", "src"]},
+    "TimmEncoder": {},
+    "OpenCLIPEncoder": {},
+    "CLIPVisionEncoder": {"clip_vision": ["vae", "src"]},
     "VAEEncoder": {"vae": ["vae"]},
     "DiffusionEncoder": {"model": ["model"], "vae": ["vae"], "conditioning": [["data", 1], ["data", 1], "lotus"]},
     "Encode": {"encoder": ["encoder", "vector", "latents"], "embeddings": ["encode", "encode_vector"]},
-    "SaveEmbeddings": {"embeddings": ["encode", "encode_vector"]}, "LoadEmbeddings": {"encoder": ["encoder", "vector"]},
-    "EvaluateObjective": {"objective": ["objective"], "embeddings": ["encode_both"] * 3 + ["encode_vector"]}}
-SOCKETS = {"EDITLOSS_ENCODER": ["encoder", "vector"], "EDITLOSS_OBJECTIVE": ["objective"], "EDITLOSS_EMBEDDINGS": ["encode"]}
-USUAL = {"before": "src", "after": "gt", "pred": "pred", "gt": "gt", "src": "src", "images": "pred", "overlay": "pair",
-         "hard_negative": "pred", "mask": "mask", "mask_before": "mask", "mask_after": "mask"}
+    "SaveEmbeddings": {"embeddings": ["encode", "encode_vector"]},
+    "LoadEmbeddings": {"encoder": ["encoder", "vector"]},
+    "EvaluateObjective": {"objective": ["objective"], "embeddings": ["encode_both"] * 3 + ["encode_vector"]},
+}
+SOCKETS = {
+    "EDITLOSS_ENCODER": ["encoder", "vector"],
+    "EDITLOSS_OBJECTIVE": ["objective"],
+    "EDITLOSS_EMBEDDINGS": ["encode"],
+}
+USUAL = {
+    "before": "src",
+    "after": "gt",
+    "pred": "pred",
+    "gt": "gt",
+    "src": "src",
+    "images": "pred",
+    "overlay": "pair",
+    "hard_negative": "pred",
+    "mask": "mask",
+    "mask_before": "mask",
+    "mask_after": "mask",
+}
 
 
 def draw_prompt(rng: random.Random, node: str, info: dict[str, Any]) -> dict[str, Any]:
     """One node with mostly valid inputs, of which none to three are then broken, and what follows it."""
     short = node.removeprefix("EditLoss")
     recipe = RECIPES.get(short, {})
-    declared = [(group, name, *entry) for group in ("required", "optional") for name, entry in info["input"].get(group, {}).items()]
+    declared = [
+        (group, name, *entry)
+        for group in ("required", "optional")
+        for name, entry in info["input"].get(group, {}).items()
+    ]
     inputs: dict[str, Any] = {}
     plain = rng.random() < 0.5  # nothing but defaults and what fits, mostly
     for group, name, kind, options in declared:
@@ -188,11 +395,20 @@ def followers(rng: random.Random, info: dict[str, Any]) -> dict[str, Any]:
     """An output that makes ComfyUI run the node, and often the pack's next nodes as well."""
     kind, show = info["output"][0], ("PreviewAny", {"source": link("node")})
     if kind == "EDITLOSS_ENCODER":
-        pictures = {role: link(rng.choice(["src", "gt", "empty0", "empty5", "empty7", "nan", "alpha"])) for role in ("pred", "gt")}
-        return {"after": ("EditLossEncode", {"encoder": link("node"), **pictures}), "show": ("PreviewAny", {"source": link("after")})}
+        pictures = {
+            role: link(rng.choice(["src", "gt", "empty0", "empty5", "empty7", "nan", "alpha"]))
+            for role in ("pred", "gt")
+        }
+        return {
+            "after": ("EditLossEncode", {"encoder": link("node"), **pictures}),
+            "show": ("PreviewAny", {"source": link("after")}),
+        }
     if kind == "EDITLOSS_OBJECTIVE":
-        wired = {"objective": link("node"), "width": 640,
-                 "embeddings": link(rng.choice(["encode_both"] * 5 + ["encode", "encode_vector"]))}
+        wired = {
+            "objective": link("node"),
+            "width": 640,
+            "embeddings": link(rng.choice(["encode_both"] * 5 + ["encode", "encode_vector"])),
+        }
         return {"after": ("EditLossEvaluateObjective", wired), "show": ("PreviewAny", {"source": link("after", 3)})}
     if kind == "EDITLOSS_EMBEDDINGS" and rng.random() < 0.6:
         copy = {"embeddings": link("node"), "file_name": f"fuzz/copy{rng.randint(0, 3)}"}
@@ -224,7 +440,9 @@ def write_embeddings(folder: Path, outside: Path) -> None:
     (folder / "bad_json.safetensors").write_bytes(whole.replace(b'{\\"timm/', b'[\\"timm/'))
     # Whole and signed, but by something else than Save Embeddings.
     key = ("pred", f"timm/{TIMM}/grid")
-    embedding_set(tensors={key: torch.rand(1, 2, 2, 4), ("gt", key[1]): torch.rand(3, 5, 2, 4)}).save(folder / "two_sizes.safetensors")
+    embedding_set(tensors={key: torch.rand(1, 2, 2, 4), ("gt", key[1]): torch.rand(3, 5, 2, 4)}).save(
+        folder / "two_sizes.safetensors"
+    )
     embedding_set(tensors={key: torch.full((1, 2, 2, 4), float("nan"))}).save(folder / "nan.safetensors")
     (folder / "folder.safetensors").mkdir(exist_ok=True)
     (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
@@ -248,7 +466,9 @@ def write_weights(folder: Path, outside: Path) -> None:
     (folder / "nowhere.safetensors").symlink_to(folder / "deleted.safetensors")
     (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
     (folder / "folder.safetensors").mkdir(exist_ok=True)
-    (folder / "outside.safetensors").symlink_to(outside / "weights.safetensors")  # a user's own link: allowed, as everywhere
+    (folder / "outside.safetensors").symlink_to(
+        outside / "weights.safetensors"
+    )  # a user's own link: allowed, as everywhere
 
 
 def write_buffers(folder: Path, outside: Path) -> None:
@@ -289,7 +509,8 @@ def tree(folder: Path) -> dict[str, str]:
         for name in [*files, *(f for f in folders if Path(root, f).is_symlink())]:
             path = Path(root, name)
             found[path.relative_to(folder).as_posix()] = (
-                f"link to {os.readlink(path)}" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest())
+                f"link to {os.readlink(path)}" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
+            )
     return found
 
 
@@ -301,7 +522,9 @@ def field(comfyui_server: ComfyServer, tmp_path_factory: pytest.TempPathFactory)
     from editloss_core.hard_negatives import HardNegativeBuffer, image_key, quantize_image
 
     for name in ("src", "gt"):
-        HardNegativeBuffer(outside).store(image_key(picture_tensor(name)), quantize_image(picture_tensor(name)), note=MARKER)
+        HardNegativeBuffer(outside).store(
+            image_key(picture_tensor(name)), quantize_image(picture_tensor(name)), note=MARKER
+        )
     write_models(server.models_dir, server.output_dir)
     shutil.copy(server.models_dir / "editloss_encoders" / TIMM_FILE, outside / "weights.safetensors")
     for name in ("src", "gt"):
@@ -315,7 +538,11 @@ def field(comfyui_server: ComfyServer, tmp_path_factory: pytest.TempPathFactory)
     encoders = server.models_dir / "editloss_encoders"
     kept = {path.name for path in encoders.iterdir()}
     write_weights(encoders, outside)
-    before = {"base": inside_base(server), "outside": tree(outside), "above": {p.name for p in server.base.parent.iterdir()}}
+    before = {
+        "base": inside_base(server),
+        "outside": tree(outside),
+        "above": {p.name for p in server.base.parent.iterdir()},
+    }
     yield SimpleNamespace(server=server, outside=outside, before=before)
     for path in encoders.iterdir():
         if path.name not in kept:
@@ -366,7 +593,9 @@ def unreadable(kind: str, node: str, exception: str, message: str) -> str:
     return ""
 
 
-def test_fuzz(field: SimpleNamespace, client: Client, object_info: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_fuzz(
+    field: SimpleNamespace, client: Client, object_info: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     nodes = sorted(name for name in object_info if name.startswith("EditLoss"))
     rng, counts, per_node, bad, leaks = random.Random(SEED), Counter(), {n: Counter() for n in nodes}, [], []
     slow, began = (0.0, 0), time.monotonic()
@@ -380,21 +609,29 @@ def test_fuzz(field: SimpleNamespace, client: Client, object_info: dict[str, Any
         per_node[node][kind] += 1
         fault = unreadable(kind, culprit, exception, message) if kind != "result" else ""
         if fault:
-            shown = {name: v if len(repr(v)) < 200 else f"{repr(v)[:200]}…" for name, v in prompt["node"]["inputs"].items()}
+            shown = {
+                name: v if len(repr(v)) < 200 else f"{repr(v)[:200]}…" for name, v in prompt["node"]["inputs"].items()
+            }
             bad.append(f"#{i} {node} {shown}\n    {fault}: {culprit}: {message[:600]}")
         if MARKER in message:
             leaks.append(f"#{i} {node}: {message[:300]}")
-        assert field.server.alive, f"the server died of prompt {i}: {json.dumps(prompt)[:2000]}\n{field.server.log_tail()}"
+        assert field.server.alive, (
+            f"the server died of prompt {i}: {json.dumps(prompt)[:2000]}\n{field.server.log_tail()}"
+        )
     seconds = time.monotonic() - began
     with capsys.disabled():
-        print(f"\n{PROMPTS} prompts, seed {SEED}: {counts['result']} results, {counts['refused']} refused by ComfyUI's validation, "
-              f"{counts['failed']} errors of nodes, {len(bad)} of them unclear; {seconds:.0f} s, the slowest {slow[0]:.1f} s (#{slow[1]})")
+        print(
+            f"\n{PROMPTS} prompts, seed {SEED}: {counts['result']} results, {counts['refused']} refused by ComfyUI's validation, "
+            f"{counts['failed']} errors of nodes, {len(bad)} of them unclear; {seconds:.0f} s, the slowest {slow[0]:.1f} s (#{slow[1]})"
+        )
         for name, found in per_node.items():
             print(f"  {name:28} {found['result']:4} {found['refused']:4} {found['failed']:4}")
     assert not bad, f"{len(bad)} unclear failures\n" + "\n".join(bad[:40])
     assert not leaks, "\n".join(leaks)
     assert all(found["refused"] + found["failed"] for found in per_node.values()), "a node was never wrong"
-    without = {n for n, found in per_node.items() if not found["result"]} - {"EditLossCLIPVisionEncoder"}  # needs 600 MB
+    without = {n for n, found in per_node.items() if not found["result"]} - {
+        "EditLossCLIPVisionEncoder"
+    }  # needs 600 MB
     assert not without, f"never right: {without}"
 
 
@@ -415,8 +652,13 @@ def test_nothing_outside_was_read_or_written(field: SimpleNamespace) -> None:
 
 
 def test_the_server_still_serves(field: SimpleNamespace, client: Client) -> None:
-    shown = {"after": ("EditLossEvaluateObjective", {"objective": link("objective"), "embeddings": link("encode"), "width": 640}),
-             "show": ("PreviewAny", {"source": link("after", 3)})}
+    shown = {
+        "after": (
+            "EditLossEvaluateObjective",
+            {"objective": link("objective"), "embeddings": link("encode"), "width": 640},
+        ),
+        "show": ("PreviewAny", {"source": link("after", 3)}),
+    }
     kind, *_, message = outcome(client, graph(**pool(), **shown))
     assert kind == "result" and "no edit identity" in message
 

@@ -3,6 +3,7 @@
 The checks run in one process of their own, inside ComfyUI (see driver_model_encoders.py); here each is one test. The
 last test loads a CLIP vision file of a real size through the stock loader of a running server.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_server import Client, ComfyServer, locate, pack_root
+from comfy_client import Client
+from comfy_server import ComfyServer, locate, pack_root
 from driver_model_encoders import CHECKS
 from helpers import graph, link
 from PIL import Image
@@ -37,8 +39,16 @@ def test_in_comfyui(name: str, results: dict[str, str]) -> None:
     assert not results[name], results[name]
 
 
-VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-         "image_size": 224, "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu"}
+VIT_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
 
 
 def test_a_vit_l_file_through_the_stock_loader(comfyui_server: ComfyServer, client: Client) -> None:
@@ -63,17 +73,29 @@ def test_a_vit_l_file_through_the_stock_loader(comfyui_server: ComfyServer, clie
         pixels = (torch.rand(2, 224, 224, 3) * 255).round().to(torch.uint8)
         for name, picture in zip(("pred", "gt"), pixels):
             Image.fromarray(picture.numpy()).save(comfyui_server.input_dir / f"vit_l_{name}.png")
-        shown = client.run(graph(
-            clip=("CLIPVisionLoader", {"clip_name": file.name}),
-            encoder=("EditLossCLIPVisionEncoder", {"clip_vision": link("clip"), "output": "global", "layer": "last"}),
-            pred=("LoadImage", {"image": "vit_l_pred.png"}), gt=("LoadImage", {"image": "vit_l_gt.png"}),
-            encode=("EditLossEncode", {"encoder": link("encoder"), "pred": link("pred"), "gt": link("gt")}),
-            loss=("EditLossPairDistance", {"encoder": link("encoder"), "weight": 1.0, "anchor": "pred", "positive": "gt",
-                                           "dist": "cos"}),
-            evaluate=("EditLossEvaluateObjective", {"objective": link("loss"), "embeddings": link("encode")}),
-            show=("PreviewAny", {"source": link("evaluate", 3)})))
+        shown = client.run(
+            graph(
+                clip=("CLIPVisionLoader", {"clip_name": file.name}),
+                encoder=(
+                    "EditLossCLIPVisionEncoder",
+                    {"clip_vision": link("clip"), "output": "global", "layer": "last"},
+                ),
+                pred=("LoadImage", {"image": "vit_l_pred.png"}),
+                gt=("LoadImage", {"image": "vit_l_gt.png"}),
+                encode=("EditLossEncode", {"encoder": link("encoder"), "pred": link("pred"), "gt": link("gt")}),
+                loss=(
+                    "EditLossPairDistance",
+                    {"encoder": link("encoder"), "weight": 1.0, "anchor": "pred", "positive": "gt", "dist": "cos"},
+                ),
+                evaluate=("EditLossEvaluateObjective", {"objective": link("loss"), "embeddings": link("encode")}),
+                show=("PreviewAny", {"source": link("evaluate", 3)}),
+            )
+        )
         values: dict[str, Any] = json.loads(shown.outputs["show"]["text"][0])
-        mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        mean, std = (
+            torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+            torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+        )
         with torch.no_grad():
             z = model.float()(pixel_values=((pixels / 255.0 - mean) / std).movedim(-1, 1)).image_embeds
         expected = 1 - torch.cosine_similarity(z[:1], z[1:]).item()

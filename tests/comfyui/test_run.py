@@ -1,4 +1,5 @@
 """run.py, and the conversion and the server under it, against a real ComfyUI and its real frontend."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import Client, ComfyError, ComfyServer, NodeError, Progress, locate, pack_root
+from comfy_client import Client, ComfyError, NodeError, Progress
+from comfy_server import ComfyServer, locate, pack_root
 from helpers import frontend_prompt, graph, link
 from PIL import Image
 from ui_to_api import WorkflowError, to_prompt
@@ -19,16 +21,34 @@ ROOT = Path(__file__).resolve().parents[2]
 MUTED, BYPASSED = 2, 4
 
 
-def node(node_id: int, kind: str, values: Any = None, *, mode: int = 0, title: str | None = None,
-         inputs: tuple[str, ...] = (), outputs: tuple[str, ...] = ()) -> dict[str, Any]:
+def node(
+    node_id: int,
+    kind: str,
+    values: Any = None,
+    *,
+    mode: int = 0,
+    title: str | None = None,
+    inputs: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """A saved node. Inputs read "name:TYPE", and "name:TYPE:widget" for a widget turned into a socket."""
     sockets = [text.split(":") for text in inputs]
-    return {"id": node_id, "type": kind, "pos": [40 * node_id, 20 * node_id], "size": [200, 100], "flags": {},
-            "order": 0, "mode": mode, "properties": {}, **({"title": title} if title else {}),
-            "inputs": [{"name": s[0], "type": s[1], "link": None, **({"widget": {"name": s[0]}} if s[2:] else {})}
-                       for s in sockets],
-            "outputs": [{"name": kind, "type": kind, "links": []} for kind in outputs],
-            **({} if values is None else {"widgets_values": values})}
+    return {
+        "id": node_id,
+        "type": kind,
+        "pos": [40 * node_id, 20 * node_id],
+        "size": [200, 100],
+        "flags": {},
+        "order": 0,
+        "mode": mode,
+        "properties": {},
+        **({"title": title} if title else {}),
+        "inputs": [
+            {"name": s[0], "type": s[1], "link": None, **({"widget": {"name": s[0]}} if s[2:] else {})} for s in sockets
+        ],
+        "outputs": [{"name": kind, "type": kind, "links": []} for kind in outputs],
+        **({} if values is None else {"widgets_values": values}),
+    }
 
 
 def workflow(nodes: list[dict[str, Any]], *links: tuple[int, int, int, int]) -> dict[str, Any]:
@@ -40,8 +60,16 @@ def workflow(nodes: list[dict[str, Any]], *links: tuple[int, int, int, int]) -> 
         by_id[origin]["outputs"][output]["links"].append(number)
         by_id[target]["inputs"][slot]["link"] = number
         saved.append([number, origin, output, target, slot, kind])
-    return {"last_node_id": max(by_id), "last_link_id": len(saved), "nodes": nodes, "links": saved, "groups": [],
-            "config": {}, "extra": {}, "version": 0.4}
+    return {
+        "last_node_id": max(by_id),
+        "last_link_id": len(saved),
+        "nodes": nodes,
+        "links": saved,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
 
 
 def meta(prompt: dict[str, Any], node_id: str) -> str:
@@ -71,69 +99,160 @@ EMPTY_INPUTS = {"width": 64, "height": 48, "batch_size": 1, "color": 255}
 # name: (saved workflow, {node id: inputs} expected)
 CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "links and widgets in schema order": (
-        workflow([empty(1),
-                  node(2, "ImageScale", ["bilinear", 32, 24, "center"], inputs=("image:IMAGE",), outputs=IMAGE),
-                  node(3, "SaveImage", ["editloss/x"], inputs=("images:IMAGE",))], (1, 0, 2, 0), (2, 0, 3, 0)),
-        {"1": EMPTY_INPUTS,
-         "2": {"image": ["1", 0], "upscale_method": "bilinear", "width": 32, "height": 24, "crop": "center"},
-         "3": {"images": ["2", 0], "filename_prefix": "editloss/x"}}),
+        workflow(
+            [
+                empty(1),
+                node(2, "ImageScale", ["bilinear", 32, 24, "center"], inputs=("image:IMAGE",), outputs=IMAGE),
+                node(3, "SaveImage", ["editloss/x"], inputs=("images:IMAGE",)),
+            ],
+            (1, 0, 2, 0),
+            (2, 0, 3, 0),
+        ),
+        {
+            "1": EMPTY_INPUTS,
+            "2": {"image": ["1", 0], "upscale_method": "bilinear", "width": 32, "height": 24, "crop": "center"},
+            "3": {"images": ["2", 0], "filename_prefix": "editloss/x"},
+        },
+    ),
     "the value after a seed": (
-        workflow([node(1, "KSampler", [123, "randomize", 7, 2.5, "euler", "simple", 0.5]),
-                  node(2, "RandomNoise", [5, "fixed"]), node(3, "PrimitiveInt", [9, "increment"])]),
-        {"1": {"seed": 123, "steps": 7, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 0.5},
-         "2": {"noise_seed": 5}, "3": {"value": 9}}),
+        workflow(
+            [
+                node(1, "KSampler", [123, "randomize", 7, 2.5, "euler", "simple", 0.5]),
+                node(2, "RandomNoise", [5, "fixed"]),
+                node(3, "PrimitiveInt", [9, "increment"]),
+            ]
+        ),
+        {
+            "1": {"seed": 123, "steps": 7, "cfg": 2.5, "sampler_name": "euler", "scheduler": "simple", "denoise": 0.5},
+            "2": {"noise_seed": 5},
+            "3": {"value": 9},
+        },
+    ),
     "the upload button of Load Image": (
-        workflow([node(1, "LoadImage", ["a picture.png", "image"], outputs=("IMAGE", "MASK")), preview(2)],
-                 (1, 0, 2, 0)),
-        {"1": {"image": "a picture.png"}, "2": {"images": ["1", 0]}}),
+        workflow(
+            [node(1, "LoadImage", ["a picture.png", "image"], outputs=("IMAGE", "MASK")), preview(2)], (1, 0, 2, 0)
+        ),
+        {"1": {"image": "a picture.png"}, "2": {"images": ["1", 0]}},
+    ),
     "a widget turned into a socket keeps its slot": (
-        workflow([node(1, "PrimitiveInt", [20, "fixed"], outputs=("INT",)),
-                  node(2, "EmptyImage", [64, 48, 3, 255], inputs=("height:INT:widget",), outputs=IMAGE)], (1, 0, 2, 0)),
-        {"1": {"value": 20}, "2": {"width": 64, "height": ["1", 0], "batch_size": 3, "color": 255}}),
+        workflow(
+            [
+                node(1, "PrimitiveInt", [20, "fixed"], outputs=("INT",)),
+                node(2, "EmptyImage", [64, 48, 3, 255], inputs=("height:INT:widget",), outputs=IMAGE),
+            ],
+            (1, 0, 2, 0),
+        ),
+        {"1": {"value": 20}, "2": {"width": 64, "height": ["1", 0], "batch_size": 3, "color": 255}},
+    ),
     "Primitive": (
-        workflow([node(1, "PrimitiveNode", [17, "fixed"], outputs=("INT",)),
-                  node(2, "EmptyImage", [64, 48, 1, 255], inputs=("batch_size:INT:widget",), outputs=IMAGE)],
-                 (1, 0, 2, 0)),
-        {"2": {**EMPTY_INPUTS, "batch_size": 17}}),
+        workflow(
+            [
+                node(1, "PrimitiveNode", [17, "fixed"], outputs=("INT",)),
+                node(2, "EmptyImage", [64, 48, 1, 255], inputs=("batch_size:INT:widget",), outputs=IMAGE),
+            ],
+            (1, 0, 2, 0),
+        ),
+        {"2": {**EMPTY_INPUTS, "batch_size": 17}},
+    ),
     "reroutes, one of them bypassed": (
-        workflow([empty(1), reroute(2), reroute(3, mode=BYPASSED), preview(4)],
-                 (1, 0, 2, 0), (2, 0, 3, 0), (3, 0, 4, 0)),
-        {"1": EMPTY_INPUTS, "4": {"images": ["1", 0]}}),
+        workflow(
+            [empty(1), reroute(2), reroute(3, mode=BYPASSED), preview(4)], (1, 0, 2, 0), (2, 0, 3, 0), (3, 0, 4, 0)
+        ),
+        {"1": EMPTY_INPUTS, "4": {"images": ["1", 0]}},
+    ),
     "a reroute that nothing feeds": (workflow([reroute(2), preview(4)], (2, 0, 4, 0)), {"4": {}}),
     "bypass": (
-        workflow([empty(1), node(2, "ImageInvert", mode=BYPASSED, inputs=("image:IMAGE",), outputs=IMAGE), preview(3)],
-                 (1, 0, 2, 0), (2, 0, 3, 0)),
-        {"1": EMPTY_INPUTS, "3": {"images": ["1", 0]}}),
+        workflow(
+            [empty(1), node(2, "ImageInvert", mode=BYPASSED, inputs=("image:IMAGE",), outputs=IMAGE), preview(3)],
+            (1, 0, 2, 0),
+            (2, 0, 3, 0),
+        ),
+        {"1": EMPTY_INPUTS, "3": {"images": ["1", 0]}},
+    ),
     "bypass takes the first input that fits": (
-        workflow([empty(1), empty(2),
-                  node(3, "ImageCompositeMasked", [0, 0, False], mode=BYPASSED, outputs=IMAGE,
-                       inputs=("destination:IMAGE", "source:IMAGE", "mask:MASK")),
-                  node(4, "SolidMask", [1.0, 8, 8], outputs=("MASK",)),
-                  node(5, "GrowMask", [2, True], mode=BYPASSED, inputs=("mask:MASK",), outputs=("MASK",)),
-                  node(6, "MaskToImage", inputs=("mask:MASK",), outputs=IMAGE), preview(7), preview(8)],
-                 (1, 0, 3, 0), (2, 0, 3, 1), (4, 0, 5, 0), (5, 0, 6, 0), (6, 0, 7, 0), (3, 0, 8, 0)),
-        {"1": EMPTY_INPUTS, "2": EMPTY_INPUTS, "4": {"value": 1.0, "width": 8, "height": 8}, "6": {"mask": ["4", 0]},
-         "7": {"images": ["6", 0]}, "8": {"images": ["1", 0]}}),
+        workflow(
+            [
+                empty(1),
+                empty(2),
+                node(
+                    3,
+                    "ImageCompositeMasked",
+                    [0, 0, False],
+                    mode=BYPASSED,
+                    outputs=IMAGE,
+                    inputs=("destination:IMAGE", "source:IMAGE", "mask:MASK"),
+                ),
+                node(4, "SolidMask", [1.0, 8, 8], outputs=("MASK",)),
+                node(5, "GrowMask", [2, True], mode=BYPASSED, inputs=("mask:MASK",), outputs=("MASK",)),
+                node(6, "MaskToImage", inputs=("mask:MASK",), outputs=IMAGE),
+                preview(7),
+                preview(8),
+            ],
+            (1, 0, 3, 0),
+            (2, 0, 3, 1),
+            (4, 0, 5, 0),
+            (5, 0, 6, 0),
+            (6, 0, 7, 0),
+            (3, 0, 8, 0),
+        ),
+        {
+            "1": EMPTY_INPUTS,
+            "2": EMPTY_INPUTS,
+            "4": {"value": 1.0, "width": 8, "height": 8},
+            "6": {"mask": ["4", 0]},
+            "7": {"images": ["6", 0]},
+            "8": {"images": ["1", 0]},
+        },
+    ),
     "bypass with nothing that fits": (
-        workflow([node(1, "LoadImage", ["x.png", "image"], mode=BYPASSED, outputs=("IMAGE", "MASK")),
-                  node(2, "MaskToImage", inputs=("mask:MASK",), outputs=IMAGE)], (1, 1, 2, 0)),
-        {"2": {}}),
+        workflow(
+            [
+                node(1, "LoadImage", ["x.png", "image"], mode=BYPASSED, outputs=("IMAGE", "MASK")),
+                node(2, "MaskToImage", inputs=("mask:MASK",), outputs=IMAGE),
+            ],
+            (1, 1, 2, 0),
+        ),
+        {"2": {}},
+    ),
     "mute": (
-        workflow([empty(1), empty(2, mode=MUTED),
-                  node(3, "ImageBatch", inputs=("image1:IMAGE", "image2:IMAGE"), outputs=IMAGE), preview(4)],
-                 (1, 0, 3, 0), (2, 0, 3, 1), (3, 0, 4, 0)),
-        {"1": EMPTY_INPUTS, "3": {"image1": ["1", 0]}, "4": {"images": ["3", 0]}}),
-    "notes": (workflow([empty(1), node(2, "Note", ["for people"]), node(3, "MarkdownNote", ["# also"])]),
-              {"1": EMPTY_INPUTS}),
+        workflow(
+            [
+                empty(1),
+                empty(2, mode=MUTED),
+                node(3, "ImageBatch", inputs=("image1:IMAGE", "image2:IMAGE"), outputs=IMAGE),
+                preview(4),
+            ],
+            (1, 0, 3, 0),
+            (2, 0, 3, 1),
+            (3, 0, 4, 0),
+        ),
+        {"1": EMPTY_INPUTS, "3": {"image1": ["1", 0]}, "4": {"images": ["3", 0]}},
+    ),
+    "notes": (
+        workflow([empty(1), node(2, "Note", ["for people"]), node(3, "MarkdownNote", ["# also"])]),
+        {"1": EMPTY_INPUTS},
+    ),
     "a file older than the last widgets": (
-        workflow([node(1, "RegexReplace", ["cat", "c", "h"], outputs=("STRING",)),
-                  node(2, "EmptyImage", outputs=IMAGE)]),
-        {"1": {"string": "cat", "regex_pattern": "c", "replace": "h", "case_insensitive": True, "multiline": False,
-               "dotall": False, "count": 0},
-         "2": {"width": 512, "height": 512, "batch_size": 1, "color": 0}}),
+        workflow(
+            [node(1, "RegexReplace", ["cat", "c", "h"], outputs=("STRING",)), node(2, "EmptyImage", outputs=IMAGE)]
+        ),
+        {
+            "1": {
+                "string": "cat",
+                "regex_pattern": "c",
+                "replace": "h",
+                "case_insensitive": True,
+                "multiline": False,
+                "dotall": False,
+                "count": 0,
+            },
+            "2": {"width": 512, "height": 512, "batch_size": 1, "color": 0},
+        },
+    ),
     "a file older than forceInput": (
         workflow([node(1, "CreateHookKeyframesFromFloats", [0.5, 0.0, 0.75, True], outputs=("HOOK_KEYFRAMES",))]),
-        {"1": {"start_percent": 0.0, "end_percent": 0.75, "print_keyframes": True}}),
+        {"1": {"start_percent": 0.0, "end_percent": 0.75, "print_keyframes": True}},
+    ),
     "a title": (workflow([empty(1, title="Blue"), empty(2)]), {"1": EMPTY_INPUTS, "2": EMPTY_INPUTS}),
 }
 
@@ -150,8 +269,9 @@ def test_conversion_equals_the_frontends_own(page: Any, object_info: dict[str, A
     assert page.errors == []
 
 
-def test_conversion_equals_the_frontends_own_for_comfyuis_templates(page: Any, object_info: dict[str, Any],
-                                                                    client: Client) -> None:
+def test_conversion_equals_the_frontends_own_for_comfyuis_templates(
+    page: Any, object_info: dict[str, Any], client: Client
+) -> None:
     """Workflows that ship with ComfyUI: large, from many versions, and not written by us.
 
     Every eighth is compared here; all 160 that need nothing else were equal with ComfyUI 0.3.75 (frontend 1.32.9).
@@ -181,21 +301,40 @@ def test_conversion_reads_widgets_saved_by_name(object_info: dict[str, Any]) -> 
 
 def test_conversion_of_inputs_that_stock_nodes_do_not_have() -> None:
     """Socketless widgets, lists as values, seeds without control, both ways to write a COMBO."""
-    info = {"Odd": {"input": {"required": {
-        "seed": ["INT", {"control_after_generate": False, "default": 3}],
-        "old": [["a", "b"], {"control_after_generate": True}],
-        "new": ["COMBO", {"options": ["c", "d"]}],
-        "alone": ["STRING", {"socketless": True}],
-        "points": ["STRING", {}],
-        "forced": ["FLOAT", {"forceInput": True}],
-        "empty": ["COMBO", {"options": []}]}}, "output": [], "display_name": "Odd One"}}
+    info = {
+        "Odd": {
+            "input": {
+                "required": {
+                    "seed": ["INT", {"control_after_generate": False, "default": 3}],
+                    "old": [["a", "b"], {"control_after_generate": True}],
+                    "new": ["COMBO", {"options": ["c", "d"]}],
+                    "alone": ["STRING", {"socketless": True}],
+                    "points": ["STRING", {}],
+                    "forced": ["FLOAT", {"forceInput": True}],
+                    "empty": ["COMBO", {"options": []}],
+                }
+            },
+            "output": [],
+            "display_name": "Odd One",
+        }
+    }
     saved = workflow([node(1, "Odd", [4, "b", "fixed", "filter", "d", "text", [[1, 2]]])])
     prompt = to_prompt(saved, info)
     assert meta(prompt, "1") == "Odd One"
-    assert prompt["1"]["inputs"] == {"seed": 4, "old": "b", "new": "d", "alone": "text",
-                                     "points": {"__value__": [[1, 2]]}}
+    assert prompt["1"]["inputs"] == {
+        "seed": 4,
+        "old": "b",
+        "new": "d",
+        "alone": "text",
+        "points": {"__value__": [[1, 2]]},
+    }
     assert to_prompt(workflow([node(1, "Odd")]), info)["1"]["inputs"] == {
-        "seed": 3, "old": "a", "new": "c", "alone": "", "points": ""}
+        "seed": 3,
+        "old": "a",
+        "new": "c",
+        "alone": "",
+        "points": "",
+    }
 
 
 def test_conversion_lists_every_missing_class(object_info: dict[str, Any]) -> None:
@@ -204,14 +343,21 @@ def test_conversion_lists_every_missing_class(object_info: dict[str, Any]) -> No
         to_prompt(saved, object_info)
 
 
-@pytest.mark.parametrize(("saved", "message"), [
-    ({"1": {"class_type": "EmptyImage", "inputs": {}}}, "'nodes' list"),
-    ({"nodes": [{"id": 1, "type": "abc", "title": "Inner"}], "definitions": {"subgraphs": [{"id": "abc"}]}},
-     r"node 1 \(Inner\) is a subgraph"),
-    ({"nodes": [{"id": 1, "type": "PreviewImage", "inputs": [{"name": "images", "type": "IMAGE", "link": 8}]}]},
-     r"node 1 \(PreviewImage\): input 'images' uses link 8"),
-    (workflow([reroute(1), reroute(2), preview(3)], (1, 0, 2, 0), (2, 0, 1, 0), (2, 0, 3, 0)), "in a circle"),
-])
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"1": {"class_type": "EmptyImage", "inputs": {}}}, "'nodes' list"),
+        (
+            {"nodes": [{"id": 1, "type": "abc", "title": "Inner"}], "definitions": {"subgraphs": [{"id": "abc"}]}},
+            r"node 1 \(Inner\) is a subgraph",
+        ),
+        (
+            {"nodes": [{"id": 1, "type": "PreviewImage", "inputs": [{"name": "images", "type": "IMAGE", "link": 8}]}]},
+            r"node 1 \(PreviewImage\): input 'images' uses link 8",
+        ),
+        (workflow([reroute(1), reroute(2), preview(3)], (1, 0, 2, 0), (2, 0, 1, 0), (2, 0, 3, 0)), "in a circle"),
+    ],
+)
 def test_conversion_says_what_it_cannot_read(saved: dict[str, Any], message: str, object_info: dict[str, Any]) -> None:
     with pytest.raises(WorkflowError, match=message):
         to_prompt(saved, object_info)
@@ -247,8 +393,14 @@ def test_locate_finds_the_comfyui_around_a_linked_pack(tmp_path: Path) -> None:
     pack.symlink_to(ROOT, target_is_directory=True)
     code = "import comfy_server; print(comfy_server.locate())"
     env = {key: value for key, value in os.environ.items() if key != "COMFYUI_PATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-                          env={**env, "PYTHONPATH": str(pack / "workflows")})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**env, "PYTHONPATH": str(pack / "workflows")},
+    )
     assert done.stdout.strip() == str(comfyui)
 
 
@@ -267,8 +419,12 @@ def test_a_damaged_cached_wheel_is_not_used(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_server_writes_to_its_base_only(comfyui_server: ComfyServer, client: Client) -> None:
-    history = client.run(graph(a=("EmptyImage", {"width": 8, "height": 8, "batch_size": 1, "color": 0}),
-                               b=("SaveImage", {"images": link("a"), "filename_prefix": "base/only"})))
+    history = client.run(
+        graph(
+            a=("EmptyImage", {"width": 8, "height": 8, "batch_size": 1, "color": 0}),
+            b=("SaveImage", {"images": link("a"), "filename_prefix": "base/only"}),
+        )
+    )
     ref = history.outputs["b"]["images"][0]
     assert (comfyui_server.output_dir / "base" / ref["filename"]).is_file()
     assert client.download(ref).startswith(b"\x89PNG")
@@ -284,26 +440,38 @@ def test_a_server_that_dies_shows_its_log(tmp_path: Path) -> None:
     assert not server.base.exists() and pack_root().is_dir()
 
 
-def test_progress_is_told_node_by_node_and_inside_a_node(comfyui_server: ComfyServer, client: Client,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_told_node_by_node_and_inside_a_node(
+    comfyui_server: ComfyServer, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The stock upscaler reports every tile; a small network of its file format stands in for a trained one."""
     import torch
     from run import ProgressLines
     from safetensors.torch import save_file
 
-    weights = {"body.0.weight": torch.rand(4, 3, 3, 3), "body.0.bias": torch.zeros(4), "body.1.weight": torch.ones(4),
-               "body.2.weight": torch.rand(4, 4, 3, 3), "body.2.bias": torch.zeros(4), "body.3.weight": torch.ones(4),
-               "body.4.weight": torch.rand(12, 4, 3, 3), "body.4.bias": torch.zeros(12)}
+    weights = {
+        "body.0.weight": torch.rand(4, 3, 3, 3),
+        "body.0.bias": torch.zeros(4),
+        "body.1.weight": torch.ones(4),
+        "body.2.weight": torch.rand(4, 4, 3, 3),
+        "body.2.bias": torch.zeros(4),
+        "body.3.weight": torch.ones(4),
+        "body.4.weight": torch.rand(12, 4, 3, 3),
+        "body.4.bias": torch.zeros(12),
+    }
     (comfyui_server.models_dir / "upscale_models").mkdir(exist_ok=True)
     save_file(weights, comfyui_server.models_dir / "upscale_models" / "compact.safetensors")
-    prompt = graph(image=("EmptyImage", {"width": 1300, "height": 600, "batch_size": 1, "color": 1}),
-                   net=("UpscaleModelLoader", {"model_name": "compact.safetensors"}),
-                   up=("ImageUpscaleWithModel", {"upscale_model": link("net"), "image": link("image")}),
-                   show=("PreviewImage", {"images": link("up")}))
+    prompt = graph(
+        image=("EmptyImage", {"width": 1300, "height": 600, "batch_size": 1, "color": 1}),
+        net=("UpscaleModelLoader", {"model_name": "compact.safetensors"}),
+        up=("ImageUpscaleWithModel", {"upscale_model": link("net"), "image": link("image")}),
+        show=("PreviewImage", {"images": link("up")}),
+    )
     seen: list[Progress] = []
     client.run(prompt, seen.append)
-    assert [p.node_id for p in seen if p.value == 0 and p.max == 1] in (["image", "net", "up", "show"],
-                                                                       ["net", "image", "up", "show"])
+    assert [p.node_id for p in seen if p.value == 0 and p.max == 1] in (
+        ["image", "net", "up", "show"],
+        ["net", "image", "up", "show"],
+    )
     tiles = [p for p in seen if p.node_id == "up" and p.max > 1]
     assert len({p.max for p in tiles}) == 1 and [p.value for p in tiles] == list(range(1, int(tiles[0].max) + 1))
 
@@ -317,8 +485,10 @@ def test_progress_is_told_node_by_node_and_inside_a_node(comfyui_server: ComfySe
 
 
 def test_refused_inputs_name_the_node_and_the_input(client: Client) -> None:
-    prompt = graph(a=("EmptyImage", {"width": 0, "height": 8, "batch_size": 1, "color": 0}),
-                   b=("PreviewImage", {"images": link("a")}))
+    prompt = graph(
+        a=("EmptyImage", {"width": 0, "height": 8, "batch_size": 1, "color": 0}),
+        b=("PreviewImage", {"images": link("a")}),
+    )
     with pytest.raises(NodeError, match=r"input 'width': Value 0 smaller than min") as caught:
         client.run(prompt)
     assert (caught.value.node_id, caught.value.class_type) == ("a", "EmptyImage")
@@ -326,8 +496,11 @@ def test_refused_inputs_name_the_node_and_the_input(client: Client) -> None:
 
 def test_a_prompt_is_refused_as_a_whole(client: Client, comfyui_server: ComfyServer) -> None:
     """ComfyUI by itself would run the good output and only mention the bad one."""
-    prompt = graph(a=("EmptyImage", {"width": 8, "height": 8, "batch_size": 1, "color": 0}),
-                   good=("PreviewImage", {"images": link("a")}), bad=("PreviewImage", {}))
+    prompt = graph(
+        a=("EmptyImage", {"width": 8, "height": 8, "batch_size": 1, "color": 0}),
+        good=("PreviewImage", {"images": link("a")}),
+        bad=("PreviewImage", {}),
+    )
     with pytest.raises(NodeError, match="input 'images': Required input is missing") as caught:
         client.run(prompt)
     assert caught.value.node_id == "bad"
@@ -340,8 +513,10 @@ def test_an_empty_prompt_is_refused(client: Client) -> None:
 
 
 def failing(pattern: str = "(") -> dict[str, Any]:
-    return graph(bad=("RegexReplace", {"string": "a", "regex_pattern": pattern, "replace": "b"}),
-                 show=("PreviewAny", {"source": link("bad")}))
+    return graph(
+        bad=("RegexReplace", {"string": "a", "regex_pattern": pattern, "replace": "b"}),
+        show=("PreviewAny", {"source": link("bad")}),
+    )
 
 
 def test_a_failing_node_speaks_for_itself_and_the_server_goes_on(client: Client) -> None:
@@ -354,10 +529,24 @@ def test_a_failing_node_speaks_for_itself_and_the_server_goes_on(client: Client)
 
 
 def test_interrupt_ends_the_run(client: Client) -> None:
-    chain = {f"n{k}": ("ImageScale", {"image": link(f"n{k - 1}"), "upscale_method": "lanczos", "crop": "disabled",
-                                      "width": 1500 + k, "height": 1500}) for k in range(1, 40)}
-    prompt = graph(n0=("EmptyImage", {"width": 1500, "height": 1500, "batch_size": 1, "color": 0}), **chain,
-                   show=("PreviewImage", {"images": link("n39")}))
+    chain = {
+        f"n{k}": (
+            "ImageScale",
+            {
+                "image": link(f"n{k - 1}"),
+                "upscale_method": "lanczos",
+                "crop": "disabled",
+                "width": 1500 + k,
+                "height": 1500,
+            },
+        )
+        for k in range(1, 40)
+    }
+    prompt = graph(
+        n0=("EmptyImage", {"width": 1500, "height": 1500, "batch_size": 1, "color": 0}),
+        **chain,
+        show=("PreviewImage", {"images": link("n39")}),
+    )
     with pytest.raises(ComfyError, match="interrupted at ImageScale"):
         client.run(prompt, lambda progress: client.interrupt() if progress.node_id == "n2" else None)
     began = time.monotonic()
@@ -382,18 +571,32 @@ def test_run_lists_what_there_is_for_an_unknown_name(tmp_path: Path) -> None:
 
 
 def test_run_saves_pictures_and_texts(tmp_path: Path) -> None:
-    saved = workflow([empty(1, title="Two of them"), reroute(2), preview(3), preview(4),
-                      node(5, "RegexReplace", ["cat", "c", "h"], outputs=("STRING",)),
-                      node(6, "PreviewAny", title="What it says", inputs=("source:*",))],
-                     (1, 0, 2, 0), (2, 0, 3, 0), (1, 0, 4, 0), (5, 0, 6, 0))
+    saved = workflow(
+        [
+            empty(1, title="Two of them"),
+            reroute(2),
+            preview(3),
+            preview(4),
+            node(5, "RegexReplace", ["cat", "c", "h"], outputs=("STRING",)),
+            node(6, "PreviewAny", title="What it says", inputs=("source:*",)),
+        ],
+        (1, 0, 2, 0),
+        (2, 0, 3, 0),
+        (1, 0, 4, 0),
+        (5, 0, 6, 0),
+    )
     saved["nodes"][0]["widgets_values"][2] = 2
     (tmp_path / "stock.json").write_text(json.dumps(saved), encoding="utf-8")
     done = run_py("stock.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "results" / "stock"
     assert sorted(p.name for p in out.iterdir()) == [
-        "3-preview-image-1.png", "3-preview-image-2.png", "4-preview-image-1.png", "4-preview-image-2.png",
-        "6-what-it-says.txt"]
+        "3-preview-image-1.png",
+        "3-preview-image-2.png",
+        "4-preview-image-1.png",
+        "4-preview-image-2.png",
+        "6-what-it-says.txt",
+    ]
     assert (out / "6-what-it-says.txt").read_text(encoding="utf-8") == "hat"
     with Image.open(out / "3-preview-image-1.png") as picture:
         assert picture.size == (64, 48) and picture.getpixel((0, 0)) == (0, 0, 255)
@@ -403,8 +606,13 @@ def test_run_saves_pictures_and_texts(tmp_path: Path) -> None:
 
 
 def test_run_ends_with_the_failing_nodes_message(tmp_path: Path) -> None:
-    saved = workflow([node(5, "RegexReplace", ["cat", "(", "h"], title="Broken", outputs=("STRING",)),
-                      node(6, "PreviewAny", inputs=("source:*",))], (5, 0, 6, 0))
+    saved = workflow(
+        [
+            node(5, "RegexReplace", ["cat", "(", "h"], title="Broken", outputs=("STRING",)),
+            node(6, "PreviewAny", inputs=("source:*",)),
+        ],
+        (5, 0, 6, 0),
+    )
     (tmp_path / "broken.json").write_text(json.dumps(saved), encoding="utf-8")
     done = run_py("broken.json", "--out", "here", cwd=tmp_path)
     assert done.returncode == 1

@@ -19,9 +19,11 @@ for folder in (HERE, HERE.parents[1] / "workflows"):  # the modules beside this 
 
 from small_networks import CLIPS, TIMM_KWARGS, TinyDiT, TinyEncoder, randomise, register_clips  # noqa: E402
 
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Whatever asks for a server fails."""
+
     def refuse(*args, **kwargs):
         raise AssertionError(f"a network connection was tried: {args[1:]}")
 
@@ -73,8 +75,9 @@ def diffusion():
     vae = VAEEncoder(ae, "vae/tiny", hash_module(ae), 8, shift=0.1, scale=1.5)
 
     def build(**options):
-        return DiffusionFeatureEncoder(vae, dit, dit.blocks[1], lambda pair: pair[0], "tiny/blocks.1",
-                                       hash_module(dit), **{"patch": 2, **options})
+        return DiffusionFeatureEncoder(
+            vae, dit, dit.blocks[1], lambda pair: pair[0], "tiny/blocks.1", hash_module(dit), **{"patch": 2, **options}
+        )
 
     return SimpleNamespace(ae=ae, model=dit, vae=vae, build=build)
 

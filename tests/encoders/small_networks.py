@@ -17,13 +17,23 @@ _VIT = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width
 # Every family of image towers that open_clip has, small.
 CLIPS = {
     "tiny-vit": {"vision_cfg": _VIT},
-    "tiny-coca": {"vision_cfg": {**_VIT, "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2,
-                                 "output_tokens": True}},
+    "tiny-coca": {
+        "vision_cfg": {
+            **_VIT,
+            "attentional_pool": True,
+            "attn_pooler_queries": 4,
+            "attn_pooler_heads": 2,
+            "output_tokens": True,
+        }
+    },
     "tiny-resnet": {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64}},
-    "tiny-convnext": {"vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear",
-                                     "image_size": 64}},
-    "tiny-siglip": {"vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none",
-                                   "image_size": 160}, "embed_dim": 64},
+    "tiny-convnext": {
+        "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    },
+    "tiny-siglip": {
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
+        "embed_dim": 64,
+    },
 }
 
 
@@ -51,8 +61,9 @@ class TinyEncoder(nn.Sequential):
     """Shaped like TAESD's encoder: strided convolutions to latents, 8 pixels each."""
 
     def __init__(self, channels: int = 4):
-        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.SiLU(),
-                         nn.Conv2d(8, channels, 3, 2, 1))
+        super().__init__(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, channels, 3, 2, 1)
+        )
 
 
 class TinyDiT(nn.Module):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_networks import CLIPS, DINO2, TIMM_KWARGS
 
 from editloss_core.encoders import EncoderInfo, OpenCLIPEncoder, TimmEncoder
-from small_networks import CLIPS, DINO2, TIMM_KWARGS
 
 CASES = [
     *[f"{name}:{output}" for name in (*CLIPS, *TIMM_KWARGS) for output in ("global", "grid")],
-    "tiny-vit:tokens", f"{DINO2}:tokens", "vae:grid", "diffusion:tokens", "diffusion:grid",
+    "tiny-vit:tokens",
+    f"{DINO2}:tokens",
+    "vae:grid",
+    "diffusion:tokens",
+    "diffusion:grid",
 ]
 
 
@@ -67,8 +71,16 @@ def test_half_precision_pictures_and_pictures_from_a_node(encoder):
     assert encoder(from_node.clone().bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("bad", [torch.rand(40, 48, 3), torch.rand(1, 3, 40, 48), torch.rand(0, 40, 48, 3),
-                                 torch.zeros(1, 40, 48, 3, dtype=torch.uint8)], ids=["3d", "nchw", "empty", "uint8"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.rand(40, 48, 3),
+        torch.rand(1, 3, 40, 48),
+        torch.rand(0, 40, 48, 3),
+        torch.zeros(1, 40, 48, 3, dtype=torch.uint8),
+    ],
+    ids=["3d", "nchw", "empty", "uint8"],
+)
 def test_wrong_pictures_are_named(diffusion, bad):
     with pytest.raises(ValueError, match="images: expected"):
         diffusion.vae(bad)

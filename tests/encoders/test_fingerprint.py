@@ -27,9 +27,17 @@ def _one_weight_changed(file: Path, name: str, target: Path) -> Path:
 def test_openclip(clips, tmp_path):
     file = clips["tiny-vit"].file
     changed = _one_weight_changed(file, "visual.proj", tmp_path / "changed.safetensors")
-    prints = [OpenCLIPEncoder("tiny-vit", f, output, **options).info.fingerprint for f, output, options in (
-        (file, "global", {}), (changed, "global", {}), (file, "tokens", {}), (file, "grid", {}),
-        (file, "global", {"crop": True}), (file, "global", {"normalize": True}))]
+    prints = [
+        OpenCLIPEncoder("tiny-vit", f, output, **options).info.fingerprint
+        for f, output, options in (
+            (file, "global", {}),
+            (changed, "global", {}),
+            (file, "tokens", {}),
+            (file, "grid", {}),
+            (file, "global", {"crop": True}),
+            (file, "global", {"normalize": True}),
+        )
+    ]
     assert len(set(prints)) == len(prints)
     text = _one_weight_changed(file, "token_embedding.weight", tmp_path / "text.safetensors")
     assert OpenCLIPEncoder("tiny-vit", text).info.fingerprint == prints[0]
@@ -38,9 +46,18 @@ def test_openclip(clips, tmp_path):
 def test_timm(timms, tmp_path):
     file = timms["test_resnet"].file
     changed = _one_weight_changed(file, "layer1.0.bn1.running_mean", tmp_path / "changed.safetensors")
-    prints = [TimmEncoder("test_resnet", f, **options).info.fingerprint for f, options in (
-        (file, {}), (changed, {}), (file, {"output": "tokens"}), (file, {"output": "global"}), (file, {"layer": 2}),
-        (file, {"image_size": 96}), (file, {"crop": True}))]
+    prints = [
+        TimmEncoder("test_resnet", f, **options).info.fingerprint
+        for f, options in (
+            (file, {}),
+            (changed, {}),
+            (file, {"output": "tokens"}),
+            (file, {"output": "global"}),
+            (file, {"layer": 2}),
+            (file, {"image_size": 96}),
+            (file, {"crop": True}),
+        )
+    ]
     assert len(set(prints)) == len(prints)
     head = _one_weight_changed(file, "fc.weight", tmp_path / "head.safetensors")
     assert TimmEncoder("test_resnet", head).info.fingerprint == prints[0]
@@ -48,16 +65,25 @@ def test_timm(timms, tmp_path):
 
 
 def test_another_process_agrees(clips, timms, tmp_path):
-    here = [OpenCLIPEncoder("tiny-vit", clips["tiny-vit"].file).info.fingerprint,
-            TimmEncoder("test_resnet", timms["test_resnet"].file).info.fingerprint]
-    code = ("import sys, pathlib; from small_networks import register_clips; "
-            "from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder; "
-            "register_clips(pathlib.Path(sys.argv[3])); "
-            "print(OpenCLIPEncoder('tiny-vit', sys.argv[1]).info.fingerprint, "
-            "TimmEncoder('test_resnet', sys.argv[2]).info.fingerprint)")
+    here = [
+        OpenCLIPEncoder("tiny-vit", clips["tiny-vit"].file).info.fingerprint,
+        TimmEncoder("test_resnet", timms["test_resnet"].file).info.fingerprint,
+    ]
+    code = (
+        "import sys, pathlib; from small_networks import register_clips; "
+        "from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder; "
+        "register_clips(pathlib.Path(sys.argv[3])); "
+        "print(OpenCLIPEncoder('tiny-vit', sys.argv[1]).info.fingerprint, "
+        "TimmEncoder('test_resnet', sys.argv[2]).info.fingerprint)"
+    )
     files = [str(clips["tiny-vit"].file), str(timms["test_resnet"].file), str(tmp_path)]
     path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
-    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code, *files],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == here

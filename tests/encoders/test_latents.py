@@ -138,10 +138,19 @@ def test_maps_are_taken_as_they_are(diffusion):
 
 
 def test_fingerprints(diffusion):
-    known = {diffusion.build(**options).info.fingerprint for options in
-             ({}, {"t": 0.5}, {"seed": 1}, {"output": "tokens"}, {"patch": 1})}
+    known = {
+        diffusion.build(**options).info.fingerprint
+        for options in ({}, {"t": 0.5}, {"seed": 1}, {"output": "tokens"}, {"patch": 1})
+    }
     assert len(known) == 5 and diffusion.build().info == diffusion.build().info
-    vaes = {VAEEncoder(diffusion.ae, *args, **options).info.fingerprint for args, options in
-            ((("v", "f", 8), {}), (("v", "g", 8), {}), (("v", "f", 8), {"image_size": 32}),
-             (("v", "f", 8), {"scale": 2.0}), (("v", "f", 8), {"shift": 2.0}))}
+    vaes = {
+        VAEEncoder(diffusion.ae, *args, **options).info.fingerprint
+        for args, options in (
+            (("v", "f", 8), {}),
+            (("v", "g", 8), {}),
+            (("v", "f", 8), {"image_size": 32}),
+            (("v", "f", 8), {"scale": 2.0}),
+            (("v", "f", 8), {"shift": 2.0}),
+        )
+    }
     assert len(vaes) == 5

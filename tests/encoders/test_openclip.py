@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_networks import CLIPS, assert_close_to_pil
 
 from editloss_core.encoders import OpenCLIPEncoder
-from small_networks import CLIPS, assert_close_to_pil
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -32,9 +32,13 @@ def _hooked(module, run):
 
 def test_tokens_are_those_that_the_model_pools(clips, pictures):
     """Taken from the library's own forward by hooks on the last modules before pooling."""
-    where = {"tiny-vit": lambda v: v.ln_post, "tiny-coca": lambda v: v.attn_pool.ln_k,
-             "tiny-siglip": lambda v: v.trunk.norm, "tiny-resnet": lambda v: v.layer4,
-             "tiny-convnext": lambda v: v.trunk.stages}
+    where = {
+        "tiny-vit": lambda v: v.ln_post,
+        "tiny-coca": lambda v: v.attn_pool.ln_k,
+        "tiny-siglip": lambda v: v.trunk.norm,
+        "tiny-resnet": lambda v: v.layer4,
+        "tiny-convnext": lambda v: v.trunk.stages,
+    }
     for name, module in where.items():
         encoder = OpenCLIPEncoder(name, clips[name].file, "tokens")
         visual, pixels = clips[name].model.visual, encoder.preprocess(pictures)
@@ -80,7 +84,7 @@ def test_mean_and_std_belong_to_the_weights():
 @pytest.mark.parametrize("prefix", ["visual.", ""])
 def test_a_file_of_the_image_tower_alone(prefix, clips, tmp_path, pictures):
     whole = load_file(clips["tiny-vit"].file)
-    tower = {prefix + k[len("visual."):]: v for k, v in whole.items() if k.startswith("visual.")}
+    tower = {prefix + k[len("visual.") :]: v for k, v in whole.items() if k.startswith("visual.")}
     save_file(tower, tmp_path / "tower.safetensors")
     first, second = (OpenCLIPEncoder("tiny-vit", f) for f in (clips["tiny-vit"].file, tmp_path / "tower.safetensors"))
     assert first.info == second.info and torch.equal(first(pictures), second(pictures))
@@ -92,8 +96,11 @@ def test_wrong_weights_are_named(clips, tmp_path):
     del whole["visual.ln_post.bias"]
     whole["visual.extra"] = torch.zeros(1)
     save_file(whole, tmp_path / "bad.safetensors")
-    with pytest.raises(ValueError, match=r"1 missing \(ln_post.bias\); 1 of another shape \(proj \[64, 16\] instead of "
-                                         r"\[64, 32\]\); 1 not known to the network \(extra\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 missing \(ln_post.bias\); 1 of another shape \(proj \[64, 16\] instead of "
+        r"\[64, 32\]\); 1 not known to the network \(extra\)",
+    ):
         OpenCLIPEncoder("tiny-vit", tmp_path / "bad.safetensors")
     save_file({"vision_model.embeddings.class_embedding": torch.zeros(8)}, tmp_path / "hf.safetensors")
     with pytest.raises(ValueError, match="transformers' layout.*load it as CLIP_VISION"):

