@@ -6,7 +6,8 @@ import torch
 from comfy_api.latest import io
 
 from ..editloss_core.hard_negatives import HardNegativeBuffer, dequantize_image, image_key, quantize_image
-from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, estimate_mask, make_overlays
+from ..editloss_core.masks import estimate_mask
+from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, make_overlays
 from . import folders
 from .checks import checked
 
@@ -18,7 +19,7 @@ def _before_input(tooltip: str = "The before pictures.") -> io.Image.Input:
 
 
 def _same_batch(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    before, after = before[..., :3], after[..., :3]
+    before, after = (t[..., :3].clamp(0, 1) for t in (before, after))  # resizing can overshoot
     if before.shape[1:3] != after.shape[1:3]:
         sizes = [f"{t.shape[2]}×{t.shape[1]}" for t in (before, after)]
         raise ValueError(

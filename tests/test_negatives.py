@@ -6,13 +6,8 @@ import math
 import pytest
 import torch
 
-from editloss_core.negatives import (
-    OVERLAY_KINDS,
-    OverlaySettings,
-    estimate_mask,
-    feather_mask,
-    make_overlays,
-)
+from editloss_core.masks import estimate_mask, feather_mask
+from editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, make_overlays
 
 SIZE = 64
 RED, BLUE, GREY = (0.9, 0.1, 0.1), (0.1, 0.2, 0.9), (0.5, 0.55, 0.5)
@@ -410,7 +405,7 @@ def test_thresholds_feather_and_batch():
 
 def test_holes_and_thin_spirals_are_handled():
     """A ring is filled when its hole is small; a spiral one pixel wide is one piece."""
-    from editloss_core.negatives import _components
+    from editloss_core.masks import _components
 
     ground = torch.full((128, 128, 3), 0.5)
     ring = disc(64, 64, 14, 128) - disc(64, 64, 7, 128)

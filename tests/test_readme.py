@@ -25,7 +25,7 @@ def test_the_two_commands_are_one_line_each():
 
 
 def test_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
         if "://" not in target:
             assert (ROOT / target).is_file(), target
 

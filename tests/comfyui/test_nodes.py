@@ -23,7 +23,8 @@ from torch import Tensor
 from editloss_core import losses
 from editloss_core.embeddings import EmbeddingSet
 from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder
-from editloss_core.negatives import OverlaySettings, estimate_mask, make_overlays
+from editloss_core.masks import estimate_mask
+from editloss_core.negatives import OverlaySettings, make_overlays
 
 ROOM_CATEGORIES = {"encoders", "embeddings", "negatives", "losses", "diagnostics"}
 SIDE = 96  # pixels of the test pictures
