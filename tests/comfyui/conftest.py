@@ -99,7 +99,8 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
-    with ComfyServer(base=base) as server:
+    other_frontend = os.environ.get("COMFYUI_FRONTEND_ROOT")  # a comfyui_frontend_package/static of another version
+    with ComfyServer(base=base, front_end_root=Path(other_frontend) if other_frontend else None) as server:
         yield server
 
 
