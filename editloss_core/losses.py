@@ -145,8 +145,8 @@ class _TokenDistances(torch.autograd.Function):
     def backward(ctx, *grads):
         _refuse_second_order()
         count = len(grads)
-        anchor, references = ctx.saved_tensors[0], ctx.saved_tensors[1 : 1 + count]
-        scalars = ctx.saved_tensors[1 + count :]
+        anchor, *saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
+        references, scalars = saved[:count], saved[count:]
         needs_anchor, needs_reference = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         dtype = _compute_dtype(anchor, *references)
         a3, r3 = _as_rows(anchor), [_as_rows(r) for r in references]

@@ -395,3 +395,30 @@ def test_autocast_changes_nothing(named_case, dtype):
     assert found.dtype == expected.dtype and torch.equal(found, expected)
     for x, y in zip(inside, outside):
         assert torch.equal(x.grad, y.grad)
+
+
+# --- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, c: loss_no_edit_identity(a, b, c, margin=2.0),
+        lambda a, b, c: triplet_margin_loss(a, b, c, margin=50.0, dist="l2"),
+        lambda a, b, c: feature_match_loss(a, b, "l1"),
+        lambda a, b, c: contrastive_pair_loss(a, b, torch.tensor([1.0, 0.0]), margin=9.0),
+        lambda a, b, c: info_nce_loss(a, b),
+        lambda a, b, c: info_nce_loss(a, b, [c]),
+    ],
+    ids=["cos", "l2", "l1", "euclidean", "in batch", "explicit"],
+)
+def test_losses_inside_a_checkpoint(function, use_reentrant):
+    """A trainer may checkpoint decoder, encoder and loss together; saved tensors can then be unpacked once only."""
+    from torch.utils.checkpoint import checkpoint
+
+    a, b, c = (torch.randn(SHAPE, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(function(a, b, c), (a, b), allow_unused=True)
+    checkpoint(function, a, b, c, use_reentrant=use_reentrant).backward()
+    for x, e in zip((a, b), expected):
+        torch.testing.assert_close(x.grad, e)
