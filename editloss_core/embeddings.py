@@ -38,7 +38,8 @@ class EmbeddingSet:
         images: role → sha256 of the pictures it was made from.
         mask: None, or the edit region ``[B, H, W]`` in 0…1 at pixel resolution.
 
-    Instances are never changed; :meth:`with_images` and :meth:`with_mask` return new ones.
+    Instances are never changed; :meth:`with_images`, :meth:`with_embedding`, :meth:`with_mask` and :meth:`to` return new
+    ones.
     """
 
     tensors: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -123,6 +124,52 @@ class EmbeddingSet:
             images={**self.images, **hashes},
         )
 
+    def with_embedding(
+        self, role: str, info: EncoderInfo, tensor: Tensor, grid: Optional[tuple[int, int]] = None
+    ) -> EmbeddingSet:
+        """Add a tensor that the caller made, graph and all: how a trainer hands in its predictions.
+
+        Args:
+            role: its role; what was there under it is replaced, and so is the knowledge of the pictures it came from.
+            info: of the encoder that made it.
+            tensor: ``[B, D]`` for global, ``[B, P, D]`` for tokens, ``[B, h, w, D]`` for grid; negatives have K after B.
+            grid: rows and columns of tokens, where the set does not know them yet; read off the tensor for grids.
+
+        Raises:
+            ValueError: an unknown role, a shape or dtype that is no such embedding, or another grid than the set has.
+        """
+        check_role(role)
+        several = role in NEGATIVE_ROLES
+        dims = {"global": 2, "tokens": 3, "grid": 4}[info.output] + several
+        if (
+            not isinstance(tensor, Tensor)
+            or not tensor.is_floating_point()
+            or tensor.ndim != dims
+            or not tensor.numel()
+        ):
+            came = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{role}: expected a floating {info.output} embedding of {dims} dimensions, got {came}")
+        grids = dict(self.grids)
+        if info.output == "grid":
+            grid = tuple(tensor.shape[1 + several : 3 + several])
+        if info.output != "global" and grid is not None and grids.setdefault(info.name, grid) != grid:
+            raise ValueError(f"{role}: expected a token grid of {grids[info.name]} like the other roles, got {grid}")
+        return replace(
+            self,
+            tensors={**self.tensors, (role, info.name): tensor},
+            encoders={**self.encoders, info.name: info},
+            grids=grids,
+            images={known: digest for known, digest in self.images.items() if known != role},
+        )
+
+    def to(self, device: torch.device | str) -> EmbeddingSet:
+        """All tensors on a device, so that training does not copy the constant ones at every step."""
+        return replace(
+            self,
+            tensors={key: tensor.to(device) for key, tensor in self.tensors.items()},
+            mask=None if self.mask is None else self.mask.to(device),
+        )
+
     def with_mask(self, mask: Tensor) -> EmbeddingSet:
         """Add the edit region ``[B, H, W]`` (or ``[H, W]``) in 0…1; B = 1 stands for every sample.
 
@@ -153,10 +200,14 @@ class EmbeddingSet:
         check_role(role)
         if encoder not in self.encoders:
             raise ValueError(
-                f"encoder: {encoder!r} is not in the embeddings; they have {sorted(self.encoders) or 'none'}"
+                f"encoder: {encoder!r} is not in the embeddings; they have {sorted(self.encoders) or 'none'}; encode with it "
+                "too (chain another Encode by Role)"
             )
         if (role, encoder) not in self.tensors:
-            raise ValueError(f"{role}: no embedding by {encoder!r}; it has {', '.join(self._by(encoder)) or 'none'}")
+            raise ValueError(
+                f"{role}: no embedding by {encoder!r}; it has {', '.join(self._by(encoder)) or 'none'}; give Encode by Role "
+                f"pictures for {role}, or leave out the terms that read it"
+            )
         return self.tensors[role, encoder]
 
     def token_weights(self, encoder: str) -> Optional[Tensor]:
@@ -169,7 +220,7 @@ class EmbeddingSet:
             return None
         (height, width), (h, w) = self.mask.shape[1:], self.grids[encoder]
         top, left, bottom, right = self.regions.get(encoder, WHOLE)
-        rows, columns = _overlaps(height, h, top, bottom), _overlaps(width, w, left, right)
+        rows, columns = _overlaps(height, h, top, bottom).to(self.mask), _overlaps(width, w, left, right).to(self.mask)
         area = height * (bottom - top) / h * (width * (right - left) / w)
         weights = (rows @ self.mask @ columns.T / area).clamp(0, 1)
         return weights.flatten(1) if self.encoders[encoder].output == "tokens" else weights

@@ -58,6 +58,7 @@ class HardNegative:
         shape: of the tensor.
         dtype: of the tensor, such as ``"uint8"``.
         path: the file.
+        content: hash of the tensor; empty in a file that was written without.
     """
 
     key: str
@@ -69,6 +70,7 @@ class HardNegative:
     shape: tuple[int, ...]
     dtype: str
     path: Path
+    content: str = ""
 
 
 class HardNegativeBuffer:
@@ -117,7 +119,7 @@ class HardNegativeBuffer:
         self.per_key = per_key
         self.space = _text(space)
         self._lock = FileLock(str(self.folder / LOCK_NAME), timeout=lock_timeout)
-        # Entries never change, so a file is parsed once: name → (size, modification time, inode), entry or None.
+        # Files are replaced, never changed, so each is parsed once: name → (size, modification time, inode), entry or None.
         self._known: dict[str, tuple[tuple[int, int, int], HardNegative | None]] = {}
         self._warned: set[str] = set()
 
@@ -147,6 +149,9 @@ class HardNegativeBuffer:
     def store(self, key: str, tensor: Tensor, score: float = math.nan, note: str = "", step: int | None = None) -> Path:
         """Adds one entry and evicts the oldest ones that are too many.
 
+        A tensor that is there already under this key makes no second entry: the one that is there becomes the
+        youngest, with the score, note and step of this call.
+
         Args:
             key: the pair that the output belongs to, such as :func:`image_key` of its before picture; any text.
             tensor: any shape and dtype that safetensors knows; all entries under a key have the same. Pictures are best
@@ -156,7 +161,7 @@ class HardNegativeBuffer:
             step: training step.
 
         Returns:
-            The path of the new file. Its name is made of a number and a hash; the key itself is in the metadata.
+            The path of the file. Its name is made of a number and a hash; the key itself is in the metadata.
 
         Raises:
             ValueError: for a wrong type, or a tensor whose shape or dtype differs from the entries under this key.
@@ -181,6 +186,8 @@ class HardNegativeBuffer:
                     f"tensor: expected {list(same[-1].shape)} {same[-1].dtype} like the other entries under "
                     f"{_short(key)}, got {list(kind[0])} {kind[1]}; clear() that key, or use another buffer"
                 )
+            content = _content(data)
+            again = next((e for e in same if e.content == content), None)
             sequence = 1 + max((e.sequence for e in entries), default=0)
             metadata = {
                 "format": FORMAT,
@@ -192,10 +199,15 @@ class HardNegativeBuffer:
                 "step": "" if step is None else str(step),
                 "time": repr(time.time()),
                 "sequence": str(sequence),
+                "content": content,
             }
             digest = hashlib.blake2b(f"{self.space}\0{key}".encode(), digest_size=8).hexdigest()
             path = self.folder / f"negative-{sequence:010d}-{digest}.safetensors"
-            if path.exists():  # a corrupt file or one that was copied there: leave it
+            if again is not None:  # replaced in one step, so that a writer that is killed loses nothing
+                path = again.path
+                same.remove(again)
+                entries.remove(again)
+            elif path.exists():  # a corrupt file or one that was copied there: leave it
                 path = path.with_name(f"negative-{sequence:010d}-{digest}-{uuid.uuid4().hex}.safetensors")
             temporary = self.folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
             try:
@@ -316,6 +328,7 @@ class HardNegativeBuffer:
                     shape=tuple(file.get_slice(TENSOR).get_shape()),
                     dtype=metadata["dtype"],
                     path=path,
+                    content=metadata.get("content", ""),
                 )
         except Exception as error:  # safetensors raises its own class, OSError, ValueError, … on broken files
             return self._skip(path.name, f"{type(error).__name__}: {error}")
@@ -408,6 +421,13 @@ def _short(key: str) -> str:
 
 def _dtype_name(x: Tensor) -> str:
     return str(x.dtype).replace("torch.", "")
+
+
+def _content(x: Tensor) -> str:
+    """Hash of dtype, shape and bytes of a contiguous tensor on the CPU."""
+    digest = hashlib.blake2b(f"{_dtype_name(x)} {list(x.shape)} ".encode(), digest_size=16)
+    digest.update(x.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _text(value: str) -> str:

@@ -26,7 +26,9 @@ Conventions shared by every function
     * Half-precision inputs are computed in float32 and give a float32 loss; float64 stays float64. Gradients come
       back in the dtype of their input, and only for inputs that require them.
     * Near the origin the cosine is defined with norms clamped to 1e-4 and its gradient fades linearly to zero, so
-      its norm per token is at most 1e4; above a norm of 1e-4 both are exact. NaN in, NaN out.
+      the gradient of each distance has a norm of at most 1e4 per token, before the loss's own factors (1/τ, weights,
+      two distances in a hinge); above a norm of 1e-4 both are exact. In float32 a cosine distance is good to about
+      6e-8, however near the two vectors are. NaN in, NaN out.
 
 Every function raises ValueError for a wrong shape, dtype, device or option, naming the argument, what came and what
 was expected. Derivatives of second order are refused with an error.
@@ -93,7 +95,8 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         One float32 (float64 for float64 input) tensor ``[B, ...]`` per reference.
 
     Raises:
-        ValueError: for a wrong shape, dtype, device or ``dist``.
+        ValueError: for a wrong shape, dtype, device or ``dist``, and for tensors made in inference mode where a
+            gradient is wanted.
 
     >>> a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     >>> token_distances(a, [a, -a])
@@ -104,6 +107,14 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         came = "an empty one" if isinstance(references, (list, tuple)) else type(references).__name__
         raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
+        for i, x in enumerate((anchor, *references)):
+            if x.is_inference():
+                name = "anchor" if i == 0 else f"references[{i - 1}]"
+                raise ValueError(
+                    f"{name}: expected an ordinary tensor, got one made under torch.inference_mode(), which backward "
+                    "cannot use; clone it outside inference mode"
+                )
     return list(_TokenDistances.apply(dist, anchor, *references))
 
 
@@ -727,9 +738,10 @@ def _bank_distances(anchor: Tensor, bank: Tensor, agg: str, token_weights: Optio
             cosines = torch.einsum("btd,ntd->bnt", a, n)
         else:  # the sum over tokens is one matrix product: no [B, N, T] is made
             if weights is None:
-                weights = a.new_ones(a.shape[:2])
-            total = weights.sum(1, keepdim=True)
-            summed = total - (a * weights.unsqueeze(-1)).flatten(1) @ n.flatten(1).T
+                total, weighted = a.new_full((len(a), 1), float(a.shape[1])), a
+            else:
+                total, weighted = weights.sum(1, keepdim=True), a * weights.unsqueeze(-1)
+            summed = total - weighted.flatten(1) @ n.flatten(1).T
             return summed if agg == "sum" else summed / torch.where(total > 0, total, torch.ones_like(total))
     if weights is not None:
         weights = weights.unsqueeze(1).expand_as(cosines).flatten(0, 1)
@@ -891,7 +903,7 @@ def _check_option(name: str, value: str, options: Sequence[str]) -> None:
 
 
 def _check_number(name: str, value: float, minimum: float, exclusive: bool = False) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if not is_number or value < minimum or (exclusive and value == minimum):
         raise ValueError(f"{name}: expected a number {'>' if exclusive else '>='} {minimum:g}, got {value!r}")
 
@@ -968,8 +980,11 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
                 listed = ", ".join(map(str, expected))
                 raise ValueError(f"{name}: expected shape [{listed}] with K >= 1, got {_shape(negatives)}")
             items = list(negatives.unbind(1))
-        else:
+        elif negatives.ndim == anchor.ndim:
             items = [negatives]
+        else:
+            ways = f"{_shape(anchor)} or [{', '.join(map(str, [anchor.shape[0], 'K', *anchor.shape[1:]]))}]"
+            raise ValueError(f"{name}: expected shape {ways}, got {_shape(negatives)}")
     elif isinstance(negatives, (list, tuple)):
         items = list(negatives)
     else:

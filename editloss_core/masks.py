@@ -316,6 +316,11 @@ def checked_mask(name: str, mask: Tensor, images: Tensor) -> Tensor:
     batch, height, width, _ = images.shape
     if mask.ndim != 3:
         raise ValueError(f"{name}: expected [B, H, W], got {_shape(mask)}")
+    if mask.numel() and not mask.any():  # before the size: Load Image makes up one of 64 x 64
+        raise ValueError(
+            f"{name}: is empty (all zero), as Load Image's mask of a picture without transparency is; "
+            "leave it out or paint the edit region"
+        )
     if mask.shape[1:] != (height, width):
         raise ValueError(
             f"{name}: expected height and width {height} x {width} like the pictures, "

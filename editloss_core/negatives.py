@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,6 +154,7 @@ def make_overlays(
     mask_after: Tensor | None = None,
     settings: OverlaySettings | None = None,
     indices: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> OverlayBatch:
     """Overlay negatives of every sample in every construction of ``settings.kinds``.
 
@@ -181,6 +182,7 @@ def make_overlays(
         settings: see :class:`OverlaySettings`; its defaults if None.
         indices: B integers that tell samples apart in the draws, such as their places in a data set. If it is None,
             0…B−1.
+        progress: called with (done, total) samples after each one.
 
     Returns:
         An :class:`OverlayBatch` of B·K pictures on the device and in the dtype of ``before``.
@@ -232,6 +234,8 @@ def make_overlays(
             images.append(image)
             masks.append(pasted)
             opacities.append(alpha)
+        if progress is not None:
+            progress(b + 1, batch)
     return OverlayBatch(
         images=torch.cat(images).permute(0, 2, 3, 1).contiguous().to(dtype),
         masks=torch.cat(masks)[:, 0].to(dtype),

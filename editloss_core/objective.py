@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Callable, Iterable, Mapping, Optional
 
@@ -13,6 +14,7 @@ from .embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
 from .encoders.base import WHOLE, Region
 
 TOKEN_WEIGHTS = ("mask", "difference", "none")
+NOT_A_NUMBER = "not a number"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class TermReport:
         value: mean loss over the batch, unweighted, with its graph.
         per_sample: ``[B]`` unweighted losses.
         distances: label such as ``"d(pred, gt)"`` → ``[B]``, or ``[B, K]`` for K negatives of a pair.
-        active: share of the batch where the hinge is open (above 0); None for terms without a hinge.
+        active: share of the batch where the hinge is open (above 0), a tensor without a graph, so that reading it is what
+            waits for a GPU; NaN if a loss is; None for terms without a hinge.
         toward_failure: ``[B]`` or None. Hinge terms: max_k 1 − d(anchor, negative_k) / d(positive, negative_k), at least 0:
             0 = no nearer to a negative than the target is, 1 = at the negative. Match terms: d(pred, gt) / d(src, gt):
             0 = at the target, 1 = as far off as the picture before the edit.
@@ -129,7 +132,7 @@ class TermReport:
     value: Tensor
     per_sample: Tensor
     distances: Mapping[str, Tensor]
-    active: Optional[float] = None
+    active: Optional[Tensor] = None
     toward_failure: Optional[Tensor] = None
     token_map: Optional[Tensor] = None
     token_weights: Optional[Tensor] = None
@@ -142,6 +145,15 @@ class TermReport:
         return self.value * self.term.weight
 
 
+def _plain(values: Optional[Tensor]):
+    """A tensor as numbers in lists, with None for what JSON cannot hold."""
+
+    def finite(x):
+        return [finite(v) for v in x] if isinstance(x, list) else (x if math.isfinite(x) else None)
+
+    return None if values is None else finite(values.detach().tolist())
+
+
 @dataclass(frozen=True)
 class ObjectiveReport:
     """Total (with its graph) and the report of each term."""
@@ -150,27 +162,27 @@ class ObjectiveReport:
     terms: tuple[TermReport, ...]
 
     def as_dict(self) -> dict:
-        """Plain numbers and lists, for JSON."""
+        """Plain numbers and lists, for JSON; what is not finite becomes None."""
         return {
-            "total": float(self.total.detach()),
+            "total": _plain(self.total),
             "terms": {
                 t.term.name: {
                     "kind": t.term.kind,
                     "encoder": t.term.encoder,
                     "weight": t.term.weight,
-                    "value": float(t.value.detach()),
-                    "weighted": float(t.weighted.detach()),
-                    "active": t.active,
-                    "per_sample": t.per_sample.detach().tolist(),
-                    "distances": {label: d.detach().tolist() for label, d in t.distances.items()},
-                    "toward_failure": None if t.toward_failure is None else t.toward_failure.tolist(),
+                    "value": _plain(t.value),
+                    "weighted": _plain(t.weighted),
+                    "active": _plain(t.active),
+                    "per_sample": _plain(t.per_sample),
+                    "distances": {label: _plain(d) for label, d in t.distances.items()},
+                    "toward_failure": _plain(t.toward_failure),
                 }
                 for t in self.terms
             },
         }
 
     def signal(self) -> list[Optional[str]]:
-        """Per sample, the failure that the terms point to, or None.
+        """Per sample, the failure that the terms point to, None, or ``"not a number"`` where a loss is NaN or infinite.
 
         The negative that the output has gone furthest towards, if more than halfway; else ``"distorted"`` if it is more
         than half as far from the target as the picture before the edit. This reads the training signal itself; it is
@@ -178,6 +190,9 @@ class ObjectiveReport:
         """
         found: list[Optional[str]] = []
         for i in range(len(self.terms[0].per_sample)):
+            if any(not t.per_sample[i].isfinite() for t in self.terms):
+                found.append(NOT_A_NUMBER)
+                continue
             past = [
                 (float(t.toward_failure[i]), TERMS[t.term.kind].failure)
                 for t in self.terms
@@ -199,6 +214,7 @@ class EditObjective:
     terms: tuple[LossTerm, ...] = field(default_factory=tuple)
 
     def __post_init__(self):
+        object.__setattr__(self, "terms", tuple(self.terms))
         names = [t.name for t in self.terms]
         for name in names:
             if names.count(name) > 1:
@@ -245,8 +261,7 @@ class _Evaluation:
 
     def __init__(self, terms: tuple[LossTerm, ...], embeddings: EmbeddingSet, details: bool):
         self.embeddings, self.details = embeddings, details
-        encoders = {term.encoder for term in terms}
-        self.batch = max((len(t) for (_, name), t in embeddings.tensors.items() if name in encoders), default=1)
+        self.batch = 1
         self.tokens: dict[tuple[str, str, str, str], list[Tensor]] = {}
         self._weights: dict[tuple[str, str], Optional[Tensor]] = {}
         self._prefetch(terms)
@@ -281,6 +296,9 @@ class _Evaluation:
                     for role in roles:
                         self.embeddings.get(role, term.encoder)
                     group[(term.encoder, dist, *sorted(roles, key=ROLES.index))] = None
+        # The outputs make the batch, whether or not a term reads them; a role that no term reads does not.
+        used = {(role, encoder) for encoder, _, *roles in (*own, *constant) for role in ("pred", *roles)}
+        self.batch = max(len(t) for key, t in self.embeddings.tensors.items() if key in used)
         self._compute(own)
         with torch.no_grad():
             self._compute(key for key in constant if key not in own)
@@ -356,8 +374,13 @@ def _name(anchor: str, reference: str) -> str:
 
 
 def _share(d: Tensor, whole: Tensor) -> Tensor:
-    """d / whole, and 0 where the whole is nothing."""
-    return torch.where(whole > 1e-6, d / whole.clamp_min(1e-6), torch.zeros_like(d)).detach()
+    """d / whole, and 0 where the whole is nothing; NaN stays NaN."""
+    return torch.where(whole <= 1e-6, torch.zeros_like(d), d / whole.clamp_min(1e-6)).detach()
+
+
+def _share_of(open_: Tensor, per_sample: Tensor) -> Tensor:
+    """The mean of a condition; NaN where the losses that it speaks about are."""
+    return (open_.detach().to(per_sample.dtype) + 0.0 * per_sample.detach()).mean()
 
 
 def _match(e: _Evaluation, term: LossTerm) -> TermReport:
@@ -390,11 +413,13 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
     )
     columns = d_neg.detach().reshape(len(d_pos), -1)
     width = margin.reshape(len(d_pos), -1) if isinstance(margin, Tensor) else margin
-    active = float((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1).float().mean())
+    active = _share_of((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1), per_sample)
     toward = None
     if e.details and reach is not None:
         reach = reach.reshape(len(d_pos), -1)
-        toward = torch.where(reach > 1e-6, 1.0 - _share(columns, reach), torch.zeros_like(reach)).amax(1).clamp_min(0.0)
+        toward = (
+            torch.where(reach <= 1e-6, torch.zeros_like(reach), 1.0 - _share(columns, reach)).amax(1).clamp_min(0.0)
+        )
     meaning = f"red: nearer to {term.negative} than to {term.positive}; blue: nearer to {term.positive}"
     if compared != term.anchor:
         first, second = distances
@@ -425,7 +450,7 @@ def _contrastive(e: _Evaluation, term: LossTerm) -> TermReport:
         meaning = f"red: {term.anchor} near {term.positive}, inside the margin"
     return e.report(
         term, per_sample, token_map, distances={_name(term.anchor, term.positive): d},
-        active=float(active.float().mean()), map_meaning=meaning,
+        active=_share_of(active, per_sample), map_meaning=meaning,
     )  # fmt: skip
 
 
@@ -510,16 +535,21 @@ class TermKind:
 
 
 _MATCH = {"anchor": "pred", "positive": "gt"}
-_HINGE = {**_MATCH, "dist": "cos", "margin": 0.2, "smooth": 0.0}
+
+
+def _hinge(negative: str, **roles: str) -> dict:
+    """Defaults of a hinge term, in the order in which a person fills them: roles first."""
+    return {**_MATCH, **roles, "negative": negative, "dist": "cos", "margin": 0.2, "smooth": 0.0}
+
 
 _RANKING = (_ranking, _ranking_pairs, _ranking_constants)
 _MATCHING = (_match, _match_pairs, _match_constants)
 
 TERMS: dict[str, TermKind] = {
-    "no_edit_identity": TermKind(losses.loss_no_edit_identity, {**_HINGE, "negative": "src"}, *_RANKING, "no edit"),
+    "no_edit_identity": TermKind(losses.loss_no_edit_identity, _hinge("src"), *_RANKING, "no edit"),
     "geometry_match": TermKind(losses.loss_geometry_match, {**_MATCH, "dist": "l2"}, *_MATCHING, "distorted"),
     "overlay_avoidance": TermKind(
-        losses.loss_overlay_avoidance, {**_HINGE, "negative": "overlay", "neg_agg": "mean"}, *_RANKING, "overlay"
+        losses.loss_overlay_avoidance, {**_hinge("overlay"), "neg_agg": "mean"}, *_RANKING, "overlay"
     ),
     "pair_distance": TermKind(losses.pair_distance, {**_MATCH, "dist": "cos"}, *_MATCHING),
     "feature_match": TermKind(losses.feature_match_loss, {**_MATCH, "dist": "l2"}, *_MATCHING),
@@ -529,14 +559,14 @@ TERMS: dict[str, TermKind] = {
         _contrastive,
         _contrastive_pairs,
     ),
-    "triplet": TermKind(losses.triplet_margin_loss, {**_HINGE, "negative": "src"}, *_RANKING),
+    "triplet": TermKind(losses.triplet_margin_loss, _hinge("src"), *_RANKING),
     "margin_ranking": TermKind(
         losses.margin_ranking_on_distances,
-        {**_HINGE, "reference": "src", "negative": "gt", "neg_agg": "mean"},
+        {**_hinge("gt", reference="src"), "neg_agg": "mean"},
         *_RANKING,
     ),
     "multi_negative": TermKind(
-        losses.multi_negative_ranking_loss, {**_HINGE, "negative": "hard_negative", "neg_agg": "mean"}, *_RANKING
+        losses.multi_negative_ranking_loss, {**_hinge("hard_negative"), "neg_agg": "mean"}, *_RANKING
     ),
     "info_nce": TermKind(
         losses.info_nce_loss, {**_MATCH, "negative": "in_batch", "temperature": 0.07}, _info_nce, _info_nce_pairs

@@ -100,7 +100,7 @@ class LoadEmbeddings(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=folders.embedding_files(),
+                    options=folders.embedding_files() or [folders.NO_EMBEDDINGS],
                     tooltip="A file written by Save Embeddings. Press R to refresh.",
                 ),
                 EncoderSocket.Input(
@@ -113,7 +113,7 @@ class LoadEmbeddings(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file) -> bool:
+    def validate_inputs(cls, file=None) -> bool:
         return True  # the list may be older than the folder; execute looks at the folder and names what is there
 
     @classmethod

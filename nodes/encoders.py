@@ -12,7 +12,7 @@ from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from . import comfy_model
 from .checks import checked
-from .folders import ENCODER_FOLDER, encoder_weights, encoder_weights_path
+from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path
 from .sockets import EncoderSocket
 
 CATEGORY = "EditLoss/encoders"
@@ -29,7 +29,7 @@ def _output_input(default: str, options: list[str] = OUTPUTS) -> io.Combo.Input:
 
 def _weights_input() -> io.Combo.Input:
     return io.Combo.Input(
-        "weights", options=encoder_weights(),
+        "weights", options=encoder_weights() or [NO_WEIGHTS],
         tooltip=f"A .safetensors file in models/{ENCODER_FOLDER}. Nothing is downloaded: put the file there and press R.",
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ class OpenCLIP(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossOpenCLIPEncoder",
-            display_name="Encoder: OpenCLIP",
+            display_name="Encoder: OpenCLIP (CLIP, SigLIP)",
             category=CATEGORY,
             description="Any picture tower of OpenCLIP (CLIP, SigLIP, EVA, ConvNeXt …) with weights from a file.",
             inputs=[

@@ -8,6 +8,8 @@ from pathlib import Path
 import folder_paths
 
 ENCODER_FOLDER = "editloss_encoders"
+NO_WEIGHTS = f"(none yet: put a .safetensors file in models/{ENCODER_FOLDER}, then press R)"
+NO_EMBEDDINGS = "(none yet: run Save Embeddings, then press R)"
 EMBEDDING_FOLDER = Path("editloss") / "embeddings"
 NEGATIVE_FOLDER = Path("editloss") / "hard_negatives"
 
@@ -42,7 +44,10 @@ def encoder_weights_path(name: str) -> Path:
     """
     if name not in encoder_weights():
         there = ", ".join(encoder_weights()) or "no .safetensors file yet"
-        raise ValueError(f"weights: {_short(name)} is not in models/{ENCODER_FOLDER}; it has {there}")
+        raise ValueError(
+            f"weights: {_short(name)} is not in models/{ENCODER_FOLDER}; it has {there}. Put a .safetensors file there and "
+            "press R; a .pth becomes one with python -m editloss_core.encoders.convert IN OUT"
+        )
     path = folder_paths.get_full_path(ENCODER_FOLDER, name)
     if path is None:
         raise ValueError(f"weights: {_short(name)} is a link to a file that is not there")
@@ -87,6 +92,7 @@ def _inside(setting: str, root: str, relative: Path) -> Path:
 
 def embedding_file_to_write(name: str) -> Path:
     """``output/editloss/embeddings/NAME.safetensors``."""
+    name = name.strip().removesuffix(".safetensors")
     relative = EMBEDDING_FOLDER / f"{_checked('file_name', name)}.safetensors"
     path = _inside("file_name", folder_paths.get_output_directory(), relative)
     if path.is_dir():
@@ -109,6 +115,8 @@ def embedding_files() -> list[str]:
 
 def embedding_file_to_read(entry: str) -> Path:
     """The file of an entry of :func:`embedding_files`; a bare name is looked up in output first."""
+    if entry in ("", NO_EMBEDDINGS):
+        raise ValueError("file: there are no embeddings yet; run Save Embeddings first, then press R and choose them")
     match = re.fullmatch(r"(.*?)(?: \[(output|input)\])?", entry.strip(), re.S)
     name, place = match.group(1), match.group(2)
     relative = EMBEDDING_FOLDER / f"{_checked('file', name)}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..editloss_core import losses
-from ..editloss_core.objective import PRESETS, TERMS, TOKEN_WEIGHTS, LossTerm
+from ..editloss_core.objective import PRESETS, TERMS, TOKEN_WEIGHTS, LossTerm, recommended
 from .checks import checked
 from .sockets import EncoderSocket, ObjectiveSocket, WiredObjective
 
@@ -18,6 +18,9 @@ ROLE_TOOLTIPS = {
 }
 IMAGE_ROLES = ["pred", "gt", "src"]
 NEGATIVE_OPTIONS = ["src", "gt", "overlay", "hard_negative"]
+
+# The task losses start where the preset starts, so that the three nodes chained as they come are the preset.
+STARTING_MIX = {term.kind: term for term in recommended("encoder").terms}
 
 OBJECTIVE_INPUT = ObjectiveSocket.Input(
     "objective", optional=True, tooltip="Terms so far. Leave open for the first term; chain the rest."
@@ -92,7 +95,10 @@ class LossNode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        start = STARTING_MIX.get(cls.KIND)
         defaults = {k: v for k, v in TERMS[cls.KIND].defaults.items() if k not in cls.FIXED}
+        if start is not None:
+            defaults = {name: getattr(start, name) for name in defaults}
         widgets = [w for name, value in defaults.items() for w in _setting_input(name, value, cls.KIND)]
         required, optional = ([w for w in widgets if w.optional is flag] for flag in (False, True))
         return io.Schema(
@@ -102,7 +108,7 @@ class LossNode(io.ComfyNode):
             description=cls.DESCRIPTION_TEXT,
             inputs=[
                 EncoderSocket.Input("encoder", tooltip="The encoder whose embeddings this term reads."),
-                _weight_input(),
+                _weight_input(1.0 if start is None else start.weight),
                 *required,
                 OBJECTIVE_INPUT,
                 *optional,
@@ -158,7 +164,7 @@ class OverlayAvoidance(LossNode):
 
 
 class PairDistance(LossNode):
-    KIND, NODE_ID, TITLE = "pair_distance", "EditLossPairDistance", "Pair Distance"
+    KIND, NODE_ID, TITLE = "pair_distance", "EditLossPairDistance", "Loss: Pair Distance"
     DESCRIPTION_TEXT = "The distance between two roles as a term, to watch it (weight 0) or to pull them together."
 
 

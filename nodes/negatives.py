@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from ..editloss_core.hard_negatives import HardNegativeBuffer, dequantize_image, image_key, quantize_image
-from ..editloss_core.masks import estimate_mask
+from ..editloss_core.masks import check_pair, estimate_mask
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, make_overlays
 from . import folders
 from .checks import checked
@@ -25,7 +26,24 @@ def _same_batch(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor
         raise ValueError(
             f"after: expected the size of before, {sizes[0]} pixels, got {sizes[1]}; scale one of them first"
         )
+    check_pair(before, after)
     return before, after
+
+
+def _estimate(
+    before: torch.Tensor, after: torch.Tensor, bar: ProgressBar, hint: str, threshold: float = 0.0, **options: float
+) -> torch.Tensor:
+    """The core's masks, picture by picture: each step of the bar lets ComfyUI cancel the node."""
+    masks = []
+    for i in range(len(before)):
+        mask = estimate_mask(before[i : i + 1], after[i : i + 1], threshold or "auto", **options)
+        if not mask.any():
+            raise ValueError(
+                f"Pair {i}: no visible difference between before and after; are both the same picture? {hint}"
+            )
+        masks.append(mask)
+        bar.update(1)
+    return torch.cat(masks)
 
 
 class OverlayNegative(io.ComfyNode):
@@ -86,6 +104,8 @@ class OverlayNegative(io.ComfyNode):
         feather=2.0, max_offset=0.02, scale_jitter=0.05,
     ) -> io.NodeOutput:  # fmt: skip
         before, after = _same_batch(before, after)
+        if opacity_min > opacity_max:
+            raise ValueError(f"opacity_min: expected at most opacity_max ({opacity_max:g}), got {opacity_min:g}")
         settings = OverlaySettings(
             kinds=OVERLAY_KINDS if construction == "all" else (construction,),
             opacity=(opacity_min, opacity_max),
@@ -94,7 +114,13 @@ class OverlayNegative(io.ComfyNode):
             scale=(1.0 - scale_jitter, 1.0 + scale_jitter),
             seed=seed,
         )
-        result = make_overlays(before, after, mask, mask_before, mask_after, settings)
+        estimating = mask is None and (mask_before is None or mask_after is None)
+        bar = ProgressBar(len(before) * (2 if estimating else 1))
+        if estimating:  # as make_overlays would, all at once
+            mask = _estimate(before, after, bar, "An overlay cannot be made of a pair with no visible edit.")
+        result = make_overlays(
+            before, after, mask, mask_before, mask_after, settings, progress=lambda done, total: bar.update(1)
+        )
         return io.NodeOutput(result.images, result.masks)
 
 
@@ -129,13 +155,9 @@ class EstimateMask(io.ComfyNode):
     @checked()
     def execute(cls, before, after, threshold, grow=0.01, feather=0.0) -> io.NodeOutput:
         before, after = _same_batch(before, after)
-        mask = estimate_mask(before, after, threshold or "auto", margin=grow, feather=feather)
-        empty = [i for i, m in enumerate(mask) if not m.any()]
-        if empty:
-            raise ValueError(
-                f"Pair {empty[0]}: no visible difference between before and after; lower threshold or check the pair"
-            )
-        return io.NodeOutput(mask)
+        hint = "For a faint edit set threshold by hand, for instance to 0.01."
+        bar = ProgressBar(len(before))
+        return io.NodeOutput(_estimate(before, after, bar, hint, threshold, margin=grow, feather=feather))
 
 
 def _buffer_input() -> io.String.Input:

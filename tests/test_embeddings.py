@@ -223,7 +223,9 @@ def test_wrong_pictures_are_refused(images, message):
 
 def test_reading_what_is_not_there_says_what_is():
     result = EmbeddingSet().with_images(Patches(), {"gt": pictures(1), "pred": pictures(1)})
-    with pytest.raises(ValueError, match="^src: no embedding by 'patches/grid'; it has pred, gt$"):
+    with pytest.raises(
+        ValueError, match="^src: no embedding by 'patches/grid'; it has pred, gt; give Encode by Role pictures for src"
+    ):
         result.get("src", "patches/grid")
     with pytest.raises(ValueError, match=r"^encoder: 'vit' is not in the embeddings; they have \['patches/grid'\]"):
         result.get("gt", "vit")

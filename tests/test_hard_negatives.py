@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from editloss_core import hard_negatives
@@ -52,7 +53,7 @@ def test_any_tensor_comes_back_as_it_was(tmp_path, dtype, shape):
 def test_description_travels_with_the_tensor(tmp_path):
     start = time.time()
     HardNegativeBuffer(tmp_path).store("a pair", torch.zeros(2, 3), score=0.75, note="Ü → overlay", step=1200)
-    HardNegativeBuffer(tmp_path).store("a pair", torch.zeros(2, 3))
+    HardNegativeBuffer(tmp_path).store("a pair", torch.ones(2, 3))
     first, second = HardNegativeBuffer(tmp_path).entries("a pair")
     assert (first.key, first.score, first.note, first.step) == ("a pair", 0.75, "Ü → overlay", 1200)
     assert first.shape == (2, 3) and first.dtype == "float32" and start - 1 <= first.time <= time.time() + 1
@@ -103,8 +104,8 @@ def test_drawing_leaves_the_global_random_state_alone(tmp_path):
 def test_keys_length_and_clear(tmp_path):
     buffer = HardNegativeBuffer(tmp_path / "deep" / "folder")
     assert len(buffer) == 0 and buffer.keys() == [] and buffer.entries("a") == []
-    for key in ("b", "a", "b"):
-        buffer.store(key, number(1))
+    for n, key in enumerate(("b", "a", "b")):
+        buffer.store(key, number(n))
     assert len(buffer) == 3 and buffer.keys() == ["a", "b"]
     assert buffer.clear("b") == 2 and buffer.keys() == ["a"] and buffer.clear("b") == 0
     assert buffer.clear() == 1 and len(buffer) == 0 and files(buffer.folder) == []
@@ -125,6 +126,46 @@ def test_the_oldest_goes_first_under_its_key_then_over_all(tmp_path):
     assert values(buffer, "a") == [3, 4] and values(buffer, "b") == [1, 2, 3]
     buffer.store("c", number(0))
     assert values(buffer, "a") == [4] and len(files(tmp_path)) == 5
+
+
+def test_the_same_tensor_again_becomes_the_youngest_and_no_second_entry(tmp_path):
+    buffer = HardNegativeBuffer(tmp_path, capacity=4, per_key=3)
+    for n in range(3):
+        buffer.store("a", number(n), score=n, note="first")
+    path = HardNegativeBuffer(tmp_path, capacity=4, per_key=3).store("a", number(0), score=7, note="again", step=2)
+    assert values(buffer, "a") == [1, 2, 0] and len(buffer) == 3 == len(files(tmp_path))  # full, and none had to go
+    entry = buffer.entries("a")[-1]
+    assert (entry.path, entry.score, entry.note, entry.step) == (path, 7, "again", 2)
+    buffer.store("b", number(0))  # another key has its own
+    assert values(buffer, "a") == [1, 2, 0] and values(buffer, "b") == [0] and len(buffer) == 4
+    buffer.store("a", number(3))
+    assert values(buffer, "a") == [2, 0, 3]
+    buffer.store("a", number(2))
+    buffer.store("b", number(1))  # over all keys, the refreshed one is not the oldest either
+    assert values(buffer, "a") == [3, 2] and values(buffer, "b") == [0, 1]
+    assert len({e.sequence for e in buffer.entries()}) == 4
+
+
+def test_the_same_bytes_in_another_shape_dtype_or_space_are_not_the_same(tmp_path):
+    contents = set()
+    for n, tensor in enumerate((torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32))):
+        buffer = HardNegativeBuffer(tmp_path, space=f"space {n}")
+        buffer.store("a", tensor)
+        buffer.store("a", tensor.clone())
+        assert len(buffer) == 1
+        contents.add(buffer.entries()[0].content)
+    assert len(contents) == 3 == len(files(tmp_path))
+
+
+def test_an_entry_without_a_content_hash_is_still_read(tmp_path):
+    path = HardNegativeBuffer(tmp_path).store("a", number(1))
+    with safe_open(path, "pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "content"}
+    save_file({"negative": number(1)}, path, metadata=metadata)
+    buffer = HardNegativeBuffer(tmp_path)
+    assert values(buffer, "a") == [1] and buffer.entries()[0].content == ""
+    buffer.store("a", number(2))
+    assert values(buffer, "a") == [1, 2]
 
 
 def test_a_smaller_capacity_takes_effect_with_the_next_entry(tmp_path):
@@ -265,8 +306,10 @@ WRITE_FOR_EVER = (
     + """
 buffer = HardNegativeBuffer(folder, capacity=8, per_key=8)
 print("ready", flush=True)
+n = 0
 while True:
-    buffer.store("a", torch.zeros(1_000_000))
+    n += 1
+    buffer.store("a", torch.full((1_000_000,), float(n)))
 """
 )
 
@@ -315,6 +358,20 @@ else:
 HardNegativeBuffer(folder, capacity=3).store("a", torch.tensor([9.0]))
 """
 )
+
+
+@pytest.mark.parametrize("moment", ["half written", "not yet replaced"])
+def test_a_writer_killed_while_it_refreshes_an_entry_loses_none(tmp_path, moment):
+    buffer = HardNegativeBuffer(tmp_path, capacity=3, lock_timeout=10)
+    for n in (9, 1, 2):
+        buffer.store("a", number(n))
+    process = start(STOP_IN_THE_MIDDLE, tmp_path, moment, stdout=subprocess.PIPE)
+    assert process.stdout.readline().strip() == b"ready"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert values(buffer, "a") == [9, 1, 2]
+    buffer.store("a", number(9))
+    assert values(buffer, "a") == [1, 2, 9]
 
 
 @pytest.mark.parametrize("moment", ["half written", "not yet replaced"])

@@ -882,3 +882,31 @@ def test_a_pair_without_an_edit_gives_no_signal():
     same = {key: made.tensors["gt", "e"].detach() for key in (("pred", "e"), ("gt", "e"), ("src", "e"))}
     objective = EditObjective((LossTerm("no_edit_identity", "e"), LossTerm("geometry_match", "e")))
     assert set(objective.evaluate(replace(made, tensors=same), details=True).signal()) == {None}
+
+
+def test_a_role_that_no_term_reads_does_not_matter():
+    made = make()
+    odd = replace(made, tensors={**made.tensors, ("hard_negative", "e"): torch.randn(5, 1, 2, 3, 5)})
+    assert recommended("e").evaluate(odd).total.equal(recommended("e").evaluate(made).total)
+
+
+@pytest.mark.parametrize("role", ["pred", "gt", "src", "overlay"])
+def test_nan_is_not_hidden(role):
+    """Neither in the signal, nor in the share of open hinges, nor by JSON that nobody can read."""
+    made = make(mask=False)
+    made.tensors[role, "e"].data[1] = torch.nan
+    report = recommended("e").evaluate(made, details=True)
+    assert report.signal()[1] == "not a number" and "not a number" not in (report.signal()[0], report.signal()[2])
+    assert any(t.active is not None and t.active.isnan() for t in report.terms)
+    json.dumps(report.as_dict(), allow_nan=False)
+    assert None in report.as_dict()["terms"]["overlay avoidance"]["per_sample"] or role == "src"
+
+
+def test_training_does_not_wait_for_the_device():
+    """No number is read from a tensor while an objective is evaluated for training."""
+    from torch.profiler import profile
+
+    made, objective = make(mask=False), recommended("e")
+    with profile() as work:
+        objective.evaluate(made)
+    assert not [e.key for e in work.key_averages() if e.key == "aten::_local_scalar_dense"]

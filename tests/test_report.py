@@ -281,8 +281,8 @@ def test_tokens_that_did_not_count_are_pale(drawn):
 
 
 def test_bars_are_as_long_as_the_failure_is_near(drawn):
-    report = evaluated(GT, SRC, objective=EditObjective((LossTerm("no_edit_identity", "e"),)))
-    image = module.picture(report, grey(2), width=1000)
+    report = evaluated(GT, SRC, GT, objective=EditObjective((LossTerm("no_edit_identity", "e"),)))
+    image = module.picture(report, grey(3), width=1000)
     near, at = (pixels(image, box, 1, 9)[0] for box in drawn.boxes[:2])
     assert not any(red(c) for c in near) and sum(red(c) for c in at) >= 6
 
@@ -437,3 +437,15 @@ def test_other_shapes_are_refused_by_name(shape):
 def test_without_outputs_the_maps_are_drawn_on_grey():
     check_picture(module.picture(evaluated(GT, SRC), width=WIDTH), WIDTH)
     check_picture(module.picture(evaluated(GT, SRC), gt=grey(1, height=8, width=64), width=WIDTH), WIDTH)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_outputs_lie_in_bands(drawn, count):
+    """Side by side, so that the most common report is readable on a node: wider than high."""
+    image = module.picture(evaluated(*[SRC, GT][:count]), grey(count, 0.2), grey(1, 0.8), grey(1, 0.6), WIDTH)
+    assert image.shape[1] < image.shape[2] and len(drawn.boxes) == count * (1 + 3 + 3)
+    for item, value in enumerate((0.6, 0.8, 0.2)):
+        for box in drawn.boxes[count * (1 + item) : count * (2 + item)]:
+            assert pixels(image, box).flatten().tolist() == pytest.approx([value] * 3, abs=0.01)
+    assert "NO EDIT" in drawn.texts

@@ -22,7 +22,7 @@ from typing import Any
 
 from comfy_client import Client, ComfyError, History, Progress
 from comfy_server import ComfyServer
-from ui_to_api import WorkflowError, to_prompt
+from ui_to_api import WorkflowError, is_saved_workflow, to_prompt
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = "diagnose_edit"
@@ -40,6 +40,28 @@ def find(name: str) -> Path:
             return path
     listed = "\n".join(f"  {known}" for known in available()) or "  (none)"
     raise ComfyError(f"no workflow '{name}'. There are:\n{listed}")
+
+
+def read(workflow_file: Path) -> dict[str, Any]:
+    """A workflow's content, or an error that names the file."""
+    try:
+        workflow = json.loads(workflow_file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON, or the encoding of the text
+        raise WorkflowError(f"{workflow_file}: {error}") from error
+    if not is_saved_workflow(workflow):
+        raise WorkflowError(
+            f"{workflow_file} is not a workflow as the page saves it; save it with Workflow > Save, not Export (API)"
+        )
+    return workflow
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that could not be written, before a long run; it is made when there is something to save."""
+    nearest = next(path for path in (out, *out.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ComfyError(f"--out: expected a folder, {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise ComfyError(f"--out: expected a folder to write to, {nearest} is read-only")
 
 
 class ProgressLines:
@@ -119,7 +141,8 @@ def _write(path: Path, content: bytes) -> Path:
 
 def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path]:
     """Start a ComfyUI, run one workflow in it, and save what it shows into ``out``."""
-    workflow = json.loads(workflow_file.read_text(encoding="utf-8"))
+    workflow = read(workflow_file)
+    check_out(out)
     server = ComfyServer(comfyui)
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     began = time.monotonic()
@@ -174,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         workflow_file = find(args.name)
         out = (args.out or Path("results") / workflow_file.stem).absolute()
         saved = run(workflow_file, out, args.comfyui)
-    except (ComfyError, WorkflowError, json.JSONDecodeError) as error:
+    except (ComfyError, WorkflowError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

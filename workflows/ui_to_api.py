@@ -208,7 +208,10 @@ class _Graph:
         return tuple(values[:1]) if node["type"] == "PrimitiveNode" else ()
 
     def title(self, node: dict[str, Any]) -> str:
-        return node.get("title") or self.info[node["type"]].get("display_name") or node["type"]
+        """The title that the user gave, else the display name; some files hold the class name as a title."""
+        kind = node["type"]
+        given = node.get("title")
+        return given if given and given != kind else self.info[kind].get("display_name") or kind
 
     def name(self, node_id: str) -> str:
         return f"node {node_id} ({self.nodes[node_id]['type']})"
@@ -231,6 +234,18 @@ def _check(workflow: dict[str, Any], graph: _Graph) -> None:
         raise WorkflowError(f"this ComfyUI has no node class for: {listed}")
 
 
+def is_saved_workflow(content: Any) -> bool:
+    """Whether this is a workflow as the page saves it; an exported API prompt is not."""
+    if not isinstance(content, dict) or not isinstance(content.get("nodes"), list):
+        return False
+    links = content.get("links") or []
+    return (
+        all(isinstance(node, dict) and {"id", "type"} <= node.keys() for node in content["nodes"])
+        and isinstance(links, list)
+        and all(isinstance(link, list) for link in links if link)
+    )
+
+
 def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
     """Convert a saved workflow to an API prompt, as the frontend does when "Run" is pressed.
 
@@ -246,7 +261,7 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
         WorkflowError: for another format, missing node classes (all of them at once), subgraphs, or links
             that lead nowhere or run in a circle.
     """
-    if not isinstance(workflow, dict) or not isinstance(workflow.get("nodes"), list):
+    if not is_saved_workflow(workflow):
         raise WorkflowError("expected a saved workflow with a 'nodes' list; an exported API prompt has none")
     graph = _Graph(workflow, object_info)
     _check(workflow, graph)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Optional, Sequence
+from typing import Mapping, Optional
 
 import torch
 from torch import Tensor
 
 from ..encoders.base import check_images
-from ..objective import TERMS, ObjectiveReport, TermReport
+from ..objective import NOT_A_NUMBER, TERMS, ObjectiveReport, TermReport
 
-FAILURE_NAMES = {"no edit": "NO EDIT", "distorted": "DISTORTED", "overlay": "OVERLAY", None: "no failure signal"}
+FAILURE_NAMES = {
+    "no edit": "NO EDIT",
+    "distorted": "DISTORTED",
+    "overlay": "OVERLAY",
+    None: "no failure signal",
+    NOT_A_NUMBER: "NOT A NUMBER",
+}
 MAX_COLUMNS = 8  # outputs in one picture; the text has them all
 
 _INK, _MUTED, _GOOD, _WARN, _BAD, _LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", "#c62828", "#d7dce2"
@@ -55,8 +61,8 @@ def _signal(report: ObjectiveReport) -> list[str]:
     return [FAILURE_NAMES[failure] for failure in report.signal()]
 
 
-def _percent(share: Optional[float]) -> str:
-    return "–" if share is None else f"{share:.0%}"
+def _percent(share: Optional[Tensor]) -> str:
+    return "–" if share is None else f"{float(share):.0%}"
 
 
 def _toward(t: TermReport, i: int) -> str:
@@ -72,9 +78,10 @@ def picture(
 ) -> Tensor:
     """The report over the pictures it is about.
 
-    One column per output: the verdict of the signal, before, after and output, then one heat map per term that has
-    tokens, laid over the output. Red: nearer to the negative than to the target (hinge terms), or far from the target
-    (match terms). Tokens that did not count are pale.
+    One column per output (a band per output where there are one or two): what the signal says, how far the output went
+    towards each failure, before, after and output, then one heat map per term that has tokens, laid over the output.
+    Red: nearer to the negative than to the target (hinge terms), or far from the target (match terms). Tokens that did
+    not count are pale.
 
     Args:
         report: from :meth:`EditObjective.evaluate` with ``details=True``.
@@ -102,70 +109,147 @@ def picture(
     ground = torch.full((1, 256, 256, 3), 0.6) if ground is None else torch.full_like(ground[:1], 0.6)
     ground = ground if pred is None else pred
     shown = min(total, MAX_COLUMNS)
-    names = [name for name, images in rows.items() if images is not None]
-    mapped = [t for t in report.terms if t.token_map is not None]
-
-    label, cell, gap = 2.3, 2.15, 0.12  # inches
-    aspect = min(max(ground.shape[1] / ground.shape[2], 0.4), 1.8)  # of a row; beyond it pictures get margins
-    picture_rows = len(names) + len(mapped)
-    bars = 0.26 * max(1, sum(t.toward_failure is not None for t in report.terms)) + 0.1
-    table = 0.3 * (len(report.terms) + 1)
-    inches = (label + shown * (cell + gap) + 0.2, 1.0 + bars + picture_rows * (cell * aspect + gap) + table + 0.1)
-    inches = (max(inches[0], 11.0), inches[1])
-    figure = Figure(figsize=inches, dpi=width / inches[0], facecolor="white")
+    page = _Page(report, ground, rows, shown)
+    figure = Figure(figsize=page.inches, dpi=width / page.inches[0], facecolor="white")
     canvas = FigureCanvasAgg(figure)
-
-    def axes(left: float, top: float, w: float, h: float):
-        return figure.add_axes((left / inches[0], 1 - (top + h) / inches[1], w / inches[0], h / inches[1]))
-
-    def write(x: float, y: float, text: str, **style):
-        style = {"color": _INK, "fontsize": 10, "va": "center", "ha": "left", "parse_math": False, **style}
-        figure.text(x / inches[0], 1 - y / inches[1], text, **style)
-
-    signal = _signal(report)
-    write(0.2, 0.28, f"Objective: total {float(report.total.detach()):.4f}", fontsize=14, weight="bold")
-    if total > shown:
-        write(0.2, 0.56, f"the first {shown} of {total} outputs", color=_MUTED, fontsize=9)
-    lefts = [label + i * (cell + gap) for i in range(shown)]
-    for i, left in enumerate(lefts):
-        color = {FAILURE_NAMES[None]: _GOOD, "–": _MUTED}.get(signal[i], _BAD)
-        write(left + cell / 2, 0.3, f"output {i + 1}", ha="center", color=_MUTED, fontsize=10)
-        write(left + cell / 2, 0.6, signal[i], ha="center", color=color, fontsize=13, weight="bold")
-
-    top = 0.9
-    _draw_bars(axes, write, report, lefts, top, cell, bars)
-    top += bars + 0.05
-    for name in names:
-        write(0.2, top + cell * aspect / 2, name, fontsize=11, weight="bold")
-        for i, left in enumerate(lefts):
-            _draw_picture(axes(left, top, cell, cell * aspect), _nth(rows[name], i))
-        top += cell * aspect + gap
-    for t in mapped:
-        middle = top + cell * aspect / 2
-        write(0.2, middle - 0.5, _wrapped(t.term.name, 22), fontsize=11, weight="bold")
-        write(0.2, middle - 0.08, _wrapped(t.term.encoder, 32), fontsize=8, color=_MUTED)
-        write(0.2, middle + 0.42, _wrapped(t.map_meaning, 32), fontsize=8)
-        scale = max(float(t.token_map[:shown].abs().max()), 1e-6)
-        for i, left in enumerate(lefts):
-            _draw_map(axes(left, top, cell, cell * aspect), _nth(ground, i), t, i, scale)
-            write(
-                left + 0.05, top + 0.13, f"loss {float(t.per_sample[i].detach()):.3f}", fontsize=8, color="white", weight="bold",
-                bbox={"facecolor": "#000000a0", "edgecolor": "none", "pad": 1.5},
-            )  # fmt: skip
-        top += cell * aspect + gap
-    _draw_table(write, figure, report, top + 0.15, inches)
+    page.draw(figure)
     canvas.draw()
     buffer = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
     columns, lines = canvas.get_width_height()
     return buffer.view(lines, columns, 4)[None, ..., :3].float() / 255.0
 
 
+class _Page:
+    """The layout, in inches from the top left: a column per output, or for one or two outputs a band each."""
+
+    LABEL, CELL, GAP, PER_BAND = 2.3, 2.15, 0.12, 6
+
+    def __init__(self, report: ObjectiveReport, ground: Tensor, rows: Mapping[str, Optional[Tensor]], shown: int):
+        self.report, self.ground, self.shown = report, ground, shown
+        self.rows = {name: images for name, images in rows.items() if images is not None}
+        self.items: list[str | TermReport] = [*self.rows, *(t for t in report.terms if t.token_map is not None)]
+        aspect = min(max(ground.shape[1] / ground.shape[2], 0.4), 1.8)  # beyond it pictures get margins
+        self.height = self.CELL * aspect
+        self.bars = 0.26 * max(1, sum(t.toward_failure is not None for t in report.terms)) + 0.1
+        self.in_bands = shown <= 2
+        step = self.CELL + self.GAP
+        if self.in_bands:
+            columns = min(self.PER_BAND, max(1, len(self.items)))
+            lines = -(-len(self.items) // self.PER_BAND)
+            self.band = max(lines * (self.height + 0.85), self.bars + 1.5)
+            size = self.LABEL + columns * step + 0.4, 0.7 + shown * self.band
+        else:
+            size = self.LABEL + shown * step + 0.2, 1.0 + self.bars + len(self.items) * (self.height + self.GAP)
+        self.table = size[1]
+        self.inches = (max(size[0], 11.0), size[1] + 0.3 * (len(report.terms) + 1) + 0.25)
+
+    def draw(self, figure) -> None:
+        self.figure = figure
+        signal, step = _signal(self.report), self.CELL + self.GAP
+        self.write(0.2, 0.28, f"Objective: total {float(self.report.total.detach()):.4f}", fontsize=14, weight="bold")
+        total = len(self.report.terms[0].per_sample)
+        if total > self.shown:
+            self.write(0.2, 0.56, f"the first {self.shown} of {total} outputs", color=_MUTED, fontsize=9)
+        for i in range(self.shown):
+            left, top = (0.2, 0.75 + i * self.band) if self.in_bands else (self.LABEL + i * step, 0.3)
+            x, ha = (left, "left") if self.in_bands else (left + self.CELL / 2, "center")
+            color = {FAILURE_NAMES[None]: _GOOD, "–": _MUTED}.get(signal[i], _BAD)
+            self.write(x, top, f"output {i + 1}", ha=ha, color=_MUTED)
+            self.write(x, top + 0.3, signal[i], ha=ha, color=color, fontsize=13, weight="bold")
+            if self.in_bands:
+                self.bars_of(i, left, top + 0.62, self.LABEL - 0.45, named=False)
+            else:
+                self.bars_of(i, left, 0.9, self.CELL, named=i == 0)
+        for j, item in enumerate(self.items):
+            for i in range(self.shown):
+                if self.in_bands:
+                    left = self.LABEL + (j % self.PER_BAND) * step
+                    top = 0.75 + i * self.band + (j // self.PER_BAND) * (self.height + 0.85)
+                    self.title(item, left, top + 0.05, columns=30)
+                    self.cell(item, i, left, top + 0.68)
+                else:
+                    left, top = self.LABEL + i * step, 0.95 + self.bars + j * (self.height + self.GAP)
+                    if i == 0:
+                        self.title(item, 0.2, top + self.height / 2 - 0.4, columns=32)
+                    self.cell(item, i, left, top)
+        _draw_table(self.write, figure, self.report, self.table + 0.15, self.inches)
+
+    def axes(self, left: float, top: float, width: float, height: float):
+        w, h = self.inches
+        return self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+
+    def write(self, x: float, y: float, text: str, **style) -> None:
+        style = {"color": _INK, "fontsize": 10, "va": "center", "ha": "left", "parse_math": False, **style}
+        self.figure.text(x / self.inches[0], 1 - y / self.inches[1], text, **style)
+
+    def title(self, item: str | TermReport, x: float, y: float, columns: int) -> None:
+        """What a picture or a map is; in a band one line of each, since the next column is near."""
+        if isinstance(item, str):
+            self.write(x, y, item, fontsize=11, weight="bold")
+            return
+        term = item.term
+        if self.in_bands:
+            self.write(x, y, _cut(term.name, 22), fontsize=11, weight="bold")
+            self.write(x, y + 0.2, _cut(term.encoder, 36), fontsize=7, color=_MUTED)
+            self.write(x, y + 0.44, _wrapped(item.map_meaning, columns, 2), fontsize=8)
+        else:
+            self.write(x, y, _wrapped(term.name, 22), fontsize=11, weight="bold")
+            self.write(x, y + 0.4, _wrapped(term.encoder, columns), fontsize=8, color=_MUTED)
+            self.write(x, y + 0.85, _wrapped(item.map_meaning, columns), fontsize=8)
+
+    def cell(self, item: str | TermReport, i: int, left: float, top: float) -> None:
+        axes = self.axes(left, top, self.CELL, self.height)
+        if isinstance(item, str):
+            _draw_picture(axes, _nth(self.rows[item], i))
+            return
+        scale = max(float(item.token_map[: self.shown].abs().nan_to_num(0.0).max()), 1e-6)
+        _draw_map(axes, _nth(self.ground, i), item, i, scale)
+        self.write(
+            left + 0.05, top + 0.13, f"loss {float(item.per_sample[i].detach()):.3f}", fontsize=8, color="white",
+            weight="bold", bbox={"facecolor": "#000000a0", "edgecolor": "none", "pad": 1.5},
+        )  # fmt: skip
+
+    def bars_of(self, i: int, left: float, top: float, width: float, named: bool) -> None:
+        """How far an output went towards each term's failure, 0 to 100 %, with a mark at the half."""
+        terms = [t for t in self.report.terms if t.toward_failure is not None]
+        if not terms:
+            return
+        step = (self.bars - 0.1) / len(terms)
+        names = [f"towards {TERMS[t.term.kind].failure or t.term.name}"[:34] for t in terms]
+        values = [
+            min(max(float(t.toward_failure[i]), 0.0), 1.0) if t.toward_failure[i].isfinite() else 0.0 for t in terms
+        ]
+        colors = [_GOOD if v <= 0.25 else _WARN if v <= 0.5 else _BAD for v in values]
+        axes = self.axes(left, top, width, self.bars - 0.1)
+        axes.barh(range(len(terms)), [1.0] * len(terms), color="#eef1f4", height=0.7)
+        axes.barh(range(len(terms)), values, color=colors, height=0.7, alpha=0.5 if self.in_bands else 1.0)
+        axes.axvline(0.5, color=_MUTED, linewidth=0.8, linestyle=":")
+        for row, (t, value) in enumerate(zip(terms, values)):
+            number, style = f"{float(t.toward_failure[i]):.0%}", {"fontsize": 8, "va": "center", "parse_math": False}
+            if self.in_bands:  # the name stands on the bar, since there is no column for it
+                axes.text(0.02, row, f"{names[row]} {number}", color=_INK, **style)
+                continue
+            if value > 0.75:
+                axes.text(value - 0.02, row, number, ha="right", color="white", **style)
+            else:
+                axes.text(value + 0.02, row, number, color=_INK, **style)
+            if named:
+                self.write(0.2, top + (row + 0.5) * step, names[row], fontsize=9)
+        axes.set(xlim=(0, 1), ylim=(len(terms) - 0.5, -0.5))
+        axes.set_axis_off()
+
+
 def _nth(images: Tensor, i: int) -> Tensor:
     return images[i if len(images) > 1 else 0].detach().float().cpu().clamp(0, 1)
 
 
-def _wrapped(text: str, columns: int) -> str:
-    return "\n".join(textwrap.wrap(text, columns, break_long_words=True)[:4])
+def _wrapped(text: str, columns: int, lines: int = 4) -> str:
+    return "\n".join(textwrap.wrap(text, columns, break_long_words=True, max_lines=lines, placeholder="…"))
+
+
+def _number(value: Tensor) -> str:
+    number = float(value.detach())
+    return f"{number:.4f}" if abs(number) < 1000 else f"{number:.5g}"
 
 
 def _cut(text: str, columns: int) -> str:
@@ -200,33 +284,6 @@ def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
     ax.set_axis_off()
 
 
-def _draw_bars(
-    axes, write, report: ObjectiveReport, lefts: Sequence[float], top: float, cell: float, height: float
-) -> None:
-    """How far each output went towards each term's failure, 0 to 100 %, with a mark at the half."""
-    terms = [t for t in report.terms if t.toward_failure is not None]
-    if not terms:
-        return
-    step = (height - 0.1) / len(terms)
-    for row, t in enumerate(terms):
-        write(0.2, top + (row + 0.5) * step, f"towards {TERMS[t.term.kind].failure or t.term.name}"[:34], fontsize=9)
-    for i, left in enumerate(lefts):
-        ax = axes(left, top, cell, height - 0.1)
-        values = [min(float(t.toward_failure[i]), 1.0) for t in terms]
-        colors = [_GOOD if v <= 0.25 else _WARN if v <= 0.5 else _BAD for v in values]
-        ax.barh(range(len(terms)), [1.0] * len(terms), color="#eef1f4", height=0.7)
-        ax.barh(range(len(terms)), values, color=colors, height=0.7)
-        ax.axvline(0.5, color=_MUTED, linewidth=0.8, linestyle=":")
-        for row, (t, value) in enumerate(zip(terms, values)):
-            inside = value > 0.75
-            ax.text(
-                value - 0.02 if inside else value + 0.02, row, f"{float(t.toward_failure[i]):.0%}", fontsize=8, va="center",
-                ha="right" if inside else "left", color="white" if inside else _INK,
-            )  # fmt: skip
-        ax.set(xlim=(0, 1), ylim=(len(terms) - 0.5, -0.5))
-        ax.set_axis_off()
-
-
 def _draw_table(write, figure, report: ObjectiveReport, top: float, inches: tuple[float, float]) -> None:
     from matplotlib.lines import Line2D
 
@@ -241,8 +298,8 @@ def _draw_table(write, figure, report: ObjectiveReport, top: float, inches: tupl
         distances = "   ".join(f"{name} {float(d.detach().mean()):.3f}" for name, d in t.distances.items())
         room = int((inches[0] - 7.2) / 0.062)
         cells = (
-            _cut(f"{t.term.name} · {t.term.encoder}", 58), f"{t.term.weight:g}", f"{float(t.value.detach()):.4f}",
-            f"{float(t.weighted.detach()):.4f}", _percent(t.active), _cut(distances, room),
+            _cut(f"{t.term.name} · {t.term.encoder}", 58), f"{t.term.weight:g}", _number(t.value),
+            _number(t.weighted), _percent(t.active), _cut(distances, room),
         )  # fmt: skip
         for x, cell in zip(xs, cells):
             write(x, y, cell, fontsize=9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -86,6 +87,9 @@ class Encoder(ABC):
             progress: called with (done, total) pictures after each batch.
         """
         check_images("images", images)
+        low, high = (float(v) for v in torch.aminmax(images))
+        if not (low >= -0.1 and high <= 1.1):  # a resize may overshoot a little; NaN fails as well
+            raise ValueError(f"images: expected values in 0…1, got values from {low:g} to {high:g}")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         parts = []
@@ -148,8 +152,10 @@ class Preprocess:
         x = x if x.dtype == torch.float64 else x.float()
         target, scaled, top, left = self._plan(*x.shape[2:])
         if scaled != tuple(x.shape[2:]):
-            # Cubic overshoot leaves 0…1; the clamp that follows has a zero gradient only where it bites.
-            x = F.interpolate(x, size=scaled, mode=self.mode, antialias=True, align_corners=False).clamp(0.0, 1.0)
+            x = F.interpolate(x, size=scaled, mode=self.mode, antialias=True, align_corners=False)
+        # Values that overshoot are cut off, gradients pass: clamp's own gradient is 0 at the bounds too, where all the black
+        # and white of a picture lies.
+        x = x + (x.clamp(0.0, 1.0) - x).detach()
         x = x[:, :, top : top + target[0], left : left + target[1]]
         mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
@@ -249,13 +255,42 @@ def check_output(output: str, allowed: Sequence[str] = OUTPUTS) -> None:
         raise ValueError(f"output: expected one of {', '.join(allowed)}, got {output!r}")
 
 
-def check_known(name: str, value: str, known: Iterable[str]) -> None:
-    """ValueError with the closest known names unless ``value`` is one of ``known``."""
+def check_known(name: str, value: str, known: Iterable[str], example: str = "") -> None:
+    """ValueError with the closest known names unless ``value`` is one of ``known``.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given for it.
+        known: what may be given.
+        example: of a known name, for when nothing is close; empty: the first one.
+    """
     known = list(known)
     if value not in known:
-        close = difflib.get_close_matches(value, known, n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else f"{len(known)} names are known, e.g. {known[0]}"
+        close = _close_names(value, known)[:4]
+        hint = f"{len(known)} names are known, e.g. {example or known[0]}"
+        if close:
+            hint = f"did you mean {', '.join(close)}?"
         raise ValueError(f"{name}: {value!r} is unknown; {hint}")
+
+
+def _close_names(value: str, known: Sequence[str]) -> list[str]:
+    """The names with every word of ``value`` in them, else with the most words, else those spelled alike."""
+    lower = {k.lower(): k for k in known}
+    text = re.sub(r"^.*/(?=[a-z])", "", value.lower())  # facebook/dinov2-base, but not ViT-L/14
+    words = set(re.findall(r"[a-z0-9]+", text))
+    telling = {w for w in words if len(re.findall(r"[a-z]", w)) >= 3}
+    # A word begins where letters or digits begin: vit is not in convit, and 14 is in patch14.
+    starts = {w: re.compile((r"(?<!\d)" if w[0].isdigit() else "(?<![a-z])") + w) for w in words}
+    found = {k: {w for w in words if starts[w].search(k)} for k in lower}
+
+    close = [k for k in lower if words and found[k] == words]
+    if not close:
+        close = [k for k in lower if found[k] & telling]
+        most = max((len(found[k]) for k in close), default=0)
+        close = [k for k in close if len(found[k]) == most]
+    if not close:
+        return [lower[k] for k in difflib.get_close_matches(text, lower, n=4, cutoff=0.5)]
+    return [lower[k] for k in sorted(close, key=lambda k: (len(k), -difflib.SequenceMatcher(None, text, k).ratio()))]
 
 
 def height_width(image_size: ImageSize) -> tuple[int, int]:
@@ -314,17 +349,19 @@ def read_safetensors(path: Union[str, Path]) -> dict[str, Tensor]:
         raise ValueError(f"weights: {path.name} is not a whole safetensors file ({error})") from error
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor], name: str, ignore: Sequence[str] = ()) -> None:
+def load_weights(module: nn.Module, state: dict[str, Tensor], name: str, file: str, ignore: Sequence[str] = ()) -> None:
     """Copy ``state`` into ``module``; every tensor must fit.
 
     Args:
         module: the network.
         state: its tensors by name.
         name: of the network, for the error.
+        file: name of the file that the tensors are from, for the error.
         ignore: prefixes of tensors that the file may hold and the network does not need (a classifier head).
 
     Raises:
-        ValueError: names a few of the missing, misshapen and surplus tensors. Nothing is copied then.
+        ValueError: names a few of the missing, misshapen and surplus tensors, and says so where less than half of the
+            network is in the file. Nothing is copied then.
     """
     own = module.state_dict()
     # BatchNorm's step counter plays no part in eval mode, and old files lack it.
@@ -340,5 +377,13 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], name: str, ignore:
         if names:
             faults.append(f"{len(names)} {kind} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})")
     if faults:
-        raise ValueError(f"weights: the file does not fit {name}, which has {len(own)} tensors: {'; '.join(faults)}")
+        lead = ""
+        if 2 * (len(missing) + len(misshapen)) > len(own):
+            lead = (
+                f" holds another network than {name}; set the model name (or architecture) to the network that the "
+                "file was saved from. It"
+            )
+        raise ValueError(
+            f"weights: {file}{lead} does not fit {name}, which has {len(own)} tensors: {'; '.join(faults)}"
+        )
     module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)

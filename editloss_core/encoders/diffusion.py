@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Callable
 
 import torch
@@ -106,8 +107,11 @@ def run_to(block: nn.Module, call: Callable[[], Any]) -> Any:
         ValueError: if ``call`` ends without running the block. Errors of ``call`` pass through.
     """
     outputs: list = []
+    thread = threading.get_ident()
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:  # another call of the same model, which is none of ours
+            return
         outputs.append(output)
         raise _Reached(outputs)
 

@@ -83,7 +83,7 @@ class OpenCLIPEncoder(PixelEncoder):
         import open_clip
 
         check_output(output)
-        check_known("architecture", architecture, open_clip.list_models())
+        check_known("architecture", architecture, open_clip.list_models(), "ViT-B-32")
         config = open_clip.get_model_config(architecture)
         cfg = _preprocess_cfg(architecture, pretrained_tag, bool(config.get("quick_gelu")))
         state = None if weights is None else _visual_state(read_safetensors(weights), Path(weights).name)
@@ -91,7 +91,7 @@ class OpenCLIPEncoder(PixelEncoder):
             self.visual = _build_visual(config)
             size = _input_size(self.visual, config["vision_cfg"], architecture, output, image_size)
             if state is not None:
-                load_weights(self.visual, state, f"the image tower of {architecture}")
+                load_weights(self.visual, state, f"the image tower of {architecture}", Path(weights).name)
             device = torch.device(device or "cpu")
             freeze(self.visual, device)
         self.normalize = normalize

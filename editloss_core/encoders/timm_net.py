@@ -80,7 +80,7 @@ class TimmEncoder(PixelEncoder):
             self.net, any_size = _create(model_name, model_kwargs)
             self.layer = _check_layer(self.net, model_name, layer)
             if state is not None:
-                _load(self.net, state, model_name)
+                _load(self.net, state, model_name, Path(weights).name)
             device = torch.device(device or "cpu")
             freeze(self.net, device)
         cfg = timm.data.resolve_model_data_config(self.net)
@@ -112,7 +112,7 @@ def _check_name(model_name: str) -> None:
     """Registered names only: timm would ask a server for ``hf-hub:…``."""
     import timm
 
-    check_known("model_name", model_name.partition(".")[0], timm.list_models())
+    check_known("model_name", model_name.partition(".")[0], timm.list_models(), "vit_small_patch14_dinov2")
     if "." in model_name:
         check_known("model_name", model_name, timm.list_models(f"{model_name.partition('.')[0]}.*", include_tags=True))
 
@@ -142,7 +142,7 @@ def _check_layer(net: nn.Module, model_name: str, layer: int) -> int:
     return layer % count
 
 
-def _load(net: nn.Module, state: dict[str, Tensor], model_name: str) -> None:
+def _load(net: nn.Module, state: dict[str, Tensor], model_name: str, file: str) -> None:
     heads = tuple(_removed_heads(net))
     own = net.state_dict()
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
@@ -151,7 +151,7 @@ def _load(net: nn.Module, state: dict[str, Tensor], model_name: str) -> None:
             state = convert(state, net)
         except Exception:  # A file of something else; what follows names the tensors that do not fit.
             pass
-    load_weights(net, state, model_name, ignore=heads)
+    load_weights(net, state, model_name, file, ignore=heads)
 
 
 def _removed_heads(net: nn.Module):

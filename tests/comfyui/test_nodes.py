@@ -1058,3 +1058,37 @@ def test_the_report_of_a_tall_picture_stays_a_picture(client: Client) -> None:
     )
     height, width = picture_of(client, shown.outputs["evaluate"]["images"][0]).shape[1:3]
     assert width == 640 and height < 6 * width
+
+
+def test_work_on_pairs_tells_every_picture_and_gives_the_cores_result(world: SimpleNamespace, client: Client) -> None:
+    """Each step is also where ComfyUI can cancel. The overlay's mask is open, so it counts estimates and overlays."""
+    pairs = {"before": link("befores"), "after": link("afters")}
+    prompt = graph(
+        **PICTURES,
+        two=batch("gt", "p1"),
+        afters=batch("two", "b1"),
+        befores=("RepeatImageBatch", {"image": link("src"), "amount": 3}),
+        estimate=("EditLossEstimateMask", {**pairs, "threshold": 0.0}),
+        white=("MaskToImage", {"mask": link("estimate")}),
+        masks=("PreviewImage", {"images": link("white")}),
+        paste=("EditLossOverlayNegative", {**OVERLAY, **pairs, "construction": "blend"}),
+        pictures=("PreviewImage", {"images": link("paste")}),
+    )
+    steps = set()
+    shown = client.run(needed(prompt), lambda p: steps.add((p.node_id, p.value, p.max)))
+    assert {("estimate", k, 3) for k in (1, 2, 3)} | {("paste", k, 6) for k in range(1, 7)} <= steps
+    w = world.images
+    core_pairs = w["src"].expand(3, -1, -1, -1), torch.cat([w["gt"], w["pred"][:1], w["hard_negative"][:1]])
+    masks = torch.cat([picture_of(client, ref) for ref in shown.outputs["masks"]["images"]])[..., 0]
+    assert torch.equal(masks, estimate_mask(*core_pairs))
+    settings = OverlaySettings(("blend",), (0.5, 0.8), scale=(0.95, 1.05), seed=4)
+    pictures = torch.cat([picture_of(client, ref) for ref in shown.outputs["pictures"]["images"]])
+    assert (pictures - make_overlays(*core_pairs, settings=settings).images).abs().max() <= 1.01 / 255
+
+    for node, options, pattern in (
+        ("EstimateMask", {"threshold": 0.0}, "Pair 0: no visible difference .* are both the same picture"),
+        ("OverlayNegative", {**OVERLAY, "opacity_min": 0.9, "opacity_max": 0.4},
+         r"opacity_min: expected at most opacity_max \(0.4\), got 0.9"),
+    ):  # fmt: skip
+        with pytest.raises(NodeError, match=pattern):
+            client.run(needed(node_alone(node, before=link("src"), after=link("src"), **options)))

@@ -570,6 +570,54 @@ def test_run_lists_what_there_is_for_an_unknown_name(tmp_path: Path) -> None:
     assert run_py("--list", cwd=tmp_path).stdout.split() == sorted(p.stem for p in (ROOT / "workflows").glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{\n", "w.json: Expecting property name"),
+        ("\xff", "w.json: 'utf-8' codec can't decode"),
+        ("[]", "w.json is not a workflow as the page saves it; save it with Workflow > Save, not Export (API)"),
+        ("{}", "w.json is not a workflow as the page saves it"),
+        ('{"1": {"class_type": "EmptyImage", "inputs": {}}}', "w.json is not a workflow as the page saves it"),
+        ('{"nodes": [7]}', "w.json is not a workflow as the page saves it"),
+        ('{"nodes": [], "links": {"1": 2}}', "w.json is not a workflow as the page saves it"),
+    ],
+)
+def test_run_judges_the_file_before_it_starts_a_server(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "w.json").write_bytes(content.encode("latin-1"))
+    done = run_py("w.json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip().startswith(message)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_run_refuses_a_file_as_its_folder_before_it_starts_a_server(below: str, tmp_path: Path) -> None:
+    (tmp_path / "w.json").write_text(json.dumps(workflow([empty(1)])), encoding="utf-8")
+    (tmp_path / "taken").touch()
+    done = run_py("w.json", "--out", f"taken{below}", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == f"--out: expected a folder, {tmp_path / 'taken'} is a file"
+
+
+def test_run_says_what_the_system_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(run, "run", full)
+    assert run.main(["diagnose_edit", "--out", str(tmp_path)]) == 1
+    assert "No space left on device: 'x.png'" in capsys.readouterr().err
+
+
+def test_a_node_is_called_by_its_display_name_unless_it_has_a_title() -> None:
+    info = {"EditLossX": {"input": {}, "output": [], "display_name": "X: shown"}}
+    nodes = [node(1, "EditLossX"), node(2, "EditLossX", title="Mine"), node(3, "EditLossX", title="EditLossX")]
+    prompt = to_prompt(workflow(nodes), info)
+    assert [meta(prompt, k) for k in "123"] == ["X: shown", "Mine", "X: shown"]
+
+
 def test_run_saves_pictures_and_texts(tmp_path: Path) -> None:
     saved = workflow(
         [

@@ -113,3 +113,17 @@ def test_gradient_agrees_with_finite_differences(encoder, pictures):
     with torch.no_grad():
         difference = ((encoder(x + step * along) - encoder(x - step * along)) * probe).sum() / (2 * step)
     assert abs((gradient * along).sum() - difference) <= 1e-4 * difference.abs() + 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_black_and_white_have_gradients_too(encoder, value):
+    """clamp has no gradient at its bounds, and product photos stand on white."""
+    x = torch.full((1, 44, 52, 3), value, requires_grad=True)
+    (encoder(x) * torch.randn(encoder(x).shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert x.grad.isfinite().all() and (x.grad != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("bad", [255.0, -1.0, float("nan")])
+def test_pictures_out_of_range_are_refused(diffusion, bad):
+    with pytest.raises(ValueError, match="images: expected values in 0…1, got values from"):
+        diffusion.vae.embed(torch.full((1, 16, 16, 3), bad))

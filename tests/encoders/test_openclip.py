@@ -98,7 +98,7 @@ def test_wrong_weights_are_named(clips, tmp_path):
     save_file(whole, tmp_path / "bad.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"1 missing \(ln_post.bias\); 1 of another shape \(proj \[64, 16\] instead of "
+        match=r"^weights: bad.safetensors does not fit the image tower of tiny-vit, .*: 1 missing \(ln_post.bias\); 1 of another shape \(proj \[64, 16\] instead of "
         r"\[64, 32\]\); 1 not known to the network \(extra\)",
     ):
         OpenCLIPEncoder("tiny-vit", tmp_path / "bad.safetensors")
@@ -112,6 +112,23 @@ def test_wrong_weights_are_named(clips, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(clips["tiny-vit"].file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         OpenCLIPEncoder("tiny-vit", tmp_path / "cut.safetensors")
+
+
+def test_weights_of_another_tower_say_so(clips):
+    with pytest.raises(
+        ValueError,
+        match="^weights: tiny-resnet.safetensors holds another network than the image tower of tiny-vit; set",
+    ):
+        OpenCLIPEncoder("tiny-vit", clips["tiny-resnet"].file)
+
+
+@pytest.mark.parametrize(
+    "name, first",
+    [("ViT-L/14", "ViT-L-14"), ("ViT-L/14@336px", "ViT-L-14"), ("vit-l-14", "ViT-L-14"), ("ViT-B/32", "ViT-B-32")],
+)
+def test_openais_names_find_the_architecture(name, first):
+    with pytest.raises(ValueError, match=f"is unknown; did you mean {first}[,?]"):
+        OpenCLIPEncoder(name, random_seed=0)
 
 
 def test_wrong_arguments_are_named(clips):

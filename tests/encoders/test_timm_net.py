@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_networks import DINO2, DINO3, SMALL, TIMM_KWARGS, VIT, assert_close_to_pil
 
 from editloss_core.encoders import TimmEncoder
+from editloss_core.encoders.base import check_known
 
 
 @pytest.mark.parametrize("name, size", [(VIT, 0), (VIT, (96, 128)), (DINO2, (42, 70)), (DINO3, (48, 80))])
@@ -109,16 +110,54 @@ def test_heads_may_be_there_or_not_and_nothing_else(timms, tmp_path):
     )
     assert with_head == without
     save_file({**bare, "neck.weight": torch.zeros(2)}, tmp_path / "extra.safetensors")
-    with pytest.raises(ValueError, match=r"1 not known to the network \(neck.weight\)"):
+    with pytest.raises(
+        ValueError, match=r"^weights: extra.safetensors does not fit .*1 not known to the network \(neck.weight\)"
+    ):
         TimmEncoder("test_resnet", tmp_path / "extra.safetensors")
     del bare["layer4.0.bn1.weight"]
     save_file(bare, tmp_path / "less.safetensors")
     with pytest.raises(ValueError, match=r"1 missing \(layer4.0.bn1.weight\)"):
         TimmEncoder("test_resnet", tmp_path / "less.safetensors")
-    with pytest.raises(ValueError, match="does not fit vit_tiny_patch16_224.* missing .*, …"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^weights: test_resnet.safetensors holds another network than {VIT}; set the model name \(or "
+        r"architecture\) to the network that the file was saved from\. It does not fit .* missing \(cls_token, .*, …\)",
+    ):
         TimmEncoder(VIT, timms["test_resnet"].file)
-    with pytest.raises(ValueError, match="of another shape"):
+    with pytest.raises(ValueError, match=f"holds another network than {VIT}; .*of another shape"):
         TimmEncoder(VIT, timms[VIT].file, model_kwargs={**SMALL, "embed_dim": 96})
+
+
+@pytest.mark.parametrize(
+    "name, part, first",
+    [
+        ("dinov2", "dinov2", "vit_base_patch14_dinov2"),
+        ("DINOv2", "dinov2", "vit_base_patch14_dinov2"),
+        ("dinov3", "dinov3", "vit_7b_patch16_dinov3"),
+        ("dinov2_vitb14", "dinov2", "vit_base_patch14_dinov2"),
+        ("facebook/dinov2-base", "dinov2", "vit_base_patch14_dinov2"),
+        ("facebook/dinov2-with-registers-large", "dinov2", "vit_large_patch14_dinov2"),
+        ("DINOv2 ViT-B/14", "dinov2", "vit_base_patch14_dinov2"),
+        ("facebook/dinov3-vitb16-pretrain-lvd1689m", "dinov3", "vit_base_patch16_dinov3"),
+        ("dino", "dino", "vit_7b_patch16_dinov3"),
+        ("clip", "clip", "resnet50_clip"),
+        ("openai/clip-vit-large-patch14", "clip", "vit_large_patch14_clip_224"),
+        ("resnet5O", "resnet", "resnet50"),  # a letter for a digit: spelled alike
+    ],
+)
+def test_names_that_people_type_find_the_network(name, part, first):
+    import timm
+
+    with pytest.raises(ValueError, match="is unknown; did you mean ") as error:
+        check_known("model_name", name, timm.list_models())
+    names = str(error.value).partition("did you mean ")[2].rstrip("?").split(", ")
+    assert first in names[:2] and len(names) <= 4 and all(part in n for n in names)
+
+
+@pytest.mark.parametrize("name", ["", "モデル", "/"])
+def test_a_name_that_is_like_none_gets_a_usual_one(name):
+    with pytest.raises(ValueError, match=r"is unknown; \d+ names are known, e\.g\. vit_small_patch14_dinov2$"):
+        TimmEncoder(name, random_seed=0)
 
 
 def test_wrong_arguments_are_named(timms):
