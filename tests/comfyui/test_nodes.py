@@ -25,6 +25,7 @@ from editloss_core.embeddings import EmbeddingSet
 from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder
 from editloss_core.masks import estimate_mask
 from editloss_core.negatives import OverlaySettings, make_overlays
+from editloss_core.objective import recommended
 
 ROOM_CATEGORIES = {"encoders", "embeddings", "negatives", "losses", "diagnostics"}
 SIDE = 96  # pixels of the test pictures
@@ -1092,3 +1093,23 @@ def test_work_on_pairs_tells_every_picture_and_gives_the_cores_result(world: Sim
     ):  # fmt: skip
         with pytest.raises(NodeError, match=pattern):
             client.run(needed(node_alone(node, before=link("src"), after=link("src"), **options)))
+
+
+def test_the_three_task_losses_start_where_the_preset_starts(object_info: dict[str, Any]) -> None:
+    """Chained as they come they are the Recommended Mix."""
+    for term in recommended("e").terms:
+        name = "EditLoss" + term.kind.title().replace("_", "")
+        inputs = object_info[name]["input"]
+        for setting, (_, options) in {**inputs["required"], **inputs["optional"]}.items():
+            if setting in ("weight", "margin", "dist", "smooth", "neg_agg", "agg", "token_weights"):
+                assert options["default"] == getattr(term, setting), (name, setting)
+
+
+def test_losses_wired_to_another_encoder_of_the_same_name_are_refused(client: Client, world: SimpleNamespace) -> None:
+    """The names collide where only the size differs; the loss would read the wrong embeddings without a word."""
+    prompt = evaluated(LOSS)
+    prompt["other"] = json.loads(json.dumps(prompt["encoder"]))
+    prompt["other"]["inputs"]["image_size"] = 96
+    prompt["loss0"]["inputs"]["encoder"] = ["other", 0]
+    with pytest.raises(NodeError, match="wired to a .* with other weights or another size"):
+        client.run(prompt)
