@@ -638,3 +638,57 @@ def test_an_edit_out_of_sight_is_refused():
 def test_pictures_of_other_proportions_are_refused():
     with pytest.raises(ValueError, match="^src: expected pictures of the same proportions .* since the encoder crops"):
         EmbeddingSet().with_images(CentreEncoder(), {"gt": torch.rand(1, 16, 32, 3), "src": torch.rand(1, 16, 16, 3)})
+
+
+# --- what a trainer hands in -----------------------------------------------------------------------------------------
+
+
+def test_a_prediction_with_its_graph_reaches_the_objective():
+    encoder, pair = CentreEncoder(), {"gt": torch.rand(2, 16, 16, 3), "src": torch.rand(2, 16, 16, 3)}
+    made = EmbeddingSet().with_images(encoder, {**pair, "pred": pair["src"]})
+    z = torch.rand(2, 4, 4, 3, requires_grad=True)
+    trained = made.with_embedding("pred", encoder.info, z)
+    assert trained.get("pred", encoder.info.name) is z and set(trained.images) == {"gt", "src"}
+    assert made.get("pred", encoder.info.name) is not z, "the set itself is not changed"
+    EditObjective((LossTerm("no_edit_identity", encoder.info.name, margin=1.0),)).evaluate(trained).total.backward()
+    assert z.grad.abs().sum() > 0
+
+
+def test_an_embedding_of_ones_own_makes_a_set():
+    info = EncoderInfo("own/tokens", "none", "f", "tokens")
+    made = EmbeddingSet().with_embedding("gt", info, torch.rand(2, 6, 5), grid=(2, 3))
+    made = made.with_embedding("overlay", info, torch.rand(2, 4, 6, 5)).with_mask(torch.ones(1, 8, 12))
+    assert made.grids == {"own/tokens": (2, 3)} and made.token_weights("own/tokens").shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    "role, tensor, words",
+    [
+        ("best", torch.rand(2, 4, 4, 3), "^role: expected one of pred"),
+        (
+            "pred",
+            torch.rand(2, 4, 3),
+            r"^pred: expected a floating grid embedding of 4 dimensions, got torch.float32 \[2, 4, 3\]",
+        ),
+        ("overlay", torch.rand(2, 4, 4, 3), "^overlay: expected a floating grid embedding of 5 dimensions"),
+        ("pred", torch.zeros(2, 4, 4, 3, dtype=torch.int64), "^pred: expected a floating grid embedding.*int64"),
+        ("pred", [1.0], "^pred: expected .*got list"),
+        (
+            "pred",
+            torch.rand(2, 5, 4, 3),
+            r"^pred: expected a token grid of \(4, 4\) like the other roles, got \(5, 4\)",
+        ),
+    ],
+)
+def test_what_is_no_embedding_is_refused(role, tensor, words):
+    encoder = CentreEncoder()
+    made = EmbeddingSet().with_images(encoder, {"gt": torch.rand(2, 16, 16, 3)})
+    with pytest.raises(ValueError, match=words):
+        made.with_embedding(role, encoder.info, tensor)
+
+
+def test_to_moves_every_tensor():
+    made = EmbeddingSet().with_images(CentreEncoder(), {"gt": torch.rand(1, 16, 16, 3)}).with_mask(torch.ones(1, 4, 4))
+    moved = made.to("meta")
+    assert {t.device.type for t in moved.tensors.values()} | {moved.mask.device.type} == {"meta"}
+    assert moved.token_weights("centre/grid").device.type == "meta" and made.mask.device.type == "cpu"

@@ -2,7 +2,8 @@
 
 The pair is real: the input and the result of "Replace the cat with a dalmatian" by an edit model, as ComfyUI's own
 template package shows it. Three of the four outputs imitate failures by simple means, so that the example has all of
-them; none uses the constructions that the pack's own overlay negatives are made with.
+them. The overlay is a translucent paste, by other code than the pack's overlay negatives but like some of them, so it is
+an easy case; what a model paints may be harder to tell.
 """
 
 from __future__ import annotations
