@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Mapping, Optional, Sequence
 
@@ -82,11 +82,7 @@ class EmbeddingSet:
                     f"{role}: these are other pictures than the ones already encoded under this role; "
                     "start a new set or connect the same pictures to every encoder"
                 )
-        known = self.encoders.get(encoder.info.name)
-        if known is not None and known.fingerprint != encoder.info.fingerprint:
-            raise ValueError(
-                f"encoder: the set already has another encoder named {known.name!r}; give one another name"
-            )
+        self._refuse_namesake(encoder.info)
         name = encoder.info.name
         counts = {role: t.shape[:2].numel() if role in NEGATIVE_ROLES else len(t) for role, t in self._by(name).items()}
         counts.update({role: len(batch) for role, batch in images.items()})
@@ -111,9 +107,8 @@ class EmbeddingSet:
         for role in NEGATIVE_ROLES:
             if role in images:
                 tensors[role, name] = tensors[role, name].unflatten(0, (pairs, -1))
-            elif (role, name) in tensors and len(
-                tensors[role, name]
-            ) == 1:  # encoded before gt and src said how many pairs
+            elif (role, name) in tensors and len(tensors[role, name]) == 1:
+                # Encoded before gt and src said how many pairs there are.
                 tensors[role, name] = tensors[role, name][0].unflatten(0, (pairs, -1))
         return replace(
             self,
@@ -136,9 +131,11 @@ class EmbeddingSet:
             grid: rows and columns of tokens, where the set does not know them yet; read off the tensor for grids.
 
         Raises:
-            ValueError: an unknown role, a shape or dtype that is no such embedding, or another grid than the set has.
+            ValueError: an unknown role, a shape or dtype that is no such embedding, another grid than the set has, or
+                another encoder of the same name.
         """
         check_role(role)
+        self._refuse_namesake(info)
         several = role in NEGATIVE_ROLES
         dims = {"global": 2, "tokens": 3, "grid": 4}[info.output] + several
         if (
@@ -236,12 +233,12 @@ class EmbeddingSet:
         if not tensors:
             raise ValueError("embeddings: nothing to save, the set is empty")
         if self.mask is not None:
-            tensors["mask"] = self.mask
+            tensors["mask"] = self.mask.cpu()
         # safetensors refuses tensors that share memory, as one picture under two roles does.
         tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
         metadata = {
             "format": FORMAT,
-            "encoders": json.dumps({name: json.loads(info.to_json()) for name, info in self.encoders.items()}),
+            "encoders": json.dumps({name: asdict(info) for name, info in self.encoders.items()}),
             "grids": json.dumps(self.grids),
             "regions": json.dumps(self.regions),
             "images": json.dumps(self.images),
@@ -325,6 +322,14 @@ class EmbeddingSet:
             if hashes.get(role) != hash_images(batch):
                 raise StaleEmbeddings(f"{path.name}: {role} was made from other pictures; encode again")
         return result
+
+    def _refuse_namesake(self, info: EncoderInfo) -> None:
+        """Embeddings of two encoders must not meet under one name."""
+        known = self.encoders.get(info.name)
+        if known is not None and known.fingerprint != info.fingerprint:
+            raise ValueError(
+                f"encoder: the set already has another encoder named {known.name!r}; give one another name"
+            )
 
     def _by(self, encoder: str) -> dict[str, Tensor]:
         """Role → tensor of one encoder, in the order of ROLES."""

@@ -282,13 +282,19 @@ def aggregate_tokens(distances: Tensor, agg: str = "mean", weights: Optional[Ten
     _check_tensor("distances", distances)
     if distances.ndim < 1 or distances.numel() == 0:
         raise ValueError(f"distances: expected [B] or [B, ...] with B >= 1, got shape {_shape(distances)}")
+    if distances.ndim > 1 and weights is not None:
+        if weights.shape != distances.shape:
+            raise ValueError(f"weights: expected shape {_shape(distances)} like the distances, got {_shape(weights)}")
+        _split_weights(weights, distances.shape, distances.device)
+    return _aggregate(distances, agg, weights)
+
+
+def _aggregate(distances: Tensor, agg: str, weights: Optional[Tensor]) -> Tensor:
+    """:func:`aggregate_tokens` where all is checked already: looking at every weight once is enough."""
     if distances.ndim == 1:
         return distances
     d = distances.flatten(1)
     if weights is not None:
-        if weights.shape != distances.shape:
-            raise ValueError(f"weights: expected shape {_shape(distances)} like the distances, got {_shape(weights)}")
-        _split_weights(weights, distances.shape, distances.device)
         w = weights.to(d.dtype).flatten(1)
         d = d * w
         if agg == "mean":
@@ -372,7 +378,7 @@ def margin_ranking_on_distances(
         if d_neg.ndim == 2 and margin.ndim == 1:
             margin = margin.unsqueeze(1)
     excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
-    return _reduce(aggregate_tokens(_hinge(excess, smooth), neg_agg), reduction, sample_weights)
+    return _reduce(_aggregate(_hinge(excess, smooth), neg_agg, None), reduction, sample_weights)
 
 
 def contrastive_on_distances(
@@ -446,7 +452,7 @@ def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]
 def _aggregated_distances(
     anchor: Tensor, references: Sequence[Tensor], dist: str, agg: str, token_weights: Optional[Tensor]
 ) -> List[Tensor]:
-    return [aggregate_tokens(d, agg, token_weights) for d in token_distances(anchor, references, dist)]
+    return [_aggregate(d, agg, token_weights) for d in token_distances(anchor, references, dist)]
 
 
 def _ranking(
@@ -551,7 +557,7 @@ def feature_match_loss(
 def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
     sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
     (d,) = token_distances(a, [b], kind)
-    return _reduce(aggregate_tokens(d, agg, token_weights), reduction, sample_weights)
+    return _reduce(_aggregate(d, agg, token_weights), reduction, sample_weights)
 
 
 def contrastive_pair_loss(
@@ -596,7 +602,7 @@ def contrastive_pair_loss(
     _check_labels(y, z1.shape[0], z1.device)
     sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
     (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
-    return contrastive_on_distances(aggregate_tokens(d, agg, token_weights), y, margin, reduction, sample_weights)
+    return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
 
 
 def triplet_margin_loss(
@@ -745,7 +751,7 @@ def _bank_distances(anchor: Tensor, bank: Tensor, agg: str, token_weights: Optio
             return summed if agg == "sum" else summed / torch.where(total > 0, total, torch.ones_like(total))
     if weights is not None:
         weights = weights.unsqueeze(1).expand_as(cosines).flatten(0, 1)
-    return aggregate_tokens((1.0 - cosines).flatten(0, 1), agg, weights).view(cosines.shape[:2])
+    return _aggregate((1.0 - cosines).flatten(0, 1), agg, weights).view(cosines.shape[:2])
 
 
 class _UnitVectors(torch.autograd.Function):

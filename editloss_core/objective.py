@@ -378,7 +378,7 @@ def _share(d: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole <= 1e-6, torch.zeros_like(d), d / whole.clamp_min(1e-6)).detach()
 
 
-def _share_of(open_: Tensor, per_sample: Tensor) -> Tensor:
+def _active_share(open_: Tensor, per_sample: Tensor) -> Tensor:
     """The mean of a condition; NaN where the losses that it speaks about are."""
     return (open_.detach().to(per_sample.dtype) + 0.0 * per_sample.detach()).mean()
 
@@ -413,7 +413,7 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
     )
     columns = d_neg.detach().reshape(len(d_pos), -1)
     width = margin.reshape(len(d_pos), -1) if isinstance(margin, Tensor) else margin
-    active = _share_of((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1), per_sample)
+    active = _active_share((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1), per_sample)
     toward = None
     if e.details and reach is not None:
         reach = reach.reshape(len(d_pos), -1)
@@ -450,7 +450,7 @@ def _contrastive(e: _Evaluation, term: LossTerm) -> TermReport:
         meaning = f"red: {term.anchor} near {term.positive}, inside the margin"
     return e.report(
         term, per_sample, token_map, distances={_name(term.anchor, term.positive): d},
-        active=_share_of(active, per_sample), map_meaning=meaning,
+        active=_active_share(active, per_sample), map_meaning=meaning,
     )  # fmt: skip
 
 

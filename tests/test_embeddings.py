@@ -692,3 +692,10 @@ def test_to_moves_every_tensor():
     moved = made.to("meta")
     assert {t.device.type for t in moved.tensors.values()} | {moved.mask.device.type} == {"meta"}
     assert moved.token_weights("centre/grid").device.type == "meta" and made.mask.device.type == "cpu"
+
+
+def test_a_namesake_is_refused_whoever_brings_it():
+    encoder = CentreEncoder()
+    made = EmbeddingSet().with_images(encoder, {"gt": torch.rand(1, 16, 16, 3)})
+    with pytest.raises(ValueError, match="^encoder: the set already has another encoder named 'centre/grid'"):
+        made.with_embedding("pred", replace(encoder.info, fingerprint="other"), torch.rand(1, 4, 4, 3))

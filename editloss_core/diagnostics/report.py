@@ -105,9 +105,10 @@ def picture(
             if len(images) not in (1, total):
                 raise ValueError(f"{name}: expected 1 or {total} pictures like the report, got {len(images)}")
     rows = {"before": src, "after": gt, "output": pred}
-    ground = next((images for images in (pred, gt, src) if images is not None), None)
-    ground = torch.full((1, 256, 256, 3), 0.6) if ground is None else torch.full_like(ground[:1], 0.6)
-    ground = ground if pred is None else pred
+    ground = pred  # what the maps are drawn on
+    if ground is None:
+        shape = next((images.shape[1:] for images in (gt, src) if images is not None), (256, 256, 3))
+        ground = torch.full((1, *shape), 0.6)
     shown = min(total, MAX_COLUMNS)
     page = _Page(report, ground, rows, shown)
     figure = Figure(figsize=page.inches, dpi=width / page.inches[0], facecolor="white")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from small_networks import CLIPS, DINO2, TIMM_KWARGS
@@ -87,7 +90,7 @@ def test_wrong_pictures_are_named(diffusion, bad):
 
 
 def test_info_survives_json(encoder):
-    assert EncoderInfo.from_json(encoder.info.to_json()) == encoder.info
+    assert EncoderInfo(**json.loads(json.dumps(asdict(encoder.info)))) == encoder.info
     assert len(encoder.info.fingerprint) == 64 and encoder.info.output in encoder.info.name
 
 
