@@ -37,6 +37,7 @@ class EmbeddingSet:
         regions: encoder name → the part of the pictures that its grid covers; absent for all of it.
         images: role → sha256 of the pictures it was made from.
         mask: None, or the edit region ``[B, H, W]`` in 0…1 at pixel resolution.
+        masks: encoder name → its own mask, for an encoder that saw other pictures than the rest, such as crops of them.
 
     Instances are never changed; :meth:`with_images`, :meth:`with_embedding`, :meth:`with_mask` and :meth:`to` return new
     ones.
@@ -48,6 +49,7 @@ class EmbeddingSet:
     regions: Mapping[str, Region] = field(default_factory=dict)
     images: Mapping[str, str] = field(default_factory=dict)
     mask: Optional[Tensor] = None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -165,14 +167,23 @@ class EmbeddingSet:
             self,
             tensors={key: tensor.to(device) for key, tensor in self.tensors.items()},
             mask=None if self.mask is None else self.mask.to(device),
+            masks={name: mask.to(device) for name, mask in self.masks.items()},
         )
 
-    def with_mask(self, mask: Tensor) -> EmbeddingSet:
+    def with_mask(self, mask: Tensor, encoder: str = "") -> EmbeddingSet:
         """Add the edit region ``[B, H, W]`` (or ``[H, W]``) in 0…1; B = 1 stands for every sample.
 
+        Args:
+            mask: the region in the pictures that were encoded.
+            encoder: name of the one encoder that it is for, if that saw other pictures than the rest; "" for all that
+                have none of their own.
+
         Raises:
-            ValueError: wrong shape, values outside 0…1, or a mask without any edit, naming the sample.
+            ValueError: wrong shape, values outside 0…1, or a mask without any edit, naming the sample; an encoder that
+                is not in the set.
         """
+        if encoder and encoder not in self.encoders:
+            raise ValueError(f"encoder: expected one of {sorted(self.encoders)}, got {encoder!r}")
         if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.numel() == 0:
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"mask: expected [B, H, W], got {got}")
@@ -184,7 +195,7 @@ class EmbeddingSet:
             raise ValueError(
                 f"mask: sample {empty[0]} of {len(mask)} is empty; paint the edit region or leave the mask out"
             )
-        return replace(self, mask=mask)
+        return replace(self, masks={**self.masks, encoder: mask}) if encoder else replace(self, mask=mask)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -213,13 +224,14 @@ class EmbeddingSet:
         Returns:
             ``[B, P]`` or ``[B, h, w]`` like the encoder's tokens; None without a mask or for global embeddings.
         """
-        if self.mask is None or encoder not in self.grids:
+        mask = self.masks.get(encoder, self.mask)
+        if mask is None or encoder not in self.grids:
             return None
-        (height, width), (h, w) = self.mask.shape[1:], self.grids[encoder]
+        (height, width), (h, w) = mask.shape[1:], self.grids[encoder]
         top, left, bottom, right = self.regions.get(encoder, WHOLE)
-        rows, columns = _overlaps(height, h, top, bottom).to(self.mask), _overlaps(width, w, left, right).to(self.mask)
+        rows, columns = _overlaps(height, h, top, bottom).to(mask), _overlaps(width, w, left, right).to(mask)
         area = height * (bottom - top) / h * (width * (right - left) / w)
-        weights = (rows @ self.mask @ columns.T / area).clamp(0, 1)
+        weights = (rows @ mask @ columns.T / area).clamp(0, 1)
         return weights.flatten(1) if self.encoders[encoder].output == "tokens" else weights
 
     # -- the file ---------------------------------------------------------------------------------------------------
@@ -234,6 +246,7 @@ class EmbeddingSet:
             raise ValueError("embeddings: nothing to save, the set is empty")
         if self.mask is not None:
             tensors["mask"] = self.mask.cpu()
+        tensors.update({f"mask/{name}": mask.cpu() for name, mask in self.masks.items()})
         # safetensors refuses tensors that share memory, as one picture under two roles does.
         tensors = {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
         metadata = {
@@ -299,6 +312,7 @@ class EmbeddingSet:
         for info in wanted:
             _refuse_other_encoder(path, infos, info)
         mask = tensors.pop("mask", None)
+        masks = {name: tensors.pop(f"mask/{name}") for name in infos if f"mask/{name}" in tensors}
         named = {tuple(key.split("/", 1)): t for key, t in tensors.items()}
         for (role, name), t in named.items():
             if (
@@ -310,7 +324,7 @@ class EmbeddingSet:
                 raise StaleEmbeddings(
                     f"{path.name}: {role}/{name} {list(t.shape)} is no embedding of its encoders; make it again"
                 )
-        result = cls(named, infos, grids, regions, hashes, mask)
+        result = cls(named, infos, grids, regions, hashes, mask, masks)
         for role, batch in (images or {}).items():
             check_role(role)
             makers = [name for name in infos if (role, name) in result.tensors]

@@ -37,6 +37,7 @@ class LossTerm:
         label: 1 pulls, 0 pushes (contrastive).
         token_weights: ``"mask"``: the edit mask if the embeddings have one; ``"difference"``: d(gt, src) per token;
             ``"none"``.
+        t_min, t_max: the noise levels at which a trainer counts the term, both ends included.
     """
 
     kind: str
@@ -55,6 +56,8 @@ class LossTerm:
     temperature: Optional[float] = None
     label: Optional[int] = None
     token_weights: str = "mask"
+    t_min: float = 0.0
+    t_max: float = 1.0
 
     def __post_init__(self):
         if self.kind not in TERMS:
@@ -78,6 +81,10 @@ class LossTerm:
         losses._check_number("weight", self.weight, minimum=0.0)
         losses._check_option("agg", self.agg, losses.AGGREGATIONS)
         losses._check_option("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        for name in ("t_min", "t_max"):
+            losses._check_number(name, getattr(self, name), minimum=0.0)
+        if not self.t_min <= self.t_max <= 1.0:
+            raise ValueError(f"t_min: expected 0 ≤ t_min ≤ t_max ≤ 1, got t_min {self.t_min:g}, t_max {self.t_max:g}")
         if self.dist is not None:
             l1_too = self.kind in ("geometry_match", "feature_match")
             losses._check_option("dist", self.dist, losses.MATCHES if l1_too else losses.DISTANCES)
@@ -107,17 +114,22 @@ class LossTerm:
                 losses._check_option(name, getattr(self, name), options)
 
 
+    def gate(self, t: Tensor) -> Tensor:
+        """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""
+        return (t >= self.t_min) & (t <= self.t_max)
+
+
 @dataclass(frozen=True)
 class TermReport:
     """What one term says about a batch.
 
     Attributes:
         term: the term.
-        value: mean loss over the batch, unweighted, with its graph.
+        value: mean loss over the samples that count, unweighted, with its graph; 0 if none counts.
         per_sample: ``[B]`` unweighted losses.
         distances: label such as ``"d(pred, gt)"`` → ``[B]``, or ``[B, K]`` for K negatives of a pair.
-        active: share of the batch where the hinge is open (above 0), a tensor without a graph, so that reading it is what
-            waits for a GPU; NaN if a loss is; None for terms without a hinge.
+        open: ``[B]``: 1 where the hinge is open (above 0), 0 where it is not, NaN where the loss is; a tensor without a
+            graph, so that reading it is what waits for a GPU; None for terms without a hinge.
         toward_failure: ``[B]`` or None. Hinge terms: max_k 1 − d(anchor, negative_k) / d(positive, negative_k), at least 0:
             0 = no nearer to a negative than the target is, 1 = at the negative. Match terms: d(pred, gt) / d(src, gt):
             0 = at the target, 1 = as far off as the picture before the edit.
@@ -126,23 +138,55 @@ class TermReport:
         token_weights: ``[B, h, w]`` or None: how much each token counted.
         region: the part of the pictures that the map covers: top, left, bottom, right as fractions.
         map_meaning: what a high (red) and a low (blue) value of the map say, in words.
+        sample_weights: ``[B]`` factors of the samples in the total, 0 outside the term's gate; None when all count alike.
     """
 
     term: LossTerm
     value: Tensor
     per_sample: Tensor
     distances: Mapping[str, Tensor]
-    active: Optional[Tensor] = None
+    open: Optional[Tensor] = None
     toward_failure: Optional[Tensor] = None
     token_map: Optional[Tensor] = None
     token_weights: Optional[Tensor] = None
     region: Region = WHOLE
     map_meaning: str = ""
+    sample_weights: Optional[Tensor] = None
+
+    @property
+    def active(self) -> Optional[Tensor]:
+        """Share of the samples that count whose hinge is open; None for terms without a hinge."""
+        if self.open is None or self.sample_weights is None:
+            return None if self.open is None else self.open.mean()
+        return self.open[self.sample_weights > 0].mean()
 
     @property
     def weighted(self) -> Tensor:
-        """``value`` times the term's weight."""
-        return self.value * self.term.weight
+        """What the term adds to the total: its weight times the mean over the batch of sample weight · loss."""
+        if self.sample_weights is None:
+            return self.value * self.term.weight
+        return self.weighted_per_sample.mean()
+
+    @property
+    def weighted_per_sample(self) -> Tensor:
+        """``[B]``; their mean is :attr:`weighted`. What is outside the gate or of weight 0 adds nothing, not even NaN."""
+        if not self.term.weight:
+            return torch.zeros_like(self.per_sample)
+        if self.sample_weights is None:
+            return self.per_sample * self.term.weight
+        counted = torch.where(self.sample_weights > 0, self.per_sample, torch.zeros_like(self.per_sample))
+        return counted * self.sample_weights * self.term.weight
+
+    def counting(self, t: Optional[Tensor], sample_weights: Optional[Tensor]) -> TermReport:
+        """This report with the gate of its term and the weights of the samples applied."""
+        if t is None and sample_weights is None:
+            return self
+        weights = torch.ones_like(self.per_sample) if sample_weights is None else sample_weights.to(self.per_sample)
+        if t is not None:
+            weights = weights * self.term.gate(t.to(weights.device))
+        inside = self.per_sample[weights > 0]
+        value = inside.mean() if len(inside) else torch.zeros_like(self.value)
+        return replace(self, value=value, sample_weights=weights)
 
 
 def _plain(values: Optional[Tensor]):
@@ -233,12 +277,24 @@ class EditObjective:
         """Names of the encoders that the terms read, each once, in order."""
         return tuple(dict.fromkeys(t.encoder for t in self.terms))
 
-    def evaluate(self, embeddings: EmbeddingSet, details: bool = False) -> ObjectiveReport:
+    def at(self, t: Tensor) -> EditObjective:
+        """The terms that count for at least one of the noise levels ``[B]``: what a trainer has to compute."""
+        return EditObjective(tuple(term for term in self.terms if bool(term.gate(t).any())))
+
+    def evaluate(
+        self,
+        embeddings: EmbeddingSet,
+        details: bool = False,
+        t: Optional[Tensor] = None,
+        sample_weights: Optional[Tensor] = None,
+    ) -> ObjectiveReport:
         """Σ weight · term, with each distance that terms share computed once.
 
         Args:
             embeddings: must hold every role × encoder that a term names; ``pred`` may carry a graph.
             details: also compute ``toward_failure`` and the token maps for pictures, which training does not need.
+            t: noise levels ``[B]`` of the samples, which the terms' gates compare; None: every sample counts.
+            sample_weights: ``[B]`` factors of the samples, at least 0; the total is still divided by B.
 
         Raises:
             ValueError: no terms, a missing role or encoder, batches or token grids that do not fit.
@@ -246,7 +302,9 @@ class EditObjective:
         if not self.terms:
             raise ValueError("objective: expected at least one term, got none")
         evaluation = _Evaluation(self.terms, embeddings, details)
-        reports = tuple(TERMS[term.kind].evaluate(evaluation, term) for term in self.terms)
+        reports = tuple(
+            TERMS[term.kind].evaluate(evaluation, term).counting(t, sample_weights) for term in self.terms
+        )
         counted = [r.weighted for r in reports if r.term.weight > 0]
         return ObjectiveReport(sum(counted) if counted else torch.zeros(()), reports)
 
@@ -378,9 +436,9 @@ def _share(d: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole <= 1e-6, torch.zeros_like(d), d / whole.clamp_min(1e-6)).detach()
 
 
-def _active_share(open_: Tensor, per_sample: Tensor) -> Tensor:
-    """The mean of a condition; NaN where the losses that it speaks about are."""
-    return (open_.detach().to(per_sample.dtype) + 0.0 * per_sample.detach()).mean()
+def _as_open(condition: Tensor, per_sample: Tensor) -> Tensor:
+    """A condition as 0 and 1; NaN where the losses that it speaks about are."""
+    return condition.detach().to(per_sample.dtype) + 0.0 * per_sample.detach()
 
 
 def _match(e: _Evaluation, term: LossTerm) -> TermReport:
@@ -413,7 +471,7 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
     )
     columns = d_neg.detach().reshape(len(d_pos), -1)
     width = margin.reshape(len(d_pos), -1) if isinstance(margin, Tensor) else margin
-    active = _active_share((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1), per_sample)
+    is_open = _as_open((d_pos.detach().unsqueeze(1) - columns + width > 0).any(1), per_sample)
     toward = None
     if e.details and reach is not None:
         reach = reach.reshape(len(d_pos), -1)
@@ -425,7 +483,7 @@ def _ranking(e: _Evaluation, term: LossTerm) -> TermReport:
         first, second = distances
         meaning = f"red: {first} above {second}; blue: below"
     return e.report(
-        term, per_sample, _difference_map(e, term, compared, columns), distances=distances, active=active,
+        term, per_sample, _difference_map(e, term, compared, columns), distances=distances, open=is_open,
         toward_failure=toward, map_meaning=meaning,
     )  # fmt: skip
 
@@ -444,13 +502,13 @@ def _contrastive(e: _Evaluation, term: LossTerm) -> TermReport:
     token_map = e.token_distances(term, term.anchor, term.positive, kind)[0]
     meaning = f"red: {term.anchor} far from {term.positive}"
     if term.label:
-        active = d > 0
+        condition = d > 0
     else:
-        active, token_map = d < term.margin, (term.margin - token_map).clamp_min(0.0)
+        condition, token_map = d < term.margin, (term.margin - token_map).clamp_min(0.0)
         meaning = f"red: {term.anchor} near {term.positive}, inside the margin"
     return e.report(
         term, per_sample, token_map, distances={_name(term.anchor, term.positive): d},
-        active=_active_share(active, per_sample), map_meaning=meaning,
+        open=_as_open(condition, per_sample), map_meaning=meaning,
     )  # fmt: skip
 
 

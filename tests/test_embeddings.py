@@ -640,6 +640,51 @@ def test_pictures_of_other_proportions_are_refused():
         EmbeddingSet().with_images(CentreEncoder(), {"gt": torch.rand(1, 16, 32, 3), "src": torch.rand(1, 16, 16, 3)})
 
 
+# --- masks of what an encoder saw ------------------------------------------------------------------------------------
+
+
+def cropped_set():
+    """One encoder saw the right half of 8 × 16 pictures, the other all of them."""
+    whole, half = Patches("grid", "whole"), Patches("tokens", "half")
+    images = pictures(2, 8, 16)
+    made = EmbeddingSet().with_images(whole, {"gt": images})
+    made = made.with_embedding("gt", half.info, half(images[:, :, 8:]), grid=(2, 2))
+    mask = torch.zeros(2, 8, 16)
+    mask[0, :4, 8:12], mask[1, :, 4:12] = 1, 1
+    return made, mask
+
+
+def test_an_encoder_may_have_a_mask_of_its_own():
+    made, mask = cropped_set()
+    both = made.with_mask(mask).with_mask(mask[:, :, 8:], "half")
+    assert both.token_weights("half").tolist() == [[1, 0, 0, 0], [1, 0, 1, 0]]
+    assert torch.equal(both.token_weights("whole"), made.with_mask(mask).token_weights("whole"))
+    alone = made.with_mask(mask[:, :, 8:], "half")
+    assert alone.token_weights("whole") is None and torch.equal(alone.token_weights("half"), both.token_weights("half"))
+    other_way = made.with_mask(mask[:, :, 8:], "half").with_mask(mask)
+    assert torch.equal(other_way.token_weights("half"), both.token_weights("half")), "the order does not matter"
+    assert made.masks == {} and both.to("meta").masks["half"].device.type == "meta"
+
+
+def test_masks_of_encoders_survive_the_file(tmp_path):
+    made, mask = cropped_set()
+    both = made.with_mask(mask).with_mask(mask[:, :, 8:], "half")
+    back = EmbeddingSet.load(both.save(tmp_path / "e.safetensors"))
+    same(back, both)
+    assert back.masks.keys() == {"half"} and torch.equal(back.masks["half"], mask[:, :, 8:])
+    only = EmbeddingSet.load(made.with_mask(mask[:, :, 8:], "half").save(tmp_path / "f.safetensors"))
+    assert only.mask is None and only.masks.keys() == {"half"}
+    assert not EmbeddingSet.load(made.with_mask(mask).save(tmp_path / "g.safetensors")).masks, "as files were before"
+
+
+def test_a_mask_for_an_unknown_encoder_or_an_empty_one_is_refused():
+    made, mask = cropped_set()
+    with pytest.raises(ValueError, match=r"^encoder: expected one of \['half', 'whole'\], got 'third'"):
+        made.with_mask(mask, "third")
+    with pytest.raises(ValueError, match="^mask: sample 0 of 2 is empty"):
+        made.with_mask(mask[:, :, 12:], "half")
+
+
 # --- what a trainer hands in -----------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,11 @@ class Encoder(ABC):
         """The part of a picture of this size that the token grid covers: all of it, unless the encoder crops."""
         return WHOLE
 
+    def reads_latents(self, latent_space: str, height: int, width: int) -> bool:
+        """Whether the encoder has a ``from_latents`` that takes the latents of this autoencoder and of pictures of this
+        size: without decoding, and with the result that it has for the pictures."""
+        return False
+
     def __call__(self, images: Tensor) -> Tensor:
         """Encode with gradients.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Encoder, EncoderInfo, Region, check_output, hash_tensors
-from .vae import VAEEncoder
+from .vae import VAEEncoder, check_latents
 
 
 class DiffusionFeatureEncoder(Encoder):
@@ -65,11 +65,26 @@ class DiffusionFeatureEncoder(Encoder):
         self.info = EncoderInfo(f"{name}/t{t:g}/{output}", f"{vae.info.preprocessing}; {noise}", whole, output)
 
     def forward(self, images: Tensor) -> Tensor:
-        x0 = self.vae.latents(images)
+        return self._of(self.vae.latents(images))
+
+    def reads_latents(self, latent_space: str, height: int, width: int) -> bool:
+        return self.vae.reads_latents(latent_space, height, width)
+
+    def from_latents(self, z: Tensor) -> Tensor:
+        """The autoencoder's own latents ``[B, C, h, w]`` → the embedding of their pictures.
+
+        Raises:
+            ValueError: another size than ``vae`` encodes at; features of an unexpected shape.
+        """
+        check_latents(z, self.vae)
+        return self._of(self.vae.scaled(z))
+
+    def _of(self, x0: Tensor) -> Tensor:
+        """Features of latents as the model takes them."""
         t = torch.full((len(x0),), self.t, device=x0.device)
         x_t = (1.0 - self.t) * x0 + self.t * self.noise(x0)
         x = self.select(run_to(self.block, lambda: self.predict(x_t, t)))
-        rows, columns = self.grid(*images.shape[1:3])
+        rows, columns = (-(-side // self.patch) for side in x0.shape[2:])
         if x.ndim == 4 and x.shape[2:] == (rows, columns):
             x = x.flatten(2).transpose(1, 2)
         if x.ndim != 3 or tuple(x.shape[:2]) != (len(x0), rows * columns):

@@ -15,6 +15,10 @@ class VAEEncoder(PixelEncoder):
 
     A picture whose sides are not multiples of ``downscale`` is stretched down to the next ones.
 
+    Attributes:
+        latent_space: sha256 over the autoencoder: the weights' fingerprint and ``downscale``. Encoders of one space read
+            its latents, whatever they do to pictures before and to latents after.
+
     Args:
         encode: pixels ``[B, 3, H, W]`` in −1…1 on ``device`` → latents ``[B, C, H/downscale, W/downscale]``,
             differentiable and without sampling: the posterior's mean
@@ -56,7 +60,9 @@ class VAEEncoder(PixelEncoder):
             )
         preprocess = Preprocess(height, width, multiple=downscale)
         described = preprocess.describe()
-        whole = hash_tensors([("shift", self.shift), ("scale", self.scale)], fingerprint, described, str(downscale))
+        self.latent_space = hash_tensors([], fingerprint, str(downscale))
+        numbers = [("shift", self.shift), ("scale", self.scale)]
+        whole = hash_tensors(numbers, fingerprint, described, str(downscale))
         super().__init__(EncoderInfo(f"{name}/grid", described, whole, "grid"), preprocess, torch.device(device))
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -66,7 +72,15 @@ class VAEEncoder(PixelEncoder):
             raise ValueError(
                 f"{self.info.name}: expected latents [{len(pixels)}, C, {rows}, {columns}], got {list(z.shape)}"
             )
-        return (z - self.shift) * self.scale
+        return self.scaled(z)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """The autoencoder's own latents ``[B, C, h, w]`` → (z − shift) · scale, as the diffusion model takes them."""
+        return (z - self.shift.to(z)) * self.scale.to(z)
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`scaled`."""
+        return z / self.scale.to(z) + self.shift.to(z)
 
     def latents(self, images: Tensor) -> Tensor:
         """Pictures ``[B, H, W, 3]`` → latents ``[B, C, h, w]`` as the diffusion model takes them."""
@@ -75,3 +89,26 @@ class VAEEncoder(PixelEncoder):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         rows, columns = self.preprocess.size(height, width)
         return rows // self.downscale, columns // self.downscale
+
+    def reads_latents(self, latent_space: str, height: int, width: int) -> bool:
+        return latent_space == self.latent_space and self.preprocess.size(height, width) == (height, width)
+
+    def from_latents(self, z: Tensor) -> Tensor:
+        """The autoencoder's own latents ``[B, C, h, w]`` → the embedding of their pictures: scaled, as a grid.
+
+        Raises:
+            ValueError: another size than the encoder's own pictures have.
+        """
+        check_latents(z, self)
+        return self.scaled(z).movedim(1, -1)
+
+
+def check_latents(z: Tensor, vae: VAEEncoder) -> None:
+    """ValueError unless ``z`` is ``[B, C, h, w]`` of a size at which ``vae`` encodes."""
+    if not isinstance(z, Tensor) or z.ndim != 4 or not z.numel() or not z.is_floating_point():
+        came = f"{z.dtype} {list(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f"latents: expected floating [B, C, h, w], got {came}")
+    size = tuple(v * vae.downscale for v in z.shape[2:])
+    if vae.preprocess.size(*size) != size:
+        expected = [v // vae.downscale for v in vae.preprocess.size(*size)]
+        raise ValueError(f"latents: expected {expected[0]}×{expected[1]}, got {z.shape[2]}×{z.shape[3]}")

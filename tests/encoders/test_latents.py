@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from editloss_core.encoders import VAEEncoder
+from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess
 from editloss_core.encoders.diffusion import run_to
 
 
@@ -135,6 +136,56 @@ def test_maps_are_taken_as_they_are(diffusion):
     maps.select = lambda pair: pair[0].mT.unflatten(2, (2, 3))
     pictures = torch.rand(2, 32, 48, 3)
     torch.testing.assert_close(maps(pictures), tokens(pictures))
+
+
+def test_latents_in_place_of_pictures(diffusion):
+    """What an encoder makes of latents is what it makes of their pictures, and gradients reach the latents."""
+    pictures = torch.rand(2, 32, 48, 3)
+    z = diffusion.vae.unscaled(diffusion.vae.latents(pictures)).detach().requires_grad_()
+    for encoder in (diffusion.vae, diffusion.build(), diffusion.build(output="tokens", t=0.6)):
+        assert encoder.reads_latents(diffusion.vae.latent_space, 32, 48)
+        made = encoder.from_latents(z)
+        torch.testing.assert_close(made, encoder(pictures))
+        assert torch.autograd.grad(made.square().sum(), z)[0].abs().sum() > 0
+
+
+def test_the_latent_space_is_the_autoencoder_and_not_what_happens_around_it(diffusion):
+    def space(fingerprint="f", downscale=8, **options):
+        return VAEEncoder(diffusion.ae, "v", fingerprint, downscale, **options).latent_space
+
+    assert space() == space(image_size=32) == VAEEncoder(diffusion.ae, "other name", "f", 8).latent_space
+    assert space() == space(scale=2.0) == space(shift=[0.0, 2.0])
+    assert len({space(), space("g"), space(downscale=16)}) == 3
+
+
+def test_encoders_with_another_scale_read_the_same_latents(diffusion):
+    """The VAE's own latents as an embedding, and a diffusion model's: one reads what the other made."""
+    pictures = torch.rand(2, 32, 48, 3)
+    own, model = VAEEncoder(diffusion.ae, "v", "f", 8), VAEEncoder(diffusion.ae, "v", "f", 8, shift=0.3, scale=2.0)
+    assert own.reads_latents(model.latent_space, 32, 48)
+    torch.testing.assert_close(own.from_latents(model.unscaled(model.latents(pictures))), own(pictures))
+
+
+def test_an_encoder_of_one_size_reads_latents_of_that_size(diffusion):
+    fixed = VAEEncoder(diffusion.ae, "v", "f", 8, image_size=(40, 64))
+    assert fixed.reads_latents(fixed.latent_space, 40, 64) and not fixed.reads_latents(fixed.latent_space, 64, 64)
+    assert not fixed.reads_latents(diffusion.vae.latent_space, 40, 64)
+    assert not diffusion.vae.reads_latents(diffusion.vae.latent_space, 36, 64), "it would be stretched first"
+    assert fixed.from_latents(torch.rand(1, 4, 5, 8)).shape == (1, 5, 8, 4)
+    with pytest.raises(ValueError, match="^latents: expected 5×8, got 8×8"):
+        fixed.from_latents(torch.rand(1, 4, 8, 8))
+    for bad in (torch.rand(4, 5, 8), torch.zeros(1, 4, 5, 8, dtype=torch.int64), [1.0]):
+        with pytest.raises(ValueError, match=r"^latents: expected floating \[B, C, h, w\], got "):
+            diffusion.build().from_latents(bad)
+
+
+def test_encoders_of_pictures_read_no_latents():
+    class Mean(PixelEncoder):
+        def features(self, pixels):
+            return pixels.mean((2, 3))
+
+    mean = Mean(EncoderInfo("m", "", "f", "global"), Preprocess(0, 0), torch.device("cpu"))
+    assert not mean.reads_latents("", 32, 32)
 
 
 def test_fingerprints(diffusion):

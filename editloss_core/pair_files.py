@@ -1,0 +1,420 @@
+"""The files behind pairs: which belong together, what is wrong with them, and their pixels.
+
+Nothing here knows of training: :mod:`.pairs` is the door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+NOT_CAPTIONS = ("readme", "license", "licence", "requirements")  # texts that lie beside pictures and describe none
+MULTIPLE = 16  # pixels: 8 per latent and 2 latents per token in FLUX
+SAME_PROPORTIONS = 0.01  # relative
+LISTED = 12  # files that a message names per kind of problem; the rest are counted
+
+Size = tuple[int, int]
+
+# Every kind of finding, in the order of the report, with what to do about it.
+KINDS = {
+    "unreadable": "files that cannot be read; export them again",
+    "no after": "before pictures without an after picture of the same name",
+    "no before": "after pictures without a before picture of the same name",
+    "duplicate": "files that claim the same place; keep one of each",
+    "mask alone": "masks without a pair of the same name",
+    "caption alone": "captions without a pair of the same name; rename them, or take them out of the folder",
+    "no caption": "pairs without a caption; write a .txt of the same name, or set default_caption",
+    "proportions": "before and after of different proportions; crop both in the same way",
+    "mask proportions": "masks of other proportions than their pictures",
+    "mask empty": "masks without an edit; expected white where the picture changes",
+    "too small": "pictures that are too small",
+    "no edit": "pairs without a visible edit; is the before picture in both places?",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a folder of pairs.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        files: what it is about, relative to the folder; names of pairs where they have no files.
+        detail: what was found, or "".
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    detail: str = ""
+
+
+class PairProblems(ValueError):
+    """Everything that is wrong with a set of pairs, in one message grouped by kind.
+
+    Attributes:
+        findings: all of them; the message lists at most 12 of a kind.
+    """
+
+    def __init__(self, findings: Sequence[Finding], where: str):
+        self.findings = tuple(sorted(findings, key=lambda f: (list(KINDS).index(f.kind), f.files)))
+        count = len(self.findings)
+        lines = [f"pairs: {count} problem{'s' if count > 1 else ''} in {where}; nothing was started"]
+        for kind, advice in KINDS.items():
+            found = [f for f in self.findings if f.kind == kind]
+            if found:
+                lines.append(f"• {advice} ({len(found)}):")
+                lines += [f"    {' + '.join(f.files)}{f': {f.detail}' if f.detail else ''}" for f in found[:LISTED]]
+                if len(found) > LISTED:
+                    lines.append(f"    … and {len(found) - LISTED} more")
+        super().__init__("\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """What lies where in a folder of pairs, before any picture is opened.
+
+    Attributes:
+        description: the layout that was recognised, in words.
+        root: the folder that names in messages are relative to.
+        before, after, masks, captions: stem in lower case → file.
+        findings: duplicates.
+        ending: what the stems of after pictures end in beside the name of the pair.
+    """
+
+    description: str
+    root: Path
+    ending: str = ""
+    before: dict[str, Path] = field(default_factory=dict)
+    after: dict[str, Path] = field(default_factory=dict)
+    masks: dict[str, Path] = field(default_factory=dict)
+    captions: dict[str, Path] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def name(self, path: Path) -> str:
+        """How a message calls a file."""
+        try:
+            return path.relative_to(self.root).as_posix()
+        except ValueError:  # the control folder may lie elsewhere
+            return f"{path.parent.name}/{path.name}"
+
+    def add(self, part: str, entries: Iterable[tuple[str, Path]]) -> None:
+        """Enter (stem, file) into one of the tables; what is already taken within the same call is a finding."""
+        table: dict[str, Path] = getattr(self, part)
+        rivals: dict[str, list[Path]] = {}
+        for stem, path in entries:
+            rivals.setdefault(stem.casefold(), []).append(path)
+        for stem, paths in rivals.items():
+            if len(paths) > 1:
+                self.findings.append(Finding("duplicate", tuple(map(self.name, paths))))
+            table.setdefault(stem, paths[0])
+
+
+def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
+    """Recognise the layout of a folder; see :func:`~.pairs.find_pairs` for the three there are.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: no layout fits; the message says what was looked for and what is there.
+    """
+    for path in (folder, control_folder):
+        if path is not None and not path.is_dir():
+            raise FileNotFoundError(f"pairs: there is no folder {path}")
+    if control_folder is not None:
+        if control_folder.resolve() == folder.resolve():
+            raise ValueError(f"control_folder: expected another folder than the after pictures', got {folder} for both")
+        layout = Layout("after pictures in the folder, before pictures in the control folder", folder)
+        layout.add("after", _pictures(folder))
+        layout.add("before", _pictures(control_folder))
+        _add_masks(layout, _subfolder(folder, "mask"))
+        _add_captions(layout, [(folder, True), (control_folder, False), (_subfolder(folder, "captions"), True)])
+        found = layout
+    else:
+        before, after = (_subfolder(folder, name) for name in ("before", "after"))
+        found = _side_by_side(folder, before, after) if before and after else _suffixed(folder)
+    if not found.before and not found.after:
+        there = sorted(p.name + "/" * p.is_dir() for p in _visible(folder))
+        raise ValueError(
+            f"pairs: no pairs in {folder}; expected the folders before/ and after/, or files that end in _before and "
+            f"_after, or pictures here and a control_folder with the before pictures ({', '.join(SUFFIXES)}); got "
+            f"{', '.join(there[:LISTED]) or 'an empty folder'}{', …' if len(there) > LISTED else ''}"
+        )
+    return found
+
+
+def _side_by_side(folder: Path, before: Path, after: Path) -> Layout:
+    layout = Layout("folders before/ and after/", folder)
+    layout.add("before", _pictures(before))
+    layout.add("after", _pictures(after))
+    _add_masks(layout, _subfolder(folder, "mask"))
+    _add_captions(layout, [(after, True), (before, True), (_subfolder(folder, "captions"), True), (folder, False)])
+    return layout
+
+
+def _suffixed(folder: Path) -> Layout:
+    layout = Layout("one folder with _before and _after", folder, "_after")
+    endings = {"_before": "before", "_after": "after", "_mask": "masks"}
+    for ending, part in endings.items():
+        layout.add(
+            part,
+            ((s[: -len(ending)], p) for s, p in _pictures(folder) if s.casefold().endswith(ending) and s != ending),
+        )
+    texts = {"_after": [], "_before": [], "": []}
+    for stem, path in _texts(folder):
+        ending = next(e for e in texts if stem.casefold().endswith(e))
+        texts[ending].append((stem[: len(stem) - len(ending)], path))
+    for entries in (texts[""], texts["_after"], texts["_before"]):
+        _add_first(layout, entries, strict=True)
+    _add_captions(layout, [(_subfolder(folder, "captions"), True)])
+    return layout
+
+
+def _add_masks(layout: Layout, folder: Optional[Path]) -> None:
+    if folder is not None:
+        layout.add("masks", _pictures(folder))
+
+
+def _add_captions(layout: Layout, places: Sequence[tuple[Optional[Path], bool]]) -> None:
+    """Captions from several places, the first place that has one wins. (folder, strict): a strict place holds nothing
+    but captions, so that one without a pair is a finding."""
+    for folder, strict in places:
+        if folder is not None:
+            _add_first(layout, _texts(folder), strict)
+
+
+def _add_first(layout: Layout, entries: Iterable[tuple[str, Path]], strict: bool) -> None:
+    known = layout.before.keys() | layout.after.keys()
+    entries = [(s, p) for s, p in entries if strict or s.casefold() in known]
+    taken = dict(layout.captions)
+    layout.add("captions", entries)
+    layout.captions.update(taken)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, Path]]:
+    return ((p.stem, p) for p in _visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def _texts(folder: Path) -> Iterator[tuple[str, Path]]:
+    return (
+        (p.stem, p)
+        for p in _visible(folder)
+        if p.suffix.lower() == ".txt" and p.is_file() and p.stem.casefold() not in NOT_CAPTIONS
+    )
+
+
+def _subfolder(folder: Path, name: str) -> Optional[Path]:
+    return next((p for p in _visible(folder) if p.name.casefold() == name and p.is_dir()), None)
+
+
+def read_caption(path: Path) -> str:
+    """The text of a caption file in one line: what trainers take a line break for differs.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def digest_state(paths: Mapping[str, Path]) -> str:
+    """sha256 over names, sizes and times of files: changes when a file does, without reading any."""
+    digest = hashlib.sha256()
+    for name, path in sorted(paths.items()):
+        status = path.stat()
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """Pixels of a file: ``values`` float32 in 0…1, ``[H, W, 3]`` or (masks) ``[H, W]``; sha256 of its bytes; whether
+    it has transparency."""
+
+    values: np.ndarray
+    content: str
+    transparent: bool
+
+
+_truncation = Lock()
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Other programs in the process may have told Pillow to fill cut-off files with grey."""
+    with _truncation:
+        previous, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = previous
+
+
+def read_picture(path: Path, mask: bool = False) -> Picture:
+    """The first frame of a picture file, turned as its EXIF orientation says; colour profiles are not applied.
+
+    Transparency is laid on white, in a mask on black. Grey, palette, CMYK and 16-bit files become RGB, masks grey.
+
+    Raises:
+        ValueError: it cannot be read whole, with the reason.
+    """
+    try:
+        data = path.read_bytes()
+        with _whole_files_only(), Image.open(io.BytesIO(data)) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            values, transparent = _values(image, "L" if mask else "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise ValueError(str(error).replace(f" {str(path)!r}", "") or type(error).__name__) from error
+    return Picture(values, hashlib.sha256(data).hexdigest(), transparent)
+
+
+def _values(image: Image.Image, mode: str) -> tuple[np.ndarray, bool]:
+    if image.mode == "F" or image.mode.startswith("I"):
+        # Pillow's own conversion cuts these off at 255.
+        grey = np.asarray(image, dtype=np.float32)
+        grey = grey if image.mode == "F" else grey / 65535.0
+        if not np.isfinite(grey).all():
+            raise ValueError("expected finite values, got NaN or infinity")
+        grey = grey.clip(0.0, 1.0)
+        return (grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)), False
+    transparent = False
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        transparent = image.getextrema()[3][0] < 255
+        if transparent:
+            ground = Image.new("RGBA", image.size, "black" if mode == "L" else "white")
+            image = Image.alpha_composite(ground, image)
+    return np.asarray(image.convert(mode), dtype=np.float32) / 255.0, transparent
+
+
+def bucket_size(size: Size, resolution: int, upscale: bool = False) -> Size:
+    """The size to train a picture at: multiples of 16 with its proportions and about ``resolution²`` pixels.
+
+    Of the four ways to round the ideal sides up or down to multiples of 16, the one whose proportions, and half as much
+    whose area, come closest on a logarithmic scale, among those of at most 1.02 · resolution² pixels.
+
+    Args:
+        size: of the picture, (height, width).
+        resolution: see above.
+        upscale: if False, neither side is longer than the picture's, unless that is below 16.
+
+    >>> bucket_size((2000, 3000), 1024), bucket_size((500, 500), 1024), bucket_size((500, 500), 1024, upscale=True)
+    ((832, 1248), (496, 496), (1024, 1024))
+    """
+    target = resolution**2
+    scale = math.sqrt(target / (size[0] * size[1]))
+    if not upscale:
+        scale = min(1.0, scale)
+    ideal = [side * scale for side in size]
+    options = []
+    for side, longest in zip(ideal, size):
+        steps = {math.floor(side / MULTIPLE + 1e-9), math.ceil(side / MULTIPLE - 1e-9)}
+        fitting = [MULTIPLE * n for n in steps if n > 0 and (upscale or MULTIPLE * n <= longest)]
+        options.append(fitting or [MULTIPLE])
+
+    def cost(option: Size) -> tuple[bool, float, Size]:
+        height, width = option
+        shape = abs(math.log(width / height * size[0] / size[1]))
+        area = abs(math.log(height * width / (ideal[0] * ideal[1])))
+        return height * width > 1.02 * target, shape + 0.5 * area, option
+
+    return min(((h, w) for h in options[0] for w in options[1]), key=cost)
+
+
+class Box(NamedTuple):
+    """A part of a picture, as fractions of its height and width."""
+
+    top: float
+    left: float
+    bottom: float
+    right: float
+
+
+def cover(size: tuple[int, int], target: tuple[int, int], keep: Optional[Box] = None) -> Box:
+    """The largest part of a picture of ``size`` (height, width) with the proportions of ``target``.
+
+    It is central, or moved by as little as it takes for ``keep`` to be inside; where ``keep`` does not fit, their
+    centres are as near as can be.
+    """
+    scale = max(target[0] / size[0], target[1] / size[1])
+    spans = []
+    for axis in range(2):
+        length = min(1.0, target[axis] / (size[axis] * scale))
+        start = (1.0 - length) / 2
+        if keep is not None:
+            first, last = keep[axis], keep[axis + 2]
+            wanted = (first + last - length) / 2
+            if last - first <= length:
+                wanted = min(max(start, last - length), first)
+            start = min(max(wanted, 0.0), 1.0 - length)
+        spans.append((start, start + length))
+    return Box(spans[0][0], spans[1][0], spans[0][1], spans[1][1])
+
+
+def bounding_box(mask: np.ndarray) -> Optional[Box]:
+    """Where a mask is at least one half; None if it is nowhere."""
+    solid = mask >= 0.5
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+    if not len(rows):
+        return None
+    height, width = mask.shape
+    return Box(rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width)
+
+
+def resample(values: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:
+    """The part ``box`` of ``[H, W]`` or ``[H, W, 3]`` at ``size`` (height, width): antialiased, float32 in 0…1.
+
+    Pictures bicubically, masks linearly; both about the same centres, so that what lay on one another still does.
+    """
+    height, width = values.shape[:2]
+    if box == (0, 0, 1, 1) and size == (height, width):
+        return torch.from_numpy(values.copy())
+    edges = (box.left * width, box.top * height, min(box.right * width, width), min(box.bottom * height, height))
+    filter_ = Image.Resampling.BILINEAR if values.ndim == 2 else Image.Resampling.BICUBIC
+    channels = [values] if values.ndim == 2 else [values[..., c] for c in range(values.shape[2])]
+    parts = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(c)).resize(size[::-1], filter_, box=edges)) for c in channels
+    ]
+    return torch.from_numpy(np.stack(parts, -1) if values.ndim == 3 else parts[0].copy()).clamp(0.0, 1.0)
+
+
+def times(size: Size) -> str:
+    """A size in words, width first."""
+    return f"{size[1]}×{size[0]}"
+
+
+def same_proportions(a: Size, b: Size) -> bool:
+    """Whether two sizes have the same proportions within 1 %, or within a pixel of the smaller one."""
+    ratio = a[1] / a[0] * b[0] / b[1]
+    if abs(math.log(ratio)) <= math.log1p(SAME_PROPORTIONS):
+        return True
+    small, large = sorted((a, b))
+    scale = min(small[0] / large[0], small[1] / large[1]), max(small[0] / large[0], small[1] / large[1])
+    return any(all(abs(large[k] * s - small[k]) <= 1.0 for k in (0, 1)) for s in scale)

@@ -1,0 +1,430 @@
+"""Before/after pairs: find them, check them once and completely, and load them in one shared geometry.
+
+Pictures are floats ``[H, W, 3]`` in 0…1, masks ``[H, W]`` in 0…1 with 1 where the picture changes; sizes are (height,
+width) in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .encoders.base import hash_tensors
+from .pair_files import (
+    MULTIPLE,
+    Finding,
+    Layout,
+    PairProblems,
+    Picture,
+    Size,
+    bounding_box,
+    bucket_size,
+    cover,
+    digest_state,
+    read_caption,
+    read_picture,
+    resample,
+    same_proportions,
+    scan,
+    times,
+)
+
+__all__ = [
+    "MULTIPLE",
+    "Finding",
+    "Pair",
+    "PairImages",
+    "PairProblems",
+    "PairSet",
+    "bucket_size",
+    "find_pairs",
+    "folder_state",
+    "load",
+]
+
+GEOMETRY = "geometry 1"  # part of every fingerprint: what `load` does to a picture
+
+Source = Union[Path, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One edit: the picture before and after it, what was asked for, and where.
+
+    Attributes:
+        name: unique within a set.
+        before, after: a file, or a tensor ``[H, W, 3]``.
+        caption: the instruction.
+        mask: the edit region as a file or a tensor ``[H, W]``, or None.
+    """
+
+    name: str
+    before: Source
+    after: Source
+    caption: str = ""
+    mask: Optional[Source] = None
+
+
+class PairImages(NamedTuple):
+    """Pixels of a pair after the shared resize and crop: float32 in 0…1, ``[H, W, 3]`` and ``[H, W]`` or None."""
+
+    before: Tensor
+    after: Tensor
+    mask: Optional[Tensor]
+
+
+def find_pairs(
+    folder: Union[str, Path],
+    control_folder: Union[str, Path] = "",
+    *,
+    resolution: int = 1024,
+    default_caption: str = "",
+    upscale: bool = False,
+    min_size: int = 64,
+    progress: Optional[Callable[[int, int], None]] = None,
+) -> PairSet:
+    """The pairs of a folder, after every file of it was looked at.
+
+    Three layouts are recognised, in this order; files belong together by their stem, whatever its case:
+
+    * ``control_folder`` given: after pictures and captions in ``folder``, before pictures in ``control_folder``
+      (ai-toolkit), masks in ``folder/mask``.
+    * the folders ``before/``, ``after/`` and, if wanted, ``mask/``; captions as .txt beside the after pictures, beside
+      the before pictures, in ``captions/`` or in ``folder``: the first of them that has one.
+    * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png``; captions in ``x.txt``,
+      ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
+
+    Pictures may be PNG, JPEG, WebP, BMP or TIFF. Hidden files and files of other kinds are passed over. EXIF orientation
+    is honoured, transparency is laid on white (in masks on black), and grey, palette and 16-bit files become RGB.
+
+    Args:
+        folder, control_folder: see above; an empty control folder means none.
+        resolution: pictures are trained at about ``resolution²`` pixels, in their own proportions.
+        default_caption: for pairs without a caption of their own; empty makes such a pair a problem.
+        upscale: whether small pictures are enlarged to ``resolution``; if not, they are trained at their own size.
+        min_size: shortest side that a picture may have, in pixels.
+        progress: called with (done, total) pairs while they are checked.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        PairProblems: everything that is wrong with the pairs, in one report.
+        ValueError: no pairs at all, or a bad setting.
+    """
+    _check_settings(resolution, min_size)
+    layout = scan(Path(folder), Path(control_folder) if str(control_folder) else None)
+    findings = list(layout.findings)
+    pairs = []
+    for stem in sorted(layout.before.keys() | layout.after.keys()):
+        before, after = layout.before.get(stem), layout.after.get(stem)
+        if before is None or after is None:
+            findings.append(
+                Finding("no before", (layout.name(after),)) if after else Finding("no after", (layout.name(before),))
+            )
+            continue
+        caption = ""
+        if stem in layout.captions:
+            try:
+                caption = read_caption(layout.captions[stem])
+            except (OSError, ValueError) as error:
+                findings.append(Finding("unreadable", (layout.name(layout.captions[stem]),), str(error)))
+                caption = "unreadable"
+        if not (caption or default_caption.strip()):
+            empty = stem in layout.captions
+            where = layout.captions[stem] if empty else after
+            findings.append(Finding("no caption", (layout.name(where),), "the file is empty" if empty else ""))
+        pairs.append(
+            Pair(
+                after.stem[: len(after.stem) - len(layout.ending)],
+                before,
+                after,
+                caption or default_caption.strip(),
+                layout.masks.get(stem),
+            )
+        )
+    known = layout.before.keys() | layout.after.keys()
+    for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions)):
+        findings += [Finding(kind, (layout.name(path),)) for stem, path in table.items() if stem not in known]
+    partial = [layout.before.get(s) or layout.after[s] for s in known if not (s in layout.before and s in layout.after)]
+    return _checked(pairs, findings, layout, partial, resolution, upscale, min_size, progress)
+
+
+def folder_state(folder: Union[str, Path], control_folder: Union[str, Path] = "") -> str:
+    """A digest that changes when a file of the folder does (by name, size or time), without opening any picture.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`find_pairs`, for a folder without pairs.
+    """
+    layout = scan(Path(folder), Path(control_folder) if str(control_folder) else None)
+    tables = ("before", "after", "masks", "captions")
+    return digest_state({f"{t}/{stem}/{p.name}": p for t in tables for stem, p in getattr(layout, t).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class PairSet:
+    """Checked pairs, sorted into buckets of one size each. Made by :func:`find_pairs` or :meth:`from_images`.
+
+    Attributes:
+        pairs: in the order of their names (or of the batch).
+        sizes: what every picture of a pair has at least, (height, width).
+        contents: sha256 of a pair's files or tensors.
+        resolution, upscale: see :func:`find_pairs`.
+        layout: where the pairs came from, in words.
+        notes: what a person should know though it is no mistake.
+
+    Instances are never changed.
+    """
+
+    pairs: tuple[Pair, ...]
+    sizes: tuple[Size, ...]
+    contents: tuple[str, ...]
+    resolution: int = 1024
+    upscale: bool = False
+    layout: str = ""
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_images(
+        cls,
+        before: Tensor,
+        after: Tensor,
+        mask: Optional[Tensor] = None,
+        captions: Union[str, Sequence[str]] = "",
+        *,
+        names: Optional[Sequence[str]] = None,
+        resolution: int = 1024,
+        upscale: bool = False,
+        min_size: int = 64,
+        progress: Optional[Callable[[int, int], None]] = None,
+    ) -> PairSet:
+        """Pairs from picture batches.
+
+        Args:
+            before, after: ``[B, H, W, 3]`` in 0…1; the two may differ in size, not in proportions.
+            mask: ``[B, H, W]`` or ``[1, H, W]``, or None.
+            captions: one for every pair, or B of them.
+            names: B names; "pair 1" and so on if None.
+            resolution, upscale, min_size, progress: as in :func:`find_pairs`.
+
+        Raises:
+            ValueError: a wrong shape or number of things.
+            PairProblems: everything that is wrong with the pairs, in one report.
+        """
+        _check_settings(resolution, min_size)
+        count = len(before) if isinstance(before, Tensor) else 0
+        for name, batch, dims in (("before", before, 4), ("after", after, 4), ("mask", mask, 3)):
+            if name == "mask" and batch is None:
+                continue
+            fine = isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == dims and batch.numel()
+            if not fine or (dims == 4 and batch.shape[-1] != 3):
+                expected = "pictures [B, H, W, 3]" if dims == 4 else "[B, H, W]"
+                came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+                raise ValueError(f"{name}: expected {expected} in 0…1, got {came}")
+            if len(batch) != count and not (name == "mask" and len(batch) == 1):
+                raise ValueError(f"{name}: expected {count} like before, got {len(batch)}")
+        captions = [captions] * count if isinstance(captions, str) else list(captions)
+        names = [f"pair {i + 1}" for i in range(count)] if names is None else list(names)
+        for what, values in (("captions", captions), ("names", names)):
+            if len(values) != count or not all(isinstance(v, str) for v in values):
+                raise ValueError(f"{what}: expected {count} texts, one per pair, got {len(values)}")
+        if len(set(names)) < count:
+            raise ValueError(f"names: expected each name once, got {names}")
+        findings = [Finding("no caption", (n,)) for n, c in zip(names, captions) if not c.strip()]
+        # Copies: what a node hands over is an inference tensor, and belongs to the cache of the graph.
+        with torch.inference_mode(False):
+            own = [None if t is None else t.detach().float().cpu().clone() for t in (before, after, mask)]
+        pairs = [
+            Pair(name, own[0][i], own[1][i], caption.strip(), None if mask is None else own[2][min(i, len(mask) - 1)])
+            for i, (name, caption) in enumerate(zip(names, captions))
+        ]
+        return _checked(pairs, findings, None, (), resolution, upscale, min_size, progress)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[index]
+
+    @cached_property
+    def targets(self) -> tuple[Size, ...]:
+        """The size that each pair is trained at."""
+        return tuple(bucket_size(size, self.resolution, self.upscale) for size in self.sizes)
+
+    @cached_property
+    def buckets(self) -> dict[Size, list[int]]:
+        """Size → the indices of its pairs, the largest bucket first."""
+        found: dict[Size, list[int]] = {}
+        for index, target in enumerate(self.targets):
+            found.setdefault(target, []).append(index)
+        return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
+
+    def load(self, index: int) -> PairImages:
+        """The pixels of a pair at its size."""
+        return load(self.pairs[index], self.targets[index])
+
+    def fingerprint(self, index: int) -> str:
+        """sha256 over the content of a pair's pictures and what :meth:`load` does to them; the caption is not in it."""
+        return hash_tensors([], self.contents[index], str(self.targets[index]), GEOMETRY)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all fingerprints, names and captions."""
+        parts = (f"{p.name}\0{p.caption}\0{self.fingerprint(i)}\0" for i, p in enumerate(self.pairs))
+        return hash_tensors([], *parts)
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+        """The batches of one epoch: every pair once, each batch from one bucket, order and company drawn at random.
+
+        The result depends on nothing but the arguments and the sizes of the buckets. The last batch of a bucket holds
+        what is left over, so it may be smaller.
+        """
+        for name, value, low in (("batch_size", batch_size, 1), ("seed", seed, None), ("epoch", epoch, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+                raise ValueError(f"{name}: expected an integer{'' if low is None else f' >= {low}'}, got {value!r}")
+        digest = hashlib.sha256(f"batches/{seed}/{epoch}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        found = []
+        for members in self.buckets.values():
+            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            found += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+    def subset(self, indices: Sequence[int]) -> PairSet:
+        """The pairs of some indices, in that order."""
+        pick = {n: tuple(getattr(self, n)[i] for i in indices) for n in ("pairs", "sizes", "contents")}
+        return replace(self, **pick)
+
+    def split(self, hold_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
+        """(training, validation) pairs: ``hold_out`` pairs for validation, drawn by name, so that adding pairs to a
+        folder moves few from one side to the other.
+
+        Raises:
+            ValueError: no pair would be left for training.
+        """
+        if not isinstance(hold_out, int) or isinstance(hold_out, bool) or not 0 <= hold_out < len(self):
+            raise ValueError(
+                f"hold_out: expected 0 to {len(self) - 1}, so that one of the {len(self)} pairs is left to train on, got "
+                f"{hold_out!r}"
+            )
+        rank = sorted(range(len(self)), key=lambda i: hashlib.sha256(f"{seed}/{self.pairs[i].name}".encode()).digest())
+        held = set(rank[:hold_out])
+        return tuple(self.subset([i for i in range(len(self)) if (i in held) == side]) for side in (False, True))
+
+
+def load(pair: Pair, size: Size) -> PairImages:
+    """Before, after and mask of a pair at ``size``, all three through one geometry.
+
+    The after picture is scaled to cover ``size`` and cropped around its centre, or moved by as little as it takes to keep
+    the mask inside. Before and mask are cut at the same fractions of their height and width, whatever their own sizes.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
+    pixels = {part: _pixels(s, part == "mask").values for part, s in sources.items() if s is not None}
+    keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
+    box = cover(pixels["after"].shape[:2], size, keep)
+    with torch.inference_mode(False):
+        return PairImages(*(resample(pixels[part], box, size) if part in pixels else None for part in sources))
+
+
+def _pixels(source: Source, mask: bool) -> Picture:
+    if isinstance(source, Path):
+        try:
+            return read_picture(source, mask)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from error
+    if not bool(torch.isfinite(source).all()):
+        raise ValueError("expected values in 0…1, got NaN or infinity")
+    content = hash_tensors([("picture", source)])
+    return Picture(source.float().clamp(0.0, 1.0).numpy(), content, False)
+
+
+def _check_settings(resolution: int, min_size: int) -> None:
+    for name, value, low in (("resolution", resolution, MULTIPLE), ("min_size", min_size, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name}: expected an integer >= {low} pixels, got {value!r}")
+
+
+def _checked(
+    pairs: Sequence[Pair],
+    findings: list[Finding],
+    layout: Optional[Layout],
+    partial: Sequence[Path],
+    resolution: int,
+    upscale: bool,
+    min_size: int,
+    progress: Optional[Callable[[int, int], None]],
+) -> PairSet:
+    """Decode every picture, and make a set of them or raise the whole report. ``partial``: pictures without a partner,
+    which are looked at as well."""
+    sizes, contents, transparent = [], [], []
+    name = layout.name if layout else None
+    for done, pair in enumerate(pairs):
+        size, content, clear = _inspect(pair, name, min_size, findings)
+        sizes.append(size)
+        contents.append(content)
+        transparent += [pair.name] if clear else []
+        if progress is not None:
+            progress(done + 1, len(pairs))
+    for path in partial:
+        _try_pixels(path, False, layout.name(path), findings)
+    where = f"{layout.root} ({layout.description})" if layout else "the picture batches"
+    if findings:
+        raise PairProblems(findings, where)
+    notes = ()
+    if transparent:
+        notes = (f"transparency was laid on white in {len(transparent)} pairs: {', '.join(transparent[:5])}",)
+    return PairSet(
+        tuple(pairs), tuple(sizes), tuple(contents), resolution, upscale, layout.description if layout else "", notes
+    )
+
+
+def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding]) -> Optional[Picture]:
+    try:
+        return read_picture(source, mask) if isinstance(source, Path) else _pixels(source, mask)
+    except ValueError as error:
+        findings.append(Finding("unreadable", (label,), str(error)))
+        return None
+
+
+def _inspect(
+    pair: Pair, name: Optional[Callable[[Path], str]], min_size: int, findings: list[Finding]
+) -> tuple[Size, str, bool]:
+    """(least size, content, transparency) of a pair; what is wrong with it goes to ``findings``."""
+    sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
+    labels = {part: name(s) if name else f"{pair.name} {part}" for part, s in sources.items() if s is not None}
+    found = {part: _try_pixels(sources[part], part == "mask", labels[part], findings) for part in labels}
+    sizes = {part: p.values.shape[:2] for part, p in found.items() if p is not None}
+    for part in ("before", "after"):
+        if part in sizes and min(sizes[part]) < min_size:
+            findings.append(
+                Finding("too small", (labels[part],), f"{times(sizes[part])}, expected at least {min_size} px")
+            )
+    both = "before" in sizes and "after" in sizes
+    if both and not same_proportions(sizes["before"], sizes["after"]):
+        detail = f"{times(sizes['before'])} and {times(sizes['after'])}"
+        findings.append(Finding("proportions", (labels["before"], labels["after"]), detail))
+    elif both and found["before"].content == found["after"].content:
+        findings.append(Finding("no edit", (labels["before"], labels["after"]), "they are the same"))
+    if "mask" in sizes:
+        top = float(found["mask"].values.max())
+        if top < 0.5:
+            detail = f"its brightest value is {top * 255:.0f} of 255, expected at least 128"
+            findings.append(Finding("mask empty", (labels["mask"],), detail))
+        elif "after" in sizes and not any(same_proportions(sizes["mask"], sizes[p]) for p in sizes if p != "mask"):
+            detail = f"{times(sizes['mask'])} for {times(sizes['after'])}"
+            findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
+    least = tuple(min(sizes[p][axis] for p in ("before", "after") if p in sizes) for axis in (0, 1)) if both else (0, 0)
+    content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items() if p is not None))
+    transparent = any(p.transparent for part, p in found.items() if p is not None and part != "mask")
+    return least, content, transparent

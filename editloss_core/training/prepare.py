@@ -1,0 +1,427 @@
+"""What does not change during training, computed once and kept: masks, latents, crops, and constant embeddings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..embeddings import EmbeddingSet
+from ..encoders.base import Encoder, EncoderInfo, Progress, Region, hash_tensors
+from ..encoders.vae import VAEEncoder
+from ..masks import estimate_mask
+from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
+from ..pairs import MULTIPLE, Finding, PairImages, PairProblems, PairSet
+from .cache import TensorCache
+
+METHOD = "1"  # part of every key: count up when masks, crops or embeddings come to be made in another way
+WELL_COVERED = 0.98  # of the edit inside the crop; less gets a note
+
+
+class Crop(NamedTuple):
+    """A window of a pair's pictures, in pixels: multiples of 16.
+
+    ``coverage`` is the share of the edit mask inside it; 1 without a mask.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    coverage: float = 1.0
+
+    def __call__(self, x: Tensor, downscale: int = 1) -> Tensor:
+        """The window of ``[..., H, W]``; of latents with their pixels per latent as ``downscale``."""
+        top, left, height, width = (v // downscale for v in self[:4])
+        return x[..., top : top + height, left : left + width]
+
+
+class _Layout(NamedTuple):
+    """Where an encoder's tokens are."""
+
+    grid: Optional[tuple[int, int]]
+    region: Region
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Pairs with everything about them that is constant, on the CPU. Made by :func:`prepare`.
+
+    Methods that take indices want those of one batch of ``pairs.batches``: all of one size.
+
+    Attributes:
+        pairs: the pairs.
+        crops: the window of each pair that encoders of pictures see.
+        masks: edit region of each pair ``[H, W]``, or None.
+        vae: the encoder that made the latents.
+        encoders: name → what made the embeddings.
+        notes: what a person should know though it stops nothing.
+    """
+
+    pairs: PairSet
+    crops: tuple[Crop, ...]
+    masks: tuple[Optional[Tensor], ...]
+    vae: VAEEncoder
+    encoders: Mapping[str, EncoderInfo]
+    notes: tuple[str, ...]
+    _latents: tuple[Mapping[str, Tensor], ...]
+    _embeddings: Mapping[str, tuple[Mapping[str, Tensor], ...]]
+    _layouts: Mapping[str, tuple[_Layout, ...]]
+    _of_latents: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent."""
+        return self.vae.downscale
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that all of it takes."""
+        groups = [self._latents, [{"mask": m} for m in self.masks if m is not None], *self._embeddings.values()]
+        return sum(t.nbytes for group in groups for tensors in group for t in tensors.values())
+
+    def after(self, indices: Sequence[int]) -> Tensor:
+        """Latents of the after pictures ``[B, C, h, w]``, as the model takes them."""
+        return torch.stack([self._latents[i]["gt"] for i in indices])
+
+    def before(self, indices: Sequence[int]) -> Tensor:
+        """Latents of the before pictures ``[B, C, h, w]``, as the model takes them."""
+        return torch.stack([self._latents[i]["src"] for i in indices])
+
+    def pixel_masks(self, indices: Sequence[int]) -> Optional[Tensor]:
+        """Edit regions ``[B, H, W]``, all ones for a pair without a mask; None if no pair of the batch has one."""
+        masks = [self.masks[i] for i in indices]
+        if all(m is None for m in masks):
+            return None
+        return torch.stack([torch.ones(self.pairs.targets[i]) if m is None else m for i, m in zip(indices, masks)])
+
+    def latent_masks(self, indices: Sequence[int]) -> Optional[Tensor]:
+        """The share of each latent's area inside the edit region, ``[B, h, w]``; None as in :meth:`pixel_masks`."""
+        masks = self.pixel_masks(indices)
+        return None if masks is None else F.avg_pool2d(masks, self.downscale)
+
+    def reads_latents(self, encoder: str) -> bool:
+        """Whether an encoder's embeddings are of whole latents (``from_latents``), not of cropped pictures.
+
+        Raises:
+            ValueError: an encoder that the pairs were not prepared for.
+        """
+        self._check(encoder)
+        return encoder in self._of_latents
+
+    def embeddings(self, indices: Sequence[int], encoders: Optional[Iterable[str]] = None) -> EmbeddingSet:
+        """gt, src and (if prepared) overlay of a batch, with masks of what each encoder saw.
+
+        Args:
+            indices: of the pairs.
+            encoders: names; all if None.
+
+        Raises:
+            ValueError: an encoder that the pairs were not prepared for.
+        """
+        names = list(self.encoders if encoders is None else encoders)
+        for name in names:
+            self._check(name)
+        tensors, grids, regions = {}, {}, {}
+        for name in names:
+            samples = [self._embeddings[name][i] for i in indices]
+            tensors.update({(role, name): torch.stack([s[role] for s in samples]) for role in samples[0]})
+            layout = self._layouts[name][indices[0]]
+            if layout.grid is not None:
+                grids[name], regions[name] = layout.grid, layout.region
+        made = EmbeddingSet(tensors, {name: self.encoders[name] for name in names}, grids, regions)
+        masks = self.pixel_masks(indices)
+        if masks is None:
+            return made
+        cropped = torch.stack([self.crops[i](mask) for i, mask in zip(indices, masks)])
+        made = made.with_mask(masks)
+        for name in grids:
+            if name not in self._of_latents:
+                made = made.with_mask(cropped, name)
+        return made
+
+    def _check(self, encoder: str) -> None:
+        if encoder not in self.encoders:
+            raise ValueError(f"encoder: expected one of those prepared, {sorted(self.encoders)}, got {encoder!r}")
+
+
+def prepare(
+    pairs: PairSet,
+    vae: VAEEncoder,
+    encoders: Optional[Mapping[str, Encoder]] = None,
+    cache_folder: Optional[Path] = None,
+    *,
+    crop: int = 0,
+    overlay: Optional[OverlaySettings] = None,
+    estimate_missing_masks: bool = True,
+    batch_size: int = 4,
+    progress: Optional[Progress] = None,
+) -> Prepared:
+    """Masks, latents, crops and embeddings of every pair, from the cache where they are there.
+
+    gt is the after, src the before picture. An encoder that reads the latents of ``vae`` gets them whole; every other one
+    gets a crop of the pictures, so that training need decode no more than that. The work goes model by model, so that
+    no two have to be in memory together.
+
+    Args:
+        pairs: what to prepare.
+        vae: encodes at the pictures' own size.
+        encoders: by name (``encoder.info.name``).
+        cache_folder: where results are kept as safetensors, under a hash of everything they depend on; None computes them
+            anew. Files that are damaged are not trusted but made again.
+        crop: largest side of the window that is cut from the pictures for encoders, in pixels, a multiple of 16: the one
+            with the most of the edit mask in it, centred on the mask; 0 takes the whole picture.
+        overlay: how to make pictures of the role overlay; None makes none.
+        estimate_missing_masks: whether a pair without a mask gets one by :func:`~editloss_core.masks.estimate_mask`.
+        batch_size: pictures per pass through a model.
+        progress: called with (done, total) over everything that is not in the cache; its exceptions end the work, and
+            what was done until then is kept.
+
+    Raises:
+        PairProblems: pairs without a visible edit or with a mask that vanishes at their size, all in one report, before
+            any model is run.
+        ValueError: an argument out of range, latents or embeddings that are not finite, or overlays that cannot be made;
+            the message names the pair.
+    """
+    encoders = dict(encoders or {})
+    _check_arguments(pairs, vae, encoders, crop, batch_size)
+    with torch.inference_mode(False), torch.no_grad():  # in this order: the first one turns gradients on
+        work = _Work(pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress)
+        return work.run(encoders)
+
+
+class _Work:
+    """One call of :func:`prepare`."""
+
+    def __init__(self, pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress):
+        self.pairs, self.vae, self.crop, self.overlay = pairs, vae, crop, overlay
+        self.estimating, self.batch_size, self.progress = estimate_missing_masks, batch_size, progress
+        self.cache = TensorCache(None if cache_folder is None else Path(cache_folder))
+        self.done = self.total = 0
+
+    def run(self, encoders: Mapping[str, Encoder]) -> Prepared:
+        everywhere = range(len(self.pairs))
+        of_latents = frozenset(
+            name
+            for name, encoder in encoders.items()
+            if all(encoder.reads_latents(self.vae.latent_space, *size) for size in self.pairs.buckets)
+        )
+        base = [hash_tensors([], METHOD, self.pairs.fingerprint(i)) for i in everywhere]
+        keys = {
+            ("masks", ""): [_key(b, str(self.estimating)) for b in base],
+            ("latents", ""): [_key(b, self.vae.info.fingerprint) for b in base],
+        }
+        for name, encoder in encoders.items():
+            seen = self.vae.info.fingerprint if name in of_latents else f"crop {self.crop}"
+            settings = (encoder.info.fingerprint, seen, str(self.overlay), str(self.estimating))
+            keys["embeddings", name] = [_key(b, *settings) for b in base]
+        found = {at: [self.cache.get(at[0], key) for key in keys[at]] for at in keys}
+        per_pair = 2 + (len(self.overlay.kinds) if self.overlay else 0)
+        cost = {"masks": 1, "latents": 2, "embeddings": per_pair}
+        self.total = sum(cost[at[0]] * entries.count(None) for at, entries in found.items())
+
+        def missing(at: tuple[str, str]) -> list[int]:
+            return [i for i in everywhere if found[at][i] is None]
+
+        problems: list[Finding] = []
+        for i in missing(("masks", "")):
+            known = len(problems)
+            mask = self._mask(i, problems)
+            if len(problems) == known:
+                tensors = {} if mask is None else {"mask": mask}
+                found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
+            self._step(1)
+        if problems:
+            raise PairProblems(problems, self.pairs.layout or "the pairs")
+        masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
+        crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
+        for i in missing(("latents", "")):
+            images = self.pairs.load(i)
+            z = self._encode(torch.stack([images.after, images.before]), i)
+            self._step(2)
+            found["latents", ""][i] = self.cache.put("latents", keys["latents", ""][i], {"gt": z[0], "src": z[1]})
+        for name, encoder in encoders.items():
+            at = "embeddings", name
+            for i in missing(at):
+                z = found["latents", ""][i].tensors if name in of_latents else None
+                tensors, layout = self._embed(encoder, i, masks[i], crops[i], z)
+                found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
+        return Prepared(
+            pairs=self.pairs,
+            crops=crops,
+            masks=masks,
+            vae=self.vae,
+            encoders={name: encoder.info for name, encoder in encoders.items()},
+            notes=tuple(self._notes(masks, crops)) + self.pairs.notes,
+            _latents=tuple(entry.tensors for entry in found["latents", ""]),
+            _embeddings={name: tuple(entry.tensors for entry in found["embeddings", name]) for name in encoders},
+            _layouts={name: tuple(_layout(entry.about) for entry in found["embeddings", name]) for name in encoders},
+            _of_latents=of_latents,
+        )
+
+    def _step(self, pictures: int) -> None:
+        self.done += pictures
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def _mask(self, index: int, problems: list[Finding]) -> Optional[Tensor]:
+        """The edit region in steps of 1/255 as uint8 ``[H, W]``, or None."""
+        name, images = self.pairs[index].name, self.pairs.load(index)
+        mask, where = images.mask, "inside its mask "
+        if mask is None:
+            where = ""
+            if self.estimating:
+                mask = estimate_mask(images.before[None], images.after[None])[0]
+        if mask is not None and not bool((mask >= 0.5).any()):
+            height, width = self.pairs.targets[index]
+            problem = Finding("mask empty", (name,), f"nothing is left of it at {width}×{height} px")
+            if images.mask is None:
+                problem = Finding("no edit", (name,), "no difference that a mask could be estimated from; paint a mask")
+            problems.append(problem)
+            return None
+        change = (images.before - images.after).abs().amax(-1)
+        most = (change if mask is None else change * (mask > 0)).amax().item()
+        if most <= SAME_PIXEL:
+            problems.append(
+                Finding("no edit", (name,), f"{where}the pictures differ by at most {most * 255:.1f} of 255")
+            )
+        return None if mask is None else (mask * 255).round().to(torch.uint8)
+
+    def _encode(self, images: Tensor, index: int) -> Tensor:
+        """Latents ``[B, C, h, w]`` in float32 on the CPU."""
+        parts = images.split(self.batch_size)
+        z = torch.cat([self.vae.latents(part).float().cpu() for part in parts])
+        return self._finite(z, index, f"latents of {self.vae.info.name!r}")
+
+    def _finite(self, x: Tensor, index: int, what: str) -> Tensor:
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"{what}: expected finite numbers, got NaN or infinity for the pair {self.pairs[index].name!r}; run it in "
+                "float32 or bfloat16"
+            )
+        return x
+
+    def _embed(
+        self, encoder: Encoder, index: int, mask: Optional[Tensor], crop: Crop, z: Optional[Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], _Layout]:
+        """Role → embedding of one pair; overlay ``[K, ...]``. ``z``: its latents, if the encoder reads them."""
+        images = self.pairs.load(index) if z is None or self.overlay else None
+        overlays = self._overlays(images, mask, index) if self.overlay else None
+        height, width = self.pairs.targets[index] if z is not None else (crop.height, crop.width)
+        if z is not None:
+            latents = [z["gt"][None], z["src"][None]]
+            latents += [] if overlays is None else [self._encode(overlays, index)]
+            parts = []
+            for part in torch.cat(latents).split(self.batch_size):
+                parts.append(encoder.from_latents(self.vae.unscaled(part.to(encoder.device))).float().cpu())
+                self._step(len(part))
+            x = torch.cat(parts)
+        else:
+            pictures = [images.after[None], images.before[None]] + ([] if overlays is None else [overlays])
+            seen = crop(torch.cat(pictures).movedim(-1, 1)).movedim(1, -1)
+            start = self.done
+            x = encoder.embed(seen, self.batch_size, lambda done, _: self._step(start + done - self.done))
+        x = self._finite(x, index, f"embeddings by {encoder.info.name!r}")
+        roles = {"gt": x[0], "src": x[1]}
+        if overlays is not None:
+            roles["overlay"] = x[2:]
+        return roles, _Layout(encoder.grid(height, width), encoder.region(height, width))
+
+    def _overlays(self, images: PairImages, mask: Optional[Tensor], index: int) -> Tensor:
+        """``[K, H, W, 3]``. The draws depend on the pair itself, not on its place among the others."""
+        draw = int(self.pairs.fingerprint(index)[:12], 16)
+        pair = images.before[None], images.after[None]
+        try:
+            return make_overlays(
+                *pair, None if mask is None else mask[None], settings=self.overlay, indices=[draw]
+            ).images
+        except ValueError as error:
+            raise ValueError(f"overlay: of the pair {self.pairs[index].name!r}: {error}") from error
+
+    def _notes(self, masks: Sequence[Optional[Tensor]], crops: Sequence[Crop]) -> list[str]:
+        notes = []
+        for i, (mask, crop) in enumerate(zip(masks, crops)):
+            if mask is not None and crop.coverage < WELL_COVERED:
+                rows, columns = (mask >= 0.5).any(1).nonzero()[:, 0], (mask >= 0.5).any(0).nonzero()[:, 0]
+                side = max(int(rows[-1] - rows[0]), int(columns[-1] - columns[0])) + 1
+                notes.append(
+                    f"{self.pairs[i].name}: the crop of {crop.width}×{crop.height} px holds {crop.coverage:.0%} of the "
+                    f"edit; a crop of {math.ceil(side / MULTIPLE + 1) * MULTIPLE} px would hold it"
+                )
+        if self.cache.refused:
+            notes.append(
+                f"cache: made {len(self.cache.refused)} damaged files again: {', '.join(self.cache.refused[:3])}"
+            )
+        return notes
+
+
+def find_crop(mask: Optional[Tensor], size: tuple[int, int], crop: int) -> Crop:
+    """The window with the most of a mask in it; among equals the one nearest to the centre of the mask's bounding box.
+
+    Args:
+        mask: ``[H, W]`` in 0…1, or None for a window in the middle.
+        size: (H, W), multiples of 16.
+        crop: see :func:`prepare`.
+    """
+    blocks = [side // MULTIPLE for side in size]
+    window = [min(crop // MULTIPLE, n) if crop else n for n in blocks]
+    free = [n - w for n, w in zip(blocks, window)]
+    if mask is None:
+        return Crop(*(MULTIPLE * v for v in (free[0] // 2, free[1] // 2, *window)))
+    sums = F.avg_pool2d(mask[None, None].double(), MULTIPLE)[0, 0] * MULTIPLE**2
+    total = sums.sum().item()
+    table = F.pad(sums.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    (h, w), (rows, columns) = window, (free[0] + 1, free[1] + 1)
+    inside = table[h:, w:] - table[:rows, w:] - table[h:, :columns] + table[:rows, :columns]
+    solid = mask >= 0.5
+    centre = []
+    for axis in (1, 0):
+        hit = solid.any(axis).nonzero()[:, 0]
+        centre.append((int(hit[0]) + int(hit[-1]) + 1) / 2 / MULTIPLE)
+    tops, lefts = (torch.arange(n + 1, dtype=torch.float64) for n in free)
+    far = (tops + h / 2 - centre[0]).square()[:, None] + (lefts + w / 2 - centre[1]).square()
+    best = int(torch.where(inside >= inside.max() - 1e-6 * total, far, math.inf).argmin())
+    top, left = divmod(best, columns)
+    return Crop(*(MULTIPLE * v for v in (top, left, h, w)), min(1.0, inside[top, left].item() / total))
+
+
+def _key(*parts: str) -> str:
+    return hash_tensors([], *(f"{part}\0" for part in parts))
+
+
+def _as_float(mask: Optional[Tensor]) -> Optional[Tensor]:
+    return None if mask is None else mask.float() / 255
+
+
+def _layout(about: Mapping) -> _Layout:
+    return _Layout(None if about["grid"] is None else tuple(about["grid"]), tuple(about["region"]))
+
+
+def _check_arguments(
+    pairs: PairSet, vae: VAEEncoder, encoders: Mapping[str, Encoder], crop: int, batch_size: int
+) -> None:
+    if not len(pairs):
+        raise ValueError("pairs: expected at least one, got none")
+    if not isinstance(crop, int) or isinstance(crop, bool) or crop < 0 or crop % MULTIPLE:
+        raise ValueError(f"crop: expected a multiple of {MULTIPLE} pixels, or 0 for the whole picture, got {crop!r}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+    if MULTIPLE % vae.downscale:
+        raise ValueError(f"vae: expected 1, 2, 4, 8 or 16 pixels per latent, got {vae.downscale}")
+    for size in pairs.buckets:
+        if vae.preprocess.size(*size) != size:
+            raise ValueError(
+                f"vae: expected one that keeps the size of pictures, got one that takes {size[1]}×{size[0]} to "
+                f"{vae.preprocess.size(*size)[1]}×{vae.preprocess.size(*size)[0]}; set its image size to 0"
+            )
+    for name, encoder in encoders.items():
+        if name != encoder.info.name:
+            raise ValueError(f"encoders: expected {encoder.info.name!r} under its own name, got it as {name!r}")

@@ -1,0 +1,606 @@
+"""Pairs: every layout, every bad folder, one geometry for three pictures, buckets and batches."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from editloss_core.pair_files import KINDS, LISTED, Box, cover, same_proportions
+from editloss_core.pairs import MULTIPLE, Pair, PairProblems, PairSet, bucket_size, find_pairs, folder_state, load
+
+NAMES = ("chair", "Lamp", "sofa_2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def picture(path, size=(96, 128), seed=0, **options):
+    """A smooth random picture of (height, width), so that JPEG keeps it."""
+    coarse = np.random.default_rng([seed, *path.name.encode(), *path.parent.name.encode()]).integers(
+        0, 255, (4, 5, 3), np.uint8
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+def mask(path, size=(96, 128), box=(30, 40, 60, 80), value=255):
+    pixels = np.zeros(size, np.uint8)
+    pixels[box[0] : box[2], box[1] : box[3]] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def three(root, masks=True):
+    """Layout with folders: three good pairs."""
+    for name in NAMES:
+        for part in ("before", "after"):
+            picture(root / part / f"{name}.png")
+        write(root / "after" / f"{name}.txt", f"replace the {name}\n")
+        if masks:
+            mask(root / "mask" / f"{name}.png")
+    return root
+
+
+def problems(root, *args, **options):
+    with pytest.raises(PairProblems) as caught:
+        find_pairs(root, *args, **options)
+    return caught.value
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_before_and_after_folders(tmp_path):
+    found = find_pairs(three(tmp_path), resolution=128)
+    assert found.layout == "folders before/ and after/" and [p.name for p in found] == ["chair", "Lamp", "sofa_2"]
+    for pair in found:
+        assert pair.before == tmp_path / "before" / f"{pair.name}.png"
+        assert pair.after == tmp_path / "after" / f"{pair.name}.png"
+        assert pair.mask == tmp_path / "mask" / f"{pair.name}.png"
+        assert pair.caption == f"replace the {pair.name}"
+
+
+def test_one_folder_with_suffixes(tmp_path):
+    for name in NAMES:
+        picture(tmp_path / f"{name}_before.jpg")
+        picture(tmp_path / f"{name}_AFTER.png")
+    mask(tmp_path / "chair_mask.png")
+    write(tmp_path / "chair.txt", "first")
+    write(tmp_path / "chair_after.txt", "second")
+    write(tmp_path / "Lamp_after.txt", "of the lamp")
+    write(tmp_path / "captions" / "sofa_2.txt", "of the sofa")
+    found = find_pairs(tmp_path, resolution=128)
+    assert found.layout == "one folder with _before and _after"
+    assert [(p.name, p.caption) for p in found] == [
+        ("chair", "first"),
+        ("Lamp", "of the lamp"),
+        ("sofa_2", "of the sofa"),
+    ]
+    assert [p.mask and p.mask.name for p in found] == ["chair_mask.png", None, None]
+
+
+def test_target_and_control_folder(tmp_path):
+    for name in NAMES:
+        picture(tmp_path / "target" / f"{name}.png")
+        picture(tmp_path / "elsewhere" / "control" / f"{name}.webp", lossless=True)
+        write(tmp_path / "target" / f"{name}.txt", name)
+    found = find_pairs(tmp_path / "target", tmp_path / "elsewhere" / "control", resolution=128)
+    assert found.layout == "after pictures in the folder, before pictures in the control folder"
+    assert [(p.before.parent.name, p.after.parent.name, p.caption) for p in found] == [
+        ("control", "target", name) for name in NAMES
+    ]
+
+
+@pytest.mark.parametrize("place", ["after", "before", "captions", "."])
+def test_captions_are_found_wherever_people_put_them(tmp_path, place):
+    three(tmp_path)
+    for name in NAMES:
+        (tmp_path / "after" / f"{name}.txt").unlink()
+        write(tmp_path / place / f"{name}.txt", "\ufeffmake it\n  a stool ")
+    assert {p.caption for p in find_pairs(tmp_path)} == {"make it a stool"}
+
+
+def test_the_caption_beside_the_after_picture_wins(tmp_path):
+    three(tmp_path)
+    write(tmp_path / "before" / "chair.txt", "other")
+    write(tmp_path / "chair.txt", "another")
+    assert find_pairs(tmp_path)[0].caption == "replace the chair"
+
+
+def test_a_default_caption_stands_in(tmp_path):
+    three(tmp_path)
+    (tmp_path / "after" / "chair.txt").unlink()
+    write(tmp_path / "after" / "Lamp.txt", " \n")
+    found = find_pairs(tmp_path, default_caption=" put a stool there ")
+    assert [p.caption for p in found] == ["put a stool there", "put a stool there", "replace the sofa_2"]
+
+
+def test_stems_are_matched_whatever_their_case_and_ending(tmp_path):
+    three(tmp_path)
+    (tmp_path / "before" / "chair.png").unlink()
+    picture(tmp_path / "before" / "CHAIR.JPEG")
+    assert find_pairs(tmp_path)[0].before.name == "CHAIR.JPEG"
+
+
+def test_hidden_and_unrelated_files_are_passed_over(tmp_path):
+    three(tmp_path)
+    for name in (
+        "before/._chair.png",
+        "after/.DS_Store",
+        "after/Thumbs.db",
+        "after/notes.md",
+        "mask/.hidden.png",
+        "README.txt",
+    ):
+        write(tmp_path / name, "nothing")
+    write(tmp_path / "after" / "readme.txt", "nothing")
+    picture(tmp_path / "stray.png")
+    (tmp_path / "before" / "folder.png").mkdir()
+    assert len(find_pairs(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("make", [lambda r: None, lambda r: picture(r / "a.png"), lambda r: (r / "before").mkdir()])
+def test_a_folder_without_pairs_says_what_was_expected(tmp_path, make):
+    make(tmp_path)
+    there = ", ".join(p.name + "/" * p.is_dir() for p in tmp_path.iterdir()) or "an empty folder"
+    with pytest.raises(
+        ValueError, match=f"^pairs: no pairs in .*before/ and after/.*_after.*control_folder.*got {there}$"
+    ):
+        find_pairs(tmp_path)
+
+
+def test_folders_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        find_pairs(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        find_pairs(tmp_path, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="^control_folder: expected another folder"):
+        find_pairs(tmp_path, tmp_path / "." / "")
+
+
+# --- bad folders -----------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+BAD = {
+    "no after": (lambda r: (r / "after" / "chair.png").unlink(), ["before/chair.png"]),
+    "no before": (lambda r: (r / "before" / "Lamp.png").unlink(), ["after/Lamp.png"]),
+    "mask alone": (lambda r: mask(r / "mask" / "stool.png"), ["mask/stool.png"]),
+    "caption alone": (lambda r: write(r / "after" / "chiar.txt", "a typo"), ["after/chiar.txt"]),
+    "no caption": (lambda r: (r / "after" / "chair.txt").unlink(), ["after/chair.png"]),
+    "no caption (empty)": (lambda r: write(r / "after" / "chair.txt", " \n"), ["after/chair.txt", "is empty"]),
+    "unreadable (cut off)": (lambda r: truncate(r / "before" / "chair.png"), ["before/chair.png", "truncated"]),
+    "unreadable (cut-off JPEG)": (
+        lambda r: ((r / "after" / "chair.png").unlink(), truncate(picture(r / "after" / "chair.jpg"))),
+        ["after/chair.jpg", "truncated"],
+    ),
+    "unreadable (no picture)": (lambda r: write(r / "after" / "Lamp.png", "text"), ["after/Lamp.png", "cannot identify"]),
+    "unreadable (empty file)": (lambda r: (r / "mask" / "Lamp.png").write_bytes(b""), ["mask/Lamp.png"]),
+    "unreadable (caption)": (
+        lambda r: (r / "after" / "chair.txt").write_bytes(b"\xff\xfe\x00caf\xe9"), ["after/chair.txt", "UTF-8"]
+    ),
+    "proportions": (
+        lambda r: picture(r / "before" / "chair.png", (96, 124)), ["before/chair.png + after/chair.png", "124×96 and 128×96"]
+    ),
+    "proportions (turned)": (lambda r: picture(r / "after" / "chair.png", (128, 96)), ["128×96 and 96×128"]),
+    "mask proportions": (lambda r: mask(r / "mask" / "chair.png", (96, 96)), ["mask/chair.png", "96×96 for 128×96"]),
+    "mask empty": (lambda r: mask(r / "mask" / "Lamp.png", value=0), ["mask/Lamp.png", "brightest value is 0 of 255"]),
+    "mask empty (0 and 1)": (lambda r: mask(r / "mask" / "Lamp.png", value=1), ["mask/Lamp.png", "is 1 of 255"]),
+    "duplicate": (lambda r: picture(r / "before" / "chair.jpg"), ["before/chair.jpg + before/chair.png"]),
+    "duplicate (case)": (lambda r: picture(r / "after" / "lamp.webp"), ["after/Lamp.png + after/lamp.webp"]),
+    "duplicate (mask)": (lambda r: mask(r / "mask" / "Chair.bmp"), ["mask/Chair.bmp + mask/chair.png"]),
+    "too small": (
+        lambda r: [picture(r / p / "chair.png", (48, 64)) for p in ("before", "after")],
+        ["before/chair.png: 64×48", "after/chair.png: 64×48", "at least 64 px"],
+    ),
+    "no edit": (
+        lambda r: shutil.copy(r / "after" / "chair.png", r / "before" / "chair.png"), ["before/chair.png + after/chair.png"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_every_bad_folder_is_reported_with_its_files(tmp_path, case):
+    harm, expected = BAD[case]
+    harm(three(tmp_path))
+    error = problems(tmp_path)
+    kind = case.split(" (")[0]
+    assert {f.kind for f in error.findings} == {kind}
+    assert str(error).startswith("pairs: ") and "nothing was started" in str(error) and KINDS[kind] in str(error)
+    for words in expected:
+        assert words in str(error), str(error)
+    good = [n for n in NAMES if not any(n in words for words in expected) and "×" not in expected[0]]
+    assert not any(f"/{n}." in str(error) for n in good), "nothing else is accused"
+
+
+def test_one_report_names_everything_at_once(tmp_path):
+    three(tmp_path)
+    harmed = ["no after", "mask alone", "mask empty", "caption alone"]
+    for kind in harmed:
+        BAD[kind][0](tmp_path)
+    truncate(tmp_path / "before" / "sofa_2.png")
+    truncate(tmp_path / "before" / "chair.png")  # has lost its partner as well
+    error = problems(tmp_path)
+    assert sorted(f.kind for f in error.findings) == sorted([*harmed, "unreadable", "unreadable"])
+    for name in ("before/chair.png", "mask/stool.png", "mask/Lamp.png", "after/chiar.txt", "before/sofa_2.png"):
+        assert name in str(error)
+    assert str(error).startswith("pairs: 6 problems in")
+
+
+def test_a_long_report_is_cut_and_its_findings_are_not(tmp_path):
+    three(tmp_path)
+    for i in range(20):
+        picture(tmp_path / "before" / f"extra{i:02}.png", (16, 16))
+    error = problems(tmp_path)
+    assert len(error.findings) == 20 and "(20):" in str(error) and f"… and {20 - LISTED} more" in str(error)
+    assert str(error).count("extra") == LISTED and {f.files for f in error.findings} == {
+        (f"before/extra{i:02}.png",) for i in range(20)
+    }
+
+
+def test_bad_suffixed_and_control_folders(tmp_path):
+    picture(tmp_path / "one" / "chair_before.png")
+    mask(tmp_path / "one" / "lamp_mask.png")
+    error = problems(tmp_path / "one")
+    assert {(f.kind, f.files) for f in error.findings} == {
+        ("no after", ("chair_before.png",)),
+        ("mask alone", ("lamp_mask.png",)),
+    }
+    picture(tmp_path / "t" / "chair.png")
+    picture(tmp_path / "c" / "chairs.png")
+    error = problems(tmp_path / "t", tmp_path / "c")
+    assert {(f.kind, f.files) for f in error.findings} == {
+        ("no before", ("chair.png",)),
+        ("no after", ("c/chairs.png",)),
+    }
+
+
+def test_a_program_that_tolerates_cut_off_files_changes_nothing(tmp_path, monkeypatch):
+    truncate(three(tmp_path) / "before" / "chair.png")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert problems(tmp_path).findings[0].files == ("before/chair.png",)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_progress_counts_pairs_and_may_stop_the_check(tmp_path):
+    three(tmp_path)
+    seen = []
+    find_pairs(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        find_pairs(tmp_path, progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+@pytest.mark.parametrize("options", [{"resolution": 8}, {"resolution": 512.0}, {"min_size": 0}, {"resolution": True}])
+def test_settings_out_of_range(tmp_path, options):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected an integer >= "):
+        find_pairs(three(tmp_path), **options)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    """Every orientation of a picture with a red, a green and a blue corner comes out upright."""
+    upright = np.full((96, 128, 3), 30, np.uint8)
+    upright[:24, :24], upright[:24, -24:], upright[-24:, :24] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }  # fmt: skip
+    stored = Image.fromarray(upright)
+    stored = stored.transpose(undo[orientation]) if orientation in undo else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    three(tmp_path)
+    stored.save(tmp_path / "after" / "chair.png", exif=exif)
+    found = find_pairs(tmp_path, resolution=128)
+    assert found.sizes[0] == (96, 128)
+    torch.testing.assert_close(load(found[0], (96, 128)).after, torch.from_numpy(upright) / 255)
+
+
+def read(tmp_path, image, name="x.png"):
+    image.save(tmp_path / name)
+    made = load(Pair("x", tmp_path / name, tmp_path / name), (image.height, image.width))
+    return made.before
+
+
+def test_modes_become_rgb(tmp_path):
+    ramp = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    grey = torch.from_numpy(np.round(ramp) / 255).float()[..., None].expand(-1, -1, 3)
+    eight = Image.fromarray(np.round(ramp).astype(np.uint8))
+    torch.testing.assert_close(read(tmp_path, eight), grey)
+    torch.testing.assert_close(read(tmp_path, eight.convert("P")), grey)
+    sixteen = Image.fromarray(np.round(ramp * 257).astype(np.uint16))
+    exact = torch.from_numpy(np.round(ramp * 257) / 65535).float()[..., None].expand(-1, -1, 3)
+    torch.testing.assert_close(read(tmp_path, sixteen), exact, atol=1e-6, rtol=0)
+    torch.testing.assert_close(read(tmp_path, sixteen, "x.tif"), exact, atol=1e-6, rtol=0)
+    bilevel = eight.point(lambda v: 255 * (v > 99)).convert("1")
+    assert set(read(tmp_path, bilevel).unique().tolist()) == {0.0, 1.0}
+    colour = Image.merge("RGB", [eight, eight.transpose(Image.Transpose.ROTATE_90), eight.point(lambda v: 255 - v)])
+    for mode, name in (("CMYK", "x.tif"), ("RGB", "x.bmp")):
+        expected = torch.from_numpy(np.array(colour.convert(mode).convert("RGB"))) / 255
+        torch.testing.assert_close(read(tmp_path, colour.convert(mode), name), expected)
+
+
+def test_transparency_is_laid_on_white_and_said(tmp_path):
+    pixels = np.zeros((96, 128, 4), np.uint8)
+    pixels[..., 0], pixels[:48, :, 3] = 200, 255
+    pixels[48:72, :, 3] = 51
+    three(tmp_path)
+    Image.fromarray(pixels).save(tmp_path / "before" / "chair.png")
+    found = find_pairs(tmp_path)
+    assert found.notes == ("transparency was laid on white in 1 pairs: chair",)
+    before = load(found[0], (96, 128)).before * 255
+    for row, colour in ((0, (200, 0, 0)), (60, (244, 204, 204)), (95, (255, 255, 255))):
+        torch.testing.assert_close(before[row, 0], torch.tensor(colour).float(), atol=1, rtol=0)
+    opaque = Image.fromarray(pixels[..., :3]).convert("RGBA")
+    opaque.save(tmp_path / "before" / "chair.png")
+    assert find_pairs(tmp_path).notes == ()
+
+
+def test_a_transparent_mask_is_black_where_nothing_is(tmp_path):
+    pixels = np.full((96, 128, 4), 255, np.uint8)
+    pixels[:, :64, 3] = 0
+    three(tmp_path)
+    Image.fromarray(pixels).save(tmp_path / "mask" / "chair.png")
+    made = load(find_pairs(tmp_path)[0], (96, 128)).mask
+    assert made[:, :64].eq(0).all() and made[:, 64:].eq(1).all()
+
+
+# --- one geometry ----------------------------------------------------------------------------------------------------
+
+
+def blob(height, width, y, x, radius):
+    """A soft disc at fractions (y, x) of a picture, radius as a fraction of its height."""
+    rows = (torch.arange(height) + 0.5)[:, None] / height - y
+    columns = ((torch.arange(width) + 0.5)[None] / width - x) * width / height
+    return (1 - ((rows.square() + columns.square()).sqrt() / radius)).clamp(0, 1)
+
+
+def centroid(values):
+    rows, columns = (torch.arange(n) + 0.5 for n in values.shape)
+    return torch.stack([(values.sum(1) * rows).sum(), (values.sum(0) * columns).sum()]) / values.sum()
+
+
+@pytest.mark.parametrize("target", [(96, 96), (64, 128), (128, 64), (80, 112), (208, 304)])
+@pytest.mark.parametrize("y, x", [(0.5, 0.5), (0.2, 0.85), (0.8, 0.2)])
+def test_a_marker_in_all_three_stays_in_place(target, y, x):
+    """Pictures of different sizes, one of them a pixel off in proportions: the marker is where the mask says, within a
+    fifth of a pixel."""
+    sizes = {"before": (200, 301), "after": (400, 600), "mask": (160, 240)}
+    made = {part: blob(*size, y, x, 0.12) for part, size in sizes.items()}
+    pair = Pair("m", *(made[p][..., None].expand(-1, -1, 3) for p in ("before", "after")), "", made["mask"])
+    got = load(pair, target)
+    assert got.before.shape == got.after.shape == (*target, 3) and got.mask.shape == target
+    places = [centroid(v) for v in (got.before[..., 1], got.after[..., 1], got.mask)]
+    for place in places[1:]:
+        assert (place - places[0]).abs().max() < 0.2
+    assert got.mask.max() > 0.7, "the marker is inside the crop"
+
+
+def test_the_crop_moves_for_the_mask_and_no_farther_than_it_must():
+    whole = (100, 400)
+    assert cover(whole, (100, 100)) == Box(0.0, 0.375, 1.0, 0.625)
+    assert cover(whole, (100, 100), Box(0.4, 0.4, 0.6, 0.6)) == Box(0.0, 0.375, 1.0, 0.625)
+    assert cover(whole, (100, 100), Box(0.4, 0.5, 0.6, 0.7)) == pytest.approx((0.0, 0.45, 1.0, 0.7))
+    assert cover(whole, (100, 100), Box(0.4, 0.9, 0.6, 1.0)) == pytest.approx((0.0, 0.75, 1.0, 1.0))
+    assert cover(whole, (100, 100), Box(0.4, 0.1, 0.6, 0.6)) == pytest.approx((0.0, 0.225, 1.0, 0.475))
+
+
+def test_a_picture_of_the_size_itself_is_not_touched():
+    before, after = torch.rand(2, 64, 96, 3)
+    got = load(Pair("x", before, after, "", torch.ones(64, 96)), (64, 96))
+    assert torch.equal(got.before, before) and torch.equal(got.after, after)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(16, 3000), st.floats(1 / 16, 16), st.sampled_from([128, 256, 512, 1024]), st.booleans())
+def test_bucket_sizes(height, aspect, resolution, upscale):
+    """Multiples of 16; at most about the area; never enlarged unasked; proportions as near as steps of 16 allow."""
+    size = height, max(MULTIPLE, round(height * aspect))
+    h, w = bucket_size(size, resolution, upscale)
+    assert h % MULTIPLE == w % MULTIPLE == 0 and h > 0 and w > 0 and h * w <= 1.02 * resolution**2
+    if not upscale:
+        assert h <= size[0] and w <= size[1]
+    area = resolution**2 if upscale else min(resolution**2, size[0] * size[1])
+    assert h * w >= area * (h / (h + MULTIPLE)) * (w / (w + MULTIPLE))
+    error = abs(math.log(w / h * size[0] / size[1]))
+    assert error <= math.log((h + MULTIPLE) / h) + math.log((w + MULTIPLE) / w)
+
+
+@pytest.mark.parametrize(
+    "size, resolution, expected",
+    [
+        ((1024, 1024), 1024, (1024, 1024)),
+        ((3000, 2000), 1024, (1248, 832)),
+        ((1080, 1920), 1024, (768, 1360)),
+        ((600, 600), 1024, (592, 592)),
+        ((640, 640), 128, (128, 128)),
+    ],
+)
+def test_familiar_buckets(size, resolution, expected):
+    assert bucket_size(size, resolution) == expected
+
+
+def test_proportions_forgive_one_percent_and_one_pixel():
+    assert same_proportions((1000, 1500), (500, 750)) and same_proportions((1000, 1500), (1000, 1510))
+    assert same_proportions((67, 100), (33, 50)) and same_proportions((1365, 2048), (85, 128))
+    assert not same_proportions((1000, 1500), (1000, 1525)) and not same_proportions((67, 100), (33, 52))
+
+
+# --- sets ------------------------------------------------------------------------------------------------------------
+
+
+def mixed(count=14, resolution=64):
+    """Pairs of three proportions."""
+    shapes = [(64, 64), (64, 128), (128, 64)]
+    pairs = tuple(
+        Pair(f"p{i}", torch.rand(*shapes[i % 3], 3), torch.rand(*shapes[i % 3], 3), "x") for i in range(count)
+    )
+    return PairSet(pairs, tuple(shapes[i % 3] for i in range(count)), tuple(str(i) for i in range(count)), resolution)
+
+
+def test_buckets_hold_every_pair_once_at_one_size():
+    made = mixed()
+    assert sorted(i for members in made.buckets.values() for i in members) == list(range(14))
+    assert [len(v) for v in made.buckets.values()] == [5, 5, 4]
+    for size, members in made.buckets.items():
+        assert all(made.load(i).after.shape == (*size, 3) for i in members)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
+def test_batches_cover_an_epoch_and_stay_in_their_bucket(batch_size):
+    made = mixed()
+    for epoch in range(3):
+        batches = made.batches(batch_size, 7, epoch)
+        assert sorted(i for b in batches for i in b) == list(range(14))
+        assert all(len({made.targets[i] for i in b}) == 1 and 1 <= len(b) <= batch_size for b in batches)
+        assert len(batches) == sum(math.ceil(len(v) / batch_size) for v in made.buckets.values())
+
+
+def test_batches_depend_on_their_arguments_alone():
+    made = mixed()
+    state = torch.random.get_rng_state()
+    first = made.batches(2, 1, 3)
+    torch.rand(5)
+    assert made.batches(2, 1, 3) == first == mixed().batches(2, 1, 3)
+    assert len({str(made.batches(2, s, e)) for s in range(3) for e in range(3)}) == 9
+    torch.random.set_rng_state(state)
+    made.batches(2, 1, 4)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global state is left alone"
+
+
+@pytest.mark.parametrize("args", [(0, 0, 0), (1, 0, -1), (1.5, 0, 0), (1, "a", 0), (True, 0, 0)])
+def test_bad_batches(args):
+    with pytest.raises(ValueError, match="^(batch_size|seed|epoch): expected an integer"):
+        mixed().batches(*args)
+
+
+def test_split_goes_by_name_and_leaves_something_to_train_on():
+    made = mixed()
+    train, held = made.split(4, seed=3)
+    names = [{p.name for p in part} for part in (train, held)]
+    assert (len(train), len(held)) == (10, 4) and not names[0] & names[1]
+    back = made.subset(list(reversed(range(14)))).split(4, seed=3)
+    assert {p.name for p in back[1]} == names[1], "the order does not matter"
+    fewer = made.subset([i for i in range(14) if made[i].name in names[0] | {sorted(names[1])[0]}])
+    assert sorted(names[1])[0] in {p.name for p in fewer.split(1, seed=3)[1]}, "who is held out stays held out"
+    assert {p.name for p in made.split(4, seed=4)[1]} != names[1]
+    assert [len(part) for part in made.split(0)] == [14, 0]
+    for bad in (14, 15, -1, 1.0):
+        with pytest.raises(ValueError, match="^hold_out: expected 0 to 13, so that one of the 14 pairs"):
+            made.split(bad)
+
+
+def test_from_images():
+    before, after = torch.rand(2, 3, 64, 96, 3)
+    made = PairSet.from_images(before, after, torch.ones(1, 32, 48), ["a", "b", " c "], resolution=64, min_size=32)
+    assert [p.name for p in made] == ["pair 1", "pair 2", "pair 3"] and [p.caption for p in made] == ["a", "b", "c"]
+    assert made.targets == (bucket_size((64, 96), 64),) * 3
+    got = made.load(1)
+    assert got.mask.eq(1).all() and got.before.shape == (*made.targets[1], 3)
+    before.zero_()
+    assert made[0].before.max() > 0.5, "a copy"
+
+
+def test_from_images_in_inference_mode_makes_ordinary_tensors():
+    with torch.inference_mode():
+        made = PairSet.from_images(torch.rand(1, 64, 64, 3), torch.rand(1, 64, 64, 3), captions="x", resolution=64)
+        got = made.load(0)
+    assert not made[0].before.is_inference() and not got.after.is_inference()
+
+
+def test_from_images_reports_like_a_folder():
+    before, after = torch.rand(2, 4, 64, 96, 3)
+    masks = torch.ones(4, 64, 96)
+    masks[1] = 0
+    before[2, 0, 0, 0] = float("nan")
+    before[3] = after[3]
+    with pytest.raises(PairProblems) as caught:
+        PairSet.from_images(before, after, masks, ["", "b", "c", "d"])
+    assert {(f.kind, f.files) for f in caught.value.findings} == {
+        ("no caption", ("pair 1",)), ("mask empty", ("pair 2 mask",)), ("unreadable", ("pair 3 before",)),
+        ("no edit", ("pair 4 before", "pair 4 after")),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"after": torch.rand(3, 64, 64, 3)}, "^after: expected 2 like before, got 3"),
+        ({"before": torch.rand(2, 64, 64, 4)}, r"^before: expected pictures \[B, H, W, 3\] in 0…1, got .*64, 4"),
+        ({"after": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}, "^after: expected .* got torch.uint8"),
+        ({"mask": torch.ones(3, 64, 64)}, "^mask: expected 2 like before, got 3"),
+        ({"mask": torch.ones(2, 64, 64, 1)}, r"^mask: expected \[B, H, W\]"),
+        ({"captions": ["a"]}, "^captions: expected 2 texts, one per pair, got 1"),
+        ({"names": ["a", "a"]}, "^names: expected each name once"),
+        ({"after": torch.rand(2, 64, 96, 3)}, "before and after of different proportions"),
+    ],
+)
+def test_from_images_refuses(options, words):
+    given = {"before": torch.rand(2, 64, 64, 3), "after": torch.rand(2, 64, 64, 3), "captions": "x", **options}
+    with pytest.raises(ValueError, match=words):
+        PairSet.from_images(**given)
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_follows_content_and_geometry_alone(tmp_path):
+    three(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first, same = find_pairs(tmp_path / "a", resolution=64), find_pairs(tmp_path / "b", resolution=64)
+    prints = [first.fingerprint(i) for i in range(3)]
+    assert len(set(prints)) == 3 and [same.fingerprint(i) for i in range(3)] == prints and same.digest == first.digest
+    assert first.subset([2, 0]).fingerprint(0) == prints[2], "nor on the place in the set"
+    assert find_pairs(tmp_path / "a", resolution=80).fingerprint(0) != prints[0]
+    write(tmp_path / "b" / "after" / "chair.txt", "other words")
+    other = find_pairs(tmp_path / "b", resolution=64)
+    assert other.fingerprint(0) == prints[0] and other.digest != first.digest
+    for part, make in (("before", picture), ("after", picture), ("mask", mask)):
+        options = {"box": (10, 10, 50, 50)} if part == "mask" else {"seed": 1}
+        make(tmp_path / "b" / part / "chair.png", **options)
+        changed = find_pairs(tmp_path / "b", resolution=64)
+        assert changed.fingerprint(0) not in prints and changed.fingerprint(1) == prints[1], part
+        prints.append(changed.fingerprint(0))
+    (tmp_path / "b" / "mask" / "chair.png").unlink()
+    assert find_pairs(tmp_path / "b", resolution=64).fingerprint(0) not in prints
+
+
+def test_the_state_of_a_folder_follows_its_files(tmp_path):
+    three(tmp_path)
+    seen = [folder_state(tmp_path)]
+    assert folder_state(tmp_path) == seen[0]
+    for change in (
+        lambda: write(tmp_path / "after" / "chair.txt", "longer than before, by far"),
+        lambda: picture(tmp_path / "before" / "chair.png", seed=5),
+        lambda: (tmp_path / "mask" / "chair.png").unlink(),
+    ):
+        change()
+        seen.append(folder_state(tmp_path))
+    assert len(set(seen)) == 4
