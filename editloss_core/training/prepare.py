@@ -260,7 +260,7 @@ class _Work:
             masks=masks,
             vae=self.vae,
             encoders={name: encoder.info for name, encoder in encoders.items()},
-            notes=tuple(self._notes(masks, crops)) + self.pairs.notes,
+            notes=tuple(self._notes(masks, crops if set(encoders) - of_latents else ())) + self.pairs.notes,
             _latents=tuple(entry.tensors for entry in found["latents", ""]),
             _embeddings={name: tuple(entry.tensors for entry in found["embeddings", name]) for name in encoders},
             _layouts={name: tuple(_layout(entry.about) for entry in found["embeddings", name]) for name in encoders},

@@ -1,0 +1,116 @@
+"""The objective on the one-step estimate x̂0: in latents directly, and through a decoded crop for image encoders."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Callable, ContextManager, Mapping, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..encoders.base import Encoder
+from ..objective import EditObjective, ObjectiveReport
+from .prepare import Prepared
+
+HALO = 4  # latents around the crop that are decoded too and cut off, so that the crop's border looks as in the whole
+
+Decode = Callable[[Tensor], Tensor]
+"""Latents in model space ``[B, C, h, w]`` → pictures ``[B, H, W, 3]`` in 0…1, differentiable."""
+
+
+class EstimateObjective:
+    """Evaluates an objective on estimates of prepared pairs.
+
+    Embeddings of gt, src and overlay come from the preparation and are constants. An encoder that reads the model's
+    latents gets x̂0 as it is; for the others the pair's crop of x̂0 is decoded once, and shared. Decoder and encoders are
+    checkpointed: they keep nothing but their inputs until the backward pass.
+
+    Args:
+        objective: terms whose anchor is ``pred``.
+        encoders: by the names that the terms use.
+        prepared: pairs with the constant embeddings of these encoders.
+        decode: decoder, needed if an encoder reads pictures.
+        frozen: a context in which encoders run, for those that share the network that is trained: without its LoRA.
+        device: where the constants are kept.
+
+    Raises:
+        ValueError: an encoder is missing, or a decoder is needed and there is none.
+    """
+
+    def __init__(
+        self,
+        objective: EditObjective,
+        encoders: Mapping[str, Encoder],
+        prepared: Prepared,
+        decode: Optional[Decode] = None,
+        frozen: Callable[[], ContextManager] = nullcontext,
+        device: torch.device | str = "cpu",
+    ):
+        self.objective, self.prepared, self.decode, self.frozen, self.device = (
+            objective, prepared, decode, frozen, device,
+        )  # fmt: skip
+        self.encoders = {name: encoders[name] for name in objective.encoders if name in encoders}
+        missing = [name for name in objective.encoders if name not in encoders]
+        if missing:
+            raise ValueError(f"objective: its terms read {missing[0]!r}, which is not among the encoders")
+        pictures = [name for name in self.encoders if not prepared.reads_latents(name)]
+        if pictures and decode is None:
+            raise ValueError(f"objective: {pictures[0]!r} reads pictures; connect a VAE that decodes the estimate")
+        self.decodes = bool(pictures)
+
+    def __call__(
+        self, x0: Tensor, indices: Sequence[int], t: Tensor, sample_weights: Optional[Tensor] = None
+    ) -> Optional[ObjectiveReport]:
+        """The terms that count at these noise levels; None if none does.
+
+        Args:
+            x0: estimates ``[B, C, h, w]``, with their graph.
+            indices: of the pairs that they belong to, of one bucket.
+            t: ``[B]`` noise levels.
+            sample_weights: see :meth:`EditObjective.evaluate`.
+        """
+        counting = self.objective.at(t)
+        if not counting.terms:
+            return None
+        embeddings = self.prepared.embeddings(indices, counting.encoders).to(self.device)
+        pixels = None
+        for name in counting.encoders:
+            encoder = self.encoders[name]
+            if self.prepared.reads_latents(name):
+                pred = self._run(encoder.from_latents, self.prepared.vae.unscaled(x0))
+            else:
+                if pixels is None:
+                    pixels = self._decode(x0, indices)
+                pred = self._run(encoder, pixels)
+            embeddings = embeddings.with_embedding("pred", encoder.info, pred.to(self.device))
+        return counting.evaluate(embeddings, t=t, sample_weights=sample_weights)
+
+    def _decode(self, x0: Tensor, indices: Sequence[int]) -> Tensor:
+        """Pictures of the pairs' crops ``[B, H, W, 3]``."""
+        parts, factor = [], self.prepared.downscale
+        for z, index in zip(x0, indices):
+            crop = self.prepared.crops[index]
+            rows = _with_halo(crop.top // factor, crop.height // factor, z.shape[1])
+            columns = _with_halo(crop.left // factor, crop.width // factor, z.shape[2])
+            window = z[None, :, rows[0] : rows[1], columns[0] : columns[1]]
+            pixels = self._run(self.decode, window)
+            expected = [1, factor * window.shape[2], factor * window.shape[3], 3]
+            if list(pixels.shape) != expected:
+                raise ValueError(
+                    f"decode: expected pictures {expected} of latents {list(window.shape)}, got {list(pixels.shape)}"
+                )
+            top, left = crop.top - rows[0] * factor, crop.left - columns[0] * factor
+            parts.append(pixels[:, top : top + crop.height, left : left + crop.width])
+        return torch.cat(parts)
+
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:  # the backward pass comes through here again, and must see the same LoRA
+            with self.frozen():
+                return function(x)
+
+        return checkpoint(run, x, use_reentrant=False) if torch.is_grad_enabled() else run(x)
+
+
+def _with_halo(start: int, length: int, whole: int) -> tuple[int, int]:
+    return max(0, start - HALO), min(whole, start + length + HALO)

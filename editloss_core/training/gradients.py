@@ -1,0 +1,128 @@
+"""The gradient of a pass: each term's part of it at the model's output, and which term is to blame if it is not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, NoReturn, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ..objective import ObjectiveReport
+from .log import Sample
+from .lora import LoRA
+
+
+class NonFinite(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; the message names the term, the pair and t. Nothing was updated with it."""
+
+
+class Part(NamedTuple):
+    """A term of a pass, ``[B]`` each: the loss, what it adds to the total, whether its hinge is open, whether it counts."""
+
+    name: str
+    raw: Tensor
+    weighted: Tensor
+    open: Optional[Tensor] = None
+    counts: Optional[Tensor] = None
+
+
+def parts_of(report: ObjectiveReport) -> list[Part]:
+    """An objective's terms; samples outside a term's gate do not count."""
+    return [
+        Part(
+            r.term.name,
+            r.per_sample,
+            r.weighted_per_sample,
+            r.open,
+            None if r.sample_weights is None else r.sample_weights > 0,
+        )
+        for r in report.terms
+    ]
+
+
+def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tuple[Tensor, list[list[float]]]:
+    """d total / d v̂, the total being the sum of the parts' means over the batch.
+
+    Args:
+        parts: with their graphs, which are used up.
+        output: v̂ ``[B, ...]``, a leaf.
+        measured: whether to differentiate part by part.
+
+    Returns:
+        The gradient, and if measured the norm of each part's gradient per sample (of the sum over the batch), part by part.
+    """
+    counted = [part.weighted if part.weighted.requires_grad else None for part in parts]
+    if not measured:
+        total = sum(w.mean() for w in counted if w is not None)
+        return torch.autograd.grad(total, output)[0] if torch.is_tensor(total) else torch.zeros_like(output), []
+    whole, norms = torch.zeros_like(output), []
+    for k, weighted in enumerate(counted):
+        gradient = torch.zeros_like(output)
+        if weighted is not None:
+            later = any(w is not None for w in counted[k + 1 :])
+            found = torch.autograd.grad(weighted.sum(), output, retain_graph=later, allow_unused=True)[0]
+            gradient = gradient if found is None else found
+        whole += gradient / len(output)
+        norms.append(gradient.flatten(1).norm(dim=1))
+    return whole, torch.stack(norms).tolist()
+
+
+def check_losses(parts: Sequence[Part], names: Sequence[str], t: Tensor, step: int) -> None:
+    """NonFinite unless every loss is finite: one look at all of them, and only if something is wrong, which."""
+    if all(bool(part.weighted.isfinite().all()) for part in parts):
+        return
+    for part in parts:
+        for i, value in enumerate(part.weighted):
+            if not value.isfinite():
+                what = f"the loss of {part.name!r} is {part.raw[i].item()}"
+                raise NonFinite(_finding(step, what, names[i], t[i].item()))
+
+
+def blame(parts: Sequence[Part], output: Tensor, whole: Tensor, names: Sequence[str], t: Tensor, step: int) -> NoReturn:
+    """The gradient ``whole`` at the model's output is not finite although the losses are: raise NonFinite for the term.
+
+    Args:
+        parts: computed anew; the graphs of the first ones are used up.
+    """
+
+    def bad(gradient: Tensor) -> list[int]:
+        return [i for i, g in enumerate(gradient) if not g.isfinite().all()]
+
+    for part in parts:
+        if part.weighted.requires_grad:
+            gradient = torch.autograd.grad(part.weighted.sum(), output, retain_graph=True, allow_unused=True)[0]
+            for i in [] if gradient is None else bad(gradient):
+                raise NonFinite(_finding(step, f"the gradient of {part.name!r} is not finite", names[i], t[i].item()))
+    i = bad(whole)[0]
+    raise NonFinite(_finding(step, "the gradient of the total is not finite", names[i], t[i].item()))
+
+
+def lora_gradient_norm(lora: LoRA, samples: Sequence[Sample], step: int) -> float:
+    """The norm of the whole gradient; NonFinite if it is not finite, before anything is updated.
+
+    The losses and their gradients at the model's output were finite, so the model's own backward pass is at fault; the
+    sample with the largest loss is named, which is a guess if there are several.
+    """
+    gradients = [p.grad for p in lora.parameters() if p.grad is not None]
+    norm = torch.stack([g.float().norm() for g in gradients]).norm().item() if gradients else 0.0
+    if math.isfinite(norm):
+        return norm
+    names = [
+        name
+        for name, layer in zip(lora.targets, lora.layers)
+        if any(p.grad is not None and not p.grad.isfinite().all() for p in layer.parameters())
+    ]
+    sample = max(samples, key=lambda s: max(x.weighted for x in s.terms.values()))
+    term = max(sample.terms, key=lambda n: sample.terms[n].weighted)
+    what = (
+        f"the gradient of {len(names)} layers ({', '.join(names[:3])}, …) is not finite; the largest loss is {term!r}"
+    )
+    raise NonFinite(_finding(step, what, sample.pair, sample.t))
+
+
+def _finding(step: int, what: str, pair: str, t: float) -> str:
+    return (
+        f"Stopped at step {step}: {what}, for pair {pair!r} at t = {t:.3f}. Nothing was updated with it. Lower the learning "
+        "rate, raise the warm-up, or look at this pair and term"
+    )

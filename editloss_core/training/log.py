@@ -1,0 +1,210 @@
+"""What a run says about itself: a line of JSON per step and per validation, and the means over noise levels."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Iterable, Mapping, Optional, Sequence
+
+from ..files import replacing
+
+VELOCITY = "velocity"  # name of the flow-matching loss among the terms
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class TermSample:
+    """What one term said about one sample.
+
+    Attributes:
+        raw: the loss, unweighted.
+        weighted: what it added to the total, before the mean over the batch (weight, gate and noise-level weight).
+        open: 1 where its hinge is open, 0 where not; None for terms without one.
+        gradient: norm of the gradient of its weighted loss at the model's output v̂; None where it was not measured.
+    """
+
+    raw: float
+    weighted: float
+    open: Optional[float] = None
+    gradient: Optional[float] = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pair at one noise level.
+
+    Attributes:
+        pair: its name.
+        t: noise level.
+        terms: term name → what it said; the velocity loss is the term ``"velocity"``.
+    """
+
+    pair: str
+    t: float
+    terms: Mapping[str, TermSample]
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """One optimiser step; ``step`` counts from 1.
+
+    Attributes:
+        loss: mean total over the step's samples.
+        gradient_norm: of all LoRA weights together, before clipping.
+        learning_rate: that the step was made with (Prodigy: times its own factor).
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    samples: Sequence[Sample]
+    seconds: float = 0.0
+
+    def term(self, name: str) -> Optional[float]:
+        """Mean raw loss of a term over the samples that have it."""
+        return _mean(s.terms[name].raw for s in self.samples if name in s.terms)
+
+
+@dataclass(frozen=True)
+class ValidationLog:
+    """Held-out pairs after ``step`` steps, each with the same noise at every validation.
+
+    Attributes:
+        velocity: mean velocity loss with the LoRA.
+        velocity_base: without it, from the same noise: their difference has far less variance than either.
+        terms: term name → mean raw loss on one-step estimates with the LoRA.
+        terms_base: without it.
+        noise_levels: t → (with, without) mean velocity loss.
+    """
+
+    step: int
+    velocity: float
+    velocity_base: float
+    terms: Mapping[str, float] = field(default_factory=dict)
+    terms_base: Mapping[str, float] = field(default_factory=dict)
+    noise_levels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass
+class RunLog:
+    """The log of a run: in memory and, with a folder, in ``folder/log.jsonl``, line by line."""
+
+    folder: Optional[Path] = None
+    steps: list[StepLog] = field(default_factory=list)
+    validations: list[ValidationLog] = field(default_factory=list)
+
+    def add(self, entry: StepLog | ValidationLog) -> None:
+        """Append in memory and on disk; who is killed loses at most the line being written."""
+        (self.steps if isinstance(entry, StepLog) else self.validations).append(entry)
+        if self.folder is not None:
+            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
+                file.write(_line(entry))
+
+    @classmethod
+    def read(cls, folder: Path, last_step: Optional[int] = None) -> RunLog:
+        """The log of a folder up to ``last_step``; a line that was cut off is left out."""
+        log = cls(folder)
+        path = folder / LOG_FILE
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            try:
+                entry = json.loads(line)
+                parsed = _validation(entry) if entry.pop("kind") == "validation" else _step(entry)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if last_step is None or parsed.step <= last_step:
+                (log.steps if isinstance(parsed, StepLog) else log.validations).append(parsed)
+        return log
+
+    def rewrite(self) -> None:
+        """Write the file anew from memory: on resume, without the steps that are done again."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entries = sorted([*self.steps, *self.validations], key=lambda e: (e.step, isinstance(e, ValidationLog)))
+        with replacing(self.folder / LOG_FILE) as temporary:
+            temporary.write_text("".join(map(_line, entries)), encoding="utf-8")
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the terms that were ever evaluated, the velocity first."""
+        names = dict.fromkeys(name for step in self.steps for s in step.samples for name in s.terms)
+        return list(names)
+
+    def loss_map(self) -> dict[str, list[float]]:
+        """``{"loss": [...], "velocity": [...], ...}`` as ComfyUI's LOSS_MAP: totals and raw terms per step.
+
+        A step at which a term was not evaluated repeats its last value.
+        """
+        columns: dict[str, list[float]] = {"loss": [s.loss for s in self.steps]}
+        for name in self.terms:
+            column: list[float] = []
+            for step in self.steps:
+                value = step.term(name)
+                column.append(value if value is not None else (column[-1] if column else 0.0))
+            columns[name] = column
+        return columns
+
+    def by_noise_level(self, buckets: int = 5, last: Optional[int] = None) -> list[dict]:
+        """Means per bucket of t and term over the last ``last`` steps (all without it).
+
+        Returns:
+            One entry per bucket: ``{"t": (low, high), "samples": n, "terms": {name: {"raw", "weighted", "active",
+            "gradient", "share"}}}``; what was not measured is None. ``share`` is the term's part of the summed gradient
+            norms.
+        """
+        steps = self.steps if last is None else self.steps[max(0, len(self.steps) - last) :]
+        found = []
+        for k in range(buckets):
+            low, high = k / buckets, (k + 1) / buckets
+            inside = [
+                s for step in steps for s in step.samples if low <= s.t < high or (k == buckets - 1 and s.t == 1.0)
+            ]
+            terms = {}
+            for name in dict.fromkeys(n for s in inside for n in s.terms):
+                rows = [s.terms[name] for s in inside if name in s.terms]
+                terms[name] = {
+                    "raw": _mean(r.raw for r in rows),
+                    "weighted": _mean(r.weighted for r in rows),
+                    "active": _mean(r.open for r in rows),
+                    "gradient": _mean(r.gradient for r in rows),
+                }
+            whole = sum(t["gradient"] or 0.0 for t in terms.values())
+            for t in terms.values():
+                t["share"] = t["gradient"] / whole if t["gradient"] is not None and whole else None
+            found.append({"t": (low, high), "samples": len(inside), "terms": terms})
+        return found
+
+
+def _mean(values: Iterable[Optional[float]]) -> Optional[float]:
+    known = [v for v in values if v is not None and math.isfinite(v)]  # as the file has it
+    return sum(known) / len(known) if known else None
+
+
+def _line(entry: StepLog | ValidationLog) -> str:
+    kind = "step" if isinstance(entry, StepLog) else "validation"
+    return json.dumps({"kind": kind, **_plain(asdict(entry))}, allow_nan=False) + "\n"
+
+
+def _plain(value):
+    """What JSON holds: numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step(entry: dict) -> StepLog:
+    samples = [
+        Sample(s["pair"], s["t"], {name: TermSample(**term) for name, term in s["terms"].items()})
+        for s in entry.pop("samples")
+    ]
+    return StepLog(samples=samples, **entry)
+
+
+def _validation(entry: dict) -> ValidationLog:
+    entry["noise_levels"] = {t: tuple(pair) for t, pair in entry["noise_levels"].items()}
+    return ValidationLog(**entry)

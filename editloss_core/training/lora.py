@@ -1,0 +1,354 @@
+"""LoRA as an additive bypass: y = W x + (alpha / rank) · B A x, by forward hooks on whatever layers the base has.
+
+Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685). The base is called as it is, and the bypass is
+added to its answer: there is no copy of W and no merged weight, so that layers which cast, quantise or unpack their
+weights by themselves (fp8, ComfyUI's and bitsandbytes' quantised layers) are adapted like plain ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Iterator, Mapping, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..files import replacing
+from ..masks import check_number
+
+PREFIX = "diffusion_model."  # of the names in a file; ComfyUI maps them to any model's layers one to one
+# Layers inside the numbered blocks, by the names of ComfyUI's networks and of diffusers' FluxTransformer2DModel. A single
+# block's first layer makes queries, keys, values and the MLP's input, its last one takes attention's and the MLP's output
+# together: both count as attention, or two thirds of a Flux would have none.
+_ATTENTION = (
+    "*blocks.*attn*.*",
+    "*single_blocks.*.linear1",
+    "*single_blocks.*.linear2",
+    "*single_transformer_blocks.*.proj_out",
+)
+_MLP = ("*blocks.*mlp*.*", "*blocks.*.ff.*", "*blocks.*.ff_context.*", "*single_transformer_blocks.*.proj_mlp")
+LAYER_PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention + MLP": (*_ATTENTION, *_MLP),
+    "all": ("*",),
+}
+# Names that other trainers write, and whose they are.
+_OTHER_FORMATS = {
+    "lora_unet_": "kohya's",
+    "lora_te": "a text encoder's",
+    "transformer.": "diffusers'",
+    "lora_transformer_": "OneTrainer's",
+    "lycoris_": "LyCORIS'",
+    "base_model.model.": "PEFT's",
+    "unet.": "PEFT's",
+}
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Size and place of a LoRA.
+
+    Attributes:
+        rank: of the update, ≥ 1.
+        alpha: > 0; the update is scaled by alpha / rank, so that rank can change without a new learning rate.
+        dropout: chance in 0…1 (1 excluded) with which a value of the bypass' input is dropped in training.
+        layers: comma-separated presets (``"attention"``: every attention layer, in single blocks with the MLP that is
+            fused into them; ``"attention + MLP"``: also the double blocks' MLPs; ``"all"``: every linear layer,
+            modulation, embedders and the last layer included) and patterns over names of layers, where ``*`` stands for
+            anything: ``double_blocks.*.img_attn.*``. A leading ``-`` takes layers out: ``all, -*mod*``.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    layers: str = "attention + MLP"
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"rank: expected an integer >= 1, got {self.rank!r}")
+        check_number("alpha", self.alpha, 0.0, math.inf, open_low=True)
+        check_number("dropout", self.dropout, 0.0, 1.0)
+        if self.dropout == 1.0:
+            raise ValueError("dropout: expected a number below 1, got 1: nothing would be learnt")
+        _patterns(self.layers)
+
+
+def select_layers(module: nn.Module, layers: str) -> dict[str, nn.Module]:
+    """The linear layers of ``module`` that ``layers`` (see :class:`LoRASettings`) names, in the network's order.
+
+    Raises:
+        ValueError: for a pattern without a match (with a few of the names there are), and if nothing is left.
+
+    >>> net = nn.ModuleDict({"double_blocks": nn.ModuleList([nn.ModuleDict({"img_mlp": nn.Sequential(nn.Linear(2, 3))})])})
+    >>> list(select_layers(net, "*_mlp.*"))
+    ['double_blocks.0.img_mlp.0']
+    """
+    known = {name: part for name, part in module.named_modules() if _features(part) is not None}
+    if not known:
+        raise ValueError(f"layers: {type(module).__name__} has no linear layers that a LoRA could be added to")
+    chosen: set[str] = set()
+    taken_out: set[str] = set()
+    for item, out in _patterns(layers):
+        globs = LAYER_PRESETS.get(item, (item,))
+        found = {name for name in known if any(fnmatchcase(name, glob) for glob in globs)}
+        if not found:
+            raise ValueError(
+                f"layers: no linear layer of {type(module).__name__} matches {item!r}; it has {len(known)}, among them "
+                f"{_some(known)}"
+            )
+        (taken_out if out else chosen).update(found)
+    if not chosen - taken_out:
+        raise ValueError(f"layers: {layers!r} takes out every layer that it names")
+    return {name: part for name, part in known.items() if name in chosen - taken_out}
+
+
+def _patterns(layers: str) -> list[tuple[str, bool]]:
+    """(preset or pattern, whether it takes layers out) for every item of a ``layers`` text."""
+    if not isinstance(layers, str):
+        raise ValueError(f"layers: expected a preset or patterns as one text, got {layers!r}")
+    items = [item.strip() for item in layers.split(",") if item.strip()]
+    parsed = [(item.removeprefix("-").strip(), item.startswith("-")) for item in items]
+    if all(out for _, out in parsed):
+        raise ValueError(
+            f"layers: expected {', '.join(map(repr, LAYER_PRESETS))} or patterns such as 'double_blocks.*', got "
+            f"{layers!r}; to take layers out, begin with what they are taken from, as in 'all, -*mod*'"
+        )
+    return parsed
+
+
+def _features(part: nn.Module) -> Optional[tuple[int, int]]:
+    """(in, out) of a linear layer of any make, None for everything else."""
+    sizes = getattr(part, "in_features", None), getattr(part, "out_features", None)
+    if all(isinstance(size, int) for size in sizes):  # quantised weights may be packed into another shape
+        return sizes
+    weight = getattr(part, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(part, nn.Embedding):
+        return weight.shape[1], weight.shape[0]
+    return None
+
+
+def _some(names, most: int = 6) -> str:
+    """A few names from all over the list."""
+    names = list(names)
+    return ", ".join(names if len(names) <= most else [names[i * (len(names) - 1) // (most - 1)] for i in range(most)])
+
+
+class LoRALayer(nn.Module):
+    """The bypass of one layer: x ``[..., in]`` → (alpha / rank) · B A dropout(x) ``[..., out]``.
+
+    Parameters are float32; the products are done in x's dtype on x's device.
+    """
+
+    def __init__(self, inputs: int, outputs: int, settings: LoRASettings, generator: torch.Generator):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)  # Kaiming's uniform start with a = √5, that of nn.Linear
+        down = (2 * torch.rand(settings.rank, inputs, generator=generator) - 1) * bound
+        self.down = nn.Parameter(down)  # A
+        self.up = nn.Parameter(torch.zeros(outputs, settings.rank))  # B: the bypass starts as exactly 0
+        self.scale, self.dropout = settings.alpha / settings.rank, settings.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(self.scale * F.linear(x, self.down.to(x)), self.up.to(x))
+
+
+class LoRA(nn.Module):
+    """Bypasses for the chosen layers of one network; its parameters are what is trained.
+
+    It starts detached. While attached, every call of a chosen layer adds the bypass, also when a block is computed again
+    under activation checkpointing; a backward pass therefore belongs inside the attachment (and the ``disabled``) that
+    its forward pass saw. Dropout is active in ``train()`` mode only and draws from torch's global random state.
+
+    Args:
+        module: the network; it is neither changed nor owned.
+        settings: size and place.
+        seed: of A; every layer draws from a generator of its own, by its name, so that the same seed gives the same
+            bytes whatever other layers are chosen.
+
+    Raises:
+        ValueError: if ``settings.layers`` does not fit the network.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3))
+    >>> lora = LoRA(net, LoRASettings(rank=2, layers="all"))
+    >>> sorted(lora.tensors())
+    ['diffusion_model.0.alpha', 'diffusion_model.0.lora_down.weight', 'diffusion_model.0.lora_up.weight']
+    """
+
+    def __init__(self, module: nn.Module, settings: LoRASettings = LoRASettings(), seed: int = 0):
+        super().__init__()
+        self.settings = settings
+        self.targets = select_layers(module, settings.layers)  # a dict: its modules are not registered as parts
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._disabled = 0
+        with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained
+            self.layers = nn.ModuleList(
+                LoRALayer(*_features(part), settings, _generator(seed, name)) for name, part in self.targets.items()
+            )
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._hooks)
+
+    def attach(self) -> LoRA:
+        """Add the bypasses from now on; nothing happens if they are there."""
+        if not self._hooks:
+            for part, layer in zip(self.targets.values(), self.layers):
+                self._hooks.append(part.register_forward_hook(self._hook(layer), with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Leave the network as it was; nothing happens if it is."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base's own output; can be nested."""
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+
+    def _hook(self, layer: LoRALayer):
+        def add(part: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Optional[Tensor]:
+            if self._disabled:
+                return None
+            x = args[0] if args else next(iter(kwargs.values()))
+            return output + layer(x).to(output.dtype)
+
+        return add
+
+    def tensors(self, prefix: str = PREFIX, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """What a file holds, on the CPU: ``X.lora_down.weight`` [rank, in], ``X.lora_up.weight`` [out, rank], ``X.alpha``.
+
+        Alpha is float32 always: loaders scale by alpha / rank where it exists, and by 1 where it does not.
+        """
+        state = {}
+        for name, layer in zip(self.targets, self.layers):
+            for key, value in (("lora_down.weight", layer.down), ("lora_up.weight", layer.up)):
+                state[f"{prefix}{name}.{key}"] = value.detach().to("cpu", dtype, copy=True)
+            state[f"{prefix}{name}.alpha"] = torch.tensor(float(self.settings.alpha))
+        return state
+
+    def save(
+        self,
+        path: Union[str, Path],
+        metadata: Optional[Mapping[str, str]] = None,
+        dtype: torch.dtype = torch.float32,
+        prefix: str = PREFIX,
+    ) -> None:
+        """Write :meth:`tensors` as a safetensors file, whole or not at all, the same bytes for the same LoRA.
+
+        Args:
+            path: ends with ``.safetensors``.
+            metadata: texts by name; the settings are added as JSON under ``lora``.
+            dtype: of the matrices in the file.
+            prefix: of their names; a LoRA of diffusers' FluxTransformer2DModel is found by ``"transformer."``.
+
+        Raises:
+            ValueError: for another suffix, metadata that is not text, an integer dtype, weights that are not finite.
+        """
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        settings = json.dumps(asdict(self.settings))
+        write_safetensors(path, self.tensors(prefix, dtype), {**(metadata or {}), "lora": settings})
+
+    def load_tensors(self, state: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
+        """Take weights as :meth:`tensors` gives them, in any floating dtype. Everything has to fit, or nothing is taken.
+
+        Raises:
+            ValueError: for another format (with whose it is), missing and surplus layers, another rank or alpha, shapes
+                of another network, values that are not finite.
+        """
+        own = self.tensors(prefix)
+        missing, surplus = [k for k in own if k not in state], [k for k in state if k not in own]
+        if len(missing) == len(own):
+            _refuse_other_formats(surplus, prefix)
+        faults = [
+            f"{len(names)} {kind} ({_some(names, 4)}{', …' if len(names) > 4 else ''})"
+            for kind, names in (("missing", missing), ("not known to this LoRA", surplus))
+            if names
+        ]
+        if faults:
+            raise ValueError(f"lora: expected the layers {self.settings.layers!r}, got {'; '.join(faults)}")
+        for name, layer in zip(self.targets, self.layers):
+            self._check_layer(name, layer, *(state[f"{prefix}{name}.{k}"] for k in _KEYS))
+        with torch.no_grad():
+            for name, layer in zip(self.targets, self.layers):
+                layer.down.copy_(state[f"{prefix}{name}.{_KEYS[0]}"])
+                layer.up.copy_(state[f"{prefix}{name}.{_KEYS[1]}"])
+
+    def _check_layer(self, name: str, layer: LoRALayer, down: Tensor, up: Tensor, alpha: Tensor) -> None:
+        rank, wanted = self.settings.rank, self.settings.alpha
+        if down.ndim == 2 and up.ndim == 2 and down.shape[0] == up.shape[1] != rank:
+            raise ValueError(f"lora: expected rank {rank}, got {down.shape[0]} in {name}")
+        if down.shape != layer.down.shape or up.shape != layer.up.shape:
+            raise ValueError(
+                f"lora: expected down {list(layer.down.shape)} and up {list(layer.up.shape)} for {name}, got "
+                f"{list(down.shape)} and {list(up.shape)}; it was made for another network"
+            )
+        if alpha.numel() != 1 or not math.isclose(
+            alpha.item(), wanted, rel_tol=1e-2 if alpha.dtype.itemsize < 4 else 1e-6
+        ):
+            raise ValueError(f"lora: expected alpha {wanted:g}, got {alpha.tolist()} in {name}")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"lora: {name} has values that are not finite")
+
+
+_KEYS = ("lora_down.weight", "lora_up.weight", "alpha")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _refuse_other_formats(names: list[str], prefix: str) -> None:
+    for other, whose in _OTHER_FORMATS.items():
+        found = [name for name in names if name.startswith(other)]
+        if found and other != prefix:
+            raise ValueError(
+                f"lora: expected names that begin with {prefix!r}, got {found[0]!r}, {whose} format. Training continues "
+                "from files that this trainer saved"
+            )
+
+
+def write_safetensors(path: Union[str, Path], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, whole or not at all, that depends on its content only.
+
+    Raises:
+        ValueError: for another suffix, metadata that is not text, values that are not finite.
+    """
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"path: expected a .safetensors file, got {path.name}")
+    wrong = [f"{k!r}: {v!r}" for k, v in metadata.items() if not isinstance(k, str) or not isinstance(v, str)]
+    if wrong:
+        raise ValueError(f"metadata: expected texts, got {wrong[0]}")
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{path.name}: {len(broken)} tensors are not finite in this dtype, among them {_some(broken, 3)}"
+        )
+    data = save(dict(tensors), metadata=dict(metadata))
+    # The library writes metadata in an order that changes with every process.
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if metadata:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.write(memoryview(data)[8 + size :])

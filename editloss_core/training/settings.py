@@ -1,0 +1,155 @@
+"""Everything that a person sets about a training run, checked before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Iterable
+
+import torch
+from torch import nn
+
+from ..losses import _check_number, _check_option
+from .flow import ESTIMATE_WEIGHTINGS, Timesteps
+
+OPTIMIZERS = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # → package
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of a run; the LoRA's own are :class:`~editloss_core.training.lora.LoRASettings`.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: pairs per forward pass.
+        accumulation: passes per optimiser step.
+        learning_rate: peak; Prodigy finds its own and wants 1.
+        optimizer: ``"adamw"``, ``"adamw8bit"`` (bitsandbytes) or ``"prodigy"`` (prodigyopt, Mishchenko & Defazio 2023,
+            https://arxiv.org/abs/2306.06101).
+        weight_decay: decoupled (AdamW).
+        warmup: steps over which the learning rate rises from 0.
+        schedule: ``"constant"`` or ``"cosine"`` (towards 0, which it would reach one step after the last) after the warm-up.
+        clip: largest norm of the gradient; 0 = off.
+        ema: decay of the exponential moving average of the LoRA, which is then what is validated and saved; 0 = off.
+        seed: of everything random. On a CPU the same seed gives the same file, byte for byte.
+        timesteps: how noise levels are drawn.
+        velocity_weight: of the velocity loss in the total; 0 trains on the objective alone.
+        edit_weight: weight of the edit region in the velocity loss, 1 = like the rest.
+        objective_every: the objective is evaluated at every N-th step. The others train on velocity alone.
+        estimate_weighting, estimate_cap: see :func:`~editloss_core.training.flow.estimate_weights`.
+        gradients_every: the gradient norm of each term is measured at every N-th step; 0 = never.
+        validate_every: validation at every N-th step and at the end; 0 = never.
+        preview_steps: sampling steps of validation pictures; 0 = no pictures.
+        previews: held-out pairs that are sampled.
+        checkpoint_every: a checkpoint at every N-th step and at the end; 0 = only at the end.
+        keep: checkpoints that stay.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    warmup: int = 0
+    schedule: str = "constant"
+    clip: float = 1.0
+    ema: float = 0.0
+    seed: int = 0
+    timesteps: Timesteps = field(default_factory=Timesteps)
+    velocity_weight: float = 1.0
+    edit_weight: float = 1.0
+    objective_every: int = 1
+    estimate_weighting: str = "none"
+    estimate_cap: float = 100.0
+    gradients_every: int = 10
+    validate_every: int = 250
+    preview_steps: int = 20
+    previews: int = 4
+    checkpoint_every: int = 250
+    keep: int = 3
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "objective_every", "keep"):
+            _check_whole(name, getattr(self, name), 1)
+        for name in (
+            "warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every",
+        ):  # fmt: skip
+            _check_whole(name, getattr(self, name), 0)
+        _check_number("learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
+        for name in ("weight_decay", "clip", "velocity_weight"):
+            _check_number(name, getattr(self, name), minimum=0.0)
+        _check_number("edit_weight", self.edit_weight, minimum=0.0, exclusive=True)
+        _check_number("estimate_cap", self.estimate_cap, minimum=0.0, exclusive=True)
+        _check_option("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        _check_option("schedule", self.schedule, SCHEDULES)
+        _check_option("estimate_weighting", self.estimate_weighting, ESTIMATE_WEIGHTINGS)
+        _check_number("ema", self.ema, minimum=0.0)
+        if self.ema >= 1.0:
+            raise ValueError(f"ema: expected a decay below 1, got {self.ema:g}")
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup: expected at most the {self.steps} steps of the run, got {self.warmup}")
+        if not self.velocity_weight and self.objective_every > 1:
+            raise ValueError(
+                f"velocity_weight: 0 with objective_every {self.objective_every} leaves steps without any loss; raise the one "
+                "or set the other to 1"
+            )
+        package = OPTIMIZERS[self.optimizer]
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"optimizer: {self.optimizer} needs a package; pip install {package}, or choose adamw")
+
+    def as_dict(self) -> dict:
+        """Plain values, for metadata and checkpoints."""
+        return asdict(self)
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rate at step 0, 1, …: warm-up, then constant or cosine."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser, with its learning rate at the peak; :meth:`rate` is applied by the trainer."""
+        options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if self.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(parameters, **options)
+        if self.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(parameters, **options, safeguard_warmup=True, use_bias_correction=True)
+        return torch.optim.AdamW(parameters, **options)
+
+
+def every(interval: int, step: int) -> bool:
+    """Whether something that happens at every ``interval``-th step happens at step 0, 1, …; never for 0."""
+    return interval > 0 and step % interval == 0
+
+
+class MovingAverage:
+    """Exponential moving average of parameters, which starts quickly: decay min(d, (1 + n) / (10 + n)) at step n.
+
+    Attributes:
+        values: the averages, by name.
+    """
+
+    def __init__(self, decay: float, named: Iterable[tuple[str, torch.Tensor]]):
+        self.decay = decay
+        self.values = {name: p.detach().clone() for name, p in named}
+
+    @torch.no_grad()
+    def update(self, named: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in named:
+            self.values[name].lerp_(p.detach(), 1.0 - decay)
+
+
+def _check_whole(name: str, value: int, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {value!r}")

@@ -1,0 +1,442 @@
+"""The training loop: flow matching plus an objective on x̂0, on the weights of a LoRA. It knows no program around it."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..encoders.base import Encoder
+from ..objective import EditObjective
+from .checkpoint import Checkpoint, CheckpointError, checkpoints
+from .estimate import Decode, EstimateObjective
+from .flow import (
+    Denoiser,
+    add_noise,
+    estimate,
+    estimate_weights,
+    generator_for,
+    token_count,
+    velocity_loss,
+)
+from .gradients import NonFinite, Part, blame, check_losses, lora_gradient_norm, output_gradient, parts_of
+from .log import VELOCITY, RunLog, Sample, StepLog, TermSample, ValidationLog
+from .lora import LoRA
+from .memory import OutOfMemory, StepMemory, advice
+from .prepare import Prepared
+from .settings import MovingAverage, TrainingSettings, every
+from .validation import PreviewRow, Validator
+
+CHECKPOINT_FOLDER = "checkpoints"
+_T = TypeVar("_T")
+
+
+class Host:
+    """What a trainer asks of the program around it. This one does nothing; a subclass overrides what it needs."""
+
+    def check(self) -> None:
+        """Called often; raises (anything) to stop. The run then keeps what was learnt and lets the exception through."""
+
+    def before_step(self) -> None:
+        """Called between graphs: the place to bring models to the device."""
+
+    def before_pictures(self) -> None:
+        """Called before pictures are sampled and decoded."""
+
+    def on_step(self, log: StepLog, total: int) -> None:
+        """After every step, out of ``total``."""
+
+    def on_validation(self, log: Optional[ValidationLog], pictures: Sequence[PreviewRow]) -> None:
+        """After every validation."""
+
+
+@dataclass
+class TrainingResult:
+    """What a run leaves.
+
+    Attributes:
+        steps: done.
+        lora: with the averaged weights if there is a moving average.
+        log: of every step and validation.
+        pictures: of the last validation.
+        checkpoint: the last one, None without a folder.
+    """
+
+    steps: int
+    lora: LoRA
+    log: RunLog
+    pictures: list[PreviewRow] = field(default_factory=list)
+    checkpoint: Optional[Path] = None
+
+
+class Trainer:
+    """Trains a LoRA.
+
+    Args:
+        denoiser: the model, frozen.
+        lora: made for ``denoiser.module``; attached while :meth:`run` runs.
+        prepared: the pairs to train on.
+        conditioning: one object per pair, which the denoiser understands.
+        settings: of the run.
+        objective: terms on x̂0, or None for flow matching alone.
+        encoders: by the names that the objective's terms use.
+        decode: differentiable decoder, for encoders that read pictures and for previews.
+        validation: held-out pairs, with ``validation_conditioning``.
+        folder: for checkpoints and the log; None keeps everything in memory.
+        info: plain values to keep in checkpoints (which pairs, which model).
+        resolution, checkpointing: only for the advice when memory runs out.
+        host: the program around.
+
+    Raises:
+        ValueError: what does not fit together, before any work.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        lora: LoRA,
+        prepared: Prepared,
+        conditioning: Sequence[Any],
+        settings: TrainingSettings,
+        *,
+        objective: Optional[EditObjective] = None,
+        encoders: Optional[Mapping[str, Encoder]] = None,
+        decode: Optional[Decode] = None,
+        validation: Optional[Prepared] = None,
+        validation_conditioning: Sequence[Any] = (),
+        folder: Optional[Path] = None,
+        info: Optional[Mapping[str, Any]] = None,
+        resolution: Optional[int] = None,
+        checkpointing: bool = False,
+        host: Optional[Host] = None,
+    ):
+        for name, pairs, given in (
+            ("conditioning", prepared, conditioning),
+            ("validation_conditioning", validation or (), validation_conditioning),
+        ):
+            if len(pairs) != len(given):
+                raise ValueError(f"{name}: expected one for each of {len(pairs)} pairs, got {len(given)}")
+        objective = objective if objective and objective.terms else None
+        if objective is None and not settings.velocity_weight:
+            raise ValueError(
+                "velocity_weight: 0 without an objective leaves nothing to train on; connect losses or raise it"
+            )
+        for term in objective.terms if objective else ():
+            if term.anchor != "pred" and term.weight:
+                raise ValueError(f"objective: {term.name!r} does not read pred, so that nothing can be learnt from it")
+        self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
+        self.settings, self.folder, self.host = settings, folder, host or Host()
+        self.info = {
+            "settings": settings.as_dict(),
+            "lora": asdict(lora.settings),
+            "objective": [asdict(term) for term in objective.terms] if objective else [],
+            **(info or {}),
+        }
+        self._advice = {"resolution": resolution, "checkpointing": checkpointing}
+
+        def on_estimates(pairs: Prepared) -> Optional[EstimateObjective]:
+            if objective is None:
+                return None
+            return EstimateObjective(objective, encoders or {}, pairs, decode, lora.disabled, denoiser.device)
+
+        self.objective = on_estimates(prepared)
+        self.validator = None
+        if validation is not None and len(validation):
+            self.validator = Validator(
+                denoiser, lora, validation, validation_conditioning, settings, on_estimates(validation), decode,
+                self.host.check,
+            )  # fmt: skip
+        lora.to(denoiser.device)
+        self.optimizer = settings.make_optimizer(lora.parameters())
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = MovingAverage(settings.ema, lora.named_parameters()) if settings.ema else None
+        self.log = RunLog(folder)
+        self.step = 0  # done
+        self.notes: list[str] = []  # what a person should know though it stops nothing
+        self._saved: Optional[Path] = None
+        self._saved_step = 0
+        self._updating = False
+        self._memory = StepMemory(torch.device(denoiser.device))
+        self._epochs: dict[int, list[list[int]]] = {}
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint: LoRA, optimiser, average, step and log.
+
+        Raises:
+            CheckpointError: another LoRA or optimiser than this run's.
+        """
+        saved = Checkpoint.load(path)
+        for name, mine in (("lora", self.info["lora"]), ("optimizer", self.settings.optimizer)):
+            theirs = saved.info.get("settings", {}).get(name) if name == "optimizer" else saved.info.get(name)
+            if theirs != mine:
+                raise CheckpointError(
+                    f"{path.name}: its {name} is {theirs}, this run's is {mine}; use the same to resume"
+                )
+        own = dict(self.lora.named_parameters())
+        if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.lora.items()}:
+            raise CheckpointError(f"{path.name}: it was made for another model")
+        if (saved.average is None) != (self.average is None):
+            raise CheckpointError(f"{path.name}: one of the two runs has a moving average (ema), the other has none")
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(saved.lora[name])
+            if self.average is not None:
+                for name, value in self.average.values.items():
+                    value.copy_(saved.average[name])
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.notes = _differences(saved.info, self.info)
+        self.step, self._saved, self._saved_step = saved.step, path, saved.step
+        if self.folder is not None:
+            self.log = RunLog.read(self.folder, saved.step)
+
+    def run(self) -> TrainingResult:
+        """Train from the present step to the last one.
+
+        Raises:
+            NonFinite, OutOfMemory: with what to do; what was learnt until then is in the last checkpoint.
+            Whatever the host raises, after a checkpoint.
+        """
+        if self.folder is not None:
+            if not self.step and checkpoints(self.folder / CHECKPOINT_FOLDER):
+                raise ValueError(
+                    f"folder: {self.folder.name} holds checkpoints of another run; resume it or choose another name"
+                )
+            self.log.rewrite()
+        pictures: list[PreviewRow] = []
+        self.lora.attach().train()
+        try:
+            if self._validation_is_due():  # who was stopped within a validation makes it up
+                pictures = self._guarded(self._validate)
+            elif self.step >= self.settings.steps and self.validator and self.settings.validate_every:
+                with self._averaged():
+                    pictures = self._guarded(self._pictures)
+            while self.step < self.settings.steps:
+                self.host.check()
+                log = self._guarded(self._step)
+                self.log.add(log)
+                self.host.on_step(log, self.settings.steps)
+                last = self.step == self.settings.steps
+                if last or every(self.settings.checkpoint_every, self.step):
+                    self._save()
+                if self._validation_is_due():
+                    pictures = self._guarded(self._validate)
+        except BaseException as error:
+            if not self._updating and self.step > self._saved_step:
+                self._save()
+            if self._saved is not None and isinstance(error, (NonFinite, OutOfMemory)):
+                error.args = (f"{error}\nWhat was learnt is kept in {self._saved.parent.name}/{self._saved.name}.",)
+            raise
+        finally:
+            self.lora.detach()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self._load(self.average.values)
+        self.lora.eval()
+        return TrainingResult(self.step, self.lora, self.log, pictures, self._saved)
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        state = Checkpoint(
+            self.step,
+            {name: p.detach() for name, p in self.lora.named_parameters()},
+            self.optimizer.state_dict(),
+            self.average.values if self.average is not None else None,
+            self.info,
+        )
+        self._saved = state.save(self.folder / CHECKPOINT_FOLDER, self.settings.keep)
+        self._saved_step = self.step
+
+    def _validation_is_due(self) -> bool:
+        interval = self.settings.validate_every if self.validator else 0
+        due = self.step > 0 and interval > 0 and (self.step == self.settings.steps or every(interval, self.step))
+        return due and all(done.step != self.step for done in self.log.validations)
+
+    def _validate(self) -> list[PreviewRow]:
+        self._memory.begin()
+        self._memory.enter("validation")
+        with self._averaged():
+            self.host.before_step()
+            log = self.validator.losses(self.step)
+            pictures = self._pictures()
+        self.log.add(log)
+        self.host.on_validation(log, pictures)
+        return pictures
+
+    def _pictures(self) -> list[PreviewRow]:
+        self.host.before_pictures()
+        return self.validator.pictures()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the moving average in place of the weights, if there is one."""
+        if self.average is None:
+            yield
+            return
+        own = {name: p.detach().clone() for name, p in self.lora.named_parameters()}
+        self._load(self.average.values)
+        try:
+            yield
+        finally:
+            self._load(own)
+
+    @torch.no_grad()
+    def _load(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self.lora.named_parameters():
+            p.copy_(values[name])
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def _guarded(self, work: Callable[[], _T]) -> _T:
+        """``work``'s answer; advice if the memory is not enough for it."""
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            crop = None
+            if self.objective is not None and self.objective.decodes:
+                crop = max(((c.height, c.width) for c in self.prepared.crops), key=lambda c: c[0] * c[1])
+            text = advice(
+                self._memory,
+                tokens=2 * max(token_count(self.prepared.after([i])) for i in range(len(self.prepared))),
+                batch_size=self.settings.batch_size,
+                checkpointing=self._advice["checkpointing"],
+                crop=crop,
+                objective_every=self.settings.objective_every,
+                blocks=sum(len(m) for m in self.denoiser.module.modules() if isinstance(m, torch.nn.ModuleList)),
+                settings=self._advice,
+            )
+            raise OutOfMemory(text) from error
+
+    def _step(self) -> StepLog:
+        began = time.perf_counter()
+        self._memory.begin()
+        self._memory.enter("loading")
+        self.host.before_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        samples: list[Sample] = []
+        losses = []
+        for part in range(self.settings.accumulation):
+            self.host.check()
+            loss, rows = self._pass(self.step * self.settings.accumulation + part)
+            losses.append(loss)
+            samples += rows
+        self._memory.enter("optimiser")
+        norm = lora_gradient_norm(self.lora, samples, self.step + 1)
+        if self.settings.clip:
+            torch.nn.utils.clip_grad_norm_(self.lora.parameters(), self.settings.clip)
+        rate = self.settings.rate(self.step)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks):
+            group["lr"] = peak * rate
+        self._updating = True
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.lora.named_parameters(), self.step)
+        self.step += 1
+        self._updating = False
+        group = self.optimizer.param_groups[0]
+        learning_rate = group["lr"] * float(group.get("d", 1.0))
+        seconds = time.perf_counter() - began
+        return StepLog(self.step, sum(losses) / len(losses), norm, learning_rate, samples, seconds)
+
+    def _pass(self, number: int) -> tuple[float, list[Sample]]:
+        """One forward and backward pass; ``number`` counts them from the start of the run and decides all randomness.
+
+        The losses are differentiated to the model's output first, so that decoder and encoders are gone before the
+        backward pass of the model begins.
+        """
+        settings, device = self.settings, self.denoiser.device
+        indices = self._batch(number)
+        generator = generator_for(settings.seed, "training", number)
+        x0 = self.prepared.after(indices).to(device)
+        references = [self.prepared.before(indices).to(device)]
+        masks = self.prepared.latent_masks(indices)
+        t = settings.timesteps.draw(len(indices), token_count(x0), generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        x_t = add_noise(x0, noise, t)
+
+        self._memory.enter("model")
+        with self._dropout(number):
+            predicted = self.denoiser(x_t, t, references, [self.conditioning[i] for i in indices])
+        output = predicted.detach().requires_grad_(True)
+        masks = None if masks is None else masks.to(device)
+
+        def losses() -> list[Part]:
+            velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight)
+            parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
+            if self.objective is not None and every(settings.objective_every, self.step):
+                self._memory.enter("objective")
+                weights = estimate_weights(t, settings.estimate_weighting, settings.estimate_cap)
+                report = self.objective(estimate(x_t, t, output), indices, t, weights)
+                parts += parts_of(report) if report is not None else []
+            return parts
+
+        parts = losses()
+        names = [self.prepared.pairs[i].name for i in indices]
+        check_losses(parts, names, t, self.step + 1)
+
+        measured = every(settings.gradients_every, self.step)
+        gradient, norms = output_gradient(parts, output, measured)
+        if not gradient.isfinite().all():
+            blame(losses(), output, gradient, names, t, self.step + 1)
+        self._memory.enter("backward")
+        predicted.backward(gradient / settings.accumulation)
+
+        table = torch.stack([torch.stack([p.raw.detach().float(), p.weighted.detach().float()]) for p in parts])
+        values, levels = table.tolist(), t.tolist()  # one wait for the device
+        samples = []
+        for i, name in enumerate(names):
+            terms = {}
+            for k, part in enumerate(parts):
+                if part.counts is not None and not part.counts[i]:
+                    continue  # outside the gate: of no weight, and so of no word in means over noise levels
+                raw, weighted = values[k][0][i], values[k][1][i]
+                opened = None if part.open is None else part.open[i].item()
+                terms[part.name] = TermSample(raw, weighted, opened, norms[k][i] if measured else None)
+            samples.append(Sample(name, levels[i], terms))
+        return sum(sum(row[1]) for row in values) / len(indices), samples
+
+    def _batch(self, number: int) -> list[int]:
+        per_epoch = len(self._epoch(0))
+        return self._epoch(number // per_epoch)[number % per_epoch]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._epochs:
+            batches = self.prepared.pairs.batches(self.settings.batch_size, self.settings.seed, epoch)
+            self._epochs = {0: self._epochs.get(0, batches), epoch: batches}
+        return self._epochs[epoch]
+
+    @contextmanager
+    def _dropout(self, number: int) -> Iterator[None]:
+        """Dropout draws from torch's global state: seed it for this pass, and put it back."""
+        if not self.lora.settings.dropout:
+            yield
+            return
+        device = torch.device(self.denoiser.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(generator_for(self.settings.seed, "dropout", number).initial_seed())
+            yield
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that are not those of the run that is resumed, and so not those of a run that was never stopped."""
+    harmless = {"gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every", "keep"}
+    if now["settings"]["schedule"] == "constant":
+        harmless.add("steps")
+    old, new = (
+        {**info.get("settings", {}), **{k: v for k, v in info.items() if k != "settings"}} for info in (then, now)
+    )
+    changed = [name for name in new if name not in harmless and json.dumps(old.get(name)) != json.dumps(new[name])]
+    return [f"resumed with another {name} than before" for name in changed]
+
+
+def metadata(trainer: Trainer) -> dict[str, str]:
+    """Texts for the header of a LoRA file: settings and objective."""
+    return {f"editloss_{name}": json.dumps(value, sort_keys=True) for name, value in trainer.info.items()}
