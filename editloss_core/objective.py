@@ -113,7 +113,6 @@ class LossTerm:
             if getattr(self, name) is not None:
                 losses._check_option(name, getattr(self, name), options)
 
-
     def gate(self, t: Tensor) -> Tensor:
         """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""
         return (t >= self.t_min) & (t <= self.t_max)
@@ -302,9 +301,7 @@ class EditObjective:
         if not self.terms:
             raise ValueError("objective: expected at least one term, got none")
         evaluation = _Evaluation(self.terms, embeddings, details)
-        reports = tuple(
-            TERMS[term.kind].evaluate(evaluation, term).counting(t, sample_weights) for term in self.terms
-        )
+        reports = tuple(TERMS[term.kind].evaluate(evaluation, term).counting(t, sample_weights) for term in self.terms)
         counted = [r.weighted for r in reports if r.term.weight > 0]
         return ObjectiveReport(sum(counted) if counted else torch.zeros(()), reports)
 

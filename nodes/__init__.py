@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import diagnostics, embeddings, encoders, losses, negatives
+from . import demo, diagnostics, embeddings, encoders, losses, negatives, pairs, training, training_options
 from .folders import register_model_folder
 
 
 class EditLossExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_model_folder()  # not in on_load, which ComfyUI 0.3.75 does not call
-        return [*encoders.NODES, *embeddings.NODES, *negatives.NODES, *losses.NODES, *diagnostics.NODES]
+        rooms = (encoders, embeddings, negatives, losses, diagnostics, pairs, training, training_options, demo)
+        return [node for room in rooms for node in room.NODES]

@@ -1,21 +1,29 @@
-"""The only file that reaches into ComfyUI's model internals: VAE, CLIP_VISION and MODEL as encoders of the core.
+"""VAE, CLIP_VISION and MODEL as encoders of the core, and gradients through them.
 
-ComfyUI's own paths are written for inference: ``ClipVisionModel.encode_image`` rounds pixels, weights loaded by a node
-are inference tensors, and Flux blocks add in place. The encoders made here go around all three when a gradient is asked
-for, and are plain forward passes when not.
+This file and comfy_denoiser.py are the only ones that reach into ComfyUI's model internals. ComfyUI's own paths are
+written for inference: ``ClipVisionModel.encode_image`` rounds pixels, weights loaded by a node are inference tensors, Flux
+blocks add in place, and fp8 products have no derivative. What is made here goes around all of them when a gradient is
+asked for, and is a plain forward pass when not.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Callable, Optional
+import dis
+import functools
+import sys
+import types
+from typing import Any, Callable, Iterator, Mapping, Optional
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
+import comfy.ops
 import comfy.sampler_helpers
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ..editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, check_output, hash_module, hash_tensors
@@ -48,28 +56,135 @@ def thaw(module: nn.Module) -> None:
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Answers in-place additions and products with new tensors, so that backward can go through Flux blocks."""
+    """Answers ``x += y`` and ``x *= y`` with a new tensor, so that backward can go through Flux blocks.
 
-    _ANSWERS = {
-        Tensor.add_: torch.add,
-        Tensor.mul_: torch.mul,
-        Tensor.__iadd__: torch.add,
-        Tensor.__imul__: torch.mul,
-    }
+    ``x.mul_(y)``, which torch reports in the same way, still changes x: as a statement of its own (ComfyUI's dequantising
+    has one) it has no other effect.
+    """
+
+    _ANSWERS = {Tensor.add_: torch.add, Tensor.mul_: torch.mul}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self._ANSWERS.get(func, func)(*args, **(kwargs or {}))
+        answer = self._ANSWERS.get(func)
+        if answer is not None:
+            frame = sys._getframe(1)
+            if _is_augmented(frame.f_code, frame.f_lasti):
+                return answer(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _is_augmented(code: types.CodeType, offset: int) -> bool:
+    """Whether the instruction is an augmented assignment: INPLACE_ADD in Python 3.10, BINARY_OP (+=) from 3.11 on."""
+    instruction = next((i for i in dis.get_instructions(code) if i.offset == offset), None)
+    if instruction is None:
+        return False
+    return instruction.opname.startswith("INPLACE_") or (
+        instruction.opname == "BINARY_OP" and instruction.argrepr.endswith("=")
+    )
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A linear layer's own forward pass, and grad · W with the weight cast anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.layer = layer
+        return forward(x.clone())  # ComfyUI's fast fp8 clamps its input in place
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        layer = ctx.layer
+        weight, bias, stream = comfy.ops.cast_bias_weight(layer, dtype=grad.dtype, device=grad.device, offloadable=True)
+        plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        scale = getattr(layer, "scale_weight", None)  # of "scaled fp8" checkpoints
+        result = grad @ (plain if scale is None else plain * scale.to(plain))
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+        return result, None, None
+
+
+class _FrozenForward:
+    """Takes the place of a layer's ``forward`` where autograd cannot go through it, or would keep a copy of its weight.
+
+    That is a weight in fp8 or quantised (the fast products have no derivative, and the slow ones would hold each weight
+    in full precision until the backward pass), and one that waits in another memory and is brought in for each product.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.stock = layer, layer.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        plain = weight.device == x.device and weight.dtype.itemsize > 1 and not isinstance(weight, QuantizedTensor)
+        if plain or not torch.is_grad_enabled():
+            return self.stock(x)
+        return _FrozenProduct.apply(x, self.layer, self.stock)
 
 
 @contextlib.contextmanager
-def differentiable(module: nn.Module):
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these modules answer with these functions; hooks on them work as ever."""
+    before = {part: part.__dict__.get("forward") for part in forwards}
+    try:
+        for part, forward in forwards.items():
+            part.forward = forward
+        yield
+    finally:
+        for part, forward in before.items():
+            if forward is not None:
+                part.forward = forward
+            elif "forward" in part.__dict__:
+                del part.forward
+
+
+@contextlib.contextmanager
+def running_differentiably(module: nn.Module) -> Iterator[None]:
+    """Inside, autograd can follow a call of ``module``. A block that is computed again needs it as well."""
+    linears = {
+        part: _FrozenForward(part)
+        for part in module.modules()
+        if isinstance(part, comfy.ops.CastWeightBiasOp)
+        and isinstance(getattr(part, "in_features", None), int)
+        and not isinstance(part.forward, _FrozenForward)
+    }
+    with replaced_forwards(linears), OutOfPlace():
+        yield
+
+
+@contextlib.contextmanager
+def differentiable(module: nn.Module) -> Iterator[None]:
     """Inside, ``module`` can be run and differentiated with respect to its input, if gradients are on at all."""
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         yield
         return
     thaw(module)
-    with OutOfPlace():
+    with running_differentiably(module):
         yield
+
+
+def usable(value: Any, device: torch.device) -> Any:
+    """A tensor (or those in a list) on ``device``, and fit for autograd although it was made in inference mode."""
+    if isinstance(value, (list, tuple)):
+        return [usable(v, device) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device)
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
+
+
+def is_loaded(patcher) -> bool:
+    """Whether ComfyUI counts the model as loaded, in full or in part."""
+    return any(other is patcher for other in comfy.model_management.loaded_models())
+
+
+def load_for_call(patcher, memory_required: float) -> None:
+    """Bring a model to its device before a call, but not while gradients are on if it is there already.
+
+    Loading may push another model out, and a graph may still need that one's weights where they are.
+    """
+    if not (is_loaded(patcher) and torch.is_grad_enabled()):
+        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
 
 
 def encoder_device() -> torch.device:
@@ -82,17 +197,8 @@ def encoder_device() -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def vae_encoder(vae, image_size: int = 0, to_model: Callable[[Tensor], Tensor] = lambda z: z) -> VAEEncoder:
-    """Latents of a ComfyUI VAE as a grid ``[B, h, w, C]``; the posterior's mean, as ComfyUI itself encodes.
-
-    Args:
-        vae: ComfyUI VAE.
-        image_size: side of the square that is encoded, in pixels; 0 keeps each picture's size.
-        to_model: from the VAE's latents to those of a diffusion model.
-
-    Raises:
-        ValueError: for a VAE of audio or video.
-    """
+def check_vae(vae) -> None:
+    """ValueError unless it is a VAE of pictures with weights."""
     if getattr(vae, "first_stage_model", None) is None:
         raise ValueError("vae: this VAE has no weights; the checkpoint it came from does not contain one")
     if vae.latent_dim != 2 or not isinstance(vae.downscale_ratio, int):
@@ -100,13 +206,27 @@ def vae_encoder(vae, image_size: int = 0, to_model: Callable[[Tensor], Tensor] =
             f"vae: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)"
         )
 
+
+def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
+    """Latents of a ComfyUI VAE as a grid ``[B, h, w, C]``; the posterior's mean, as ComfyUI itself encodes.
+
+    Args:
+        vae: ComfyUI VAE.
+        image_size: side of the square that is encoded, in pixels; 0 keeps each picture's size.
+        latent_format: ``comfy.latent_formats.LatentFormat`` of a diffusion model, whose latents are then made; None gives
+            the VAE's own.
+
+    Raises:
+        ValueError: for a VAE of audio or video, or with other channels than the format.
+    """
+    check_vae(vae)
+    shift, scale = _affine(latent_format, vae.latent_channels)
+
     def encode(pixels: Tensor) -> Tensor:
-        comfy.model_management.load_models_gpu(
-            [vae.patcher], memory_required=vae.memory_used_encode(pixels.shape, vae.vae_dtype)
-        )
+        load_for_call(vae.patcher, vae.memory_used_encode(pixels.shape, vae.vae_dtype))
         with differentiable(vae.first_stage_model):
             inputs = vae.process_input((pixels + 1.0) / 2.0).to(vae.device, vae.vae_dtype)
-            return to_model(vae.first_stage_model.encode(inputs).float())
+            return vae.first_stage_model.encode(inputs).float()
 
     kind = type(vae.first_stage_model).__name__
     return VAEEncoder(
@@ -116,7 +236,23 @@ def vae_encoder(vae, image_size: int = 0, to_model: Callable[[Tensor], Tensor] =
         downscale=vae.downscale_ratio,
         device=vae.device,
         image_size=image_size,
+        shift=shift,
+        scale=scale,
     )
+
+
+def _affine(latent_format, channels: int) -> tuple[Any, Any]:
+    """(shift, scale) with which a latent format's ``process_in(z)`` is (z − shift) · scale, numbers or one per channel."""
+    if latent_format is None:
+        return 0.0, 1.0
+    if latent_format.latent_channels != channels:
+        raise ValueError(
+            f"vae: the model takes latents of {latent_format.latent_channels} channels, this VAE makes {channels} channels"
+        )
+    with torch.inference_mode(False):
+        zero, one = (latent_format.process_in(torch.full((1, channels, 1, 1), v)) for v in (0.0, 1.0))
+    scale = one - zero
+    return (-zero / scale).flatten(), scale.flatten()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +295,7 @@ class ClipVisionEncoder(PixelEncoder):
         return None if self.info.output == "global" else (self.side, self.side)
 
     def features(self, pixels: Tensor) -> Tensor:
-        comfy.model_management.load_model_gpu(self.clip.patcher)
+        load_for_call(self.clip.patcher, 0)
         with differentiable(self.clip.model):
             last, intermediate, pooled, *_ = self.clip.model(
                 pixel_values=pixels, intermediate_output=-2 if self.layer == "penultimate" else None
@@ -180,6 +316,36 @@ def _patch_size(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_flow_model(model) -> None:
+    """ValueError unless it predicts velocity."""
+    base = model.model
+    if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            f"model: expected a flow-matching model (FLUX and kin), got {type(base).__name__} with "
+            f"{type(base.model_sampling).__name__} sampling"
+        )
+
+
+def model_inputs(base, cond: dict, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:
+    """What the model makes of one prompt for latents ``x`` [B, C, h, w], as ComfyUI's samplers do it.
+
+    Args:
+        base: ``comfy.model_base.BaseModel``.
+        cond: one entry of ``comfy.sampler_helpers.convert_cond``.
+        x: on the device where the model runs.
+
+    Raises:
+        ValueError: if something is missing that this model needs.
+    """
+    try:
+        inputs = base.extra_conds(**{k: usable(v, x.device) for k, v in cond.items()}, noise=x, device=x.device)
+    except KeyError as error:
+        raise ValueError(
+            f"conditioning: {type(base).__name__} needs {error}; make it with the model's own text encoder"
+        ) from error
+    return {name: value.process_cond(batch_size=len(x), device=x.device, area=None) for name, value in inputs.items()}
+
+
 def diffusion_encoder(
     model, vae, conditioning, block: str, noise_level: float, seed: int, output: str = "grid", image_size: int = 0
 ) -> DiffusionFeatureEncoder:
@@ -197,12 +363,8 @@ def diffusion_encoder(
         ValueError: a model that is not a flow model, an unknown block (with the names there are), a VAE with other
             latents, empty conditioning; when called, conditioning that does not fit the model.
     """
+    check_flow_model(model)
     base = model.model
-    if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
-        raise ValueError(
-            f"model: expected a flow-matching model (FLUX and kin), got {type(base).__name__} with "
-            f"{type(base.model_sampling).__name__} sampling"
-        )
     net = base.diffusion_model
     blocks = {n: m for n, m in net.named_modules() if n.count(".") == 1 and n.split(".")[1].isdigit()}
     if block not in blocks:  # parts of blocks are left out: their answers say nothing about which tokens are whose
@@ -221,16 +383,10 @@ def diffusion_encoder(
     seen = {"text": 0, "picture": 0}  # tokens of the last call
 
     def predict(x: Tensor, t: Tensor) -> None:
-        comfy.model_management.load_models_gpu([model], memory_required=base.memory_required(x.shape))
+        load_for_call(model, base.memory_required(x.shape))
         x, t = x.to(model.load_device), t.to(model.load_device)
         cond = comfy.sampler_helpers.convert_cond(conditioning)[0]
-        try:
-            inputs = base.extra_conds(**_on(cond, x.device), noise=x, device=x.device)
-        except KeyError as error:
-            raise ValueError(
-                f"conditioning: {kind} needs {error}; make it with the model's own text encoder"
-            ) from error
-        inputs = {name: value.process_cond(batch_size=len(x), device=x.device).cond for name, value in inputs.items()}
+        inputs = {name: value.cond for name, value in model_inputs(base, cond, x).items()}
         seen["text"] = inputs["c_crossattn"].shape[1] if "c_crossattn" in inputs else 0
         seen["picture"] = -(-x.shape[2] // patch) * -(-x.shape[3] // patch)
         options = model.model_options.get("transformer_options", {}).copy()
@@ -261,7 +417,7 @@ def diffusion_encoder(
     # embedding file made with one is never taken for another's.
     patches = str(model.patches_uuid) if model.patches else ""
     return DiffusionFeatureEncoder(
-        vae_encoder(vae, image_size, base.process_latent_in),
+        vae_encoder(vae, image_size, base.latent_format),
         predict,
         module,
         select,
@@ -272,10 +428,6 @@ def diffusion_encoder(
         patch=patch,
         output=output,
     )
-
-
-def _on(cond: dict, device: torch.device) -> dict:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in cond.items()}
 
 
 def _tensors_of(conditioning) -> list[tuple[str, Tensor]]:

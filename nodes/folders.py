@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -12,6 +13,9 @@ NO_WEIGHTS = f"(none yet: put a .safetensors file in models/{ENCODER_FOLDER}, th
 NO_EMBEDDINGS = "(none yet: run Save Embeddings, then press R)"
 EMBEDDING_FOLDER = Path("editloss") / "embeddings"
 NEGATIVE_FOLDER = Path("editloss") / "hard_negatives"
+RUN_FOLDER = Path("editloss") / "runs"
+CACHE_FOLDER = Path("editloss") / "cache"
+NO_RUNS = "(none yet: run Train Kontext LoRA, then press R)"
 
 # Letters of any script, digits and a few signs, per part. No dot first, so neither '..' nor a hidden file.
 _PART = re.compile(r"[^\W_][\w\- .]{0,99}")
@@ -136,3 +140,75 @@ def _embedding_roots() -> dict[str, str]:
 def negative_buffer_folder(name: str) -> Path:
     """``output/editloss/hard_negatives/NAME``."""
     return _inside("buffer", folder_paths.get_output_directory(), NEGATIVE_FOLDER / _checked("buffer", name))
+
+
+def pair_folder(setting: str, name: str) -> Path:
+    """A folder of pictures below ``input``; links are followed, since data sets live on other disks.
+
+    Raises:
+        ValueError: a name that leads elsewhere, or no such folder.
+    """
+    relative = _checked(setting, name.replace("\\", "/").strip("/"))
+    path = Path(folder_paths.get_input_directory()) / relative
+    if not path.is_dir():
+        there = sorted(p.name for p in Path(folder_paths.get_input_directory()).iterdir() if p.is_dir())
+        raise ValueError(
+            f"{setting}: there is no folder {relative.as_posix()!r} in ComfyUI's input folder; it has "
+            f"{', '.join(there) or 'none'}. Put the pairs there, or a link to them"
+        )
+    return path
+
+
+def cache_folder() -> Path:
+    """``output/editloss/cache``: latents and embeddings of pairs."""
+    return _inside("cache", folder_paths.get_output_directory(), CACHE_FOLDER)
+
+
+def new_run_folder(name: str) -> Path:
+    """``output/editloss/runs/NAME``, or ``NAME_2`` and so on: no run is ever written over."""
+    checked = _checked("name", name)
+    for number in range(1, 10_000):
+        relative = checked if number == 1 else checked.with_name(f"{checked.name}_{number}")
+        path = _inside("name", folder_paths.get_output_directory(), RUN_FOLDER / relative)
+        if not path.exists():
+            return path
+    raise ValueError(f"name: there are 10,000 runs called {_short(name)}; choose another name")
+
+
+def runs() -> list[str]:
+    """Runs with a checkpoint, the latest first."""
+    base = Path(folder_paths.get_output_directory()) / RUN_FOLDER
+    found: dict[Path, float] = {}
+    for path in base.glob("**/checkpoints/step_*.safetensors"):
+        with contextlib.suppress(OSError):  # rotated away since it was listed, or a link to nowhere
+            found[path.parent.parent] = max(found.get(path.parent.parent, 0.0), path.stat().st_mtime)
+    return [p.relative_to(base).as_posix() for p in sorted(found, key=found.get, reverse=True)]
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run by the name that :func:`runs` gives; links in it that lead out are refused."""
+    if name == NO_RUNS or name not in runs():
+        there = runs()
+        more = f" and {len(there) - 8} more" if len(there) > 8 else ""
+        raise ValueError(
+            f"run: there is no run called {_short(name)} with a checkpoint; there are {', '.join(there[:8]) or 'none'}{more}"
+        )
+    root = folder_paths.get_output_directory()
+    path = _inside("run", root, RUN_FOLDER / _checked("run", name))
+    for part in path.rglob("*"):
+        if part.is_symlink():  # checkpoints are read through it, and written
+            _inside("run", root, part.relative_to(Path(root).resolve()))
+    return path
+
+
+def new_lora_file(name: str) -> tuple[Path, str]:
+    """A file below ``models/loras`` that is not there yet, and its name as the stock LoRA loaders show it."""
+    checked = _checked("file_name", name.strip().removesuffix(".safetensors"))
+    root = folder_paths.get_folder_paths("loras")[0]
+    for number in range(1, 10_000):
+        relative = Path(f"{checked}.safetensors" if number == 1 else f"{checked}_{number}.safetensors")
+        path = _inside("file_name", root, relative)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path, str(relative)
+    raise ValueError(f"file_name: there are 10,000 files called {_short(name)}; choose another name")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Mapping
+from pathlib import Path
+from typing import Any, Mapping, Optional
 
 from comfy_api.latest import io
 
 from ..editloss_core.encoders.base import Encoder
+from ..editloss_core.negatives import OverlaySettings
 from ..editloss_core.objective import EditObjective, LossTerm
+from ..editloss_core.training.trainer import TrainingResult
 
 EncoderSocket = io.Custom("EDITLOSS_ENCODER")
 EmbeddingsSocket = io.Custom("EDITLOSS_EMBEDDINGS")
 ObjectiveSocket = io.Custom("EDITLOSS_OBJECTIVE")
+PairsSocket = io.Custom("EDITLOSS_PAIRS")
+OptionsSocket = io.Custom("EDITLOSS_TRAINING_OPTIONS")
+ResumeSocket = io.Custom("EDITLOSS_RESUME")
+RunSocket = io.Custom("EDITLOSS_RUN")
+# ComfyUI's own training sockets: the stock Load LoRA Model, Save LoRA Weights and Plot Loss Graph take them.
+LoRAModelSocket = io.Custom("LORA_MODEL")
+LossMapSocket = io.Custom("LOSS_MAP")
 
 
 @dataclass(frozen=True)
@@ -33,3 +43,54 @@ class WiredObjective:
                 "(other weights or preprocessing); give one of the two another name"
             )
         return replace(self, encoders={**self.encoders, encoder.info.name: encoder})
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the options nodes add to a training run. Every node of a chain changes its own fields and keeps the others.
+
+    Attributes:
+        training: fields of :class:`~…training.settings.TrainingSettings`.
+        timesteps: fields of :class:`~…training.flow.Timesteps`.
+        lora: fields of :class:`~…training.lora.LoRASettings`.
+        crop: side of the window around the edit that is decoded for encoders of pictures, in pixels; 0 = all of it.
+        overlay: how overlay negatives are made.
+        guidance, preview_guidance: what a guidance-distilled model is told in training and for pictures.
+        checkpointing: compute blocks again in the backward pass.
+        reserve: GiB of the device to leave free for a step; 0 = as much as it takes by an estimate.
+    """
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    timesteps: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    crop: int = 512
+    overlay: OverlaySettings = OverlaySettings()
+    guidance: float = 1.0
+    preview_guidance: float = 2.5
+    checkpointing: bool = True
+    reserve: float = 0.0
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to go on from, and the folder of its run."""
+
+    run: str
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What Train Kontext LoRA gives to the nodes behind it.
+
+    Attributes:
+        name: of the run.
+        result: of the core's trainer.
+        metadata: texts for the header of a LoRA file.
+        folder: where log and checkpoints are.
+    """
+
+    name: str
+    result: TrainingResult
+    metadata: Mapping[str, str]
+    folder: Optional[Path] = None

@@ -1,11 +1,12 @@
 """Run an example workflow in a real ComfyUI and save what it shows.
 
     python workflows/run.py --list
-    python workflows/run.py diagnose_edit
+    python workflows/run.py train_demo
     python workflows/run.py my_workflow.json --out pictures
 
 ComfyUI is looked for in --comfyui, then in COMFYUI_PATH, then around this pack; if there is none, a small
-private copy is downloaded. Your own ComfyUI's folders are never written to.
+private copy is downloaded. Your own ComfyUI's folders are never written to: LoRAs and logs of a training run are
+saved beside its pictures, and LoRAs that earlier runs left in results/ are there to be loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -25,7 +27,8 @@ from comfy_server import ComfyServer
 from ui_to_api import WorkflowError, is_saved_workflow, to_prompt
 
 HERE = Path(__file__).resolve().parent
-DEFAULT = "diagnose_edit"
+DEFAULT = "train_demo"
+LORAS = Path("loras") / "editloss"  # below the models folder: where Save Kontext LoRA writes
 
 
 def available() -> list[str]:
@@ -147,7 +150,7 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     began = time.monotonic()
     try:
-        _prepare(server)
+        given = _prepare(server)
         server.start()
         client = Client(server.url)
         prompt = to_prompt(workflow, client.object_info())
@@ -157,13 +160,22 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
             history = client.run(prompt, lines, timeout=24 * 3600, extra_data={"extra_pnginfo": {"workflow": workflow}})
         finally:
             lines.finish()
-        return save(history, prompt, client, out)
+        return save(history, prompt, client, out) + _collect(server, out, given)
     finally:
         server.close()
 
 
-def _prepare(server: ComfyServer) -> None:
-    """Put the example pictures and weights into the server's folders."""
+def _collect(server: ComfyServer, out: Path, given: set[Path]) -> list[Path]:
+    """Copy LoRAs that were trained, and the logs of their runs, from the server's folders, which go away with it."""
+    loras = [p for p in sorted((server.models_dir / LORAS).glob("*.safetensors")) if p not in given]
+    logs = sorted((server.output_dir / "editloss" / "runs").glob("*/log.jsonl"))
+    return [_write(out / p.name, p.read_bytes()) for p in loras] + [
+        _write(out / f"{p.parent.name}.log.jsonl", p.read_bytes()) for p in logs
+    ]
+
+
+def _prepare(server: ComfyServer) -> set[Path]:
+    """Put example pictures and weights into the server's folders, and LoRAs of earlier runs, which are returned."""
     # The pack need not be installed. The path is this process's own: in ComfyUI's, our nodes folder would hide its
     # nodes.py.
     if str(HERE.parent) not in sys.path:
@@ -174,6 +186,9 @@ def _prepare(server: ComfyServer) -> None:
         prepare(server.input_dir, server.models_dir)
     except RuntimeError as error:  # a package that carries the examples is missing
         raise ComfyError(f"cannot prepare the examples: {error}") from error
+    folder = server.models_dir / LORAS
+    folder.mkdir(parents=True, exist_ok=True)
+    return {Path(shutil.copy(p, folder)) for p in sorted(Path("results").glob("*/*.safetensors"))}
 
 
 def main(argv: list[str] | None = None) -> int:

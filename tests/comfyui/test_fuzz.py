@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +28,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_models import CLIP, CLIP_FILE, DATASET, MODEL_FILE, TIMM, TIMM_FILE, VAE_FILE, write_models
 
+from editloss_core.demo.scenes import stool_pairs, write_folder
 from editloss_core.embeddings import EmbeddingSet
 from editloss_core.encoders.base import EncoderInfo
+from editloss_core.training.checkpoint import Checkpoint
 
-PROMPTS = int(os.environ.get("EDITLOSS_FUZZ_PROMPTS", "400"))
+PROMPTS = int(os.environ.get("EDITLOSS_FUZZ_PROMPTS", "480"))
 SEED = int(os.environ.get("EDITLOSS_FUZZ_SEED", "20251123"))
 MARKER = "top-secret-encoder"  # stands in every file outside the folders; nothing may ever repeat it
+READABLE = (".StaleEmbeddings", ".PairProblems", ".CheckpointError", ".NonFinite", ".OutOfMemory")
+WITHOUT_INPUTS = {"EditLossDemoModel"}  # can never be wrong
+WANTED = "replace the chair with my stool"
 
 # ---------------------------------------------------------------------------- values
 
@@ -142,6 +147,16 @@ CHEAP = {
     "count": [1, 2, 5],
     "batch_size": [1, 2, 8],
     "feather": [0.0, 0.5, 2.0, 7.0, 64.0],
+    "steps": [1, 1, 2],
+    "step": [0, 0, 1, 7],
+    "rank": [2, 2, 1, 5],
+    "hold_out": [0, 1, 2],
+    "held_out": [1, 2],
+    "resolution": [128, 64, 96, 100],
+    "accumulation": [1, 2, 3],
+    "previews": [1, 0, 4],
+    "preview_steps": [1, 0, 2],
+    "validate_every": [1, 0, 3],
 }
 FILES = {
     "weights": [
@@ -199,6 +214,38 @@ FILES = {
         "x_embedder",
     ],
     "name": ["a", "a|b", "line\nbreak", "🎉 日本語", "n" * 3000],
+    "TrainKontextLoRA.name": ["run", "run", "läufe/a b", "link_dir/new", "loop", "a_file/below", "🎉"],
+    "ResumeTraining.run": [
+        "first",
+        "first",
+        "first",
+        "broken",
+        "linked",
+        "link_file",
+        "link_dir",
+        "loop",
+        "nowhere",
+        "a_file",
+        "gone",
+    ],
+    "folder": [
+        "fuzz pairs",
+        "fuzz pairs",
+        "fuzz one folder",
+        "fuzz bad",
+        "fuzz empty",
+        "fuzz link",
+        "fuzz loop",
+        "fuzz nowhere",
+        "fuzz_src.png",
+        "fuzz pairs/after",
+        "fuzz pairs/../fuzz pairs",
+    ],
+    "control_folder": ["", "", " ", "fuzz pairs/before", "fuzz bad/before", "fuzz empty", "../fuzz pairs"],
+    "default_caption": ["", WANTED, "make it nice", "line\nbreak", "n" * 3000],
+    "captions": [WANTED, WANTED, f"{WANTED}\n{WANTED}", "", " \n ", "make it nice", "n" * 3000],
+    "terms": ["*", "*", "no edit*", "nothing", "", "[", "no edit identity"],
+    "LoRAOptions.layers": ["", "all", "all, -*mod*", "double_blocks.*.img_attn.*", "-all", "nothing.*", ",", "[a"],
 }
 
 
@@ -234,9 +281,8 @@ def broken(rng: random.Random, name: str, kind: str) -> Any:
         return rng.choice([*NUMBERS[:6], *OTHERS, link("text")])
     if kind in ("IMAGE", "MASK"):
         return rng.choice([*OTHERS, link("vae"), link("text"), *map(link, SHAPES[kind]), *map(link, SHAPES[kind])])
-    return rng.choice(
-        [*OTHERS, *(link(node) for node in ("src", "mask", "vae", "model", "encoder", "encode", "objective"))]
-    )
+    some = ("src", "mask", "vae", "model", "encoder", "encode", "objective", "pairs", "options", "resume", "demo")
+    return rng.choice([*OTHERS, *map(link, some), link("run", 4), link("demo", 1)])
 
 
 # ---------------------------------------------------------------------------- nodes around the one that is tested
@@ -325,7 +371,51 @@ def pool() -> dict[str, Any]:
             },
         ),
         "objective": ("EditLossNoEditIdentity", loss),
+        "demo": ("EditLossDemoModel",),
+        "pairs": ("EditLossDemoPairs", {"count": 2, "held_out": 1, "seed": 0}),
+        "demo_latents": ("EditLossVAEEncoder", {"vae": link("demo", 2)}),
+        "mix": (
+            "EditLossRecommendedMix",
+            {"encoder": link("demo_latents"), "preset": "recommended", "geometry_dist": "cos"},
+        ),
+        "untrainable": (
+            "EditLossTriplet",
+            {**loss, "anchor": "pred", "positive": "gt", "negative": "hard_negative", "objective": link("mix")},
+        ),
+        "options": (
+            "EditLossRunOptions",
+            {
+                "checkpoint_every": 1,
+                "keep": 3,
+                "validate_every": 1,
+                "previews": 1,
+                "preview_steps": 1,
+                "guidance": 1.0,
+                "preview_guidance": 2.5,
+                "gradient_checkpointing": False,
+                "memory_reserve": 0.0,
+            },
+        ),
+        "run": training(name="first", options=link("options"), held_out=link("pairs", 1), objective=link("mix")),
+        "resume": ("EditLossResumeTraining", {"run": "first", "step": 0}),
     }
+
+
+def training(**changes: Any) -> tuple[str, dict[str, Any]]:
+    """One step on the demo's pairs, with what the node's plain values are in this test, so that it can be resumed."""
+    widgets = {
+        "name": "follower",
+        "steps": 1,
+        "learning_rate": 1e-4,
+        "batch_size": 1,
+        "rank": 2,
+        "alpha": 16.0,
+        "layers": "attention + MLP",
+        "seed": 0,
+        "hold_out": 0,
+    }
+    wired = {"model": link("demo"), "clip": link("demo", 1), "vae": link("demo", 2), "pairs": link("pairs")}
+    return "EditLossTrainKontextLoRA", {**widgets, **wired, **changes}
 
 
 RECIPES: dict[str, dict[str, list[Any]]] = {
@@ -338,11 +428,29 @@ RECIPES: dict[str, dict[str, list[Any]]] = {
     "SaveEmbeddings": {"embeddings": ["encode", "encode_vector"]},
     "LoadEmbeddings": {"encoder": ["encoder", "vector"]},
     "EvaluateObjective": {"objective": ["objective"], "embeddings": ["encode_both"] * 3 + ["encode_vector"]},
+    "TrainKontextLoRA": {
+        "model": ["demo"] * 4 + ["model"],
+        "clip": [["demo", 1]],
+        "vae": [["demo", 2]] * 3 + ["vae"],
+        "decoder": [["demo", 2], "vae"],
+        "objective": ["mix", "mix", "objective", "untrainable"],
+        "held_out": [["pairs", 1]],
+    },
+    "DemoJudge": {
+        "base": ["demo"] * 4 + ["model"],
+        "trained": ["run"] * 4 + ["model"],
+        "clip": [["demo", 1]],
+        "vae": [["demo", 2]] * 3 + ["vae"],
+    },
 }
 SOCKETS = {
     "EDITLOSS_ENCODER": ["encoder", "vector"],
     "EDITLOSS_OBJECTIVE": ["objective"],
     "EDITLOSS_EMBEDDINGS": ["encode"],
+    "EDITLOSS_PAIRS": ["pairs"],
+    "EDITLOSS_TRAINING_OPTIONS": ["options"],
+    "EDITLOSS_RESUME": ["resume"],
+    "EDITLOSS_RUN": [["run", 4]],
 }
 USUAL = {
     "before": "src",
@@ -356,7 +464,14 @@ USUAL = {
     "mask": "mask",
     "mask_before": "mask",
     "mask_after": "mask",
+    "MakePairs.before": ["pairs", 2],  # the others are too small to train on
+    "MakePairs.after": ["pairs", 3],
 }
+
+
+def wire(source: str | list[Any]) -> list[Any]:
+    """A link to a node of the pool, to its first output where no other is named."""
+    return link(source) if isinstance(source, str) else link(*source)
 
 
 def draw_prompt(rng: random.Random, node: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -374,10 +489,10 @@ def draw_prompt(rng: random.Random, node: str, info: dict[str, Any]) -> dict[str
         if group == "optional" and rng.random() < (1.0 if plain and short == "LoadEmbeddings" else 0.4):
             continue
         if kind in ("IMAGE", "MASK"):
-            inputs[name] = link(USUAL[name] if plain or rng.random() < 0.6 else rng.choice(SHAPES[kind]))
+            usual = USUAL.get(f"{short}.{name}") or USUAL[name]
+            inputs[name] = wire(usual if plain or rng.random() < 0.6 else rng.choice(SHAPES[kind]))
         elif name in recipe or kind in SOCKETS:
-            chosen = rng.choice(recipe.get(name) or SOCKETS[kind])
-            inputs[name] = link(*([chosen] if isinstance(chosen, str) else chosen))
+            inputs[name] = wire(rng.choice(recipe.get(name) or SOCKETS[kind]))
         else:
             inputs[name] = valid(rng, short, name, kind, options, plain)
     faults = rng.choice([0, 0, 1]) if plain else rng.choice([0, 0, 1, 1, 2])
@@ -391,12 +506,23 @@ def draw_prompt(rng: random.Random, node: str, info: dict[str, Any]) -> dict[str
     return graph(**pool(), node=(node, inputs), **followers(rng, info))
 
 
+TRAINED_WITH = {
+    "EDITLOSS_PAIRS": "pairs",
+    "EDITLOSS_TRAINING_OPTIONS": "options",
+    "EDITLOSS_RESUME": "resume",
+    "EDITLOSS_OBJECTIVE": "objective",
+}
+
+
 def followers(rng: random.Random, info: dict[str, Any]) -> dict[str, Any]:
     """An output that makes ComfyUI run the node, and often the pack's next nodes as well."""
     kind, show = info["output"][0], ("PreviewAny", {"source": link("node")})
+    if kind in TRAINED_WITH and rng.random() < (0.1 if kind == "EDITLOSS_OBJECTIVE" else 0.4):
+        train = training(steps=rng.choice([1, 2]), **{TRAINED_WITH[kind]: link("node")})
+        return {"after": train, "show": ("PreviewAny", {"source": link("after", 3)})}
     if kind == "EDITLOSS_ENCODER":
         pictures = {
-            role: link(rng.choice(["src", "gt", "empty0", "empty5", "empty7", "nan", "alpha"]))
+            role: link(rng.choice(["src", "gt"] * 4 + ["empty0", "empty5", "empty7", "nan", "alpha"]))
             for role in ("pred", "gt")
         }
         return {
@@ -491,6 +617,58 @@ def write_buffers(folder: Path, outside: Path) -> None:
     (folder / "loop").symlink_to(folder / "loop")
 
 
+def write_runs(folder: Path, outside: Path) -> None:
+    """Runs that cannot be resumed, and links to a checkpoint outside that could be."""
+    saved = Checkpoint(1, {"a": torch.zeros(1)}, {}, None, {"lora": {"layers": MARKER}, "settings": {}})
+    secret = saved.save(outside / "checkpoints")
+    for name in ("broken", "link_file", "nowhere", "linked"):
+        (folder / name / "checkpoints").parent.mkdir(parents=True)
+        if name != "linked":
+            (folder / name / "checkpoints").mkdir()
+    (folder / "broken" / "checkpoints" / secret.name).write_bytes(secret.read_bytes()[:100])
+    (folder / "link_file" / "checkpoints" / secret.name).symlink_to(secret)
+    (folder / "nowhere" / "checkpoints" / secret.name).symlink_to(outside / "deleted.safetensors")
+    (folder / "linked" / "checkpoints").symlink_to(secret.parent, target_is_directory=True)
+    (folder / "a_file").write_text("not a folder")
+    (folder / "link_dir").symlink_to(outside, target_is_directory=True)
+    (folder / "loop").symlink_to(folder / "loop")
+
+
+def write_loras(folder: Path, outside: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "good.safetensors").write_bytes(b"someone's own")
+    (folder / "folder.safetensors").mkdir()
+    (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
+    (folder / "link_out.safetensors").symlink_to(outside / "secret.safetensors")
+    (folder / "link_dir").symlink_to(outside, target_is_directory=True)
+
+
+def write_pairs(folder: Path, outside: Path) -> None:
+    """Pairs of 128 pixels below ``input``, good and bad; one set lies outside behind a link, where data sets may lie, and
+    one lies outside where no link leads."""
+    examples = stool_pairs(2)
+    names = write_folder(examples, folder / "fuzz pairs")
+    write_folder(examples, outside / "shared")
+    write_folder(examples, outside / "private")
+    for caption in (outside / "private" / "after").glob("*.txt"):
+        caption.write_text(MARKER)
+    (folder / "fuzz link").symlink_to(outside / "shared", target_is_directory=True)
+    (folder / "fuzz loop").symlink_to(folder / "fuzz loop")
+    (folder / "fuzz nowhere").symlink_to(outside / "deleted", target_is_directory=True)
+    (folder / "fuzz empty").mkdir()
+    one = folder / "fuzz one folder"
+    one.mkdir()
+    for name in names:
+        for part in ("before", "after"):
+            shutil.copy(folder / "fuzz pairs" / part / f"{name}.png", one / f"{name}_{part}.png")
+    bad = folder / "fuzz bad"
+    shutil.copytree(folder / "fuzz pairs", bad)
+    (bad / "before" / f"{names[0]}.png").write_bytes(b"not a picture")
+    (bad / "after" / f"{names[1]}.txt").write_bytes(b"\xff\xfe\x00")
+    (bad / "mask" / "alone.png").symlink_to(bad / "mask" / "alone.png")
+    Image.new("RGB", (20, 300)).save(bad / "after" / "thin.jpg")
+
+
 def picture(name: str) -> np.ndarray:
     y, x = np.mgrid[0:48, 0:48]
     pixels = np.stack([2 * x + 60, 3 * y + 40, x + y + 50], -1)
@@ -515,7 +693,9 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def field(comfyui_server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+def field(
+    comfyui_server: ComfyServer, client: Client, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
     """Models, pictures, bad files, links that lead out, and a folder outside with files that only those links reach."""
     server, outside = comfyui_server, tmp_path_factory.mktemp("outside")
     embedding_set(name=MARKER).save(outside / "secret.safetensors")
@@ -535,20 +715,28 @@ def field(comfyui_server: ComfyServer, tmp_path_factory: pytest.TempPathFactory)
     write_embeddings(server.output_dir / "editloss" / "embeddings", outside)
     write_embeddings(server.input_dir / "editloss" / "embeddings", outside)
     write_buffers(server.output_dir / "editloss" / "hard_negatives", outside)
+    write_runs(server.output_dir / "editloss" / "runs", outside)
+    write_loras(server.models_dir / "loras", outside)
+    write_pairs(server.input_dir, outside)
     encoders = server.models_dir / "editloss_encoders"
     kept = {path.name for path in encoders.iterdir()}
     write_weights(encoders, outside)
+    show = {"show": ("PreviewAny", {"source": link("run", 3)})}
+    assert outcome(client, graph(**pool(), **show))[0] == "result", "the run that others resume"
     before = {
         "base": inside_base(server),
         "outside": tree(outside),
         "above": {p.name for p in server.base.parent.iterdir()},
     }
     yield SimpleNamespace(server=server, outside=outside, before=before)
-    for path in encoders.iterdir():
-        if path.name not in kept:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for folder in (server.output_dir, server.input_dir):
-        shutil.rmtree(folder / "editloss", ignore_errors=True)
+    clear(p for p in encoders.iterdir() if p.name not in kept)
+    clear((server.models_dir / "loras").iterdir())  # the folder stays: ComfyUI remembers when it was changed
+    clear([*server.input_dir.glob("fuzz *"), server.input_dir / "editloss", server.output_dir / "editloss"])
+
+
+def clear(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def inside_base(server: ComfyServer) -> dict[str, str]:
@@ -580,14 +768,18 @@ def outcome(client: Client, prompt: dict[str, Any], timeout: float = 60.0) -> tu
     return "failed", "", "Timeout", f"no end after {timeout:.0f} s"
 
 
-def unreadable(kind: str, node: str, exception: str, message: str) -> str:
-    """Why a failure is not a clear error of one of our nodes; empty if it is."""
+def unreadable(kind: str, node: str, exception: str, message: str, typed: Iterable[Any] = ()) -> str:
+    """Why a failure is not a clear error of one of our nodes; empty if it is. ``typed``: values that a message may repeat,
+    however long they are."""
     if kind == "refused":
         return "" if message else "refused without a word"
     if not node.startswith("EditLoss"):
         return f"raised by {node}"
-    if exception != "ValueError" and not exception.endswith(".StaleEmbeddings"):
+    if exception != "ValueError" and not exception.endswith(READABLE):
         return f"a {exception}"
+    for text in typed:
+        if isinstance(text, str) and len(text) > 100:
+            message = message.replace(text, "…")
     if not 15 <= len(message) <= 1500 or "has no attribute" in message or "Traceback" in message:
         return "not a message for people"
     return ""
@@ -607,7 +799,8 @@ def test_fuzz(
         slow = max(slow, (time.monotonic() - start, i))
         counts[kind] += 1
         per_node[node][kind] += 1
-        fault = unreadable(kind, culprit, exception, message) if kind != "result" else ""
+        typed = prompt["node"]["inputs"].values()
+        fault = unreadable(kind, culprit, exception, message, typed) if kind != "result" else ""
         if fault:
             shown = {
                 name: v if len(repr(v)) < 200 else f"{repr(v)[:200]}…" for name, v in prompt["node"]["inputs"].items()
@@ -628,7 +821,8 @@ def test_fuzz(
             print(f"  {name:28} {found['result']:4} {found['refused']:4} {found['failed']:4}")
     assert not bad, f"{len(bad)} unclear failures\n" + "\n".join(bad[:40])
     assert not leaks, "\n".join(leaks)
-    assert all(found["refused"] + found["failed"] for found in per_node.values()), "a node was never wrong"
+    never = {n for n, found in per_node.items() if not found["refused"] + found["failed"]} - WITHOUT_INPUTS
+    assert not never, f"never wrong: {never}"
     without = {n for n, found in per_node.items() if not found["result"]} - {
         "EditLossCLIPVisionEncoder"
     }  # needs 600 MB
@@ -636,10 +830,12 @@ def test_fuzz(
 
 
 def test_nothing_outside_was_read_or_written(field: SimpleNamespace) -> None:
-    """After the fuzz: new files in output only, what was there is as it was, and no copy of the secret anywhere."""
+    """After the fuzz: new files in output and among the LoRAs only, what was there is as it was, and no copy of the
+    secret anywhere."""
     after = inside_base(field.server)
     new = {name for name in after if name not in field.before["base"]}
-    assert new and all(name.startswith("output/editloss/") for name in new), sorted(new)
+    assert new and all(name.startswith(("output/editloss/", "models/loras/")) for name in new), sorted(new)
+    assert any(name.startswith("models/loras/") for name in new), "no LoRA was saved"
     assert all(not name.endswith((".tmp", ".part")) for name in new), "temporary files stayed"
     changed = {name for name, content in field.before["base"].items() if after.get(name) != content}
     assert all(name.startswith("output/editloss/") for name in changed), sorted(changed)
@@ -667,3 +863,47 @@ def test_lists_never_offer_what_lies_outside(field: SimpleNamespace, client: Cli
     offered = client.object_info()["EditLossLoadEmbeddings"]["input"]["required"]["file"][1]["options"]
     assert "good [output]" in offered and "good [input]" in offered
     assert not [name for name in offered if "secret" in name or "folder" in name]
+
+
+@pytest.mark.parametrize("setting", ["folder", "control_folder"])
+def test_no_name_of_a_folder_of_pairs_climbs_out(setting: str, field: SimpleNamespace, client: Client) -> None:
+    """Names that would reach whole pairs outside, were they followed; what they are refused with tells nothing of them."""
+    private = field.outside / "private"
+    assert (private / "before").is_dir()
+    climbing = os.path.relpath(private, field.server.input_dir)
+    assert (field.server.input_dir / climbing / "before").is_dir()
+    for name in (
+        climbing,
+        f"fuzz pairs/../{climbing}",
+        f"./{climbing}",
+        climbing.replace("/", "\\"),
+        climbing.replace("../", "..%2f"),
+        str(private),
+        f"//{private}",
+        f"{climbing}/",
+        f"fuzz link/../{private.name}",
+    ):
+        folders = {"folder": "fuzz pairs/after", "control_folder": "fuzz pairs/before", setting: name}
+        nodes = {"load": ("EditLossLoadPairs", {**folders, "resolution": 64, "default_caption": WANTED})}
+        kind, _, exception, message = outcome(client, graph(**nodes))
+        assert (kind, exception) == ("failed", "ValueError"), (name, kind, message)
+        assert message.startswith(f"{setting}: ") and MARKER not in message, message
+        assert "scene_" not in message, "it names files"
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("linked", "leads out of ComfyUI's output folder"),
+        ("link_file", "leads out of ComfyUI's output folder"),
+        ("link_dir", "no run called 'link_dir'"),
+        ("nowhere", "no run called 'nowhere'"),
+        ("broken", "not a readable checkpoint"),
+    ],
+)
+def test_what_cannot_be_resumed_says_why(run: str, message: str, field: SimpleNamespace, client: Client) -> None:
+    nodes = {**pool(), "resume": ("EditLossResumeTraining", {"run": run, "step": 0})}
+    nodes["run"][1].update(resume=link("resume"), name=f"never {run}")
+    kind, _, exception, said = outcome(client, graph(**nodes, show=("PreviewAny", {"source": link("run", 3)})))
+    assert kind == "failed" and message in said and MARKER not in said, (exception, said)
+    assert tree(field.outside) == field.before["outside"]

@@ -1,0 +1,302 @@
+"""ComfyUI's MODEL as a :class:`~editloss_core.training.flow.Denoiser` of the core, and a VAE as a decoder with gradients.
+
+With comfy_model.py the only file that reaches into ComfyUI's model internals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import comfy.conds
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .comfy_model import (
+    check_flow_model,
+    check_vae,
+    differentiable,
+    is_loaded,
+    load_for_call,
+    model_inputs,
+    replaced_forwards,
+    running_differentiably,
+    usable,
+)
+
+# What an entry can say that has no meaning for one training pair; leaving it out silently would train something else.
+NOT_TRAINABLE = {
+    "control": "a ControlNet",
+    "area": "an area",
+    "mask": "a mask",
+    "gligen": "GLIGEN boxes",
+    "hooks": "hooks that change the model",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activation checkpointing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_units(root: nn.Module) -> list[nn.Module]:
+    """The blocks of a network: the highest modules below it that are called as a whole and consist of parts."""
+    units = []
+    for part in root.children():
+        container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        if container or type(part).forward is nn.Module.forward:
+            units += checkpoint_units(part)
+        elif next(part.children(), None) is not None:
+            units.append(part)
+    return units
+
+
+@contextlib.contextmanager
+def checkpointed(root: nn.Module) -> Iterator[None]:
+    """Inside, each block of ``root`` keeps its inputs only and is computed again in the backward pass."""
+    with replaced_forwards({unit: _recomputed(unit) for unit in checkpoint_units(root)}):
+        yield
+
+
+def _recomputed(unit: nn.Module) -> Callable[..., Any]:
+    stock = unit.forward
+
+    def run(*args, **kwargs):
+        with running_differentiably(unit):  # the backward pass comes when the one around the network has ended
+            return stock(*args, **kwargs)
+
+    def forward(*args, **kwargs):
+        options = kwargs.get("transformer_options")
+        if isinstance(options, dict):  # the network writes each block's number into one dictionary
+            kwargs["transformer_options"] = options.copy()
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return forward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MODEL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ComfyDenoiser:
+    """Velocity of a ComfyUI flow model with reference latents (FLUX.1 Kontext and kin).
+
+    Runs what ComfyUI's samplers run: the model's own conditioning, patches, wrappers and compute dtype. The velocity is
+    the network's own output, exact at every t, t = 0 included. The base's weights are frozen for good.
+
+    A conditioning item is the CONDITIONING of one prompt, ``[[context, options]]``. Reference latents in it are left out:
+    the denoiser's references take their place.
+
+    Args:
+        model: ComfyUI MODEL.
+        guidance: what a guidance-distilled model is told; 1 is usual in training, 2.5 in sampling with Kontext. None takes
+            each conditioning's own value, or ComfyUI's 3.5. It may be changed between calls.
+        checkpointing: keep each block's inputs only and compute the blocks again in the backward pass: about a third
+            more time, a fraction of the memory.
+
+    Raises:
+        ValueError: for a model that does not predict velocity.
+    """
+
+    def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True):
+        check_flow_model(model)
+        self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
+        model.model.requires_grad_(False)
+        self._loaded: list[tuple[int, int]] = []
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.model.diffusion_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.load_device
+
+    def to_model(self, latents: Tensor) -> Tensor:
+        """A VAE's latents → the model's."""
+        return self.model.model.process_latent_in(latents)
+
+    def from_model(self, latents: Tensor) -> Tensor:
+        """The model's latents → a VAE's."""
+        return self.model.model.process_latent_out(latents)
+
+    def load(self, extra_patchers: Sequence[Any] = (), reserve: Optional[int] = None) -> None:
+        """Bring the model, and decoders or encoders that take part in the same step, to their devices.
+
+        For the time between steps: loading may push out models that a graph still needs. Costs nothing if all are there.
+
+        Args:
+            extra_patchers: ``ModelPatcher`` objects, for example ``VAEDecoder.patcher``.
+            reserve: bytes to leave free for activations; weights that do not fit beside them stay in main memory and are
+                brought in for each product. None loads everything and pushes out every other model.
+        """
+        patchers = [self.model, *extra_patchers]
+        if self._loaded and self._loaded == [_whereabouts(p) for p in patchers]:
+            return
+        with torch.inference_mode(False):
+            comfy.model_management.load_models_gpu(
+                patchers, memory_required=1e20 if reserve is None else reserve, force_full_load=reserve is None
+            )
+        self._loaded = [_whereabouts(p) for p in patchers]
+
+    def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Any]) -> Tensor:
+        """As in :class:`~editloss_core.training.flow.Denoiser`; contexts of different lengths run one after the other.
+
+        Raises:
+            ValueError: for a batch that does not fit together, for conditioning of another model, with more than one
+                entry or with parts that cannot be trained on, and for a model that looks at no reference latents.
+        """
+        if len(t) != len(x_t) or len(conditioning) != len(x_t) or any(len(r) != len(x_t) for r in references):
+            raise ValueError(
+                f"x_t: expected one t, reference and conditioning for each of {len(x_t)} latents, got {len(t)} t, "
+                f"references of {[len(r) for r in references]} and {len(conditioning)} conditionings"
+            )
+        if self._loaded[:1] != [_whereabouts(self.model)]:
+            load_for_call(self.model, self.model.model.memory_required(x_t.shape))
+        x_t, t = usable(x_t, self.device), usable(t, self.device)
+        references = usable(list(references), self.device)
+        inputs = [
+            self._inputs(x_t[i : i + 1], [r[i : i + 1] for r in references], item)
+            for i, item in enumerate(conditioning)
+        ]
+        groups: list[list[int]] = []
+        for i, one in enumerate(inputs):
+            group = next((g for g in groups if comfy.samplers.cond_equal_size(inputs[g[0]], one)), None)
+            if group is None:
+                groups.append([i])
+            else:
+                group.append(i)
+        if len(groups) == 1:
+            return self._velocity(x_t, t, comfy.samplers.cond_cat(inputs))
+        parts = [self._velocity(x_t[g], t[g], comfy.samplers.cond_cat([inputs[i] for i in g])) for g in groups]
+        order = torch.tensor([i for g in groups for i in g], device=x_t.device)
+        return torch.cat(parts)[order.argsort()]
+
+    def _inputs(self, x: Tensor, references: list[Tensor], item: Any) -> dict[str, comfy.conds.CONDRegular]:
+        base = self.model.model
+        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base))[0])
+        cond.pop("reference_latents", None)
+        if references:
+            cond["reference_latents"] = references
+        if self.guidance is not None:
+            cond["guidance"] = self.guidance
+        inputs = model_inputs(base, cond, x)
+        if references:
+            if "ref_latents" not in inputs:
+                raise ValueError(f"model: expected one that looks at reference latents, got {type(base).__name__}")
+            inputs["ref_latents"] = comfy.conds.CONDList(references)  # in the model's space already
+        return inputs
+
+    def _velocity(self, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Tensor:
+        base, net = self.model.model, self.module
+        options = self.model.model_options.get("transformer_options", {}).copy()
+        options["wrappers"] = comfy.patcher_extension.merge_nested_dicts(
+            options.get("wrappers", {}), self.model.wrappers
+        )
+        options["cond_or_uncond"], options["sigmas"] = [0], t
+        answers: list[Tensor] = []
+        hook = net.register_forward_hook(lambda module, args, output: answers.append(output))
+        training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(differentiable(net))
+                if training and self.checkpointing:
+                    stack.enter_context(checkpointed(net))
+                base.apply_model(x, t, transformer_options=options, **inputs)
+        finally:
+            hook.remove()
+        return answers[-1].float()
+
+
+def _whereabouts(patcher) -> tuple[int, int]:
+    """Which model, and how much of it is on its device."""
+    return id(patcher), patcher.loaded_size() if is_loaded(patcher) else -1
+
+
+def _entry(item: Any, base) -> Sequence[Any]:
+    """A CONDITIONING that can be trained on."""
+    if not isinstance(item, (list, tuple)) or not all(isinstance(e, (list, tuple)) and len(e) == 2 for e in item):
+        raise ValueError(
+            f"conditioning: expected CONDITIONING of one prompt for each sample, got {type(item).__name__}"
+        )
+    if len(item) != 1:
+        raise ValueError(f"conditioning: expected one entry for each sample, got {len(item)}; do not combine prompts")
+    context, options = item[0]
+    for key, what in NOT_TRAINABLE.items():
+        if options.get(key) is not None:
+            raise ValueError(f"conditioning: expected a prompt alone, got {what} with it ({key!r})")
+    wanted = base.model_config.unet_config.get("context_in_dim")
+    if wanted is not None and context.shape[-1] != wanted:
+        raise ValueError(
+            f"conditioning: {type(base).__name__} takes text features of {wanted} numbers, got {context.shape[-1]}; use "
+            "the model's own text encoder"
+        )
+    return item
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VAE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VAEDecoder:
+    """Latents in a model's space ``[B, C, h, w]`` → pictures ``[B, H, W, 3]`` in 0…1 on the VAE's device, with gradients.
+
+    The numbers are those of ``VAE.decode``. The clamp to 0…1 lets gradients pass, as everywhere in the pack: a value out
+    of range would have none, and could never come back.
+
+    Args:
+        vae: ComfyUI VAE; one in TAESD's layout is a small, fast decoder.
+        from_model: from the model's latents to the VAE's, ``ComfyDenoiser.from_model``.
+        checkpointing: compute the decoder's blocks again in the backward pass.
+
+    Raises:
+        ValueError: for a VAE of audio or video or without weights; when called, for latents of other channels.
+    """
+
+    def __init__(self, vae, from_model: Callable[[Tensor], Tensor] = lambda z: z, checkpointing: bool = True):
+        check_vae(vae)
+        self.vae, self.from_model, self.checkpointing = vae, from_model, checkpointing
+        vae.first_stage_model.requires_grad_(False)
+        zero, half = (float(vae.process_output(torch.tensor(v))) for v in (0.0, 0.5))
+        self._offset, self._slope = zero, 2 * (half - zero)  # of what process_output does before it clamps
+
+    @property
+    def patcher(self):
+        """For :meth:`ComfyDenoiser.load`."""
+        return self.vae.patcher
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.device
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent along each side."""
+        return self.vae.downscale_ratio
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        vae, net = self.vae, self.vae.first_stage_model
+        if latents.ndim != 4 or latents.shape[1] != vae.latent_channels:
+            raise ValueError(
+                f"latents: expected [B, {vae.latent_channels}, h, w] for this VAE, got {list(latents.shape)}"
+            )
+        load_for_call(vae.patcher, vae.memory_used_decode(latents.shape, vae.vae_dtype))
+        training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(differentiable(net))
+            if training and self.checkpointing:
+                stack.enter_context(checkpointed(getattr(net, "decoder", net)))
+            z = self.from_model(usable(latents, vae.device)).to(vae.vae_dtype)
+            decoded = net.decode(z).float()
+        pictures = vae.process_output(decoded)
+        if training:
+            unclamped = self._offset + self._slope * decoded
+            pictures = unclamped + (pictures - unclamped).detach()
+        return pictures.movedim(1, -1)

@@ -1,0 +1,205 @@
+"""The small Kontext-shaped model that the pack carries, its scenes, and the judge that knows what was drawn."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..editloss_core.demo import judge, model, prompts, scenes
+from ..editloss_core.diagnostics import compare
+from ..editloss_core.pairs import PairSet
+from ..editloss_core.training.flow import generator_for, sample
+from ..editloss_core.training.validation import PreviewRow
+from .checks import checked
+from .comfy_denoiser import ComfyDenoiser, VAEDecoder
+from .comfy_model import vae_encoder
+from .sockets import PairsSocket
+
+CATEGORY = "EditLoss/demo"
+HELD_OUT_SEED = 1_000  # stool pairs of this seed and above are never trained on by the nodes
+SHOWN = 4
+
+
+class SmallTextEncoder:
+    """What the stock CLIP Text Encode and Train Kontext LoRA ask of a CLIP, for the small model's few words."""
+
+    def tokenize(self, text: str, **options) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str, **options) -> list:
+        context, pooled = prompts.encode(tokens)
+        return [[context, {"pooled_output": pooled}]]
+
+
+def small_flux() -> comfy.model_patcher.ModelPatcher:
+    """ComfyUI's Flux class with the small model's sizes and weights; its loaders know the large size only."""
+    with torch.inference_mode(False):
+        config = comfy.supported_models.Flux(dict(model.FLUX))
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({}, device=torch.device("cpu"))
+        base.diffusion_model.load_state_dict(model.load_diffusion())
+        base.diffusion_model.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(
+        base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
+
+
+class DemoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossDemoModel",
+            display_name="Load Demo Model",
+            category=CATEGORY,
+            description="A small edit model that comes with the pack: ComfyUI's Flux class, a TAESD-shaped VAE, a few words. It edits "
+            "drawn rooms of 128 pixels, on a CPU, and has never seen a stool.",
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Every node that takes a FLUX model takes it."),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="Reads: replace the chair with a table; remove the lamp; make the box red; keep the plant; my stool.",
+                ),
+                io.Vae.Output(display_name="vae", tooltip="16 channels, 8 pixels per latent."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls) -> io.NodeOutput:
+        with torch.inference_mode(False):
+            vae = comfy.sd.VAE(sd=model.load_autoencoder())
+        return io.NodeOutput(small_flux(), SmallTextEncoder(), vae)
+
+
+def pair_set(examples: list[scenes.Example]) -> PairSet:
+    """Scenes as pairs; the mask is where either object is, grown by 3 pixels."""
+    union = torch.stack([torch.maximum(e.old_mask, e.new_mask) for e in examples])
+    masks = torch.nn.functional.max_pool2d((union > 0).float(), 7, stride=1, padding=3)
+    return PairSet.from_images(
+        torch.stack([e.before for e in examples]),
+        torch.stack([e.after for e in examples]),
+        masks,
+        [e.prompt for e in examples],
+        names=[f"scene {e.seed}" for e in examples],
+        resolution=scenes.SIZE,
+    )
+
+
+class DemoPairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossDemoPairs",
+            display_name="Demo Pairs",
+            category=CATEGORY,
+            description="Drawn rooms where a chair or another object is replaced by my stool, which the demo model has never seen.",
+            inputs=[
+                io.Int.Input("count", default=12, min=1, max=500, tooltip="Pairs to train on. A dozen is what people have."),
+                io.Int.Input("held_out", default=4, min=1, max=500, tooltip="Pairs of other rooms, to watch while training."),
+                io.Int.Input("seed", default=0, min=0, max=HELD_OUT_SEED - 1, control_after_generate=False, tooltip="Of the rooms."),
+            ],
+            outputs=[
+                PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA."),
+                PairsSocket.Output(display_name="held_out", tooltip="To Train Kontext LoRA's held_out."),
+                io.Image.Output(display_name="before", tooltip="The before pictures of the held-out pairs."),
+                io.Image.Output(display_name="after", tooltip="Their after pictures."),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, count, held_out, seed) -> io.NodeOutput:
+        train, watched = scenes.stool_pairs(count, seed), scenes.stool_pairs(held_out, HELD_OUT_SEED + seed)
+        some = train[:6]
+        shown = compare.grid(
+            [(e.before, e.after) for e in some], ("before", "after"), [e.prompt for e in some], width=640
+        )
+        before, after = (torch.stack([getattr(e, part) for e in watched]) for part in ("before", "after"))
+        return io.NodeOutput(pair_set(train), pair_set(watched), before, after, ui=ui.PreviewImage(shown, cls=cls))
+
+
+class DemoJudge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossDemoJudge",
+            display_name="Demo Failure Table",
+            category=CATEGORY,
+            description="Lets the base and the trained model put the stool into rooms that neither has seen, and says from what was "
+            "drawn which outputs are good, not edited, misshapen or show both objects. No encoder is asked.",
+            inputs=[
+                io.Model.Input("base", tooltip="From Load Demo Model."),
+                io.Model.Input("trained", tooltip="From Train Kontext LoRA, or a LoRA loader."),
+                io.Clip.Input("clip", tooltip="From Load Demo Model."),
+                io.Vae.Input("vae", tooltip="From Load Demo Model."),
+                io.Int.Input("count", default=32, min=1, max=128, tooltip="Rooms. 32 tell 60 % good from 90 %."),
+                io.Int.Input("steps", default=10, min=1, max=100, tooltip="Sampling steps."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of rooms and noise."),
+            ],
+            outputs=[
+                io.String.Output(display_name="table", tooltip="Markdown, for Preview as Text."),
+                io.Image.Output(display_name="picture", tooltip="Some rooms: before, base, trained, after, with verdicts."),
+                io.Float.Output(display_name="good", tooltip="Share of good outputs of the trained model."),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, base, trained, clip, vae, count, steps, seed) -> io.NodeOutput:
+        examples = scenes.stool_pairs(count, 2 * HELD_OUT_SEED + seed)
+        bar = ProgressBar(2 * steps)
+        outputs = {}
+        for offset, (name, patcher) in enumerate((("base", base), ("with the LoRA", trained))):
+            outputs[name] = edit(
+                patcher, clip, vae, examples, steps, seed, lambda n, _, k=offset: bar.update_absolute(k * steps + n)
+            )
+        pictures = {
+            "source copied": torch.stack([e.before for e in examples]),
+            "target through the VAE": _round_trip(vae, examples),
+            **outputs,
+        }
+        verdicts = {name: judge.judge(images, examples) for name, images in pictures.items()}
+        table = judge.table(verdicts)
+        rows = [
+            PreviewRow(e.prompt, e.before, outputs["base"][i], outputs["with the LoRA"][i], e.after)
+            for i, e in enumerate(examples[:SHOWN])
+        ]
+        notes = [["", *(verdicts[name][i].verdict for name in outputs), ""] for i in range(len(rows))]
+        picture = compare.grid(rows, notes=notes, width=1280)
+        good = sum(v.verdict == "good" for v in verdicts["with the LoRA"]) / count
+        return io.NodeOutput(table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (table,)})
+
+
+def edit(patcher, clip, vae, examples, steps, seed, progress=None) -> torch.Tensor:
+    """Outputs ``[B, H, W, 3]`` of a model for scenes, in one batch."""
+    denoiser = ComfyDenoiser(patcher, guidance=None)
+    encoder, decode = vae_encoder(vae, 0, patcher.model.latent_format), VAEDecoder(vae, denoiser.from_model)
+    with torch.no_grad():
+        before = encoder.latents(torch.stack([e.before for e in examples]).to(encoder.device))
+        noise = torch.cat([torch.randn(1, *before.shape[1:], generator=generator_for(seed, e.seed)) for e in examples])
+        conditioning = [clip.encode_from_tokens_scheduled(clip.tokenize(e.prompt)) for e in examples]
+
+        def check(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            if progress is not None:
+                progress(done, total)
+
+        latents = sample(denoiser, noise.to(denoiser.device), [before.to(denoiser.device)], conditioning, steps, check)
+        return decode(latents).clamp(0, 1).float().cpu()
+
+
+def _round_trip(vae, examples) -> torch.Tensor:
+    with torch.no_grad():
+        encoder = vae_encoder(vae)
+        return VAEDecoder(vae)(encoder.latents(torch.stack([e.after for e in examples]))).clamp(0, 1).float().cpu()
+
+
+NODES = [DemoModel, DemoPairs, DemoJudge]

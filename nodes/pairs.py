@@ -1,0 +1,157 @@
+"""Before/after pairs: from a folder, or from pictures in the graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..editloss_core.diagnostics import compare
+from ..editloss_core.pairs import PairSet, find_pairs, folder_state
+from . import folders
+from .checks import checked
+from .sockets import PairsSocket
+
+CATEGORY = "EditLoss/training"
+SHOWN = 6  # pairs in the preview on the node
+PAIRS_OUTPUT = PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA.")
+REPORT_OUTPUT = io.String.Output(display_name="report", tooltip="What was found: sizes, buckets, captions, masks.")
+
+
+def _resolution_input() -> io.Int.Input:
+    return io.Int.Input(
+        "resolution", default=1024, min=64, max=2048, step=16,
+        tooltip="Pairs are trained at about this many pixels squared, in their own proportions. 512 for 12 GB, 768 for 16 GB, "
+        "1024 for 24 GB and more.",
+    )  # fmt: skip
+
+
+def _upscale_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "upscale", default=False, optional=True, tooltip="Enlarge small pictures to the resolution. Off: they keep their size."
+    )  # fmt: skip
+
+
+def _answer(cls, pairs: PairSet) -> io.NodeOutput:
+    text = describe(pairs)
+    return io.NodeOutput(pairs, text, ui={**ui.PreviewImage(sheet(pairs), cls=cls).as_dict(), "text": (text,)})
+
+
+def describe(pairs: PairSet) -> str:
+    """What a set of pairs holds, in a few lines."""
+    masks = sum(pair.mask is not None for pair in pairs)
+    captions = Counter(pair.caption for pair in pairs)
+    lines = [f"{len(pairs)} pairs{f' ({pairs.layout})' if pairs.layout else ''}; {masks} with a mask"]
+    lines += [f"- {w}×{h}: {len(members)} pairs" for (h, w), members in pairs.buckets.items()]
+    lines += [
+        f"- {count} × “{text if len(text) <= 80 else text[:79] + '…'}”" for text, count in captions.most_common(4)
+    ]
+    lines += [f"- and {len(captions) - 4} other captions"] if len(captions) > 4 else []
+    lines += [f"- {note}" for note in pairs.notes]
+    return "\n".join(lines)
+
+
+def sheet(pairs: PairSet) -> torch.Tensor:
+    """The first pairs as they will be trained, the edit region beside them: ``[1, H, W, 3]``."""
+    rows = []
+    for index in range(min(SHOWN, len(pairs))):
+        images = pairs.load(index)
+        mask = torch.full(images.before.shape[:2], 0.5) if images.mask is None else images.mask
+        rows.append((images.before, images.after, mask.unsqueeze(-1).expand(-1, -1, 3)))
+    names = [pair.name for pair in pairs.pairs[: len(rows)]]
+    return compare.grid(rows, ("before", "after", "mask (grey: none)"), names, width=900)
+
+
+class LoadPairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossLoadPairs",
+            display_name="Load Pairs",
+            category=CATEGORY,
+            description="Before/after pairs from a folder, all checked before any work: one report names every file that is wrong.",
+            inputs=[
+                io.String.Input(
+                    "folder", default="pairs",
+                    tooltip="Below ComfyUI's input folder. It holds before/, after/ and perhaps mask/ with the same file names, or "
+                    "files that end in _before and _after. Captions are .txt files of the same name.",
+                ),
+                _resolution_input(),
+                io.String.Input(
+                    "default_caption", default="", optional=True, tooltip="The instruction for pairs without a .txt file."
+                ),
+                io.String.Input(
+                    "control_folder", default="", optional=True,
+                    tooltip="For data sets made for ai-toolkit: folder is the target folder (after), this one the control folder "
+                    "(before).",
+                ),
+                _upscale_input(),
+            ],
+            outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, control_folder="", **others) -> str | float:
+        try:
+            places = [folders.pair_folder("folder", folder)]
+            places += [folders.pair_folder("control_folder", control_folder)] if control_folder.strip() else []
+            return folder_state(*places)
+        except (AttributeError, ValueError, OSError):  # linked, so not known yet, or no such folder: execute says why
+            return float("nan")
+
+    @classmethod
+    @checked()
+    def execute(cls, folder, resolution, default_caption="", control_folder="", upscale=False) -> io.NodeOutput:
+        control = folders.pair_folder("control_folder", control_folder) if control_folder.strip() else ""
+        bar = ProgressBar(1)
+        pairs = find_pairs(
+            folders.pair_folder("folder", folder), control, resolution=resolution, default_caption=default_caption,
+            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, total),
+        )  # fmt: skip
+        return _answer(cls, pairs)
+
+
+class MakePairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossMakePairs",
+            display_name="Make Pairs",
+            category=CATEGORY,
+            description="Before/after pairs from picture batches in the graph.",
+            inputs=[
+                io.Image.Input("before", tooltip="The pictures before the edit, one per pair."),
+                io.Image.Input("after", tooltip="The pictures after it, in the same order."),
+                io.String.Input(
+                    "captions", default="", multiline=True,
+                    tooltip="The instruction: one line for all pairs, or one line per pair.",
+                ),
+                _resolution_input(),
+                io.Mask.Input("mask", optional=True, tooltip="The edit region, white = edited. Open: estimated from the difference."),
+                _upscale_input(),
+            ],
+            outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, before, after, captions, resolution, mask=None, upscale=False) -> io.NodeOutput:
+        lines = [line.strip() for line in captions.splitlines() if line.strip()]
+        if len(lines) not in (1, len(before)):
+            expected = "one line" if len(before) == 1 else f"one line, or {len(before)} lines, one per pair"
+            raise ValueError(f"captions: expected {expected}, got {len(lines) or 'none'}")
+        if mask is not None and mask.ndim == 2:
+            mask = mask[None]
+        bar = ProgressBar(len(before))
+        pairs = PairSet.from_images(
+            before[..., :3], after[..., :3], mask, lines[0] if len(lines) == 1 else lines, resolution=resolution,
+            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, total),
+        )  # fmt: skip
+        return _answer(cls, pairs)
+
+
+NODES = [LoadPairs, MakePairs]

@@ -1,0 +1,326 @@
+"""Train a Kontext LoRA, go on with one, keep it, and look at how it went."""
+
+from __future__ import annotations
+
+import json
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+
+from ..editloss_core.diagnostics import compare, curves
+from ..editloss_core.objective import EditObjective
+from ..editloss_core.pairs import PairSet
+from ..editloss_core.training.checkpoint import checkpoints
+from ..editloss_core.training.flow import Timesteps
+from ..editloss_core.training.log import RunLog
+from ..editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings
+from ..editloss_core.training.prepare import Prepared, prepare
+from ..editloss_core.training.settings import TrainingSettings
+from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadata
+from . import folders
+from .checks import checked
+from .comfy_denoiser import ComfyDenoiser, VAEDecoder
+from .comfy_model import vae_encoder
+from .sockets import (
+    LoRAModelSocket,
+    LossMapSocket,
+    ObjectiveSocket,
+    OptionsSocket,
+    PairsSocket,
+    ResumePoint,
+    ResumeSocket,
+    RunSocket,
+    TrainingOptions,
+    TrainingRun,
+)
+from .training_host import ComfyHost, step_memory
+
+CATEGORY = "EditLoss/training"
+TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch")
+LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Train(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossTrainKontextLoRA",
+            display_name="Train Kontext LoRA",
+            category=CATEGORY,
+            description="Trains a LoRA on before/after pairs: flow matching, plus the losses of an objective on the model's one-step "
+            "estimate of the after picture.",
+            inputs=[
+                io.Model.Input("model", tooltip="FLUX.1 Kontext dev, or another flow model that looks at reference latents."),
+                io.Clip.Input("clip", tooltip="The model's own text encoders; they read the captions of the pairs."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                PairsSocket.Input("pairs", tooltip="From Load Pairs or Make Pairs."),
+                io.String.Input("name", default="my_edit", tooltip="Of the run: output/editloss/runs/NAME. A name that is taken gets a number."),
+                io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Optimiser steps. 500 to 2000 for a dozen pairs."),
+                io.Float.Input(
+                    "learning_rate", default=1e-4, min=1e-6, max=10.0, step=1e-6,
+                    tooltip="1e-4 is a good start. Prodigy (Optimizer Options) finds its own and wants 1.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=256,
+                    tooltip="Pairs per pass. In-batch InfoNCE needs at least 2. Accumulation is in Optimizer Options.",
+                ),
+                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA: 8 to 32 for one object."),
+                io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="The update is scaled by alpha / rank. Equal to rank is a good start."),
+                io.Combo.Input(
+                    "layers", options=list(LAYER_PRESETS), default="attention + MLP",
+                    tooltip="Which layers learn. attention is smallest; all adds modulation and embedders. LoRA Options takes patterns.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of everything random, and of which pairs are held out. The same seed gives the same LoRA on a CPU."),
+                io.Int.Input(
+                    "hold_out", default=1, min=0, max=1000,
+                    tooltip="Pairs that are not trained on but watched: their losses and pictures tell learning from memorising.",
+                ),
+                ObjectiveSocket.Input("objective", optional=True, tooltip="A chain of loss nodes or Recommended Mix. Open: flow matching alone."),
+                OptionsSocket.Input("options", optional=True, tooltip="From the Options nodes, chained in any order."),
+                PairsSocket.Input("held_out", optional=True, tooltip="Pairs to watch, in place of hold_out."),
+                io.Vae.Input(
+                    "decoder", optional=True,
+                    tooltip="A small VAE (TAEF1) that decodes estimates for losses on pictures, and previews: a fraction of the memory.",
+                ),
+                ResumeSocket.Input("resume", optional=True, tooltip="From Resume Training: go on with an earlier run."),
+            ],
+            is_output_node=True,
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the LoRA at strength 1."),
+                LoRAModelSocket.Output(display_name="lora", tooltip="For the stock Load LoRA Model and Save LoRA Weights."),
+                LossMapSocket.Output(display_name="loss_map", tooltip="For the stock Plot Loss Graph."),
+                io.Int.Output(display_name="steps", tooltip="Steps done."),
+                RunSocket.Output(display_name="run", tooltip="For Save LoRA, Plot Losses and Compare."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(
+        cls, model, clip, vae, pairs, name, steps, learning_rate, batch_size, rank, alpha, layers, seed, hold_out,
+        objective=None, options=None, held_out=None, decoder=None, resume=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        options = options or TrainingOptions()
+        settings = TrainingSettings(
+            **{
+                "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
+                "timesteps": Timesteps(**options.timesteps), **options.training,
+            }
+        )  # fmt: skip
+        lora_settings = LoRASettings(**{"rank": rank, "alpha": alpha, "layers": layers, **options.lora})
+        terms = objective.objective if objective else EditObjective()
+        _check_roles(terms)
+        folder = folders.run_folder(resume.run) if resume else folders.new_run_folder(name)
+        if held_out is None:
+            pairs, held_out = pairs.split(hold_out, seed) if hold_out else (pairs, None)
+        with torch.inference_mode(False), torch.enable_grad():
+            denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
+            lora = LoRA(denoiser.module, lora_settings, seed)
+            encoders = {n: objective.encoders[n] for n in terms.encoders} if objective else {}
+            latents = vae_encoder(vae, 0, model.model.latent_format)
+            bar = ProgressBar(1)
+
+            def prepared(some: PairSet) -> Prepared:
+                return prepare(
+                    some, latents, encoders, folders.cache_folder(), crop=options.crop,
+                    overlay=options.overlay if _reads(terms, "overlay") else None, progress=_progress(bar),
+                )  # fmt: skip
+
+            train, watched = prepared(pairs), prepared(held_out) if held_out else None
+            reads_pictures = any(not train.reads_latents(n) for n in encoders)
+            decode = VAEDecoder(decoder or vae, denoiser.from_model)
+            largest = [
+                batch_size,
+                *max((train.after([i]).shape[1:] for i in range(len(train))), key=lambda s: s[1] * s[2]),
+            ]
+            reserve = int(options.reserve * (1 << 30)) or step_memory(model, largest, options.checkpointing)
+            host = ComfyHost(denoiser, [decode.patcher] if reads_pictures else [], options.preview_guidance, reserve)
+            trainer = Trainer(
+                denoiser, lora, train, _conditioning(clip, pairs), settings,
+                objective=terms, encoders=encoders, decode=decode, validation=watched,
+                validation_conditioning=_conditioning(clip, held_out) if held_out else (),
+                folder=folder,
+                info={"pairs": [pair.name for pair in pairs], "model": type(model.model).__name__},
+                resolution=pairs.resolution, checkpointing=options.checkpointing, host=host,
+            )  # fmt: skip
+            if resume:
+                trainer.resume(resume.checkpoint)
+                host.log = RunLog(steps=[*trainer.log.steps], validations=[*trainer.log.validations])
+            result = trainer.run()
+            tensors = result.lora.tensors()
+            trained, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+            comfy.model_management.soft_empty_cache()
+        run = TrainingRun(trainer.folder.name, result, metadata(trainer), trainer.folder)
+        text = "\n".join([*(f"- {note}" for note in (*train.notes, *trainer.notes)), curves.text(result.log)])
+        return io.NodeOutput(trained, tensors, result.log.loss_map(), result.steps, run, ui={"text": (text,)})
+
+
+def _progress(bar: ProgressBar):
+    def step(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return step
+
+
+def _reads(objective: EditObjective, role: str) -> bool:
+    return any(role in (t.anchor, t.positive, t.negative, t.reference) for t in objective.terms)
+
+
+def _check_roles(objective: EditObjective) -> None:
+    for term in objective.terms:
+        for role in (term.anchor, term.positive, term.negative, term.reference):
+            if role is not None and role not in TRAINABLE_ROLES:
+                raise ValueError(
+                    f"objective: {term.name!r} reads {role}, which training has no pictures for; it has pred, gt, src and overlay"
+                )
+
+
+def _conditioning(clip, pairs: PairSet) -> list:
+    """CONDITIONING of each pair's caption, on the CPU; equal captions are encoded once."""
+    known = {}
+    for pair in pairs:
+        if pair.caption not in known:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            entries = clip.encode_from_tokens_scheduled(clip.tokenize(pair.caption))
+            known[pair.caption] = [
+                [_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries
+            ]
+    return [known[pair.caption] for pair in pairs]
+
+
+def _own(value):
+    """A copy that training may keep for its backward pass; what nodes make are inference tensors."""
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+class Resume(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossResumeTraining",
+            display_name="Resume Training",
+            category=CATEGORY,
+            description="The last checkpoint of a run, to go on where it was stopped. The result is that of a run that was never stopped.",
+            inputs=[
+                io.Combo.Input(
+                    "run", options=folders.runs() or [folders.NO_RUNS],
+                    tooltip="A run in output/editloss/runs, the latest first. Press R to see new ones. Keep the LoRA's settings, the "
+                    "optimizer and whether ema is on as they were; steps may grow.",
+                ),
+                io.Int.Input("step", default=0, min=0, max=1_000_000, optional=True, tooltip="Which checkpoint; 0 = the last one."),
+            ],
+            outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Kontext LoRA.")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, run, step=0) -> str | float:
+        try:
+            return str([(p.name, p.stat().st_mtime_ns) for p in _checkpoints(run)])
+        except (TypeError, ValueError, OSError):  # linked, so not known yet, or no such run: execute says why
+            return float("nan")
+
+    @classmethod
+    @checked("run")
+    def execute(cls, run, step=0) -> io.NodeOutput:
+        found = _checkpoints(run)
+        named = [path for path in found if path.stem == f"step_{step:06d}"]
+        if step and not named:
+            there = ", ".join(str(int(p.stem.removeprefix("step_"))) for p in found)
+            raise ValueError(f"step: {run} has no checkpoint of step {step}; it has {there}")
+        return io.NodeOutput(ResumePoint(run, named[0] if step else found[-1]))
+
+
+def _checkpoints(run: str) -> list:
+    return checkpoints(folders.run_folder(run) / CHECKPOINT_FOLDER)
+
+
+class SaveLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossSaveLoRA",
+            display_name="Save Kontext LoRA",
+            category=CATEGORY,
+            description="Writes the LoRA into models/loras, where the stock loaders find it, with settings and objective in its header.",
+            inputs=[
+                RunSocket.Input("run", tooltip="From Train Kontext LoRA."),
+                io.String.Input(
+                    "file_name", default="editloss/my_edit",
+                    tooltip="Below models/loras, without ending; '/' makes subfolders. A name that is taken gets a number.",
+                ),
+                io.Combo.Input("dtype", options=list(LORA_DTYPES), default="bf16", tooltip="fp32 keeps every bit and takes twice the space."),
+            ],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="As the stock LoRA loaders list it.")],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, run, file_name, dtype) -> io.NodeOutput:
+        path, listed = folders.new_lora_file(file_name)
+        run.result.lora.save(path, run.metadata, LORA_DTYPES[dtype])
+        text = f"models/loras/{listed} ({path.stat().st_size / 1e6:.1f} MB). Press R, then choose it in Load LoRA."
+        return io.NodeOutput(listed, ui={"text": (text,)})
+
+
+class PlotLosses(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossPlotLosses",
+            display_name="Plot Losses",
+            category=CATEGORY,
+            description="Every term over the steps and by noise level, its share of the gradient, and the held-out pairs.",
+            inputs=[
+                RunSocket.Input("run", tooltip="From Train Kontext LoRA."),
+                io.Int.Input("width", default=1600, min=640, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The curves."),
+                io.String.Output(display_name="text", tooltip="First and last values of each term as a Markdown table."),
+                io.String.Output(display_name="values", tooltip="Means by noise level as JSON."),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, run, width=1600) -> io.NodeOutput:
+        log = run.result.log
+        picture, text = curves.picture(log, width), curves.text(log)
+        values = json.dumps(log.by_noise_level())
+        return io.NodeOutput(picture, text, values, ui=ui.PreviewImage(picture, cls=cls))
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossCompare",
+            display_name="Compare",
+            category=CATEGORY,
+            description="Held-out pairs in rows: before, output of the base, output with the LoRA, after. Same noise for both outputs.",
+            inputs=[
+                RunSocket.Input("run", tooltip="From Train Kontext LoRA, with held-out pairs."),
+                io.Int.Input("width", default=1280, min=320, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
+            ],
+            outputs=[io.Image.Output(display_name="picture", tooltip="The rows as one picture.")],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, run, width=1280) -> io.NodeOutput:
+        if not run.result.pictures:
+            raise ValueError(
+                "run: there are no pictures of held-out pairs in it; raise hold_out, and validate_every and preview_steps in Run Options"
+            )
+        picture = compare.grid(run.result.pictures, width=width)
+        return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+
+
+NODES = [Train, Resume, SaveLoRA, PlotLosses, Compare]

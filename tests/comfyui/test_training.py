@@ -1,0 +1,299 @@
+"""Training in a real ComfyUI with the embedded model: the graph's own nodes, the stock nodes behind it, cancel, resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_client import Client, ComfyError, NodeError
+from comfy_server import ComfyServer
+from helpers import graph, link
+from PIL import Image
+from safetensors import safe_open
+
+from editloss_core.demo.scenes import stool_pairs, write_folder
+from editloss_core.training.checkpoint import Checkpoint, checkpoints
+from editloss_core.training.log import RunLog
+
+TRAIN = {
+    "name": "test", "steps": 4, "learning_rate": 2e-3, "batch_size": 2, "rank": 4, "alpha": 8.0, "layers": "all", "seed": 0,
+    "hold_out": 0,
+}  # fmt: skip
+RUN = {
+    "checkpoint_every": 2, "keep": 9, "validate_every": 2, "previews": 1, "preview_steps": 2, "guidance": 1.0,
+    "preview_guidance": 2.5, "gradient_checkpointing": False, "memory_reserve": 0.0,
+}  # fmt: skip
+OBJECTIVE = {
+    "crop": 96, "every": 1, "weighting": "none", "weighting_cap": 100.0, "gradients_every": 2, "overlays": "all",
+    "overlay_opacity": 0.55,
+}  # fmt: skip
+
+
+def training(run: dict[str, Any] | None = None, resume: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
+    """Demo model and pairs, the recommended mix on VAE latents, and the trainer as ``train``."""
+    wired = {"resume": link("resume")} if resume else {}
+    nodes: dict[str, Any] = {"resume": ("EditLossResumeTraining", resume)} if resume else {}
+    return graph(
+        model=("EditLossDemoModel",),
+        pairs=("EditLossDemoPairs", {"count": 4, "held_out": 1, "seed": 0}),
+        encoder=("EditLossVAEEncoder", {"vae": link("model", 2)}),
+        mix=(
+            "EditLossRecommendedMix",
+            {"encoder": link("encoder"), "preset": "recommended", "geometry_dist": "cos"},
+        ),
+        objective=("EditLossObjectiveOptions", OBJECTIVE),
+        run=("EditLossRunOptions", {**RUN, **(run or {}), "options": link("objective")}),
+        train=(
+            "EditLossTrainKontextLoRA",
+            {
+                **TRAIN, **values, "model": link("model"), "clip": link("model", 1), "vae": link("model", 2),
+                "pairs": link("pairs"), "held_out": link("pairs", 1), "objective": link("mix"), "options": link("run"),
+                **wired,
+            },
+        ),
+        **nodes,
+    )  # fmt: skip
+
+
+def sampled(model: list[Any], key: str) -> dict[str, Any]:
+    """One picture of a model by the stock sampler, as ``key``."""
+    return graph(
+        **{
+            f"{key}_text": ("CLIPTextEncode", {"clip": link("model", 1), "text": "replace the chair with my stool"}),
+            f"{key}_pixels": ("VAEEncode", {"pixels": link("pairs", 2), "vae": link("model", 2)}),
+            f"{key}_wanted": ("ReferenceLatent", {"conditioning": link(f"{key}_text"), "latent": link(f"{key}_pixels")}),
+            f"{key}_empty": ("EmptySD3LatentImage", {"width": 128, "height": 128, "batch_size": 1}),
+            f"{key}_sampler": (
+                "KSampler",
+                {
+                    "model": model, "positive": link(f"{key}_wanted"), "negative": link(f"{key}_text"),
+                    "latent_image": link(f"{key}_empty"), "seed": 3, "steps": 4, "cfg": 1.0, "sampler_name": "euler",
+                    "scheduler": "simple", "denoise": 1.0,
+                },
+            ),
+            f"{key}_decoded": ("VAEDecode", {"samples": link(f"{key}_sampler"), "vae": link("model", 2)}),
+            key: ("PreviewImage", {"images": link(f"{key}_decoded")}),
+        }
+    )  # fmt: skip
+
+
+def pixels(client: Client, shown: dict[str, Any]) -> torch.Tensor:
+    image = Image.open(io.BytesIO(client.download(shown["images"][0]))).convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).float()
+
+
+def run_folder(server: ComfyServer, name: str) -> Path:
+    return server.output_dir / "editloss" / "runs" / name
+
+
+def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server: ComfyServer) -> None:
+    prompt = {
+        **training(name="whole"),
+        **graph(
+            save=("EditLossSaveLoRA", {"run": link("train", 4), "file_name": "editloss/whole", "dtype": "fp32"}),
+            plot=("EditLossPlotLosses", {"run": link("train", 4)}),
+            compare=("EditLossCompare", {"run": link("train", 4)}),
+            judge=(
+                "EditLossDemoJudge",
+                {
+                    "base": link("model"), "trained": link("train"), "clip": link("model", 1), "vae": link("model", 2),
+                    "count": 3, "steps": 2, "seed": 0,
+                },
+            ),
+            values=("PreviewAny", {"source": link("plot", 2)}),
+            stock_plot=("LossGraphNode", {"loss": link("train", 2), "filename_prefix": "loss"}),
+            stock_save=("SaveLoRA", {"lora": link("train", 1), "prefix": "loras/stock", "steps": link("train", 3)}),
+            stock_load=("LoraModelLoader", {"model": link("model"), "lora": link("train", 1), "strength_model": 1.0}),
+        ),
+        **sampled(link("model"), "base"),
+        **sampled(link("train"), "memory"),
+        **sampled(link("stock_load"), "stock"),
+    }  # fmt: skip
+    outputs = client.run(prompt).outputs
+    for node in ("plot", "compare", "judge", "pairs", "stock_plot"):
+        picture = pixels(client, outputs[node])
+        assert picture.std() > 5, node
+    by_level = json.loads(outputs["values"]["text"][0])
+    assert len(by_level) == 5 and sum(bucket["samples"] for bucket in by_level) == 4 * 2
+    assert "| base | 3 |" in outputs["judge"]["text"][0] and "source copied" in outputs["judge"]["text"][0]
+
+    folder = run_folder(comfyui_server, "whole")
+    assert [p.stem for p in checkpoints(folder / "checkpoints")] == ["step_000002", "step_000004"]
+    log = RunLog.read(folder)
+    assert [s.step for s in log.steps] == [1, 2, 3, 4] and [v.step for v in log.validations] == [2, 4]
+    assert set(log.terms) == {"velocity", "no edit identity", "geometry match", "overlay avoidance"}
+    assert log.steps[0].samples[0].terms["geometry match"].gradient > 0
+
+    file = comfyui_server.models_dir / "loras" / "editloss" / "whole.safetensors"
+    with safe_open(file, framework="pt") as lora:
+        metadata, keys = lora.metadata(), list(lora.keys())
+    assert json.loads(metadata["editloss_objective"])[0]["kind"] == "no_edit_identity"
+    assert json.loads(metadata["editloss_settings"])["steps"] == 4
+    assert any(k.endswith(".alpha") for k in keys)
+
+    # What the stock loader makes of the file is what was trained, and what is in memory.
+    loaded = {
+        **training(name="whole"),
+        **graph(
+            lora=(
+                "LoraLoaderModelOnly",
+                {"model": link("model"), "lora_name": "editloss/whole.safetensors", "strength_model": 1.0},
+            )
+        ),
+        **sampled(link("lora"), "file"),
+    }
+    del loaded["train"]
+    from_file = pixels(client, client.run(loaded).outputs["file"])
+    base, memory, stock = (pixels(client, outputs[key]) for key in ("base", "memory", "stock"))
+    assert (base - memory).abs().max() > 2, "the LoRA changes nothing"
+    for picture in (stock, from_file):
+        assert (picture - memory).abs().max() <= 1
+    assert list((comfyui_server.output_dir / "loras").glob("stock_4_steps_*.safetensors"))
+
+
+def test_cancel_is_obeyed_within_a_step_and_resume_ends_where_the_whole_run_does(
+    client: Client, comfyui_server: ComfyServer
+) -> None:
+    options = {"checkpoint_every": 1000, "validate_every": 0}
+    show = graph(show=("PreviewAny", {"source": link("train", 3)}))
+    client.run({**training(options, name="uninterrupted", steps=12), **show})
+
+    seen: list[float] = []
+
+    def press(progress: Any) -> None:
+        if progress.node_id == "train" and progress.max == 1000:
+            seen.append(progress.value)
+            if progress.value >= 3:
+                client.interrupt()
+
+    with pytest.raises(ComfyError, match="interrupted"):
+        client.run({**training(options, name="cancelled", steps=1000), **show}, press)
+    (kept,) = checkpoints(run_folder(comfyui_server, "cancelled") / "checkpoints")
+    done = Checkpoint.load(kept).step
+    assert 3 <= done <= max(seen) + 2 < 12
+
+    resumed = training(options, name="ignored", steps=12, resume={"run": "cancelled", "step": 0})
+    resumed.update(graph(stock_plot=("LossGraphNode", {"loss": link("train", 2), "filename_prefix": "loss"})))
+    outputs = client.run({**resumed, **show}).outputs
+    assert outputs["show"]["text"] == ["12"] and outputs["stock_plot"]["images"]
+    whole, again = (
+        Checkpoint.load(checkpoints(run_folder(comfyui_server, name) / "checkpoints")[-1])
+        for name in ("uninterrupted", "cancelled")
+    )
+    assert whole.step == again.step == 12
+    for name, tensor in whole.lora.items():
+        assert torch.equal(tensor, again.lora[name]), name
+    for parameter, state in whole.optimizer["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, again.optimizer["state"][parameter][name]), (parameter, name)
+    logs = [RunLog.read(run_folder(comfyui_server, name)).steps for name in ("uninterrupted", "cancelled")]
+    assert [s.loss for s in logs[0]] == [s.loss for s in logs[1]] and len(logs[1]) == 12
+
+
+def test_a_name_that_is_taken_gets_a_number_and_the_cache_is_used(client: Client, comfyui_server: ComfyServer) -> None:
+    show = graph(show=("PreviewAny", {"source": link("train", 3)}))
+    client.run({**training(name="twice", steps=1), **show})
+    cache = comfyui_server.output_dir / "editloss" / "cache"
+    files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}
+    assert files
+    client.run({**training(name="twice", steps=2), **show})
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")} == files
+    assert checkpoints(run_folder(comfyui_server, "twice_2") / "checkpoints")
+
+
+def test_pairs_from_a_folder(client: Client, comfyui_server: ComfyServer) -> None:
+    folder = comfyui_server.input_dir / "my pairs"
+    names = write_folder(stool_pairs(3), folder)
+    load = {"folder": "my pairs", "resolution": 128}
+    prompt = {**training(steps=1, name="folder", hold_out=1), **graph(load=("EditLossLoadPairs", load))}
+    prompt["train"]["inputs"].update(pairs=link("load"))
+    del prompt["train"]["inputs"]["held_out"]
+    prompt.update(graph(show=("PreviewAny", {"source": link("train", 3)})))
+    outputs = client.run(prompt).outputs
+    assert "3 pairs" in outputs["load"]["text"][0] and "3 with a mask" in outputs["load"]["text"][0]
+    assert pixels(client, outputs["load"]).std() > 5
+
+    (folder / "before" / f"{names[0]}.png").unlink()
+    (folder / "mask" / f"{names[1]}.png").write_bytes(b"not a picture")
+    with pytest.raises(NodeError) as caught:
+        client.run(prompt)
+    assert caught.value.node_id == "load"
+    assert names[0] in caught.value.message and names[1] in caught.value.message
+
+
+def test_pairs_from_pictures_in_the_graph(client: Client) -> None:
+    prompt = training(steps=1, name="made")
+    prompt.update(
+        graph(
+            made=(
+                "EditLossMakePairs",
+                {
+                    "before": link("pairs", 2), "after": link("pairs", 3), "resolution": 128,
+                    "captions": "replace the chair with my stool",
+                },
+            ),
+            show=("PreviewAny", {"source": link("train", 3)}),
+        )
+    )  # fmt: skip
+    prompt["train"]["inputs"].update(pairs=link("made"))
+    outputs = client.run(prompt).outputs
+    assert outputs["show"]["text"] == ["1"] and "1 pairs" in outputs["made"]["text"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": 0.0}, "alpha"),
+        ({"hold_out": 4, "held_out": None}, "hold_out: expected 0 to 3"),
+        ({"name": "../elsewhere"}, "name: expected a name"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(
+    change: dict[str, Any], message: str, client: Client, comfyui_server: ComfyServer
+) -> None:
+    prompt = {**training(name="refused"), **graph(show=("PreviewAny", {"source": link("train", 3)}))}
+    prompt["pairs"]["inputs"]["seed"] = 7  # rooms that no other test has prepared
+    cache = comfyui_server.output_dir / "editloss" / "cache"
+    before = set(cache.rglob("*"))
+    prompt["train"]["inputs"].update(change)
+    prompt["train"]["inputs"] = {k: v for k, v in prompt["train"]["inputs"].items() if v is not None}
+    with pytest.raises(ComfyError, match=message):
+        client.run(prompt)
+    assert not run_folder(comfyui_server, "refused").exists()
+    assert set(cache.rglob("*")) == before, "pairs were prepared"
+
+
+def test_a_gate_and_a_loss_on_pictures_through_the_decoded_crop(client: Client, comfyui_server: ComfyServer) -> None:
+    from small_models import CLIP, CLIP_FILE, write_models
+
+    write_models(comfyui_server.models_dir, comfyui_server.output_dir)
+    prompt = training(name="gated", steps=3)
+    prompt.update(
+        graph(
+            gate=("EditLossGateTerms", {"objective": link("mix"), "terms": "geometry*", "t_min": 0.999, "t_max": 1.0}),
+            clip_encoder=("EditLossOpenCLIPEncoder", {"architecture": CLIP, "weights": CLIP_FILE, "output": "tokens"}),
+            pictures=(
+                "EditLossFeatureMatch",
+                {
+                    "encoder": link("clip_encoder"), "objective": link("gate"), "weight": 0.1, "anchor": "pred",
+                    "positive": "gt", "dist": "cos",
+                },
+            ),
+            show=("PreviewAny", {"source": link("train", 3)}),
+        )
+    )  # fmt: skip
+    prompt["train"]["inputs"]["objective"] = link("pictures")
+    began = time.monotonic()
+    client.run(prompt)
+    assert time.monotonic() - began < 120
+    log = RunLog.read(run_folder(comfyui_server, "gated"))
+    assert "feature match" in log.terms
+    assert "geometry match" not in log.terms, "no noise level lies in its gate"
+    gradients = [s.terms["feature match"].gradient for step in log.steps for s in step.samples]
+    assert [g is None for g in gradients] == [False] * 2 + [True] * 2 + [False] * 2, "measured at every other step"
+    assert all(g is None or g > 0 for g in gradients)
