@@ -162,7 +162,7 @@ class DemoJudge(io.ComfyNode):
                 patcher, clip, vae, examples, steps, seed, lambda n, _, k=offset: bar.update_absolute(k * steps + n)
             )
         pictures = {
-            "source copied": torch.stack([e.before for e in examples]),
+            "source copied": judge.copy_source(examples),
             "target through the VAE": _round_trip(vae, examples),
             **outputs,
         }

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+
+import pytest
+from comfy_server import locate, pack_root
 
 
 def graph(**nodes: tuple[Any, ...]) -> dict[str, Any]:
@@ -44,3 +51,18 @@ def frontend_prompt(page: Any, workflow: dict[str, Any], object_info: dict[str, 
         linked = {name for name, value in node["inputs"].items() if isinstance(value, list)}
         node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known | linked}
     return prompt
+
+
+def run_driver(name: str, scratch: Path) -> dict[str, str]:
+    """Run a driver of this folder in a process of its own, inside ComfyUI.
+
+    Returns:
+        Check → traceback, empty where it passed.
+    """
+    driver = Path(__file__).with_name(name)
+    command = [sys.executable, str(driver), str(pack_root().resolve()), str(scratch)]
+    done = subprocess.run(command, check=False, cwd=locate(), capture_output=True, text=True, timeout=600)
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    if done.returncode:
+        pytest.fail(f"the driver stopped after {len(said)} checks:\n{done.stderr[-3000:]}")
+    return {check["name"]: check["error"] for check in said}

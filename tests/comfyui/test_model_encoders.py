@@ -7,30 +7,21 @@ last test loads a CLIP vision file of a real size through the stock loader of a 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_client import Client
-from comfy_server import ComfyServer, locate, pack_root
+from comfy_server import ComfyServer
 from driver_model_encoders import CHECKS
-from helpers import graph, link
+from helpers import graph, link, run_driver
 from PIL import Image
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Check → traceback, empty where it passed."""
-    driver = Path(__file__).with_name("driver_model_encoders.py")
-    command = [sys.executable, str(driver), str(pack_root().resolve()), str(tmp_path_factory.mktemp("driver"))]
-    done = subprocess.run(command, check=False, cwd=locate(), capture_output=True, text=True, timeout=600)
-    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    if done.returncode:
-        pytest.fail(f"the driver stopped after {len(said)} checks:\n{done.stderr[-3000:]}")
-    return {check["name"]: check["error"] for check in said}
+    return run_driver("driver_model_encoders.py", tmp_path_factory.mktemp("driver"))
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from editloss_core.demo.drawing import COLOURS, OBJECTS
 from editloss_core.demo.judge import VERDICTS, Verdict, copy_source, judge, table
-from editloss_core.demo.model import AUTOENCODER, Autoencoder, load_autoencoder
+from editloss_core.demo.model import Autoencoder, load_autoencoder
 from editloss_core.demo.scenes import HELD_OUT, TASKS, Scene, draw, stool_pairs
 
 SCENES = 6  # of each kind: 4 kinds × 6 scenes × more than 20 outputs
@@ -203,7 +203,6 @@ def test_verdicts_depend_on_nothing_but_their_own_picture(scenes):
     assert judge(pictures * 3 - 1, examples) == judge((pictures * 3 - 1).clamp(0, 1), examples)
 
 
-@pytest.mark.skipif(not AUTOENCODER.exists(), reason="the small autoencoder was not made yet")
 def test_the_autoencoder_changes_no_verdict():
     """Round trips of the target, the source and a mix."""
     network = Autoencoder(whole=True)
