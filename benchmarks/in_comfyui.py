@@ -30,6 +30,8 @@ def start(comfyui: str, arguments: tuple[str, ...] = ("--cpu",)) -> Callable[[st
     import comfy.cli_args  # noqa: F401  reads sys.argv once
 
     sys.argv = own
+    import utils.extra_config  # noqa: F401  as main.py does: nodes.py puts comfy/, which has a utils.py, on the path
+
     import nodes  # noqa: F401  ComfyUI's own, before the pack's folder of that name could be found
 
     name = "editloss_pack"

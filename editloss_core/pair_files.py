@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +20,15 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 NOT_CAPTIONS = ("readme", "license", "licence", "requirements")  # texts that lie beside pictures and describe none
 MULTIPLE = 16  # pixels: 8 per latent and 2 latents per token in FLUX
 SAME_PROPORTIONS = 0.01  # relative
-LISTED = 12  # files that a message names per kind of problem; the rest are counted
+NOT_FOLDERS = (".", "_", "@")  # beginnings: hidden, of ai-toolkit and macOS (_controls, __MACOSX), of Synology (@eaDir)
+LISTED = 12  # entries of a folder without pairs that a message names
 
 Size = tuple[int, int]
 
@@ -60,10 +64,10 @@ class Finding(NamedTuple):
 
 
 class PairProblems(ValueError):
-    """Everything that is wrong with a set of pairs, in one message grouped by kind.
+    """Everything that is wrong with a set of pairs, in one message grouped by kind, with every file.
 
     Attributes:
-        findings: all of them; the message lists at most 12 of a kind.
+        findings: all of them, in the order of the message.
     """
 
     def __init__(self, findings: Sequence[Finding], where: str):
@@ -74,9 +78,7 @@ class PairProblems(ValueError):
             found = [f for f in self.findings if f.kind == kind]
             if found:
                 lines.append(f"• {advice} ({len(found)}):")
-                lines += [f"    {' + '.join(f.files)}{f': {f.detail}' if f.detail else ''}" for f in found[:LISTED]]
-                if len(found) > LISTED:
-                    lines.append(f"    … and {len(found) - LISTED} more")
+                lines += [f"    {' + '.join(f.files)}{f': {f.detail}' if f.detail else ''}" for f in found]
         super().__init__("\n".join(lines))
 
 
@@ -92,37 +94,44 @@ class Layout:
     Attributes:
         description: the layout that was recognised, in words.
         root: the folder that names in messages are relative to.
-        before, after, masks, captions: stem in lower case → file.
+        before, after, masks, captions: name of the pair without case → file.
+        names: the same, → the name as the after picture has it.
         findings: duplicates.
-        ending: what the stems of after pictures end in beside the name of the pair.
     """
 
     description: str
     root: Path
-    ending: str = ""
     before: dict[str, Path] = field(default_factory=dict)
     after: dict[str, Path] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
     captions: dict[str, Path] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     def name(self, path: Path) -> str:
         """How a message calls a file."""
-        try:
-            return path.relative_to(self.root).as_posix()
-        except ValueError:  # the control folder may lie elsewhere
-            return f"{path.parent.name}/{path.name}"
+        return relative(path, self.root)
 
     def add(self, part: str, entries: Iterable[tuple[str, Path]]) -> None:
-        """Enter (stem, file) into one of the tables; what is already taken within the same call is a finding."""
+        """Enter (name of a pair, file) into one of the tables; what is already taken within the same call is a finding."""
         table: dict[str, Path] = getattr(self, part)
         rivals: dict[str, list[Path]] = {}
-        for stem, path in entries:
-            rivals.setdefault(stem.casefold(), []).append(path)
-        for stem, paths in rivals.items():
+        for name, path in entries:
+            rivals.setdefault(name.casefold(), []).append(path)
+            if part == "after":
+                self.names.setdefault(name.casefold(), name)
+        for key, paths in rivals.items():
             if len(paths) > 1:
                 self.findings.append(Finding("duplicate", tuple(map(self.name, paths))))
-            table.setdefault(stem, paths[0])
+            table.setdefault(key, paths[0])
+
+
+def relative(path: Path, folder: Path) -> str:
+    """How a message that names the folder calls a file."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on another drive of Windows
+        return path.as_posix()
 
 
 def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
@@ -138,12 +147,7 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
     if control_folder is not None:
         if control_folder.resolve() == folder.resolve():
             raise ValueError(f"control_folder: expected another folder than the after pictures', got {folder} for both")
-        layout = Layout("after pictures in the folder, before pictures in the control folder", folder)
-        layout.add("after", _pictures(folder))
-        layout.add("before", _pictures(control_folder))
-        _add_masks(layout, _subfolder(folder, "mask"))
-        _add_captions(layout, [(folder, True), (control_folder, False), (_subfolder(folder, "captions"), True)])
-        found = layout
+        found = _two_folders(folder, control_folder)
     else:
         before, after = (_subfolder(folder, name) for name in ("before", "after"))
         found = _side_by_side(folder, before, after) if before and after else _suffixed(folder)
@@ -157,51 +161,65 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
     return found
 
 
+def _two_folders(folder: Path, control: Path) -> Layout:
+    layout = Layout("after pictures in the folder, before pictures in the control folder", folder)
+    mask, captions = _subfolder(folder, "mask"), _subfolder(folder, "captions")
+    apart = (mask, captions, control)
+    layout.add("after", _pictures(folder, apart))
+    layout.add("before", _pictures(control, [folder]))
+    layout.add("masks", _pictures(mask))
+    _add_captions(layout, _texts(folder, apart))
+    _add_captions(layout, _texts(control, [folder]), strict=False)
+    _add_captions(layout, _texts(captions))
+    return layout
+
+
 def _side_by_side(folder: Path, before: Path, after: Path) -> Layout:
     layout = Layout("folders before/ and after/", folder)
-    layout.add("before", _pictures(before))
+    mask, captions = _subfolder(folder, "mask"), _subfolder(folder, "captions")
     layout.add("after", _pictures(after))
-    _add_masks(layout, _subfolder(folder, "mask"))
-    _add_captions(layout, [(after, True), (before, True), (_subfolder(folder, "captions"), True), (folder, False)])
+    layout.add("before", _pictures(before))
+    layout.add("masks", _pictures(mask))
+    for place in (after, before, captions):
+        _add_captions(layout, _texts(place))
+    _add_captions(layout, _texts(folder, (before, after, mask, captions)), strict=False)
     return layout
 
 
 def _suffixed(folder: Path) -> Layout:
-    layout = Layout("one folder with _before and _after", folder, "_after")
-    endings = {"_before": "before", "_after": "after", "_mask": "masks"}
-    for ending, part in endings.items():
-        layout.add(
-            part,
-            ((s[: -len(ending)], p) for s, p in _pictures(folder) if s.casefold().endswith(ending) and s != ending),
-        )
-    texts = {"_after": [], "_before": [], "": []}
-    for stem, path in _texts(folder):
-        ending = next(e for e in texts if stem.casefold().endswith(e))
-        texts[ending].append((stem[: len(stem) - len(ending)], path))
-    for entries in (texts[""], texts["_after"], texts["_before"]):
-        _add_first(layout, entries, strict=True)
-    _add_captions(layout, [(_subfolder(folder, "captions"), True)])
+    layout = Layout("one folder with _before and _after", folder)
+    captions = _subfolder(folder, "captions")
+    pictures, texts = list(_pictures(folder, [captions])), list(_texts(folder, [captions]))
+    for part, ending in (("after", "_after"), ("before", "_before"), ("masks", "_mask")):
+        layout.add(part, _ending_in(ending, pictures))
+    _add_captions(layout, [(name, path) for name, path in texts if not name.casefold().endswith(("_after", "_before"))])
+    for ending in ("_after", "_before"):
+        _add_captions(layout, _ending_in(ending, texts))
+    _add_captions(layout, _texts(captions))
     return layout
 
 
-def _add_masks(layout: Layout, folder: Optional[Path]) -> None:
-    if folder is not None:
-        layout.add("masks", _pictures(folder))
+def _ending_in(ending: str, entries: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The entries whose names end so, without it."""
+    return [
+        (name[: -len(ending)], path)
+        for name, path in entries
+        if name.casefold().endswith(ending) and len(path.stem) > len(ending)
+    ]
 
 
-def _add_captions(layout: Layout, places: Sequence[tuple[Optional[Path], bool]]) -> None:
-    """Captions from several places, the first place that has one wins. (folder, strict): a strict place holds nothing
-    but captions, so that one without a pair is a finding."""
-    for folder, strict in places:
-        if folder is not None:
-            _add_first(layout, _texts(folder), strict)
-
-
-def _add_first(layout: Layout, entries: Iterable[tuple[str, Path]], strict: bool) -> None:
-    known = layout.before.keys() | layout.after.keys()
-    entries = [(s, p) for s, p in entries if strict or s.casefold() in known]
-    taken = dict(layout.captions)
-    layout.add("captions", entries)
+def _add_captions(layout: Layout, entries: Iterable[tuple[str, Path]], strict: bool = True) -> None:
+    """Captions from one more place, for pairs that have none yet. A strict place holds nothing but captions, so that one
+    without a pair is a finding."""
+    known, taken = layout.before.keys() | layout.after.keys(), dict(layout.captions)
+    layout.add(
+        "captions",
+        (
+            (name, path)
+            for name, path in entries
+            if name.casefold() in known or (strict and path.stem.casefold() not in NOT_CAPTIONS)
+        ),
+    )
     layout.captions.update(taken)
 
 
@@ -209,16 +227,32 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
-def _pictures(folder: Path) -> Iterator[tuple[str, Path]]:
-    return ((p.stem, p) for p in _visible(folder) if p.suffix.lower() in SUFFIXES and p.is_file())
+def _files(
+    folder: Optional[Path], suffixes: Collection[str], apart: Iterable[Optional[Path]]
+) -> Iterator[tuple[str, Path]]:
+    """(path below the folder without suffix, file) of every visible file of a kind; ``apart``: folders to stay out of.
+
+    Names are composed (NFC): macOS writes é as two characters, other systems as one. A link to nowhere is a file that
+    cannot be read, and no reason to go on without it.
+    """
+    if folder is None:
+        return
+    known = {p.resolve() for p in (folder, *apart) if p is not None}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        inside = {name: Path(root, name).resolve() for name in sorted(folders) if not name.startswith(NOT_FOLDERS)}
+        folders[:] = [name for name, place in inside.items() if place not in known]
+        known.update(inside.values())  # links may lead back
+        for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):
+                yield unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()), path
 
 
-def _texts(folder: Path) -> Iterator[tuple[str, Path]]:
-    return (
-        (p.stem, p)
-        for p in _visible(folder)
-        if p.suffix.lower() == ".txt" and p.is_file() and p.stem.casefold() not in NOT_CAPTIONS
-    )
+def _pictures(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iterator[tuple[str, Path]]:
+    return _files(folder, SUFFIXES, apart)
+
+
+def _texts(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iterator[tuple[str, Path]]:
+    return _files(folder, (".txt",), apart)
 
 
 def _subfolder(folder: Path, name: str) -> Optional[Path]:
@@ -229,12 +263,16 @@ def read_caption(path: Path) -> str:
     """The text of a caption file in one line: what trainers take a line break for differs.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: it cannot be read, or is neither UTF-8 nor, by its byte order mark, UTF-16.
     """
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8 ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    return " ".join(text.split())
 
 
 def digest_state(paths: Mapping[str, Path]) -> str:
@@ -290,8 +328,10 @@ def read_picture(path: Path, mask: bool = False) -> Picture:
             values, transparent = _values(image, "L" if mask else "RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError("its content is not PNG, JPEG, WebP, BMP or TIFF" if data else "it is empty") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise ValueError(str(error).replace(f" {str(path)!r}", "") or type(error).__name__) from error
+        raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
     return Picture(values, hashlib.sha256(data).hexdigest(), transparent)
 
 

@@ -30,6 +30,7 @@ from .pair_files import (
     digest_state,
     read_caption,
     read_picture,
+    relative,
     resample,
     same_proportions,
     scan,
@@ -92,17 +93,21 @@ def find_pairs(
 ) -> PairSet:
     """The pairs of a folder, after every file of it was looked at.
 
-    Three layouts are recognised, in this order; files belong together by their stem, whatever its case:
+    Three layouts are recognised, in this order; files belong together by their name without suffix, whatever its case:
 
-    * ``control_folder`` given: after pictures and captions in ``folder``, before pictures in ``control_folder``
-      (ai-toolkit), masks in ``folder/mask``.
+    * ``control_folder`` given: after pictures in ``folder``, before pictures in ``control_folder`` (ai-toolkit), masks in
+      ``folder/mask``; captions beside the after pictures, beside the before pictures or in ``folder/captions``: the first
+      of them that has one.
     * the folders ``before/``, ``after/`` and, if wanted, ``mask/``; captions as .txt beside the after pictures, beside
       the before pictures, in ``captions/`` or in ``folder``: the first of them that has one.
     * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png``; captions in ``x.txt``,
       ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
 
-    Pictures may be PNG, JPEG, WebP, BMP or TIFF. Hidden files and files of other kinds are passed over. EXIF orientation
-    is honoured, transparency is laid on white (in masks on black), and grey, palette and 16-bit files become RGB.
+    Pictures may be PNG, JPEG, WebP, BMP or TIFF, captions UTF-8 or, with a byte order mark, UTF-16. Subfolders are
+    searched as well, and a pair has the same one in every place: ``before/kitchen/x.png`` and ``after/kitchen/x.png`` are
+    the pair "kitchen/x". Passed over are hidden files, files of other kinds, and folders that begin with ".", "_" or "@".
+    EXIF orientation is honoured, transparency is laid on white (in masks on black), and grey, palette and 16-bit files
+    become RGB.
 
     Args:
         folder, control_folder: see above; an empty control folder means none.
@@ -121,37 +126,29 @@ def find_pairs(
     layout = scan(Path(folder), Path(control_folder) if str(control_folder) else None)
     findings = list(layout.findings)
     pairs = []
-    for stem in sorted(layout.before.keys() | layout.after.keys()):
-        before, after = layout.before.get(stem), layout.after.get(stem)
+    for key in sorted(layout.before.keys() | layout.after.keys()):
+        before, after = layout.before.get(key), layout.after.get(key)
         if before is None or after is None:
             findings.append(
                 Finding("no before", (layout.name(after),)) if after else Finding("no after", (layout.name(before),))
             )
             continue
-        caption = ""
-        if stem in layout.captions:
+        caption, written = "", layout.captions.get(key)
+        if written:
             try:
-                caption = read_caption(layout.captions[stem])
-            except (OSError, ValueError) as error:
-                findings.append(Finding("unreadable", (layout.name(layout.captions[stem]),), str(error)))
+                caption = read_caption(written)
+            except ValueError as error:
+                findings.append(Finding("unreadable", (layout.name(written),), str(error)))
                 caption = "unreadable"
         if not (caption or default_caption.strip()):
-            empty = stem in layout.captions
-            where = layout.captions[stem] if empty else after
-            findings.append(Finding("no caption", (layout.name(where),), "the file is empty" if empty else ""))
-        pairs.append(
-            Pair(
-                after.stem[: len(after.stem) - len(layout.ending)],
-                before,
-                after,
-                caption or default_caption.strip(),
-                layout.masks.get(stem),
+            findings.append(
+                Finding("no caption", (layout.name(written or after),), "the file is empty" if written else "")
             )
-        )
+        pairs.append(Pair(layout.names[key], before, after, caption or default_caption.strip(), layout.masks.get(key)))
     known = layout.before.keys() | layout.after.keys()
     for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions)):
-        findings += [Finding(kind, (layout.name(path),)) for stem, path in table.items() if stem not in known]
-    partial = [layout.before.get(s) or layout.after[s] for s in known if not (s in layout.before and s in layout.after)]
+        findings += [Finding(kind, (layout.name(path),)) for key, path in table.items() if key not in known]
+    partial = [layout.before.get(k) or layout.after[k] for k in known if not (k in layout.before and k in layout.after)]
     return _checked(pairs, findings, layout, partial, resolution, upscale, min_size, progress)
 
 
@@ -163,7 +160,7 @@ def folder_state(folder: Union[str, Path], control_folder: Union[str, Path] = ""
     """
     layout = scan(Path(folder), Path(control_folder) if str(control_folder) else None)
     tables = ("before", "after", "masks", "captions")
-    return digest_state({f"{t}/{stem}/{p.name}": p for t in tables for stem, p in getattr(layout, t).items()})
+    return digest_state({f"{t}/{layout.name(p)}": p for t in tables for p in getattr(layout, t).values()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +172,8 @@ class PairSet:
         sizes: what every picture of a pair has at least, (height, width).
         contents: sha256 of a pair's files or tensors.
         resolution, upscale: see :func:`find_pairs`.
-        layout: where the pairs came from, in words.
+        folder: where the pairs came from; None if from pictures.
+        layout: how they lay there, in words.
         notes: what a person should know though it is no mistake.
 
     Instances are never changed.
@@ -186,6 +184,7 @@ class PairSet:
     contents: tuple[str, ...]
     resolution: int = 1024
     upscale: bool = False
+    folder: Optional[Path] = None
     layout: str = ""
     notes: tuple[str, ...] = ()
 
@@ -271,15 +270,27 @@ class PairSet:
         """The pixels of a pair at its size."""
         return load(self.pairs[index], self.targets[index])
 
+    def called(self, index: int, part: str) -> str:
+        """What a message calls the part "before", "after" or "mask" of a pair: its file below the folder, if it has one."""
+        return _called(self.pairs[index], part, self.folder)
+
+    def problems(self, findings: Sequence[Finding]) -> PairProblems:
+        """The report of findings that were made after the check."""
+        return PairProblems(findings, _where(self.folder, self.layout))
+
     def fingerprint(self, index: int) -> str:
         """sha256 over the content of a pair's pictures and what :meth:`load` does to them; the caption is not in it."""
         return hash_tensors([], self.contents[index], str(self.targets[index]), GEOMETRY)
 
     @property
     def digest(self) -> str:
-        """sha256 over all fingerprints, names and captions."""
-        parts = (f"{p.name}\0{p.caption}\0{self.fingerprint(i)}\0" for i, p in enumerate(self.pairs))
-        return hash_tensors([], *parts)
+        """sha256 over the names and contents of all pairs; neither captions nor the size of training are in it."""
+        return hash_tensors([], *(f"{p.name}\0{content}\0" for p, content in zip(self.pairs, self.contents)))
+
+    @property
+    def captions_digest(self) -> str:
+        """sha256 over all captions."""
+        return hash_tensors([], *(f"{p.caption}\0" for p in self.pairs))
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         """The batches of one epoch: every pair once, each batch from one bucket, order and company drawn at random.
@@ -342,7 +353,7 @@ def _pixels(source: Source, mask: bool) -> Picture:
         try:
             return read_picture(source, mask)
         except ValueError as error:
-            raise ValueError(f"{source.name}: {error}") from error
+            raise ValueError(f"{source.parent.name}/{source.name}: {error}") from error
     if not bool(torch.isfinite(source).all()):
         raise ValueError("expected values in 0…1, got NaN or infinity")
     content = hash_tensors([("picture", source)])
@@ -367,26 +378,38 @@ def _checked(
 ) -> PairSet:
     """Decode every picture, and make a set of them or raise the whole report. ``partial``: pictures without a partner,
     which are looked at as well."""
-    sizes, contents, transparent = [], [], []
-    name = layout.name if layout else None
+    sizes, contents, transparent, unequal = [], [], [], []
+    folder, description = (layout.root, layout.description) if layout else (None, "")
     for done, pair in enumerate(pairs):
-        size, content, clear = _inspect(pair, name, min_size, findings)
-        sizes.append(size)
+        before, after, content, clear = _inspect(pair, folder, min_size, findings)
+        sizes.append(tuple(map(min, before, after)))
         contents.append(content)
         transparent += [pair.name] if clear else []
+        unequal += [f"{pair.name} ({times(before)}, {times(after)})"] if before != after else []
         if progress is not None:
             progress(done + 1, len(pairs))
     for path in partial:
         _try_pixels(path, False, layout.name(path), findings)
-    where = f"{layout.root} ({layout.description})" if layout else "the picture batches"
     if findings:
-        raise PairProblems(findings, where)
-    notes = ()
+        raise PairProblems(findings, _where(folder, description))
+    notes = []
     if transparent:
-        notes = (f"transparency was laid on white in {len(transparent)} pairs: {', '.join(transparent[:5])}",)
-    return PairSet(
-        tuple(pairs), tuple(sizes), tuple(contents), resolution, upscale, layout.description if layout else "", notes
-    )
+        notes.append(f"transparency was laid on white in {len(transparent)} pairs: {', '.join(transparent[:5])}")
+    if unequal:
+        notes.append(
+            f"before and after differ in size in {len(unequal)} pairs, and are resized to one (before, after): "
+            f"{', '.join(unequal)}"
+        )
+    return PairSet(tuple(pairs), tuple(sizes), tuple(contents), resolution, upscale, folder, description, tuple(notes))
+
+
+def _where(folder: Optional[Path], layout: str) -> str:
+    return f"{folder} ({layout})" if folder else "the picture batches"
+
+
+def _called(pair: Pair, part: str, folder: Optional[Path]) -> str:
+    source = getattr(pair, part)
+    return relative(source, folder) if folder and isinstance(source, Path) else f"{pair.name} {part}"
 
 
 def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding]) -> Optional[Picture]:
@@ -398,11 +421,11 @@ def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding])
 
 
 def _inspect(
-    pair: Pair, name: Optional[Callable[[Path], str]], min_size: int, findings: list[Finding]
-) -> tuple[Size, str, bool]:
-    """(least size, content, transparency) of a pair; what is wrong with it goes to ``findings``."""
+    pair: Pair, folder: Optional[Path], min_size: int, findings: list[Finding]
+) -> tuple[Size, Size, str, bool]:
+    """(size before, size after, content, transparency) of a pair; what is wrong with it goes to ``findings``."""
     sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
-    labels = {part: name(s) if name else f"{pair.name} {part}" for part, s in sources.items() if s is not None}
+    labels = {part: _called(pair, part, folder) for part, s in sources.items() if s is not None}
     found = {part: _try_pixels(sources[part], part == "mask", labels[part], findings) for part in labels}
     sizes = {part: p.values.shape[:2] for part, p in found.items() if p is not None}
     for part in ("before", "after"):
@@ -424,7 +447,6 @@ def _inspect(
         elif "after" in sizes and not any(same_proportions(sizes["mask"], sizes[p]) for p in sizes if p != "mask"):
             detail = f"{times(sizes['mask'])} for {times(sizes['after'])}"
             findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
-    least = tuple(min(sizes[p][axis] for p in ("before", "after") if p in sizes) for axis in (0, 1)) if both else (0, 0)
     content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items() if p is not None))
     transparent = any(p.transparent for part, p in found.items() if p is not None and part != "mask")
-    return least, content, transparent
+    return sizes.get("before", (0, 0)), sizes.get("after", (0, 0)), content, transparent

@@ -33,7 +33,7 @@ OWN_SOCKETS = {
     EncoderSocket.io_type: (Encoder, "an encoder from one of the Encoder nodes"),
     EmbeddingsSocket.io_type: (EmbeddingSet, "embeddings from Encode by Role or Load Embeddings"),
     ObjectiveSocket.io_type: (WiredObjective, "an objective from a Loss node or the preset"),
-    PairsSocket.io_type: (PairSet, "pairs from Load Pairs or Make Pairs"),
+    PairsSocket.io_type: (PairSet, "pairs from Load Pairs, Make Pairs or Demo Pairs"),
     OptionsSocket.io_type: (TrainingOptions, "options from one of the Options nodes"),
     ResumeSocket.io_type: (ResumePoint, "a checkpoint from Resume Training"),
     RunSocket.io_type: (TrainingRun, "a run from Train Kontext LoRA"),

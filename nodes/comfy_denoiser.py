@@ -130,20 +130,33 @@ class ComfyDenoiser:
         """Bring the model, and decoders or encoders that take part in the same step, to their devices.
 
         For the time between steps: loading may push out models that a graph still needs. Costs nothing if all are there.
+        The others are smaller and come first, so that it is the model's weights that wait where not all of them fit.
 
         Args:
-            extra_patchers: ``ModelPatcher`` objects, for example ``VAEDecoder.patcher``.
+            extra_patchers: ``ModelPatcher`` objects, for example ``VAEDecoder.patcher``; clones of the model, whose weights
+                are the model's own, are left out.
             reserve: bytes to leave free for activations; weights that do not fit beside them stay in main memory and are
                 brought in for each product. None loads everything and pushes out every other model.
         """
-        patchers = [self.model, *extra_patchers]
+        extras = [p for p in dict.fromkeys(extra_patchers) if p.model is not self.model.model]
+        patchers = [self.model, *extras]
         if self._loaded and self._loaded == [_whereabouts(p) for p in patchers]:
             return
         with torch.inference_mode(False):
-            comfy.model_management.load_models_gpu(
-                patchers, memory_required=1e20 if reserve is None else reserve, force_full_load=reserve is None
-            )
+            for some in (extras, patchers) if extras else (patchers,):
+                comfy.model_management.load_models_gpu(
+                    some, memory_required=1e20 if reserve is None else reserve, force_full_load=reserve is None
+                )
         self._loaded = [_whereabouts(p) for p in patchers]
+
+    def check(self, item: Any) -> None:
+        """Refuse what a call with this conditioning item would refuse, without loading or running the network.
+
+        Raises:
+            ValueError: as a call.
+        """
+        z = torch.zeros(1, self.model.model.latent_format.latent_channels, 8, 8)
+        self._inputs(z, [z], item)
 
     def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Any]) -> Tensor:
         """As in :class:`~editloss_core.training.flow.Denoiser`; contexts of different lengths run one after the other.
@@ -243,6 +256,17 @@ def _entry(item: Any, base) -> Sequence[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # VAE
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_decoder(decoder, vae) -> None:
+    """ValueError unless ``decoder`` is a VAE that decodes the latents of ``vae`` to pictures of the same size."""
+    check_vae(decoder, "decoder")
+    (channels, scale), found = ((v.latent_channels, v.downscale_ratio) for v in (vae, decoder))
+    if found != (channels, scale):
+        raise ValueError(
+            f"decoder: expected one for the latents of the VAE, {channels} channels and {scale} pixels each, got "
+            f"{found[0]} channels and {found[1]} pixels"
+        )
 
 
 class VAEDecoder:

@@ -1,4 +1,5 @@
-"""VAE, CLIP_VISION and MODEL as encoders of the core, and gradients through them.
+"""VAE, CLIP_VISION and MODEL as encoders of the core, its own encoders under ComfyUI's model management, and gradients
+through them.
 
 This file and comfy_denoiser.py are the only ones that reach into ComfyUI's model internals. ComfyUI's own paths are
 written for inference: ``ClipVisionModel.encode_image`` rounds pixels, weights loaded by a node are inference tensors, Flux
@@ -9,14 +10,11 @@ asked for, and is a plain forward pass when not.
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
-import sys
-import types
 from typing import Any, Callable, Iterator, Mapping, Optional
 
 import comfy.conds
 import comfy.model_management
+import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
 import comfy.sampler_helpers
@@ -24,11 +22,21 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
-from ..editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, check_output, hash_module, hash_tensors
+from ..editloss_core.encoders.base import (
+    Encoder,
+    EncoderInfo,
+    PixelEncoder,
+    Preprocess,
+    check_output,
+    hash_module,
+    hash_tensors,
+)
 from ..editloss_core.encoders.diffusion import DiffusionFeatureEncoder
+from ..editloss_core.encoders.openclip import OpenCLIPEncoder
+from ..editloss_core.encoders.timm_net import TimmEncoder
 from ..editloss_core.encoders.vae import VAEEncoder
+from ..editloss_core.training.out_of_place import OutOfPlace
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
 PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
@@ -53,35 +61,6 @@ def thaw(module: nn.Module) -> None:
             for name, b in part._buffers.items():
                 if b is not None and b.is_inference():
                     part._buffers[name] = b.clone()
-
-
-class OutOfPlace(TorchFunctionMode):
-    """Answers ``x += y`` and ``x *= y`` with a new tensor, so that backward can go through Flux blocks.
-
-    ``x.mul_(y)``, which torch reports in the same way, still changes x: as a statement of its own (ComfyUI's dequantising
-    has one) it has no other effect.
-    """
-
-    _ANSWERS = {Tensor.add_: torch.add, Tensor.mul_: torch.mul}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        answer = self._ANSWERS.get(func)
-        if answer is not None:
-            frame = sys._getframe(1)
-            if _is_augmented(frame.f_code, frame.f_lasti):
-                return answer(*args)
-        return func(*args, **(kwargs or {}))
-
-
-@functools.cache
-def _is_augmented(code: types.CodeType, offset: int) -> bool:
-    """Whether the instruction is an augmented assignment: INPLACE_ADD in Python 3.10, BINARY_OP (+=) from 3.11 on."""
-    instruction = next((i for i in dis.get_instructions(code) if i.offset == offset), None)
-    if instruction is None:
-        return False
-    return instruction.opname.startswith("INPLACE_") or (
-        instruction.opname == "BINARY_OP" and instruction.argrepr.endswith("=")
-    )
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -140,7 +119,10 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 
 @contextlib.contextmanager
 def running_differentiably(module: nn.Module) -> Iterator[None]:
-    """Inside, autograd can follow a call of ``module``. A block that is computed again needs it as well."""
+    """Inside, autograd can follow a call of ``module``. A block that is computed again needs it as well.
+
+    To look for the linear layers every time takes 2 ms for all blocks of a Flux together (57 blocks, on a busy CPU core).
+    """
     linears = {
         part: _FrozenForward(part)
         for part in module.modules()
@@ -173,9 +155,17 @@ def usable(value: Any, device: torch.device) -> Any:
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose weights are on the device when
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def is_loaded(patcher) -> bool:
-    """Whether ComfyUI counts the model as loaded, in full or in part."""
-    return any(other is patcher for other in comfy.model_management.loaded_models())
+    """Whether ComfyUI counts the model as loaded, in full or in part: itself, or a clone with the same weights."""
+    return any(
+        other is patcher or (other.model is patcher.model and other.patches_uuid == patcher.patches_uuid)
+        for other in comfy.model_management.loaded_models()
+    )
 
 
 def load_for_call(patcher, memory_required: float) -> None:
@@ -187,9 +177,64 @@ def load_for_call(patcher, memory_required: float) -> None:
         comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
 
 
-def encoder_device() -> torch.device:
-    """Where encoders that the pack loads itself run: ComfyUI's device."""
-    return comfy.model_management.get_torch_device()
+def patchers_of(encoder: Encoder, reads_latents: bool = False) -> list[Any]:
+    """ComfyUI's patchers of all that has to be on its device while the encoder runs.
+
+    Args:
+        encoder: from one of the encoder nodes.
+        reads_latents: it is given latents (``from_latents``), so that the VAE in it has nothing to do.
+    """
+    if isinstance(encoder, VAEEncoder) and reads_latents:
+        return []
+    behind = patchers_of(encoder.vae, reads_latents) if isinstance(encoder, DiffusionFeatureEncoder) else []
+    return [*getattr(encoder, "patchers", ()), *behind]
+
+
+def check_shared(encoder: Encoder, model) -> None:
+    """ValueError if the encoder runs the weights of ``model`` with other LoRAs on them: ComfyUI keeps them once only."""
+    for patcher in patchers_of(encoder):
+        if patcher.model is model.model and patcher.patches_uuid != model.patches_uuid:
+            raise ValueError(
+                f"objective: the encoder {encoder.info.name!r} runs the same weights as model, but with other LoRAs or patches; "
+                "wire one and the same MODEL to both, or load it twice"
+            )
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """For a network of plain torch layers, which run with all of their weights on the device or not at all.
+
+    ComfyUI's own layers bring a weight that waits in main memory in for each product; to take some of the weights away, or
+    to load only as many as fit, would break the others.
+    """
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0  # ComfyUI then unloads all of it, if it needs the room
+
+
+class _Managed(PixelEncoder):
+    """An encoder of the core whose ``network`` comes to ComfyUI's device when it is used, and goes when others need room."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        management = comfy.model_management
+        patcher = WholePatcher(self.network, management.get_torch_device(), management.text_encoder_offload_device())
+        self.patchers, self.device = (patcher,), patcher.load_device
+
+    def features(self, pixels: Tensor) -> Tensor:
+        load_for_call(self.patchers[0], 0)
+        with differentiable(self.network):
+            return super().features(pixels)
+
+
+class ManagedOpenCLIP(_Managed, OpenCLIPEncoder):
+    """See :class:`~editloss_core.encoders.openclip.OpenCLIPEncoder`."""
+
+
+class ManagedTimm(_Managed, TimmEncoder):
+    """See :class:`~editloss_core.encoders.timm_net.TimmEncoder`."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,13 +242,13 @@ def encoder_device() -> torch.device:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_vae(vae) -> None:
-    """ValueError unless it is a VAE of pictures with weights."""
+def check_vae(vae, name: str = "vae") -> None:
+    """ValueError, under the input's name, unless it is a VAE of pictures with weights."""
     if getattr(vae, "first_stage_model", None) is None:
-        raise ValueError("vae: this VAE has no weights; the checkpoint it came from does not contain one")
+        raise ValueError(f"{name}: this VAE has no weights; the checkpoint it came from does not contain one")
     if vae.latent_dim != 2 or not isinstance(vae.downscale_ratio, int):
         raise ValueError(
-            f"vae: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)"
+            f"{name}: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)"
         )
 
 
@@ -229,7 +274,7 @@ def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
             return vae.first_stage_model.encode(inputs).float()
 
     kind = type(vae.first_stage_model).__name__
-    return VAEEncoder(
+    encoder = VAEEncoder(
         encode,
         name=f"vae/{kind.lower()}-{vae.latent_channels}ch",
         fingerprint=hash_module(vae.first_stage_model, kind, str(vae.vae_dtype)),
@@ -239,6 +284,8 @@ def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
         shift=shift,
         scale=scale,
     )
+    encoder.patchers = (vae.patcher,)
+    return encoder
 
 
 def _affine(latent_format, channels: int) -> tuple[Any, Any]:
@@ -290,6 +337,7 @@ class ClipVisionEncoder(PixelEncoder):
             output=output,
         )
         super().__init__(info, preprocess, clip_vision.load_device)
+        self.patchers = (clip_vision.patcher,)
 
     def grid(self, height: int, width: int) -> Optional[tuple[int, int]]:
         return None if self.info.output == "global" else (self.side, self.side)
@@ -416,7 +464,7 @@ def diffusion_encoder(
     # LoRAs are applied when the model is loaded and change what it computes; their id is new in every session, so that an
     # embedding file made with one is never taken for another's.
     patches = str(model.patches_uuid) if model.patches else ""
-    return DiffusionFeatureEncoder(
+    encoder = DiffusionFeatureEncoder(
         vae_encoder(vae, image_size, base.latent_format),
         predict,
         module,
@@ -428,6 +476,8 @@ def diffusion_encoder(
         patch=patch,
         output=output,
     )
+    encoder.patchers = (model,)
+    return encoder
 
 
 def _tensors_of(conditioning) -> list[tuple[str, Tensor]]:

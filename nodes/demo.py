@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
@@ -23,6 +25,7 @@ from .sockets import PairsSocket
 CATEGORY = "EditLoss/demo"
 HELD_OUT_SEED = 1_000  # stool pairs of this seed and above are never trained on by the nodes
 SHOWN = 4
+AT_ONCE = 32  # rooms in memory together
 
 
 class SmallTextEncoder:
@@ -78,17 +81,22 @@ class DemoModel(io.ComfyNode):
 
 
 def pair_set(examples: list[scenes.Example]) -> PairSet:
-    """Scenes as pairs; the mask is where either object is, grown by 3 pixels."""
-    union = torch.stack([torch.maximum(e.old_mask, e.new_mask) for e in examples])
-    masks = torch.nn.functional.max_pool2d((union > 0).float(), 7, stride=1, padding=3)
+    """Scenes as pairs, with the masks of :func:`scenes.edit_region`."""
     return PairSet.from_images(
         torch.stack([e.before for e in examples]),
         torch.stack([e.after for e in examples]),
-        masks,
+        torch.stack([scenes.edit_region(e) for e in examples]),
         [e.prompt for e in examples],
         names=[f"scene {e.seed}" for e in examples],
         resolution=scenes.SIZE,
     )
+
+
+def training_pairs(count: int, unedited: int, overlaid: int, seed: int) -> list[scenes.Example]:
+    """Right pairs, then flawed ones of other rooms."""
+    pairs = scenes.stool_pairs(count + unedited + overlaid, seed)
+    flaws = [None] * count + ["unedited"] * unedited + ["overlaid"] * overlaid
+    return [scenes.flawed(e, flaw) if flaw else e for e, flaw in zip(pairs, flaws)]
 
 
 class DemoPairs(io.ComfyNode):
@@ -98,9 +106,18 @@ class DemoPairs(io.ComfyNode):
             node_id="EditLossDemoPairs",
             display_name="Demo Pairs",
             category=CATEGORY,
-            description="Drawn rooms where a chair or another object is replaced by my stool, which the demo model has never seen.",
+            description="Drawn rooms where a chair or another object is replaced by my stool, which the demo model has never seen. A "
+            "few pairs are flawed, as those that tools make are.",
             inputs=[
-                io.Int.Input("count", default=12, min=1, max=500, tooltip="Pairs to train on. A dozen is what people have."),
+                io.Int.Input("count", default=12, min=1, max=400, tooltip="Right pairs to train on. A dozen is what people have."),
+                io.Int.Input(
+                    "unedited", default=2, min=0, max=100,
+                    tooltip="Pairs more whose after picture still shows the old object alone. They teach no edit.",
+                ),
+                io.Int.Input(
+                    "overlaid", default=2, min=0, max=100,
+                    tooltip="Pairs more whose stool was painted over the old object. They teach overlays.",
+                ),
                 io.Int.Input("held_out", default=4, min=1, max=500, tooltip="Pairs of other rooms, to watch while training."),
                 io.Int.Input("seed", default=0, min=0, max=HELD_OUT_SEED - 1, control_after_generate=False, tooltip="Of the rooms."),
             ],
@@ -115,11 +132,19 @@ class DemoPairs(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(cls, count, held_out, seed) -> io.NodeOutput:
-        train, watched = scenes.stool_pairs(count, seed), scenes.stool_pairs(held_out, HELD_OUT_SEED + seed)
-        some = train[:6]
+    def execute(cls, count, unedited, overlaid, held_out, seed) -> io.NodeOutput:
+        train, watched = (
+            training_pairs(count, unedited, overlaid, seed),
+            scenes.stool_pairs(held_out, HELD_OUT_SEED + seed),
+        )
+        some = {i: "right" for i in range(min(count, 4))}
+        some |= {count: "unedited"} if unedited else {}
+        some |= {count + unedited: "overlaid"} if overlaid else {}
         shown = compare.grid(
-            [(e.before, e.after) for e in some], ("before", "after"), [e.prompt for e in some], width=640
+            [(train[i].before, train[i].after) for i in some],
+            ("before", "after"),
+            [f"{train[i].prompt} ({kind})" for i, kind in some.items()],
+            width=640,
         )
         before, after = (torch.stack([getattr(e, part) for e in watched]) for part in ("before", "after"))
         return io.NodeOutput(pair_set(train), pair_set(watched), before, after, ui=ui.PreviewImage(shown, cls=cls))
@@ -139,7 +164,7 @@ class DemoJudge(io.ComfyNode):
                 io.Model.Input("trained", tooltip="From Train Kontext LoRA, or a LoRA loader."),
                 io.Clip.Input("clip", tooltip="From Load Demo Model."),
                 io.Vae.Input("vae", tooltip="From Load Demo Model."),
-                io.Int.Input("count", default=32, min=1, max=128, tooltip="Rooms. 32 tell 60 % good from 90 %."),
+                io.Int.Input("count", default=32, min=1, max=1000, tooltip="Rooms. 32 tell 60 % good from 90 %; 200 tell 80 % from 90 %."),
                 io.Int.Input("steps", default=10, min=1, max=100, tooltip="Sampling steps."),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of rooms and noise."),
             ],
@@ -154,25 +179,30 @@ class DemoJudge(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, base, trained, clip, vae, count, steps, seed) -> io.NodeOutput:
-        examples = scenes.stool_pairs(count, 2 * HELD_OUT_SEED + seed)
-        bar = ProgressBar(2 * steps)
-        outputs = {}
-        for offset, (name, patcher) in enumerate((("base", base), ("with the LoRA", trained))):
-            outputs[name] = edit(
-                patcher, clip, vae, examples, steps, seed, lambda n, _, k=offset: bar.update_absolute(k * steps + n)
-            )
-        pictures = {
-            "source copied": judge.copy_source(examples),
-            "target through the VAE": _round_trip(vae, examples),
-            **outputs,
-        }
-        verdicts = {name: judge.judge(images, examples) for name, images in pictures.items()}
+        starts = range(0, count, AT_ONCE)
+        bar, done = ProgressBar(2 * steps * len(starts)), 0
+
+        def sampled(model, examples: list[scenes.Example]) -> torch.Tensor:
+            nonlocal done
+            made = edit(model, clip, vae, examples, steps, seed, lambda n, _: bar.update_absolute(done + n))
+            done += steps
+            return made
+
+        verdicts, rows = defaultdict(list), []
+        for start in starts:
+            examples = scenes.stool_pairs(min(AT_ONCE, count - start), 2 * HELD_OUT_SEED + seed, start)
+            pictures = {
+                "source copied": judge.copy_source(examples),
+                "target through the VAE": _round_trip(vae, examples),
+                "base": sampled(base, examples),
+                "with the LoRA": sampled(trained, examples),
+            }
+            for name, images in pictures.items():
+                verdicts[name] += judge.judge(images, examples)
+            for i, e in enumerate(examples[: SHOWN - len(rows)]):
+                rows.append(PreviewRow(e.prompt, e.before, pictures["base"][i], pictures["with the LoRA"][i], e.after))
+        notes = [["", verdicts["base"][i].verdict, verdicts["with the LoRA"][i].verdict, ""] for i in range(len(rows))]
         table = judge.table(verdicts)
-        rows = [
-            PreviewRow(e.prompt, e.before, outputs["base"][i], outputs["with the LoRA"][i], e.after)
-            for i, e in enumerate(examples[:SHOWN])
-        ]
-        notes = [["", *(verdicts[name][i].verdict for name in outputs), ""] for i in range(len(rows))]
         picture = compare.grid(rows, notes=notes, width=1280)
         good = sum(v.verdict == "good" for v in verdicts["with the LoRA"]) / count
         return io.NodeOutput(table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (table,)})

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..editloss_core.embeddings import EmbeddingSet
 from . import folders
 from .checks import checked
+from .notices import say
 from .sockets import EmbeddingsSocket, EncoderSocket
 
 CATEGORY = "EditLoss/embeddings"
@@ -79,13 +80,14 @@ class SaveEmbeddings(io.ComfyNode):
             ],
             outputs=[EMBEDDINGS_OUTPUT],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     @checked()
     def execute(cls, embeddings, file_name) -> io.NodeOutput:
         path = embeddings.save(folders.embedding_file_to_write(file_name))
-        return io.NodeOutput(embeddings, ui={"text": (f"{path.name}: {len(embeddings.tensors)} tensors",)})
+        return io.NodeOutput(embeddings, ui=say(cls, f"{path.name}: {len(embeddings.tensors)} tensors"))
 
 
 class LoadEmbeddings(io.ComfyNode):

@@ -8,8 +8,6 @@ import torch
 from comfy_api.latest import io
 
 from ..editloss_core.encoders.base import Encoder
-from ..editloss_core.encoders.openclip import OpenCLIPEncoder
-from ..editloss_core.encoders.timm_net import TimmEncoder
 from . import comfy_model
 from .checks import checked
 from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path
@@ -87,9 +85,9 @@ class OpenCLIP(io.ComfyNode):
     @classmethod
     @checked("weights")
     def execute(cls, architecture, weights, output, crop=False, name="") -> io.NodeOutput:
+        path = encoder_weights_path(weights)
         with torch.inference_mode(False):
-            path, device = encoder_weights_path(weights), comfy_model.encoder_device()
-            encoder = OpenCLIPEncoder(architecture.strip(), path, output=output, crop=crop, device=device)
+            encoder = comfy_model.ManagedOpenCLIP(architecture.strip(), path, output=output, crop=crop)
         return _named(encoder, name)
 
 
@@ -124,10 +122,10 @@ class Timm(io.ComfyNode):
     @classmethod
     @checked("weights")
     def execute(cls, model_name, weights, output, layer, image_size=0, crop=False, name="") -> io.NodeOutput:
+        path = encoder_weights_path(weights)
         with torch.inference_mode(False):
-            path, device = encoder_weights_path(weights), comfy_model.encoder_device()
-            encoder = TimmEncoder(
-                model_name.strip(), path, output=output, layer=layer, image_size=image_size, crop=crop, device=device
+            encoder = comfy_model.ManagedTimm(
+                model_name.strip(), path, output=output, layer=layer, image_size=image_size, crop=crop
             )
         return _named(encoder, name)
 

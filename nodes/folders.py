@@ -165,14 +165,8 @@ def cache_folder() -> Path:
 
 
 def new_run_folder(name: str) -> Path:
-    """``output/editloss/runs/NAME``, or ``NAME_2`` and so on: no run is ever written over."""
-    checked = _checked("name", name)
-    for number in range(1, 10_000):
-        relative = checked if number == 1 else checked.with_name(f"{checked.name}_{number}")
-        path = _inside("name", folder_paths.get_output_directory(), RUN_FOLDER / relative)
-        if not path.exists():
-            return path
-    raise ValueError(f"name: there are 10,000 runs called {_short(name)}; choose another name")
+    """``output/editloss/runs/NAME``, or ``NAME_2`` and so on."""
+    return _not_taken("name", folder_paths.get_output_directory(), RUN_FOLDER / _checked("name", name))[0]
 
 
 def runs() -> list[str]:
@@ -203,12 +197,17 @@ def run_folder(name: str) -> Path:
 
 def new_lora_file(name: str) -> tuple[Path, str]:
     """A file below ``models/loras`` that is not there yet, and its name as the stock LoRA loaders show it."""
-    checked = _checked("file_name", name.strip().removesuffix(".safetensors"))
-    root = folder_paths.get_folder_paths("loras")[0]
+    wanted = _checked("file_name", name.strip().removesuffix(".safetensors"))
+    path, listed = _not_taken("file_name", folder_paths.get_folder_paths("loras")[0], wanted, ".safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, str(listed)
+
+
+def _not_taken(setting: str, root: str, wanted: Path, suffix: str = "") -> tuple[Path, Path]:
+    """``root/WANTED``, or ``WANTED_2`` and so on, and what of it is below the root: nothing is ever written over."""
     for number in range(1, 10_000):
-        relative = Path(f"{checked}.safetensors" if number == 1 else f"{checked}_{number}.safetensors")
-        path = _inside("file_name", root, relative)
+        relative = Path(f"{wanted}{'' if number == 1 else f'_{number}'}{suffix}")
+        path = _inside(setting, root, relative)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path, str(relative)
-    raise ValueError(f"file_name: there are 10,000 files called {_short(name)}; choose another name")
+            return path, relative
+    raise ValueError(f"{setting}: there are 10,000 called {_short(wanted.name)}; choose another name")

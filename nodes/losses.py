@@ -26,7 +26,8 @@ OBJECTIVE_INPUT = ObjectiveSocket.Input(
     "objective", optional=True, tooltip="Terms so far. Leave open for the first term; chain the rest."
 )
 OBJECTIVE_OUTPUT = ObjectiveSocket.Output(
-    display_name="objective", tooltip="The terms so far with this one appended. Goes to the next loss or to Evaluate."
+    display_name="objective",
+    tooltip="The terms so far with this one appended. To the next loss, to Evaluate Objective, or to Train Kontext LoRA.",
 )
 
 

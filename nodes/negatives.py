@@ -11,6 +11,7 @@ from ..editloss_core.masks import check_pair, estimate_mask
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, make_overlays
 from . import folders
 from .checks import checked
+from .notices import say
 
 CATEGORY = "EditLoss/negatives"
 
@@ -188,6 +189,7 @@ class StoreHardNegative(io.ComfyNode):
             outputs=[io.Int.Output(display_name="stored", tooltip="Pictures in the buffer now.")],
             is_output_node=True,
             not_idempotent=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -200,7 +202,7 @@ class StoreHardNegative(io.ComfyNode):
         each = len(images) // len(before)
         for i, image in enumerate(images):
             store.store(image_key(before[i // each]), quantize_image(image), score=score)
-        return io.NodeOutput(len(store), ui={"text": (f"{len(store)} of {capacity} in {buffer!r}",)})
+        return io.NodeOutput(len(store), ui=say(cls, f"{len(store)} of {capacity} in {buffer!r}"))
 
 
 class DrawHardNegative(io.ComfyNode):

@@ -12,6 +12,7 @@ from ..editloss_core.diagnostics import compare
 from ..editloss_core.pairs import PairSet, find_pairs, folder_state
 from . import folders
 from .checks import checked
+from .notices import say
 from .sockets import PairsSocket
 
 CATEGORY = "EditLoss/training"
@@ -36,7 +37,8 @@ def _upscale_input() -> io.Boolean.Input:
 
 def _answer(cls, pairs: PairSet) -> io.NodeOutput:
     text = describe(pairs)
-    return io.NodeOutput(pairs, text, ui={**ui.PreviewImage(sheet(pairs), cls=cls).as_dict(), "text": (text,)})
+    shown = ui.PreviewImage(sheet(pairs), cls=cls).as_dict()
+    return io.NodeOutput(pairs, text, ui={**shown, **say(cls, text, pairs.notes)})
 
 
 def describe(pairs: PairSet) -> str:
@@ -91,6 +93,7 @@ class LoadPairs(io.ComfyNode):
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -135,6 +138,7 @@ class MakePairs(io.ComfyNode):
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any, Iterable, Optional
 
 import comfy.model_management
 import comfy.sd
@@ -10,20 +11,22 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics import compare, curves
-from ..editloss_core.objective import EditObjective
-from ..editloss_core.pairs import PairSet
+from ..editloss_core.diagnostics import compare, curves, sheet
+from ..editloss_core.encoders.base import hash_module
+from ..editloss_core.encoders.vae import VAEEncoder
+from ..editloss_core.pairs import Pair, PairSet
 from ..editloss_core.training.checkpoint import checkpoints
 from ..editloss_core.training.flow import Timesteps
 from ..editloss_core.training.log import RunLog
 from ..editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings
 from ..editloss_core.training.prepare import Prepared, prepare
-from ..editloss_core.training.settings import TrainingSettings
-from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadata
+from ..editloss_core.training.settings import TrainingSettings, check_objective
+from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadata, resumable
 from . import folders
 from .checks import checked
-from .comfy_denoiser import ComfyDenoiser, VAEDecoder
-from .comfy_model import vae_encoder
+from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
+from .comfy_model import check_shared, patchers_of, vae_encoder
+from .notices import say
 from .sockets import (
     LoRAModelSocket,
     LossMapSocket,
@@ -35,11 +38,15 @@ from .sockets import (
     RunSocket,
     TrainingOptions,
     TrainingRun,
+    WiredObjective,
 )
 from .training_host import ComfyHost, step_memory
 
 CATEGORY = "EditLoss/training"
-TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch")
+NO_PICTURES = (
+    "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Kontext LoRA to 1 or more, and "
+    "validate_every, previews and preview_steps in Run Options above 0."
+)
 LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -88,6 +95,7 @@ class Train(io.ComfyNode):
                 ResumeSocket.Input("resume", optional=True, tooltip="From Resume Training: go on with an earlier run."),
             ],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA at strength 1."),
                 LoRAModelSocket.Output(display_name="lora", tooltip="For the stock Load LoRA Model and Save LoRA Weights."),
@@ -103,7 +111,7 @@ class Train(io.ComfyNode):
         cls, model, clip, vae, pairs, name, steps, learning_rate, batch_size, rank, alpha, layers, seed, hold_out,
         objective=None, options=None, held_out=None, decoder=None, resume=None,
     ) -> io.NodeOutput:  # fmt: skip
-        options = options or TrainingOptions()
+        options, objective = options or TrainingOptions(), objective or WiredObjective()
         settings = TrainingSettings(
             **{
                 "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
@@ -111,90 +119,119 @@ class Train(io.ComfyNode):
             }
         )  # fmt: skip
         lora_settings = LoRASettings(**{"rank": rank, "alpha": alpha, "layers": layers, **options.lora})
-        terms = objective.objective if objective else EditObjective()
-        _check_roles(terms)
+        check_objective(objective.objective, settings)
         folder = folders.run_folder(resume.run) if resume else folders.new_run_folder(name)
-        if held_out is None:
-            pairs, held_out = pairs.split(hold_out, seed) if hold_out else (pairs, None)
+        if held_out is None and hold_out:
+            pairs, held_out = pairs.split(hold_out, seed)
         with torch.inference_mode(False), torch.enable_grad():
+            # What does not fit together is refused here, before captions and pictures are encoded.
             denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
+            for encoder_name in objective.objective.encoders:
+                check_shared(objective.encoders[encoder_name], model)
             lora = LoRA(denoiser.module, lora_settings, seed)
-            encoders = {n: objective.encoders[n] for n in terms.encoders} if objective else {}
-            latents = vae_encoder(vae, 0, model.model.latent_format)
-            bar = ProgressBar(1)
+            encoder = vae_encoder(vae, 0, model.model.latent_format)
+            if decoder is not None:
+                check_decoder(decoder, vae)
+            decode = VAEDecoder(vae if decoder is None else decoder, denoiser.from_model)
+            if resume:
+                resumable(resume.checkpoint, lora, settings)
 
-            def prepared(some: PairSet) -> Prepared:
-                return prepare(
-                    some, latents, encoders, folders.cache_folder(), crop=options.crop,
-                    overlay=options.overlay if _reads(terms, "overlay") else None, progress=_progress(bar),
-                )  # fmt: skip
-
-            train, watched = prepared(pairs), prepared(held_out) if held_out else None
-            reads_pictures = any(not train.reads_latents(n) for n in encoders)
-            decode = VAEDecoder(decoder or vae, denoiser.from_model)
-            largest = [
-                batch_size,
-                *max((train.after([i]).shape[1:] for i in range(len(train))), key=lambda s: s[1] * s[2]),
-            ]
-            reserve = int(options.reserve * (1 << 30)) or step_memory(model, largest, options.checkpointing)
-            host = ComfyHost(denoiser, [decode.patcher] if reads_pictures else [], options.preview_guidance, reserve)
+            prompts = _conditioning(clip, [*pairs, *(held_out or ())], denoiser)
+            train, watched = (_prepared(some, encoder, objective, options) for some in (pairs, held_out))
+            host = _host(denoiser, decode, train, objective, settings, options)
             trainer = Trainer(
-                denoiser, lora, train, _conditioning(clip, pairs), settings,
-                objective=terms, encoders=encoders, decode=decode, validation=watched,
-                validation_conditioning=_conditioning(clip, held_out) if held_out else (),
+                denoiser, lora, train, [prompts[pair.caption] for pair in pairs], settings,
+                objective=objective.objective, encoders=objective.encoders, decode=decode,
+                validation=watched, validation_conditioning=[prompts[pair.caption] for pair in held_out or ()],
                 folder=folder,
-                info={"pairs": [pair.name for pair in pairs], "model": type(model.model).__name__},
+                info=_info(model, decode, train, options),
                 resolution=pairs.resolution, checkpointing=options.checkpointing, host=host,
             )  # fmt: skip
             if resume:
                 trainer.resume(resume.checkpoint)
                 host.log = RunLog(steps=[*trainer.log.steps], validations=[*trainer.log.validations])
             result = trainer.run()
+
             tensors = result.lora.tensors()
             trained, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
             comfy.model_management.soft_empty_cache()
-        run = TrainingRun(trainer.folder.name, result, metadata(trainer), trainer.folder)
-        text = "\n".join([*(f"- {note}" for note in (*train.notes, *trainer.notes)), curves.text(result.log)])
-        return io.NodeOutput(trained, tensors, result.log.loss_map(), result.steps, run, ui={"text": (text,)})
+        run = TrainingRun(folder.name, result, metadata(trainer), folder)
+        notes = (*train.notes, *trainer.notes)
+        text = "\n".join(
+            [f"{result.steps} steps, kept in output/editloss/runs/{folder.name}", *(f"- {n}" for n in notes)]
+        )
+        shown = say(cls, text, notes, curves.text(result.log))
+        return io.NodeOutput(trained, tensors, result.log.loss_map(), result.steps, run, ui=shown)
 
 
-def _progress(bar: ProgressBar):
-    def step(done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
-    return step
-
-
-def _reads(objective: EditObjective, role: str) -> bool:
-    return any(role in (t.anchor, t.positive, t.negative, t.reference) for t in objective.terms)
-
-
-def _check_roles(objective: EditObjective) -> None:
-    for term in objective.terms:
-        for role in (term.anchor, term.positive, term.negative, term.reference):
-            if role is not None and role not in TRAINABLE_ROLES:
-                raise ValueError(
-                    f"objective: {term.name!r} reads {role}, which training has no pictures for; it has pred, gt, src and overlay"
-                )
-
-
-def _conditioning(clip, pairs: PairSet) -> list:
-    """CONDITIONING of each pair's caption, on the CPU; equal captions are encoded once."""
+def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:
+    """Caption → CONDITIONING on the CPU; the first one that the model cannot take is refused."""
     known = {}
     for pair in pairs:
         if pair.caption not in known:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            entries = clip.encode_from_tokens_scheduled(clip.tokenize(pair.caption))
-            known[pair.caption] = [
-                [_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries
-            ]
-    return [known[pair.caption] for pair in pairs]
+            with torch.no_grad():
+                entries = clip.encode_from_tokens_scheduled(clip.tokenize(pair.caption))
+            own = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
+            denoiser.check(own)
+            known[pair.caption] = own
+    return known
 
 
 def _own(value):
     """A copy that training may keep for its backward pass; what nodes make are inference tensors."""
     return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _prepared(
+    pairs: Optional[PairSet], vae: VAEEncoder, objective: WiredObjective, options: TrainingOptions
+) -> Optional[Prepared]:
+    """Latents, crops and constant embeddings, with overlays if a term reads them."""
+    if pairs is None:
+        return None
+    bar = ProgressBar(1)
+
+    def step(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    terms = objective.objective.terms
+    overlays = any("overlay" in (t.anchor, t.positive, t.negative, t.reference) for t in terms)
+    return prepare(
+        pairs, vae, {name: objective.encoders[name] for name in objective.objective.encoders}, folders.cache_folder(),
+        crop=options.crop, overlay=options.overlay if overlays else None, progress=step,
+    )  # fmt: skip
+
+
+def _reads_pictures(train: Prepared) -> bool:
+    return not all(map(train.reads_latents, train.encoders))
+
+
+def _info(model, decode: VAEDecoder, train: Prepared, options: TrainingOptions) -> dict[str, Any]:
+    """What a run depends on beside its settings and pairs, for resume to tell what changed; it goes into the LoRA's header."""
+    decoder = hash_module(decode.vae.first_stage_model) if _reads_pictures(train) else ""
+    return {
+        "model": f"{type(model.model).__name__} in {str(model.model_dtype()).removeprefix('torch.')}",
+        "guidance": options.guidance,
+        "decoder": decoder,
+    }
+
+
+def _host(
+    denoiser: ComfyDenoiser, decode: VAEDecoder, train: Prepared, objective: WiredObjective, settings: TrainingSettings,
+    options: TrainingOptions,
+) -> ComfyHost:  # fmt: skip
+    encoders = {name: patchers_of(objective.encoders[name], train.reads_latents(name)) for name in train.encoders}
+    patchers = [patcher for some in encoders.values() for patcher in some]
+    reserve = int(options.reserve * (1 << 30))
+    if not reserve:
+        reserve = step_memory(
+            denoiser.model, train, settings.batch_size, options.checkpointing,
+            decode.vae if _reads_pictures(train) else None, patchers,
+        )  # fmt: skip
+    if _reads_pictures(train):
+        patchers.append(decode.patcher)
+    return ComfyHost(denoiser, patchers, options.preview_guidance, reserve, settings.steps)
 
 
 class Resume(io.ComfyNode):
@@ -256,6 +293,7 @@ class SaveLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As the stock LoRA loaders list it.")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -264,7 +302,7 @@ class SaveLoRA(io.ComfyNode):
         path, listed = folders.new_lora_file(file_name)
         run.result.lora.save(path, run.metadata, LORA_DTYPES[dtype])
         text = f"models/loras/{listed} ({path.stat().st_size / 1e6:.1f} MB). Press R, then choose it in Load LoRA."
-        return io.NodeOutput(listed, ui={"text": (text,)})
+        return io.NodeOutput(listed, ui=say(cls, text))
 
 
 class PlotLosses(io.ComfyNode):
@@ -310,17 +348,27 @@ class Compare(io.ComfyNode):
             ],
             outputs=[io.Image.Output(display_name="picture", tooltip="The rows as one picture.")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     @checked()
     def execute(cls, run, width=1280) -> io.NodeOutput:
-        if not run.result.pictures:
-            raise ValueError(
-                "run: there are no pictures of held-out pairs in it; raise hold_out, and validate_every and preview_steps in Run Options"
-            )
-        picture = compare.grid(run.result.pictures, width=width)
-        return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+        if run.result.pictures:
+            picture = compare.grid(run.result.pictures, width=width)
+            return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+        # A run that took hours is not to end in red because nobody looked on.
+        picture = _written(NO_PICTURES, width)
+        return io.NodeOutput(
+            picture, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, NO_PICTURES, [NO_PICTURES])}
+        )
+
+
+def _written(text: str, width: int) -> torch.Tensor:
+    """A few words as a picture ``[1, H, W, 3]``."""
+    figure = sheet.new_figure(width, 6.4, 0.9)
+    sheet.Sheet(figure).write(0.3, 0.45, sheet.wrapped(text, 80), color=sheet.MUTED)
+    return sheet.pixels(figure)[None]
 
 
 NODES = [Train, Resume, SaveLoRA, PlotLosses, Compare]

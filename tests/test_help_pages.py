@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ class Node:
     title: str
     inputs: frozenset[str]
     outputs: frozenset[str]
+    widgets: dict[str, dict[str, object]] = field(default_factory=dict)  # name → its constants: default, min, max
 
 
 class Source:
@@ -56,7 +57,10 @@ class Source:
                 node_id, title = ids["node_id"].value, ids["display_name"].value
                 inputs = self._names(_keyword(schema, "inputs"), "Input")
             found[node_id] = Node(
-                title, frozenset(inputs), frozenset(self._names(_keyword(schema, "outputs"), "Output"))
+                title,
+                frozenset(inputs),
+                frozenset(self._names(_keyword(schema, "outputs"), "Output")),
+                self._widgets(_keyword(schema, "inputs")),
             )
         return found
 
@@ -95,6 +99,19 @@ class Source:
             elif isinstance(n, ast.Name) and isinstance(self.helpers.get(n.id), ast.Call):
                 names |= self._names(self.helpers[n.id], end)
         return names
+
+    def _widgets(self, tree: ast.AST) -> dict[str, dict[str, object]]:
+        found: dict[str, dict[str, object]] = {}
+        for n in ast.walk(tree):
+            if not isinstance(n, ast.Call):
+                continue
+            if isinstance(n.func, ast.Attribute) and n.func.attr == "Input" and n.args:
+                constants = {k.arg: k.value.value for k in n.keywords if isinstance(k.value, ast.Constant)}
+                if isinstance(n.args[0], ast.Constant):
+                    found[n.args[0].value] = constants
+            elif isinstance(n.func, ast.Name) and n.func.id in self.helpers:
+                found |= self._widgets(self.helpers[n.func.id])
+        return found
 
 
 class _Filled(ast.NodeTransformer):
@@ -138,6 +155,9 @@ def _takes_auto(kind: str) -> bool:
 NODES = {
     node_id: node for path in sorted((ROOT / "nodes").glob("*.py")) for node_id, node in Source(path).nodes().items()
 }
+OF_TRAINING = {
+    n for f in ("training", "training_options", "pairs", "demo") for n in Source(ROOT / "nodes" / f"{f}.py").nodes()
+}
 each_node = pytest.mark.parametrize("node_id", sorted(NODES))
 
 
@@ -175,6 +195,8 @@ def test_reader_of_schemas_finds_what_helpers_and_tables_make():
     assert "anchor" not in NODES["EditLossNoEditIdentity"].inputs
     assert NODES["EditLossRunOptions"].inputs >= {"keep", "guidance", "options"}
     assert NODES["EditLossRunOptions"].outputs == {"options"}
+    assert NODES["EditLossRunOptions"].widgets["keep"].items() >= {"default": 3, "min": 1, "max": 1000}.items()
+    assert NODES["EditLossLoadPairs"].widgets["resolution"]["max"] == 2048
     assert NODES["EditLossEvaluateObjective"].outputs == {"picture", "text", "total", "values"}
 
 
@@ -193,6 +215,34 @@ def test_table_has_every_input_and_no_other(node_id):
 def test_rows_of_the_table_are_full(node_id):
     for row in rows(page(node_id)):
         assert len(row) == 3 and all(row), row
+
+
+@each_node
+def test_ranges_are_those_of_the_node(node_id):
+    """Wherever a row says "LOW to HIGH"."""
+    for name, what, _ in rows(page(node_id)):
+        limits = NODES[node_id].widgets.get(name.strip("`"), {})
+        said = re.search(r"(?<![`\w.])(-?\d[\d.]*) to (\d[\d.]*\d|\d)(?![\w`])", what)
+        if said and {"min", "max"} <= limits.keys():
+            assert [float(x) for x in said.groups()] == [limits["min"], limits["max"]], name
+
+
+def starts_with(first: str, default: object) -> bool:
+    """Whether the column "first value" begins with a widget's default."""
+    if isinstance(default, bool):
+        return first.split()[0].strip(";,") == ("on" if default else "off")
+    if isinstance(default, (int, float)):
+        number = re.match(r"[\d.]+(e-?\d+)?(?=$|[^\d.])", first)
+        return number is not None and float(number[0].rstrip(".")) == default
+    return first.startswith(f"`{default}`" if f"`{default}`" in first else default)
+
+
+@each_node
+def test_first_values_of_training_are_the_nodes_own(node_id):
+    """Whoever leaves everything as it is begins as the page advises."""
+    for name, _, first in rows(page(node_id)) if node_id in OF_TRAINING else ():
+        default = NODES[node_id].widgets.get(name.strip("`"), {}).get("default")
+        assert default in (None, "") or starts_with(first, default), (name, first, default)
 
 
 @each_node

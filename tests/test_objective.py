@@ -975,14 +975,35 @@ def test_a_sample_outside_adds_nothing_not_even_nan():
     assert objective.evaluate(make(mask=False)).total != report.total
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="0 · NaN on the way back; the trainer stops and says which"
-)
-def test_the_gradient_of_a_sample_outside_is_0_not_nan():
-    made = make(mask=False)
-    made.tensors["gt", "e"][0] = torch.nan
-    EditObjective((LossTerm("geometry_match", "e", t_min=0.3),)).evaluate(made, t=LEVELS).total.backward()
-    assert torch.equal(made.tensors["pred", "e"].grad[0], torch.zeros(*GRID, D, dtype=torch.float64))
+@pytest.mark.parametrize("role", ["pred", "gt"])
+@pytest.mark.parametrize("how", ["gate", "weight"])
+def test_the_gradient_of_a_sample_outside_is_0_not_nan(how, role):
+    gate, t, weights = (0.3, LEVELS, None) if how == "gate" else (0.0, None, torch.tensor([0.0, 1.0, 1.0]))
+    objective, grads = EditObjective((LossTerm("geometry_match", "e", t_min=gate),)), []
+    for broken in (False, True):
+        made = make(mask=False)
+        if broken:
+            made.tensors[role, "e"].data[0] = torch.nan
+        objective.evaluate(made, t=t, sample_weights=weights).total.backward()
+        grads.append(made.tensors["pred", "e"].grad)
+    assert torch.equal(*grads) and not grads[0][0].any() and (grads[0][1:] != 0).all()
+
+
+def test_nan_of_one_term_stays_out_of_another_whose_gate_is_open():
+    """Both read d(pred, gt); the overlay that is not a number belongs to the one with the gate."""
+    gated = LossTerm("overlay_avoidance", "e", margin=2.0, t_min=0.3)
+    always = LossTerm("no_edit_identity", "e", margin="auto")
+    found = []
+    for terms, broken in (((gated, always), True), ((gated, always), False)):
+        made = make(mask=False)
+        if broken:
+            made.tensors["overlay", "e"].data[0] = torch.nan
+        report = EditObjective(terms).evaluate(made, t=LEVELS)
+        report.total.backward()
+        found.append((report.total.detach(), made.tensors["pred", "e"].grad))
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+    assert found[0][1][0].any()
 
 
 def test_a_term_that_counts_nowhere():

@@ -1,7 +1,9 @@
 """Pairs: every layout, every bad folder, one geometry for three pictures, buckets and batches."""
 
 import math
+import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from editloss_core.pair_files import KINDS, LISTED, Box, cover, same_proportions
+from editloss_core.pair_files import KINDS, Box, cover, same_proportions
 from editloss_core.pairs import MULTIPLE, Pair, PairProblems, PairSet, bucket_size, find_pairs, folder_state, load
 
 NAMES = ("chair", "Lamp", "sofa_2")
@@ -27,9 +29,7 @@ def one_thread():
 
 def picture(path, size=(96, 128), seed=0, **options):
     """A smooth random picture of (height, width), so that JPEG keeps it."""
-    coarse = np.random.default_rng([seed, *path.name.encode(), *path.parent.name.encode()]).integers(
-        0, 255, (4, 5, 3), np.uint8
-    )
+    coarse = np.random.default_rng([seed, *"/".join(path.parts[-4:]).encode()]).integers(0, 255, (4, 5, 3), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC).save(path, **options)
     return path
@@ -177,6 +177,191 @@ def test_folders_that_are_not_there(tmp_path):
         find_pairs(tmp_path, tmp_path / "." / "")
 
 
+# --- odd but legal ---------------------------------------------------------------------------------------------------
+
+LAYOUTS = {  # layout → (what find_pairs gets, the paths of a pair's parts by its name)
+    "folders": (("",), dict(before="before/{}", after="after/{}", mask="mask/{}", text="after/{}")),
+    "suffixes": (("",), dict(before="{}_before", after="{}_after", mask="{}_mask", text="{}")),
+    "control": (("target", "control"), dict(before="control/{}", after="target/{}", mask="target/mask/{}", text="target/{}")),
+}  # fmt: skip
+in_every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def found_in(root, layout, **options):
+    return find_pairs(*(root / place for place in LAYOUTS[layout][0]), resolution=128, **options)
+
+
+def lay(root, layout, name, *, texts=("say it",), endings=(".png", ".png", ".png", ".txt"), make=picture):
+    """One pair in a layout: ``make`` writes the before and the after picture; returns the paths of its parts."""
+    places = LAYOUTS[layout][1]
+    paths = {part: root / (places[part].format(name) + ending) for part, ending in zip(places, endings)}
+    for part in ("before", "after"):
+        make(paths[part])
+    mask(paths["mask"])
+    for text in texts:
+        paths["text"].parent.mkdir(parents=True, exist_ok=True)
+        paths["text"].write_bytes(text if isinstance(text, bytes) else text.encode())
+    return paths
+
+
+@in_every_layout
+@pytest.mark.parametrize(
+    "endings",
+    [(".PNG", ".Jpeg", ".BMP", ".TXT"), (".jpeg", ".webp", ".tif", ".txt"), (".TIFF", ".WEBP", ".JPG", ".Txt")],
+)
+def test_every_ending_in_every_case(tmp_path, layout, endings):
+    paths = lay(tmp_path, layout, "chair", endings=endings)
+    (pair,) = found_in(tmp_path, layout)
+    assert (pair.before, pair.after, pair.mask) == (paths["before"], paths["after"], paths["mask"])
+    assert pair.caption == "say it"
+
+
+NAMED = [
+    "mein roter Stuhl", "椅子 (2)", "v1.2 final", "a..b", "x.png", "chair.", "readme", "100%", "#1 & co", "before", "after_mask",
+    "Ünï",
+]  # fmt: skip
+
+
+@in_every_layout
+def test_odd_names(tmp_path, layout):
+    for name in NAMED:
+        lay(tmp_path, layout, name, texts=(name,))
+    found = found_in(tmp_path, layout)
+    assert sorted(p.name for p in found) == sorted(NAMED) and all(p.caption == p.name and p.mask for p in found)
+
+
+@in_every_layout
+def test_accents_of_macos_and_of_other_systems_are_the_same(tmp_path, layout):
+    """A zip file of a Mac has é in two characters."""
+    one, two = (unicodedata.normalize(form, "étagère") for form in ("NFC", "NFD"))
+    assert one != two
+    paths = lay(tmp_path, layout, one)
+    for part in ("before", "mask"):
+        if paths[part].exists():
+            paths[part].rename(paths[part].with_name(paths[part].name.replace(one, two)))
+    (pair,) = found_in(tmp_path, layout)
+    assert pair.name == one and two in pair.before.name and pair.mask is not None
+
+
+@in_every_layout
+@pytest.mark.parametrize(
+    "written",
+    [
+        "say it",
+        "\ufeffsay it",
+        " say\r\n it \r\n",
+        "say it".encode("utf-16"),
+        b"\xfe\xff" + "say it".encode("utf-16-be"),
+    ],
+)
+def test_captions_as_editors_write_them(tmp_path, layout, written):
+    lay(tmp_path, layout, "chair", texts=(written,))
+    assert found_in(tmp_path, layout)[0].caption == "say it"
+
+
+@in_every_layout
+@pytest.mark.parametrize("written", [None, "", "\ufeff", " \n\t\n", "\ufeff\n"])
+def test_captions_that_say_nothing(tmp_path, layout, written):
+    paths = lay(tmp_path, layout, "chair", texts=() if written is None else (written,))
+    assert found_in(tmp_path, layout, default_caption="say it")[0].caption == "say it"
+    error = problems(*(tmp_path / place for place in LAYOUTS[layout][0]))
+    wrong = paths["after" if written is None else "text"]
+    assert [(f.kind, f.files) for f in error.findings] == [
+        ("no caption", (wrong.relative_to(tmp_path / LAYOUTS[layout][0][0]).as_posix(),))
+    ]
+
+
+@in_every_layout
+def test_subfolders_are_searched_and_pairs_stay_in_theirs(tmp_path, layout):
+    """The same stem in two subfolders is two pairs, and the parts of one lie in the same subfolder everywhere."""
+    names = ["chair", "kitchen/chair", "kitchen/old one/lamp.2"]
+    for name in names:
+        lay(tmp_path, layout, name, texts=(name,))
+    found = found_in(tmp_path, layout)
+    assert [(p.name, p.caption) for p in found] == [(name, name) for name in names]
+    assert all(p.mask is not None for p in found)
+    paths = lay(tmp_path, layout, "hall/sofa")
+    paths["before"].unlink()
+    error = problems(*(tmp_path / place for place in LAYOUTS[layout][0]))
+    assert {f.kind for f in error.findings} == {"no before"} and "hall/sofa" in str(error)
+
+
+def test_a_control_folder_inside_the_target_folder_and_around_it(tmp_path):
+    for target, control in (("a", "a/control"), ("b/target", "b")):
+        for name in NAMES:
+            picture(tmp_path / target / f"{name}.png")
+            picture(tmp_path / control / f"{name}.png")
+            write(tmp_path / target / f"{name}.txt", name)
+        found = find_pairs(tmp_path / target, tmp_path / control, resolution=128)
+        assert [p.name for p in found] == list(NAMES)
+        assert all(p.before.parent == tmp_path / control and p.after.parent == tmp_path / target for p in found)
+
+
+@in_every_layout
+def test_what_systems_and_other_trainers_leave_behind(tmp_path, layout):
+    lay(tmp_path, layout, "chair")
+    for folder in {p.parent for p in tmp_path.rglob("*.png")}:
+        for name in (
+            ".DS_Store", "Thumbs.db", "desktop.ini", "._chair.png", "._chair_after.png", "._chair.txt", "chair.xmp",
+            ".hidden/chair.png", "__MACOSX/lamp_after.png", "_controls/lamp.png", "_latent_cache/chair.safetensors",
+            "@eaDir/chair.png/THUMB_M_after.jpg",
+        ):  # fmt: skip
+            write(folder / name, "nothing")
+    assert [p.name for p in found_in(tmp_path, layout)] == ["chair"]
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    for name in ("before", "after"):
+        picture(tmp_path / "elsewhere" / name / "chair.png")
+        (tmp_path / "pairs" / name).mkdir(parents=True)
+        (tmp_path / "pairs" / name / "kitchen").symlink_to(tmp_path / "elsewhere" / name, target_is_directory=True)
+        (tmp_path / "elsewhere" / name / "round").symlink_to(tmp_path / "pairs" / name, target_is_directory=True)
+    assert [p.name for p in find_pairs(tmp_path / "pairs", default_caption="x")] == ["kitchen/chair"]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    three(tmp_path)
+    os.mkfifo(tmp_path / "before" / "pipe.png")
+    assert len(find_pairs(tmp_path)) == 3
+
+
+def turned(path, orientation=6):
+    """A photo as a phone stores it: on its side, with a note."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return picture(path, (128, 96), exif=exif)
+
+
+def converted(mode):
+    def make(path):
+        pixels = np.array(Image.open(picture(path)).convert({"I;16": "L", "LA": "LA"}.get(mode, mode)))
+        Image.fromarray(pixels.astype(np.uint16) * 257 if mode == "I;16" else pixels).save(path)
+        return path
+
+    return make
+
+
+@in_every_layout
+@pytest.mark.parametrize("kind", ["turned", "L", "LA", "RGBA", "I;16"])
+def test_odd_pictures(tmp_path, layout, kind):
+    """Before and after of one kind, and an ordinary after picture to such a before picture."""
+    make = turned if kind == "turned" else converted(kind)
+    endings = (".jpeg", ".jpeg", ".png", ".txt") if kind == "turned" else (".png", ".png", ".png", ".txt")
+    lay(tmp_path, layout, "both", endings=endings, make=make)
+    one = lay(tmp_path, layout, "one", endings=endings, make=make)
+    one["after"].unlink()
+    picture(one["after"].with_suffix(".png"))
+    found = found_in(tmp_path, layout)
+    assert found.sizes == ((96, 128),) * 2
+    for index in range(2):
+        images = found.load(index)
+        assert images.before.shape == images.after.shape == (*found.targets[index], 3)
+        assert images.before.std() > 0.05 and images.after.std() > 0.05
+    if kind == "I;16":
+        grey = found.load(0).before
+        assert torch.equal(grey[..., 0], grey[..., 1]) and 0.1 < grey.mean() < 0.9, "neither black nor cut off"
+
+
 # --- bad folders -----------------------------------------------------------------------------------------------------
 
 
@@ -196,10 +381,21 @@ BAD = {
         lambda r: ((r / "after" / "chair.png").unlink(), truncate(picture(r / "after" / "chair.jpg"))),
         ["after/chair.jpg", "truncated"],
     ),
-    "unreadable (no picture)": (lambda r: write(r / "after" / "Lamp.png", "text"), ["after/Lamp.png", "cannot identify"]),
-    "unreadable (empty file)": (lambda r: (r / "mask" / "Lamp.png").write_bytes(b""), ["mask/Lamp.png"]),
+    "unreadable (no picture)": (lambda r: write(r / "after" / "Lamp.png", "text"), ["after/Lamp.png: its content is not PNG"]),
+    "unreadable (empty file)": (lambda r: (r / "mask" / "Lamp.png").write_bytes(b""), ["mask/Lamp.png: it is empty"]),
     "unreadable (caption)": (
+        lambda r: (r / "after" / "chair.txt").write_bytes("café".encode("latin-1")), ["after/chair.txt", "UTF-8"]
+    ),
+    "unreadable (half a UTF-16 caption)": (
         lambda r: (r / "after" / "chair.txt").write_bytes(b"\xff\xfe\x00caf\xe9"), ["after/chair.txt", "UTF-8"]
+    ),
+    "unreadable (link to nowhere)": (
+        lambda r: ((r / "mask" / "chair.png").unlink(), (r / "mask" / "chair.png").symlink_to(r / "gone.png")),
+        ["mask/chair.png: No such file or directory"],
+    ),
+    "unreadable (caption to nowhere)": (
+        lambda r: ((r / "after" / "chair.txt").unlink(), (r / "after" / "chair.txt").symlink_to(r / "gone.txt")),
+        ["after/chair.txt: No such file or directory"],
     ),
     "proportions": (
         lambda r: picture(r / "before" / "chair.png", (96, 124)), ["before/chair.png + after/chair.png", "124×96 and 128×96"]
@@ -231,6 +427,7 @@ def test_every_bad_folder_is_reported_with_its_files(tmp_path, case):
     assert str(error).startswith("pairs: ") and "nothing was started" in str(error) and KINDS[kind] in str(error)
     for words in expected:
         assert words in str(error), str(error)
+    assert str(error).count(str(tmp_path)) == 1, "the folder is named once, the files below it"
     good = [n for n in NAMES if not any(n in words for words in expected) and "×" not in expected[0]]
     assert not any(f"/{n}." in str(error) for n in good), "nothing else is accused"
 
@@ -249,15 +446,13 @@ def test_one_report_names_everything_at_once(tmp_path):
     assert str(error).startswith("pairs: 6 problems in")
 
 
-def test_a_long_report_is_cut_and_its_findings_are_not(tmp_path):
+def test_a_long_report_names_every_file(tmp_path):
     three(tmp_path)
-    for i in range(20):
+    for i in range(40):
         picture(tmp_path / "before" / f"extra{i:02}.png", (16, 16))
     error = problems(tmp_path)
-    assert len(error.findings) == 20 and "(20):" in str(error) and f"… and {20 - LISTED} more" in str(error)
-    assert str(error).count("extra") == LISTED and {f.files for f in error.findings} == {
-        (f"before/extra{i:02}.png",) for i in range(20)
-    }
+    assert [f.files for f in error.findings] == [(f"before/extra{i:02}.png",) for i in range(40)]
+    assert "(40):" in str(error) and all(f"    before/extra{i:02}.png\n" in f"{error}\n" for i in range(40))
 
 
 def test_bad_suffixed_and_control_folders(tmp_path):
@@ -273,8 +468,9 @@ def test_bad_suffixed_and_control_folders(tmp_path):
     error = problems(tmp_path / "t", tmp_path / "c")
     assert {(f.kind, f.files) for f in error.findings} == {
         ("no before", ("chair.png",)),
-        ("no after", ("c/chairs.png",)),
+        ("no after", ("../c/chairs.png",)),
     }
+    assert str(error).count(str(tmp_path)) == 1
 
 
 def test_a_program_that_tolerates_cut_off_files_changes_nothing(tmp_path, monkeypatch):
@@ -581,7 +777,7 @@ def test_a_fingerprint_follows_content_and_geometry_alone(tmp_path):
     assert find_pairs(tmp_path / "a", resolution=80).fingerprint(0) != prints[0]
     write(tmp_path / "b" / "after" / "chair.txt", "other words")
     other = find_pairs(tmp_path / "b", resolution=64)
-    assert other.fingerprint(0) == prints[0] and other.digest != first.digest
+    assert other.fingerprint(0) == prints[0] and other.captions_digest != first.captions_digest == same.captions_digest
     for part, make in (("before", picture), ("after", picture), ("mask", mask)):
         options = {"box": (10, 10, 50, 50)} if part == "mask" else {"seed": 1}
         make(tmp_path / "b" / part / "chair.png", **options)
@@ -590,6 +786,30 @@ def test_a_fingerprint_follows_content_and_geometry_alone(tmp_path):
         prints.append(changed.fingerprint(0))
     (tmp_path / "b" / "mask" / "chair.png").unlink()
     assert find_pairs(tmp_path / "b", resolution=64).fingerprint(0) not in prints
+
+
+def test_the_digest_follows_names_and_pictures_alone(tmp_path):
+    """Captions and sizes have entries of their own beside it, so that a run that goes on can say which of them changed."""
+    three(tmp_path)
+    digests = {find_pairs(tmp_path, resolution=size).digest for size in (64, 80)}
+    write(tmp_path / "after" / "chair.txt", "other words")
+    digests.add(find_pairs(tmp_path, resolution=64).digest)
+    assert len(digests) == 1
+    assert find_pairs(tmp_path, resolution=64).subset([1, 0, 2]).digest not in digests
+    picture(tmp_path / "after" / "chair.png", seed=1)
+    assert find_pairs(tmp_path, resolution=64).digest not in digests
+
+
+def test_pairs_of_unequal_sizes_are_named_with_both(tmp_path):
+    """They are fine to train on, but whoever did not mean it should know."""
+    before, after = torch.rand(3, 64, 96, 3), torch.rand(3, 128, 192, 3)
+    made = PairSet.from_images(before, after, captions="x", names=["a", "b", "c"], resolution=64)
+    assert made.notes == (
+        "before and after differ in size in 3 pairs, and are resized to one (before, after): a (96×64, 192×128), "
+        "b (96×64, 192×128), c (96×64, 192×128)",
+    )
+    assert made.sizes == ((64, 96),) * 3
+    assert PairSet.from_images(before, 1 - before, captions="x", resolution=64).notes == ()
 
 
 def test_the_state_of_a_folder_follows_its_files(tmp_path):

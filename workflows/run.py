@@ -5,8 +5,15 @@
     python workflows/run.py my_workflow.json --out pictures
 
 ComfyUI is looked for in --comfyui, then in COMFYUI_PATH, then around this pack; if there is none, a small
-private copy is downloaded. Your own ComfyUI's folders are never written to: LoRAs and logs of a training run are
-saved beside its pictures, and LoRAs that earlier runs left in results/ are there to be loaded.
+private copy is downloaded. Your own ComfyUI's folders are never written to.
+
+Pictures and texts go to the folder results/NAME of this repository, and those of a training run with them: the
+logs, and the LoRAs in loras/, named as they are in models/loras. When a workflow is run again and succeeds, all that
+its last run left there is replaced, so that what lies together belongs together; rename what you want to keep. Files
+that are not of that run are left alone.
+
+A workflow that loads LoRAs finds those of results/*/loras, of two with one name the later one. A workflow that trains
+begins without any.
 """
 
 from __future__ import annotations
@@ -23,12 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from comfy_client import Client, ComfyError, History, Progress
+from comfy_results import LORAS, give_loras, replacing_results
 from comfy_server import ComfyServer
 from ui_to_api import WorkflowError, is_saved_workflow, to_prompt
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = "train_demo"
-LORAS = Path("loras") / "editloss"  # below the models folder: where Save Kontext LoRA writes
+RESULTS = HERE.parent / "results"
+TRAINER = "EditLossTrainKontextLoRA"
+NOT_RUN = (2, 4)  # modes of a saved node: muted, bypassed
 
 
 def available() -> list[str]:
@@ -106,9 +116,9 @@ class ProgressLines:
 
 
 def save(history: History, prompt: dict[str, Any], client: Client, out: Path) -> list[Path]:
-    """Write every picture and text of a run into ``out`` and return their paths; texts are printed too."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write every picture and text of a run into ``out`` and return their paths; texts are printed, each one once."""
     saved: list[Path] = []
+    printed: set[str] = set()
     for node_id, shown in sorted(history.outputs.items(), key=lambda item: _natural(item[0])):
         node = prompt.get(node_id, {})
         title = node.get("_meta", {}).get("title") or node.get("class_type", "node")
@@ -119,10 +129,14 @@ def save(history: History, prompt: dict[str, Any], client: Client, out: Path) ->
         texts = [item for item in shown.get("text") or () if isinstance(item, str)]
         for k, ref in enumerate(files):
             suffix = Path(ref["filename"]).suffix
-            saved.append(_write(out / f"{stem}{_number(k, files)}{suffix}", client.download(ref)))
+            saved.append(out / f"{stem}{_number(k, files)}{suffix}")
+            saved[-1].write_bytes(client.download(ref))
         for k, text in enumerate(texts):
-            print(f"\n{title}:\n{text}")
-            saved.append(_write(out / f"{stem}{_number(k, texts)}.txt", text.encode()))
+            if text not in printed:  # Preview as Text shows what the node before it may have shown
+                print(f"\n{title}:\n{text}")
+                printed.add(text)
+            saved.append(out / f"{stem}{_number(k, texts)}.txt")
+            saved[-1].write_text(text, encoding="utf-8", newline="")
     return saved
 
 
@@ -135,22 +149,15 @@ def _natural(node_id: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"[:.]", node_id)]
 
 
-def _write(path: Path, content: bytes) -> Path:
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
-    return path
-
-
 def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path]:
-    """Start a ComfyUI, run one workflow in it, and save what it shows into ``out``."""
+    """Start a ComfyUI, run one workflow in it, and put what it shows and trains into ``out``."""
     workflow = read(workflow_file)
     check_out(out)
     server = ComfyServer(comfyui)
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     began = time.monotonic()
     try:
-        given = _prepare(server)
+        _prepare(server, workflow)
         server.start()
         client = Client(server.url)
         prompt = to_prompt(workflow, client.object_info())
@@ -160,22 +167,31 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
             history = client.run(prompt, lines, timeout=24 * 3600, extra_data={"extra_pnginfo": {"workflow": workflow}})
         finally:
             lines.finish()
-        return save(history, prompt, client, out) + _collect(server, out, given)
+        with replacing_results(out, workflow_file.stem) as results:
+            save(history, prompt, client, results.folder)
+            if trains(workflow):
+                collect(server.models_dir / LORAS, server.output_dir / "editloss" / "runs", results.folder)
+        return results.placed
     finally:
         server.close()
 
 
-def _collect(server: ComfyServer, out: Path, given: set[Path]) -> list[Path]:
+def trains(workflow: dict[str, Any]) -> bool:
+    """Whether a LoRA is trained when the workflow runs."""
+    return any(node.get("type") == TRAINER and node.get("mode") not in NOT_RUN for node in workflow["nodes"])
+
+
+def collect(loras: Path, runs: Path, out: Path) -> None:
     """Copy LoRAs that were trained, and the logs of their runs, from the server's folders, which go away with it."""
-    loras = [p for p in sorted((server.models_dir / LORAS).glob("*.safetensors")) if p not in given]
-    logs = sorted((server.output_dir / "editloss" / "runs").glob("*/log.jsonl"))
-    return [_write(out / p.name, p.read_bytes()) for p in loras] + [
-        _write(out / f"{p.parent.name}.log.jsonl", p.read_bytes()) for p in logs
-    ]
+    files = {p: out / LORAS / p.relative_to(loras) for p in loras.rglob("*.safetensors")}
+    files |= {p: out / f"{p.parent.relative_to(runs)}.log.jsonl" for p in runs.rglob("log.jsonl")}
+    for path, target in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
-def _prepare(server: ComfyServer) -> set[Path]:
-    """Put example pictures and weights into the server's folders, and LoRAs of earlier runs, which are returned."""
+def _prepare(server: ComfyServer, workflow: dict[str, Any]) -> None:
+    """Put example pictures, weights and the LoRAs of earlier runs into the server's folders."""
     # The pack need not be installed. The path is this process's own: in ComfyUI's, our nodes folder would hide its
     # nodes.py.
     if str(HERE.parent) not in sys.path:
@@ -186,9 +202,18 @@ def _prepare(server: ComfyServer) -> set[Path]:
         prepare(server.input_dir, server.models_dir)
     except RuntimeError as error:  # a package that carries the examples is missing
         raise ComfyError(f"cannot prepare the examples: {error}") from error
-    folder = server.models_dir / LORAS
-    folder.mkdir(parents=True, exist_ok=True)
-    return {Path(shutil.copy(p, folder)) for p in sorted(Path("results").glob("*/*.safetensors"))}
+    if not trains(workflow):  # a LoRA of the name to save would make the new one NAME_2
+        give(workflow, server.models_dir / LORAS)
+
+
+def give(workflow: dict[str, Any], folder: Path) -> None:
+    """Put the LoRAs of earlier runs where ComfyUI lists them, and print which file is behind one that is loaded."""
+    given = give_loras(RESULTS, folder)
+    widgets = [node.get("widgets_values") or () for node in workflow["nodes"] if node.get("mode") not in NOT_RUN]
+    values = [value for some in widgets for value in (some.values() if isinstance(some, dict) else some)]
+    named = {value.replace("\\", "/") for value in values if isinstance(value, str)}
+    for name in sorted(given.keys() & named):
+        print(f"LoRA {name}: {given[name]}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,16 +226,19 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME",
         help=f"a workflow of this folder, or a path to a .json (default: {DEFAULT})",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to save (default: results/NAME)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to save (default: results/NAME of this repository)"
+    )
     parser.add_argument("--comfyui", metavar="PATH", help="the ComfyUI folder to use")
     parser.add_argument("--list", action="store_true", help="list the workflows and stop")
     args = parser.parse_args(argv)
+    began = time.monotonic()
     if args.list:
         print("\n".join(available()))
         return 0
     try:
         workflow_file = find(args.name)
-        out = (args.out or Path("results") / workflow_file.stem).absolute()
+        out = (args.out or RESULTS / workflow_file.stem).absolute()
         saved = run(workflow_file, out, args.comfyui)
     except (ComfyError, WorkflowError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
@@ -219,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nStopped.", file=sys.stderr)
         return 130
     print(f"\nSaved {len(saved)} file{'' if len(saved) == 1 else 's'} to {out}")
+    print(f"Done in {time.monotonic() - began:.0f} s")
     return 0
 
 

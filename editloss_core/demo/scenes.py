@@ -9,26 +9,40 @@ same scale, in the old one's colour. The one exception is the stool, which alway
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..files import replacing
 from .drawing import COLOURS, OBJECTS, SIZE, STOOL, background, sprite
 
-__all__ = ["HELD_OUT", "TASKS", "Example", "Scene", "draw", "stool_pairs", "write_folder"]
+__all__ = [
+    "FLAWS",
+    "HELD_OUT",
+    "TASKS",
+    "Example",
+    "Scene",
+    "draw",
+    "edit_region",
+    "flawed",
+    "stool_pairs",
+    "write_folder",
+]
 
 TASKS = ("replace", "remove", "recolour")
+FLAWS = ("unedited", "overlaid")
 HELD_OUT = 1_000_000  # scenes of this seed and above were not used to train the base model
 _STOOLS = 2_000_000  # scenes of stool pairs: STOOLS_EACH seeds for each seed of stool_pairs
 _STOOLS_EACH = 1_000
-_CHAIRS = 2 / 3  # of the stool pairs; the others replace one of the other objects
+_CONTRAST = 0.94
+_GROWN = 3  # pixels around the objects that belong to the edit
 
 
 @dataclass(frozen=True)
@@ -140,33 +154,62 @@ def _example(seed, task, source, colour, target, target_colour, prompt) -> Examp
     return Example(*tensors, prompt=prompt, seed=seed, task=task)
 
 
-def stool_pairs(count: int, seed: int = 0) -> list[Example]:
+def edit_region(example: Example) -> Tensor:
+    """The mask that training gets, ``[H, W]`` of 0 and 1: where either object is, grown by 3 pixels."""
+    union = (torch.maximum(example.old_mask, example.new_mask) > 0).float()
+    return F.max_pool2d(union[None], 2 * _GROWN + 1, stride=1, padding=_GROWN)[0]
+
+
+def stool_pairs(count: int, seed: int = 0, start: int = 0) -> list[Example]:
     """Pairs that replace an object by the stool: two thirds of them chairs, the rest the other objects in turn.
 
     Different seeds share no scene, with each other or with what the base model was trained on.
 
     Args:
-        count: number of pairs, 1…1000.
+        count: number of pairs; a seed has 1000.
         seed: ≥ 0; for instance 0 for the pairs to train on and 1 for those to test on.
+        start: how many of the seed's pairs to leave out before: a large set can be drawn in parts.
 
     >>> [example.prompt for example in stool_pairs(3)]
     ['replace the chair with my stool', 'replace the chair with my stool', 'replace the table with my stool']
     """
-    if not isinstance(count, int) or not 1 <= count <= _STOOLS_EACH:
-        raise ValueError(f"count: expected an integer from 1 to {_STOOLS_EACH}, got {count!r}")
+    if not isinstance(start, int) or not 0 <= start < _STOOLS_EACH:
+        raise ValueError(f"start: expected an integer from 0 to {_STOOLS_EACH - 1}, got {start!r}")
+    if not isinstance(count, int) or not 1 <= count <= _STOOLS_EACH - start:
+        raise ValueError(f"count: expected an integer from 1 to {_STOOLS_EACH - start}, got {count!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
     others = [name for name in OBJECTS if name != "chair"]
     first = _STOOLS + _STOOLS_EACH * seed
-    sources = ["chair" if i % 3 < 2 else others[i // 3 % len(others)] for i in range(count)]
-    return [draw(first + i, "replace", source, STOOL) for i, source in enumerate(sources)]
+    sources = {i: "chair" if i % 3 < 2 else others[i // 3 % len(others)] for i in range(start, start + count)}
+    return [draw(first + i, "replace", source, STOOL) for i, source in sources.items()]
+
+
+def flawed(example: Example, flaw: str) -> Example:
+    """The pair as a tool that makes pairs gives it where it fails; only ``after`` is another.
+
+    Args:
+        flaw: "unedited": the before picture again, rendered anew (6 % less contrast). "overlaid": the new object painted
+            into the before picture, whose object nobody took away.
+
+    >>> pair = draw(3, "replace", "chair", "stool")
+    >>> [float((flawed(pair, flaw).after - pair.before).abs().mean()) < 0.1 for flaw in FLAWS]
+    [True, True]
+    """
+    if flaw == "unedited":
+        after = 0.5 + _CONTRAST * (example.before - 0.5)
+    elif flaw == "overlaid":
+        after = torch.where(example.new_mask[..., None] > 0.5, example.after, example.before)
+    else:
+        raise ValueError(f"flaw: expected one of {', '.join(FLAWS)}, got {flaw!r}")
+    return replace(example, after=after)
 
 
 def write_folder(examples: Sequence[Example], folder: Union[str, Path]) -> list[str]:
     """Writes examples as a folder of training pairs, as :mod:`editloss_core.pairs` reads it.
 
-    ``before/NAME.png``, ``after/NAME.png``, ``after/NAME.txt`` with the prompt, and ``mask/NAME.png``: where either
-    object is, grown by 3 pixels.
+    ``before/NAME.png``, ``after/NAME.png``, ``after/NAME.txt`` with the prompt, and ``mask/NAME.png`` by
+    :func:`edit_region`.
 
     Returns:
         The names, in the examples' order.
@@ -178,11 +221,9 @@ def write_folder(examples: Sequence[Example], folder: Union[str, Path]) -> list[
     if len(set(names)) != len(names):
         raise ValueError("examples: expected one example per seed, got a seed twice")
     for name, example in zip(names, examples):
-        union = (torch.maximum(example.old_mask, example.new_mask) > 0).float()
-        mask = _picture(union).filter(ImageFilter.MaxFilter(7))
-        for part, picture in (("before", _picture(example.before)), ("after", _picture(example.after)), ("mask", mask)):
+        for part, values in (("before", example.before), ("after", example.after), ("mask", edit_region(example))):
             with replacing(folder / part / f"{name}.png") as path:
-                picture.save(path, format="PNG")
+                _picture(values).save(path, format="PNG")
         with replacing(folder / "after" / f"{name}.txt") as path:
             path.write_text(example.prompt + "\n", encoding="utf-8")
     return names

@@ -144,7 +144,7 @@ def crops(pool: np.ndarray, rng: np.random.Generator, count: int, size: int) -> 
 def train_decoder(model: Autoencoder, matrix: Tensor, bias: Tensor, pool: np.ndarray, steps: int) -> None:
     """L1 + 2 · MSE + half the L1 of the differences between neighbours, on crops of 64 pixels, at last on whole pictures.
 
-    Yields the step after every 50, with the averaged weights in ``model`` from the last one on.
+    The decoder is left with the averaged weights.
     """
     torch.manual_seed(0)
     decoder = model.taesd_decoder.to(memory_format=torch.channels_last)

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..training.validation import PreviewRow
-from .report import _GOOD, _INK, _LINE, _MUTED
+from .sheet import GOOD, INK, LINE, MUTED
 
 LABELS = ("before", "base", "LoRA", "after")
 SMALLEST = 256  # pixels across a picture in the grid, if the page has room
 TALLEST = 1.5  # height of a row, in widths of a cell
 
-_TONES = {"good": _GOOD, "no edit": "#b3261e", "distorted": "#c2410c", "overlay": "#a3154f"}  # by how a note begins
+_TONES = {"good": GOOD, "no edit": "#b3261e", "distorted": "#c2410c", "overlay": "#a3154f"}  # by how a note begins
 _MARGIN, _GAP, _HEAD, _NAME, _TAG, _TEXT = 16, 8, 30, 26, 30, 15  # pixels
 
 
@@ -67,12 +67,12 @@ def grid(
     draw, plain, bold = ImageDraw.Draw(page), _font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")
     lefts = [_MARGIN + k * (cell + _GAP) for k in range(columns)]
     for left, label in zip(lefts, labels):
-        draw.text((left + cell / 2, _MARGIN + _HEAD / 2 - 4), _fitting(label, bold, cell), _INK, bold, "mm")
+        draw.text((left + cell / 2, _MARGIN + _HEAD / 2 - 4), _fitting(label, bold, cell), INK, bold, "mm")
     for top, height, row, name, words in zip(tops, heights, pictures, names, notes):
-        draw.line((_MARGIN, top, page.width - _MARGIN, top), _LINE)
+        draw.line((_MARGIN, top, page.width - _MARGIN, top), LINE)
         if named:
             draw.text(
-                (_MARGIN, top + _NAME / 2 + 1), _fitting(name, plain, page.width - 2 * _MARGIN), _MUTED, plain, "lm"
+                (_MARGIN, top + _NAME / 2 + 1), _fitting(name, plain, page.width - 2 * _MARGIN), MUTED, plain, "lm"
             )
             top += _NAME
         else:
@@ -143,7 +143,7 @@ def _scaled(picture: Tensor, height: int, cell: int):
 
 def _tag(draw, note: str, font, middle: int, top: int, cell: int) -> None:
     note = " ".join(note.split())
-    color = next((tone for start, tone in _TONES.items() if note.lower().startswith(start)), _MUTED)
+    color = next((tone for start, tone in _TONES.items() if note.lower().startswith(start)), MUTED)
     words = _fitting(note, font, cell - 20)
     half = font.getlength(words) / 2 + 10
     draw.rounded_rectangle((middle - half, top, middle + half - 1, top + 23), 5, fill=color)

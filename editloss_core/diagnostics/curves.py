@@ -8,8 +8,7 @@ from typing import Optional
 from torch import Tensor
 
 from ..training.log import VELOCITY, RunLog, ValidationLog
-from .plotting import Sheet, draw_held_out, draw_line, draw_raw, frame, level_frame, new_figure, pixels, say, scale
-from .report import _LINE, _MUTED, _cell, _percent, _wrapped
+from .plotting import draw_held_out, draw_line, draw_raw, frame, level_frame, say, scale
 from .run_columns import (
     BUCKETS,
     TOTAL,
@@ -25,6 +24,7 @@ from .run_columns import (
     thirds,
     value_of,
 )
+from .sheet import LINE, MUTED, Sheet, cell, new_figure, percent, pixels, wrapped
 
 
 def picture(log: RunLog, width: int = 1600) -> Tensor:
@@ -76,7 +76,7 @@ def live(log: RunLog, width: int = 768, height: int = 384) -> Tensor:
         draw_line(axes, run.steps, curve, run.style(name), 3.0 if name == TOTAL else 1.5)
     frame(axes, run.steps, "step")
     page.write(0.6, 0.2, f"step {int(run.steps[-1]):,}", fontsize=10, weight="bold")
-    page.write(inches[0] - 0.12, 0.2, "last, smoothed", fontsize=7, color=_MUTED, ha="right")
+    page.write(inches[0] - 0.12, 0.2, "last, smoothed", fontsize=7, color=MUTED, ha="right")
     room = max(1, int((inches[1] - top - 0.1) / 0.19))
     shown = list(curves) if len(curves) <= room else list(curves)[: room - 1]
     for row, name in enumerate(shown):
@@ -85,7 +85,7 @@ def live(log: RunLog, width: int = 768, height: int = 384) -> Tensor:
         page.write(names_at + 0.3, y, middle_cut(name, 21), fontsize=8)
         page.write(inches[0] - 0.12, y, number(last_of(curves[name])), fontsize=8, ha="right")
     if len(shown) < len(curves):
-        page.write(names_at + 0.3, top + 0.1 + 0.19 * len(shown), f"and {len(curves) - len(shown)} more", fontsize=8, color=_MUTED)  # fmt: skip
+        page.write(names_at + 0.3, top + 0.1 + 0.19 * len(shown), f"and {len(curves) - len(shown)} more", fontsize=8, color=MUTED)  # fmt: skip
     return pixels(figure)
 
 
@@ -107,7 +107,7 @@ def text(log: RunLog) -> str:
         first, last = ends(column)
         change = f"{last / first - 1:+.0%}" if first and math.isfinite(last / first) else "–"
         numbers = whole.get(name, {}) if name != TOTAL else {}
-        cells = (_cell(name), f"{number(first)} → {number(last)}", change, _percent(numbers.get("active")), _percent(numbers.get("share")))  # fmt: skip
+        cells = (cell(name), f"{number(first)} → {number(last)}", change, percent(numbers.get("active")), percent(numbers.get("share")))  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     early, late = thirds(log)
     buckets = log.by_noise_level(BUCKETS)
@@ -120,7 +120,7 @@ def text(log: RunLog) -> str:
             raw = [value_of(part[k], name, "raw") for part in (early, late) if part]
             change = "–" if raw.count(None) == len(raw) else " → ".join(map(number, raw))
             cells.append(change + ("" if share is None else f" ({share:.0%})"))
-        lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(name)} | " + " | ".join(cells) + " |")
     part = "Means over the first third of the steps → over the last third" if early else "Means over all steps"
     lines += ["", f"{part}; in brackets the share of the summed gradient norms at the model's output, over all steps."]
     if log.validations:
@@ -136,7 +136,7 @@ def _validation_text(last: ValidationLog) -> list[str]:
     for name, (base, lora) in rows.items():
         base, lora = as_float(base), as_float(lora)
         change = f"{lora / base - 1:+.1%}" if base and math.isfinite(lora / base) else "–"
-        lines.append(f"| {_cell(name)} | {number(base)} | {number(lora)} | {change} |")
+        lines.append(f"| {cell(name)} | {number(base)} | {number(lora)} | {change} |")
     return lines
 
 
@@ -183,15 +183,15 @@ class _Page(Sheet):
             self.draw_levels(name, early, late, self.LEFT + i % 6 * self.LEVEL[0], top + i // 6 * self.LEVEL[1])
 
     def head(self, top: float, title: str, words: str) -> None:
-        self.line((self.LEFT, self.WIDTH - self.LEFT), top, color=_LINE, linewidth=1.0)
+        self.line((self.LEFT, self.WIDTH - self.LEFT), top, color=LINE, linewidth=1.0)
         self.write(self.LEFT, top + 0.25, title, fontsize=13, weight="bold")
-        self.write(self.LEFT, top + 0.5, words, color=_MUTED)
+        self.write(self.LEFT, top + 0.5, words, color=MUTED)
 
     def draw_run(self) -> None:
         run, log = self.run, self.log
         changes = (f"{name} {number(a)} → {number(b)}" for name in (TOTAL, VELOCITY) if name in run.columns for a, b in [ends(run.columns[name])])  # fmt: skip
         self.write(self.LEFT, 0.3, f"Training: {counted(len(run.steps), 'step')}", fontsize=15, weight="bold")
-        self.write(self.LEFT, 0.6, ", ".join(changes) + "  (means of the first and last tenth)", color=_MUTED)
+        self.write(self.LEFT, 0.6, ", ".join(changes) + "  (means of the first and last tenth)", color=MUTED)
         axes = self.axes(0.95, 1.2, 10.3, 3.2)
         shown = {name: run.columns[name] for name in (TOTAL, VELOCITY) if name in run.columns}
         smooth = {name: smoothed(column) for name, column in shown.items()}
@@ -218,15 +218,15 @@ class _Page(Sheet):
             smooth = column if title == "learning rate" else smoothed(column)
             scale(axes, [column], [smooth])
             if smooth is not column:
-                draw_raw(axes, run.steps, column, _MUTED)
-            draw_line(axes, run.steps, smooth, {"color": _MUTED})
+                draw_raw(axes, run.steps, column, MUTED)
+            draw_line(axes, run.steps, smooth, {"color": MUTED})
             frame(axes, run.steps, "step")
             self.write(12.35, top - 0.17, title)
 
     def titled(self, name: str, left: float, top: float, columns: int) -> None:
         """The colour, and a name in up to two lines that end above the panel."""
         self.write(left, top, "■", color=self.run.style(name)["color"], fontsize=10)
-        words = _wrapped(middle_cut(name, 2 * columns - 4), columns, 2) or "(no name)"
+        words = wrapped(middle_cut(name, 2 * columns - 4), columns, 2) or "(no name)"
         self.write(left + 0.2, top, words, weight="bold", linespacing=1.05)
 
     def draw_term(self, name: str, left: float, top: float) -> None:
@@ -238,7 +238,7 @@ class _Page(Sheet):
         scale(axes, [column], [smooth, *(as_column(pair) for pair in points)])
         if name in self.run.open:
             right = axes.twinx()
-            draw_line(right, self.run.steps, smoothed(self.run.open[name]), {"color": _MUTED, "linestyle": ":"})
+            draw_line(right, self.run.steps, smoothed(self.run.open[name]), {"color": MUTED, "linestyle": ":"})
             right.set(ylim=(-0.03, 1.03), yticks=(0, 0.5, 1), yticklabels=("0 %", "50 %", "100 %"))
             frame(right, self.run.steps, grid=False)
         style = self.run.style(name)
@@ -272,7 +272,7 @@ class _Page(Sheet):
             return
         for place, height in zip(places, base):
             if not height:
-                axes.text(place, 0.5, "not measured", rotation=90, ha="center", va="center", color=_MUTED, fontsize=7)
+                axes.text(place, 0.5, "not measured", rotation=90, ha="center", va="center", color=MUTED, fontsize=7)
         shown = names[-14:]
         step = min(0.2, 1.9 / len(shown))
         for row, name in enumerate(reversed(shown)):  # as they lie on each other
@@ -280,7 +280,7 @@ class _Page(Sheet):
             self.patch(x, y, color=self.run.style(name)["color"], hatch=self.run.hatch(name))
             self.write(x + 0.25, y, middle_cut(name, 32), fontsize=7.5)
         if len(shown) < len(names):
-            self.write(x + 0.25, y + step, f"and {len(names) - len(shown)} more", fontsize=7.5, color=_MUTED)
+            self.write(x + 0.25, y + step, f"and {len(names) - len(shown)} more", fontsize=7.5, color=MUTED)
 
     def draw_levels(self, name: str, early: Optional[list[dict]], late: list[dict], left: float, top: float) -> None:
         self.titled(name, left + 0.1, top + 0.15, 24)
@@ -297,5 +297,5 @@ class _Page(Sheet):
                     axes.bar(place, part[k], width, color=color, alpha=0.35 if i < len(values) - 1 else 1.0)
                 if not part[k]:  # a bar of height 0 is not to be seen
                     words = "–" if part[k] is None else "0"
-                    axes.annotate(words, (place, 0), (0, 2), textcoords="offset points", ha="center", color=_MUTED, fontsize=7)  # fmt: skip
+                    axes.annotate(words, (place, 0), (0, 2), textcoords="offset points", ha="center", color=MUTED, fontsize=7)  # fmt: skip
         level_frame(axes)

@@ -1,52 +1,19 @@
-"""Parts that pictures of curves are made of: places in inches, lines, frames, pixels."""
+"""Parts that pictures of curves are made of: lines, their scales and frames."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Optional, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..training.log import RunLog
-from .report import _INK, _LINE, _MUTED
 from .run_columns import BUCKETS, as_float
+from .sheet import LINE, MUTED
 
 _QUANTILES = torch.tensor([0.02, 0.98], dtype=torch.float64)
 _THIN = 400  # bins of the raw line, two points each
-
-
-class Sheet:
-    """A figure on which places are inches from the top left."""
-
-    def __init__(self, figure):
-        self.figure, self.inches = figure, tuple(figure.get_size_inches())
-
-    def axes(self, left: float, top: float, width: float, height: float):
-        w, h = self.inches
-        axes = self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-        axes.set_facecolor("none")
-        return axes
-
-    def write(self, x: float, y: float, words: str, **style) -> None:
-        style = {"color": _INK, "fontsize": 9, "va": "center", "ha": "left", "parse_math": False, **style}
-        self.figure.text(x / self.inches[0], 1 - y / self.inches[1], words, **style)
-
-    def patch(self, x: float, y: float, color: str, hatch: Optional[str]) -> None:
-        """A small field of a legend."""
-        from matplotlib.patches import Rectangle
-
-        w, h = self.inches
-        corner, size = (x / w, 1 - (y + 0.045) / h), (0.18 / w, 0.09 / h)
-        field = Rectangle(corner, *size, transform=self.figure.transFigure, facecolor=color, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
-        self.figure.add_artist(field)
-
-    def line(self, xs: tuple[float, float], y: float, **style) -> None:
-        from matplotlib.lines import Line2D
-
-        w, h = self.inches
-        self.figure.add_artist(Line2D([x / w for x in xs], [1 - y / h] * 2, **style))
 
 
 def thinned(steps: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +103,8 @@ def frame(axes, steps: Tensor, x: str = "", y: str = "", grid: bool = True) -> N
             axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     _bare(axes, grid)
-    axes.set_xlabel(x, fontsize=8, color=_MUTED, labelpad=2)
-    axes.set_ylabel(y, fontsize=8, color=_MUTED)
+    axes.set_xlabel(x, fontsize=8, color=MUTED, labelpad=2)
+    axes.set_ylabel(y, fontsize=8, color=MUTED)
 
 
 def level_frame(axes) -> None:
@@ -149,37 +116,17 @@ def level_frame(axes) -> None:
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     _bare(axes, grid=True)
-    axes.set_xlabel("t", fontsize=8, color=_MUTED, labelpad=1)
+    axes.set_xlabel("t", fontsize=8, color=MUTED, labelpad=1)
 
 
 def _bare(axes, grid: bool) -> None:
-    axes.tick_params(labelsize=8, colors=_MUTED, length=2, which="both")
+    axes.tick_params(labelsize=8, colors=MUTED, length=2, which="both")
     for side, spine in axes.spines.items():
-        spine.set(color=_LINE, visible=side in ("left", "bottom"))
+        spine.set(color=LINE, visible=side in ("left", "bottom"))
     axes.set_axisbelow(True)
     if grid:
-        axes.grid(axis="y", color=_LINE, linewidth=0.6)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
 
 
 def say(axes, words: str) -> None:
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=_MUTED, fontsize=9)
-
-
-def new_figure(width: int, *inches: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    dpi = width / inches[0]
-    figure = Figure(figsize=[(round(side * dpi) + 0.01) / dpi for side in inches], dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def pixels(figure) -> Tensor:
-    """``[height, width, 3]`` in 0…1."""
-    with warnings.catch_warnings():  # a name in a script that the font does not have is drawn as boxes
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.canvas.draw()
-    buffer = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
-    columns, lines = figure.canvas.get_width_height()
-    return buffer.view(lines, columns, 4)[..., :3].float() / 255.0
+    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=9)

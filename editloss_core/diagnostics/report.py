@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Mapping, Optional
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..encoders.base import check_images
 from ..objective import NOT_A_NUMBER, TERMS, ObjectiveReport, TermReport
+from .sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, new_figure, percent, pixels, wrapped
 
 FAILURE_NAMES = {
     "no edit": "NO EDIT",
@@ -19,8 +19,6 @@ FAILURE_NAMES = {
     NOT_A_NUMBER: "NOT A NUMBER",
 }
 MAX_COLUMNS = 8  # outputs in one picture; the text has them all
-
-_INK, _MUTED, _GOOD, _WARN, _BAD, _LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", "#c62828", "#d7dce2"
 
 
 def text_table(report: ObjectiveReport) -> str:
@@ -34,10 +32,10 @@ def text_table(report: ObjectiveReport) -> str:
     for t in report.terms:
         distances = ", ".join(f"{label} {float(d.detach().mean()):.4f}" for label, d in t.distances.items())
         lines.append(
-            f"| {_cell(t.term.name)} | {t.term.weight:g} | {float(t.value.detach()):.4f} | {float(t.weighted.detach()):.4f} "
-            f"| {_percent(t.active)} | {distances} |"
+            f"| {cell(t.term.name)} | {t.term.weight:g} | {float(t.value.detach()):.4f} | {float(t.weighted.detach()):.4f} "
+            f"| {percent(t.active)} | {distances} |"
         )
-    lines += ["", "| output | signal | " + " | ".join(_cell(t.term.name) for t in report.terms) + " |"]
+    lines += ["", "| output | signal | " + " | ".join(cell(t.term.name) for t in report.terms) + " |"]
     lines.append("|---" * (2 + len(report.terms)) + "|")
     for i, failure in enumerate(_signal(report)):
         cells = " | ".join(f"{float(t.per_sample[i].detach()):.4f}{_toward(t, i)}" for t in report.terms)
@@ -50,19 +48,11 @@ def text_table(report: ObjectiveReport) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def _signal(report: ObjectiveReport) -> list[str]:
     """The signal in words; an en dash where no term can tell."""
     if all(t.toward_failure is None or not TERMS[t.term.kind].failure for t in report.terms):
         return ["–"] * len(report.terms[0].per_sample)
     return [FAILURE_NAMES[failure] for failure in report.signal()]
-
-
-def _percent(share: Optional[Tensor]) -> str:
-    return "–" if share is None else f"{float(share):.0%}"
 
 
 def _toward(t: TermReport, i: int) -> str:
@@ -95,9 +85,6 @@ def picture(
     Raises:
         ValueError: numbers of pictures that do not fit the report.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     total = len(report.terms[0].per_sample)
     for name, images in (("pred", pred), ("gt", gt), ("src", src)):
         if images is not None:
@@ -109,23 +96,19 @@ def picture(
     if ground is None:
         shape = next((images.shape[1:] for images in (gt, src) if images is not None), (256, 256, 3))
         ground = torch.full((1, *shape), 0.6)
-    shown = min(total, MAX_COLUMNS)
-    page = _Page(report, ground, rows, shown)
-    figure = Figure(figsize=page.inches, dpi=width / page.inches[0], facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    page.draw(figure)
-    canvas.draw()
-    buffer = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    columns, lines = canvas.get_width_height()
-    return buffer.view(lines, columns, 4)[None, ..., :3].float() / 255.0
+    page = _Page(report, ground, rows, min(total, MAX_COLUMNS), width)
+    page.draw()
+    return pixels(page.figure)[None]
 
 
-class _Page:
+class _Page(Sheet):
     """The layout, in inches from the top left: a column per output, or for one or two outputs a band each."""
 
     LABEL, CELL, GAP, PER_BAND = 2.3, 2.15, 0.12, 6
 
-    def __init__(self, report: ObjectiveReport, ground: Tensor, rows: Mapping[str, Optional[Tensor]], shown: int):
+    def __init__(
+        self, report: ObjectiveReport, ground: Tensor, rows: Mapping[str, Optional[Tensor]], shown: int, width: int
+    ):
         self.report, self.ground, self.shown = report, ground, shown
         self.rows = {name: images for name, images in rows.items() if images is not None}
         self.items: list[str | TermReport] = [*self.rows, *(t for t in report.terms if t.token_map is not None)]
@@ -142,20 +125,19 @@ class _Page:
         else:
             size = self.LABEL + shown * step + 0.2, 1.0 + self.bars + len(self.items) * (self.height + self.GAP)
         self.table = size[1]
-        self.inches = (max(size[0], 11.0), size[1] + 0.3 * (len(report.terms) + 1) + 0.25)
+        super().__init__(new_figure(width, max(size[0], 11.0), size[1] + 0.3 * (len(report.terms) + 1) + 0.25))
 
-    def draw(self, figure) -> None:
-        self.figure = figure
+    def draw(self) -> None:
         signal, step = _signal(self.report), self.CELL + self.GAP
         self.write(0.2, 0.28, f"Objective: total {float(self.report.total.detach()):.4f}", fontsize=14, weight="bold")
         total = len(self.report.terms[0].per_sample)
         if total > self.shown:
-            self.write(0.2, 0.56, f"the first {self.shown} of {total} outputs", color=_MUTED, fontsize=9)
+            self.write(0.2, 0.56, f"the first {self.shown} of {total} outputs", color=MUTED, fontsize=9)
         for i in range(self.shown):
             left, top = (0.2, 0.75 + i * self.band) if self.in_bands else (self.LABEL + i * step, 0.3)
             x, ha = (left, "left") if self.in_bands else (left + self.CELL / 2, "center")
-            color = {FAILURE_NAMES[None]: _GOOD, "–": _MUTED}.get(signal[i], _BAD)
-            self.write(x, top, f"output {i + 1}", ha=ha, color=_MUTED)
+            color = {FAILURE_NAMES[None]: GOOD, "–": MUTED}.get(signal[i], BAD)
+            self.write(x, top, f"output {i + 1}", ha=ha, color=MUTED, fontsize=10)
             self.write(x, top + 0.3, signal[i], ha=ha, color=color, fontsize=13, weight="bold")
             if self.in_bands:
                 self.bars_of(i, left, top + 0.62, self.LABEL - 0.45, named=False)
@@ -173,15 +155,7 @@ class _Page:
                     if i == 0:
                         self.title(item, 0.2, top + self.height / 2 - 0.4, columns=32)
                     self.cell(item, i, left, top)
-        _draw_table(self.write, figure, self.report, self.table + 0.15, self.inches)
-
-    def axes(self, left: float, top: float, width: float, height: float):
-        w, h = self.inches
-        return self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-
-    def write(self, x: float, y: float, text: str, **style) -> None:
-        style = {"color": _INK, "fontsize": 10, "va": "center", "ha": "left", "parse_math": False, **style}
-        self.figure.text(x / self.inches[0], 1 - y / self.inches[1], text, **style)
+        self.draw_table(self.table + 0.15)
 
     def title(self, item: str | TermReport, x: float, y: float, columns: int) -> None:
         """What a picture or a map is; in a band one line of each, since the next column is near."""
@@ -191,12 +165,12 @@ class _Page:
         term = item.term
         if self.in_bands:
             self.write(x, y, _cut(term.name, 22), fontsize=11, weight="bold")
-            self.write(x, y + 0.2, _cut(term.encoder, 36), fontsize=7, color=_MUTED)
-            self.write(x, y + 0.44, _wrapped(item.map_meaning, columns, 2), fontsize=8)
+            self.write(x, y + 0.2, _cut(term.encoder, 36), fontsize=7, color=MUTED)
+            self.write(x, y + 0.44, wrapped(item.map_meaning, columns, 2), fontsize=8)
         else:
-            self.write(x, y, _wrapped(term.name, 22), fontsize=11, weight="bold")
-            self.write(x, y + 0.4, _wrapped(term.encoder, columns), fontsize=8, color=_MUTED)
-            self.write(x, y + 0.85, _wrapped(item.map_meaning, columns), fontsize=8)
+            self.write(x, y, wrapped(term.name, 22), fontsize=11, weight="bold")
+            self.write(x, y + 0.4, wrapped(term.encoder, columns), fontsize=8, color=MUTED)
+            self.write(x, y + 0.85, wrapped(item.map_meaning, columns), fontsize=8)
 
     def cell(self, item: str | TermReport, i: int, left: float, top: float) -> None:
         axes = self.axes(left, top, self.CELL, self.height)
@@ -220,32 +194,45 @@ class _Page:
         values = [
             min(max(float(t.toward_failure[i]), 0.0), 1.0) if t.toward_failure[i].isfinite() else 0.0 for t in terms
         ]
-        colors = [_GOOD if v <= 0.25 else _WARN if v <= 0.5 else _BAD for v in values]
+        colors = [GOOD if v <= 0.25 else WARN if v <= 0.5 else BAD for v in values]
         axes = self.axes(left, top, width, self.bars - 0.1)
         axes.barh(range(len(terms)), [1.0] * len(terms), color="#eef1f4", height=0.7)
         axes.barh(range(len(terms)), values, color=colors, height=0.7, alpha=0.5 if self.in_bands else 1.0)
-        axes.axvline(0.5, color=_MUTED, linewidth=0.8, linestyle=":")
+        axes.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
         for row, (t, value) in enumerate(zip(terms, values)):
             number, style = f"{float(t.toward_failure[i]):.0%}", {"fontsize": 8, "va": "center", "parse_math": False}
             if self.in_bands:  # the name stands on the bar, since there is no column for it
-                axes.text(0.02, row, f"{names[row]} {number}", color=_INK, **style)
+                axes.text(0.02, row, f"{names[row]} {number}", color=INK, **style)
                 continue
             if value > 0.75:
                 axes.text(value - 0.02, row, number, ha="right", color="white", **style)
             else:
-                axes.text(value + 0.02, row, number, color=_INK, **style)
+                axes.text(value + 0.02, row, number, color=INK, **style)
             if named:
                 self.write(0.2, top + (row + 0.5) * step, names[row], fontsize=9)
         axes.set(xlim=(0, 1), ylim=(len(terms) - 0.5, -0.5))
         axes.set_axis_off()
 
+    def draw_table(self, top: float) -> None:
+        heads = ("term", "weight", "value", "weighted", "active", "mean distances")
+        xs = (0.2, 4.3, 4.95, 5.6, 6.4, 7.0)
+        for x, head in zip(xs, heads):
+            self.write(x, top, head, color=MUTED)
+        width = self.inches[0]
+        for n, t in enumerate(self.report.terms):
+            y = top + 0.3 * (n + 1)
+            self.line((0.2, width - 0.2), y - 0.15, color=LINE, linewidth=0.8)
+            distances = "   ".join(f"{name} {float(d.detach().mean()):.3f}" for name, d in t.distances.items())
+            cells = (
+                _cut(f"{t.term.name} · {t.term.encoder}", 58), f"{t.term.weight:g}", _number(t.value),
+                _number(t.weighted), percent(t.active), _cut(distances, int((width - 7.2) / 0.062)),
+            )  # fmt: skip
+            for x, words in zip(xs, cells):
+                self.write(x, y, words)
+
 
 def _nth(images: Tensor, i: int) -> Tensor:
     return images[i if len(images) > 1 else 0].detach().float().cpu().clamp(0, 1)
-
-
-def _wrapped(text: str, columns: int, lines: int = 4) -> str:
-    return "\n".join(textwrap.wrap(text, columns, break_long_words=True, max_lines=lines, placeholder="…"))
 
 
 def _number(value: Tensor) -> str:
@@ -283,24 +270,3 @@ def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
     )
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
-
-
-def _draw_table(write, figure, report: ObjectiveReport, top: float, inches: tuple[float, float]) -> None:
-    from matplotlib.lines import Line2D
-
-    heads = ("term", "weight", "value", "weighted", "active", "mean distances")
-    xs = (0.2, 4.3, 4.95, 5.6, 6.4, 7.0)
-    for x, head in zip(xs, heads):
-        write(x, top, head, color=_MUTED, fontsize=9)
-    for n, t in enumerate(report.terms):
-        y = top + 0.3 * (n + 1)
-        line = 1 - (y - 0.15) / inches[1]
-        figure.add_artist(Line2D((0.2 / inches[0], 1 - 0.2 / inches[0]), (line, line), color=_LINE, linewidth=0.8))
-        distances = "   ".join(f"{name} {float(d.detach().mean()):.3f}" for name, d in t.distances.items())
-        room = int((inches[0] - 7.2) / 0.062)
-        cells = (
-            _cut(f"{t.term.name} · {t.term.encoder}", 58), f"{t.term.weight:g}", _number(t.value),
-            _number(t.weighted), _percent(t.active), _cut(distances, room),
-        )  # fmt: skip
-        for x, cell in zip(xs, cells):
-            write(x, y, cell, fontsize=9)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..training.log import VELOCITY, RunLog
-from .report import _INK
+from .sheet import INK
 
 BUCKETS = 5  # of t
 TOTAL = "total (minimised)"  # among the names of losses
@@ -84,7 +84,7 @@ class Columns:
     def style(self, name: str) -> dict:
         """Colour and dashes, the same for a term in every panel."""
         if name in (TOTAL, VELOCITY):
-            return {"color": _INK if name == TOTAL else _VELOCITY_COLOR, "linestyle": "-"}
+            return {"color": INK if name == TOTAL else _VELOCITY_COLOR, "linestyle": "-"}
         lap, place = divmod(self.terms.index(name), len(_COLORS))
         return {"color": _COLORS[place], "linestyle": _DASHES[lap % len(_DASHES)]}
 

@@ -88,25 +88,25 @@ class OpenCLIPEncoder(PixelEncoder):
         cfg = _preprocess_cfg(architecture, pretrained_tag, bool(config.get("quick_gelu")))
         state = None if weights is None else _visual_state(read_safetensors(weights), Path(weights).name)
         with building(weights, random_seed):
-            self.visual = _build_visual(config)
-            size = _input_size(self.visual, config["vision_cfg"], architecture, output, image_size)
+            self.network = _build_visual(config)
+            size = _input_size(self.network, config["vision_cfg"], architecture, output, image_size)
             if state is not None:
-                load_weights(self.visual, state, f"the image tower of {architecture}", Path(weights).name)
+                load_weights(self.network, state, f"the image tower of {architecture}", Path(weights).name)
             device = torch.device(device or "cpu")
-            freeze(self.visual, device)
+            freeze(self.network, device)
         self.normalize = normalize
         mode = "bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic"
         preprocess = Preprocess(*size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), mode=mode, crop=crop)
         name = f"openclip/{architecture}/{output}"
-        fingerprint = hash_module(self.visual, name, preprocess.describe(), f"normalize={normalize}")
+        fingerprint = hash_module(self.network, name, preprocess.describe(), f"normalize={normalize}")
         super().__init__(EncoderInfo(name, preprocess.describe(), fingerprint, output), preprocess, device)
 
     def features(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(next(self.visual.parameters()).dtype)
+        pixels = pixels.to(next(self.network.parameters()).dtype)
         if self.info.output == "global":
-            x = self.visual(pixels)
+            x = self.network(pixels)
         else:
-            x = _last_map(self.visual, pixels)
+            x = _last_map(self.network, pixels)
         return F.normalize(x, dim=1) if self.normalize else x
 
 

@@ -77,14 +77,14 @@ class TimmEncoder(PixelEncoder):
         model_kwargs = dict(model_kwargs or {})
         state = None if weights is None else read_safetensors(weights)
         with building(weights, random_seed):
-            self.net, any_size = _create(model_name, model_kwargs)
-            self.layer = _check_layer(self.net, model_name, layer)
+            self.network, any_size = _create(model_name, model_kwargs)
+            self.layer = _check_layer(self.network, model_name, layer)
             if state is not None:
-                _load(self.net, state, model_name, Path(weights).name)
+                _load(self.network, state, model_name, Path(weights).name)
             device = torch.device(device or "cpu")
-            freeze(self.net, device)
-        cfg = timm.data.resolve_model_data_config(self.net)
-        size, multiple = _input_size(self.net, cfg, model_name, any_size, self.layer, image_size)
+            freeze(self.network, device)
+        cfg = timm.data.resolve_model_data_config(self.network)
+        size, multiple = _input_size(self.network, cfg, model_name, any_size, self.layer, image_size)
         mode = cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic"
         preprocess = Preprocess(
             *size, mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), mode=mode, crop=crop, multiple=multiple
@@ -92,7 +92,7 @@ class TimmEncoder(PixelEncoder):
         name = f"timm/{model_name}/{output}" + (f"/layer{layer}" if layer != -1 else "")
         # Arguments can change a network without changing its weights (the number of heads).
         fingerprint = hash_module(
-            self.net,
+            self.network,
             f"timm/{model_name}/{output}/{self.layer}",
             preprocess.describe(),
             repr(sorted(model_kwargs.items())),
@@ -100,10 +100,10 @@ class TimmEncoder(PixelEncoder):
         super().__init__(EncoderInfo(name, preprocess.describe(), fingerprint, output), preprocess, device)
 
     def features(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(next(self.net.parameters()).dtype)
+        pixels = pixels.to(next(self.network.parameters()).dtype)
         if self.info.output == "global":
-            return self.net(pixels)
-        return self.net.forward_intermediates(
+            return self.network(pixels)
+        return self.network.forward_intermediates(
             pixels, indices=[self.layer], norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )[0]
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Optional
@@ -13,7 +19,14 @@ from torch import Tensor
 from ..encoders.base import hash_tensors
 from ..files import replacing
 
+log = logging.getLogger(__name__)
+
 FORMAT = "editloss-prepared-1"
+OURS = FORMAT.rstrip("0123456789")  # of any version
+KINDS = ("masks", "latents", "embeddings")
+NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+LIMIT = 20_000_000_000  # bytes: about 2000 pairs at 1024² with embeddings of their latents
+RECENT = 24 * 3600.0  # seconds: what another run may be reading, or the held-out pairs of this one
 
 
 class Entry(NamedTuple):
@@ -25,15 +38,17 @@ class Entry(NamedTuple):
 
 @dataclass
 class TensorCache:
-    """One safetensors file per entry, ``folder/kind/key.safetensors``.
+    """One safetensors file per entry, ``folder/kind/key.safetensors``; its time of change is when it was last of use.
 
     Attributes:
         folder: where the files are; None keeps nothing.
         refused: files that were there and could not be used, since they are damaged or of someone else.
+        used: files that were read or written.
     """
 
     folder: Optional[Path]
     refused: list[str] = field(default_factory=list)
+    used: set[Path] = field(default_factory=set)
 
     def get(self, kind: str, key: str) -> Optional[Entry]:
         """The entry of a key; None if there is none that is whole and was written for this key."""
@@ -43,7 +58,11 @@ class TensorCache:
         if not path.is_file():
             return None
         entry = _read(path, kind, key)
-        if entry is None:
+        if entry is not None:
+            self.used.add(path)
+            with suppress(OSError):  # a file of someone else, or removed since
+                os.utime(path)
+        elif path.is_file():  # else another process removed it just now
             self.refused.append(f"{kind}/{path.name}")
         return entry
 
@@ -63,10 +82,59 @@ class TensorCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file(whole, temporary, metadata=metadata)
+            self.used.add(path)
         return entry
+
+    def prune(self, limit: int = LIMIT) -> None:
+        """Remove what has been of no use for the longest time until all files together take at most ``limit`` bytes.
+
+        Files that this object used stay, and those that anyone used within a day, even if they take more. So does whatever
+        this class has not written: other names, and files whose header does not say what their name does. Several
+        processes may prune at once. What was removed goes to the log.
+        """
+        if self.folder is None:
+            return
+        files = sorted(_files(self.folder))
+        excess = sum(size for _, size, _ in files) - limit
+        removed: list[int] = []
+        for last_used, size, path in files:
+            if sum(removed) >= excess or last_used > time.time() - RECENT:
+                break
+            if path not in self.used and _is_ours(path):
+                with suppress(OSError):  # removed by another process, or open in one on Windows
+                    path.unlink()
+                    removed.append(size)
+        if removed:
+            log.info(
+                "cache: removed %d files (%.1f GB) of %s that were unused for the longest time, to stay within %.0f GB",
+                len(removed), sum(removed) / 1e9, self.folder, limit / 1e9,
+            )  # fmt: skip
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / f"{key}.safetensors"
+
+
+def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """(last use, bytes, path) of the files that have names of entries."""
+    for kind in KINDS:
+        with suppress(OSError):  # no such folder yet
+            for item in os.scandir(folder / kind):
+                with suppress(OSError):  # removed since
+                    if NAME.fullmatch(item.name) and item.is_file(follow_symlinks=False):
+                        status = item.stat()
+                        yield status.st_mtime, status.st_size, folder / kind / item.name
+
+
+def _is_ours(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    named = metadata.get("kind") == path.parent.name and metadata.get("key") == path.stem
+    return named and metadata.get("format", "").startswith(OURS)
 
 
 def _read(path: Path, kind: str, key: str) -> Optional[Entry]:

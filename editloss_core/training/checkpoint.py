@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from ..encoders.base import hash_tensors
 from ..files import replacing
 
 FORMAT = "editloss-checkpoint-1"
+SET_ASIDE = "set_aside"  # folder below the checkpoints
 _NAME = re.compile(r"step_(\d+)\.safetensors")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # names that files.replacing makes
 
 
 class CheckpointError(ValueError):
@@ -42,8 +45,8 @@ class Checkpoint:
     average: Optional[Mapping[str, Tensor]] = None
     info: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path, keep: int = 3) -> Path:
-        """Write ``folder/step_000100.safetensors`` and remove all but the ``keep`` latest."""
+    def save(self, folder: Path, keep: Optional[int] = 3) -> Path:
+        """Write ``folder/step_000100.safetensors`` and remove all but the ``keep`` latest; None removes none."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {f"lora/{name}": t for name, t in self.lora.items()}
@@ -62,8 +65,9 @@ class Checkpoint:
         path = folder / f"step_{self.step:06d}.safetensors"
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-        for old in [p for p in checkpoints(folder) if p != path][: -keep + 1 or None]:
-            old.unlink(missing_ok=True)
+        if keep is not None:
+            for old in [p for p in checkpoints(folder) if p != path][: -keep + 1 or None]:
+                old.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -102,10 +106,29 @@ class Checkpoint:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder in the order in which they were written: who goes back to an early one and on from
-    there has the later ones before it."""
+    """Checkpoint files of a folder by their steps: a copy to another disk may have changed the times of the files."""
     found = [p for p in folder.glob("step_*.safetensors") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: (p.stat().st_mtime_ns, int(_NAME.fullmatch(p.name)[1])))
+    return sorted(found, key=_step)
+
+
+def tidy(folder: Path, step: int) -> None:
+    """Make a folder of checkpoints that of a run which stands at ``step``.
+
+    What a killed process left half written is removed. Checkpoints of later steps are of a branch that was given up by
+    going back to an earlier one: they must be neither the last one nor a reason to rotate out this run's own, so they are
+    moved to ``set_aside/``, where only a person removes them.
+    """
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    for path in checkpoints(folder):
+        if _step(path) > step:
+            (folder / SET_ASIDE).mkdir(exist_ok=True)
+            os.replace(path, folder / SET_ASIDE / path.name)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..encoders.base import Encoder
-from ..objective import EditObjective, ObjectiveReport
+from ..objective import EditObjective, ObjectiveReport, gradient_where
 from .prepare import Prepared
 
 HALO = 4  # latents around the crop that are decoded too and cut off, so that the crop's border looks as in the whole
@@ -74,15 +74,14 @@ class EstimateObjective:
         if not counting.terms:
             return None
         embeddings = self.prepared.embeddings(indices, counting.encoders).to(self.device)
-        pixels = None
+        pictures = [name for name in counting.encoders if not self.prepared.reads_latents(name)]
+        pixels = self._decode(gradient_where(counting.counts(t, pictures), x0), indices) if pictures else None
         for name in counting.encoders:
-            encoder = self.encoders[name]
-            if self.prepared.reads_latents(name):
-                pred = self._run(encoder.from_latents, self.prepared.vae.unscaled(x0))
+            encoder, counts = self.encoders[name], counting.counts(t, (name,))
+            if name in pictures:
+                pred = self._run(encoder, gradient_where(counts, pixels))
             else:
-                if pixels is None:
-                    pixels = self._decode(x0, indices)
-                pred = self._run(encoder, pixels)
+                pred = self._run(encoder.from_latents, self.prepared.vae.unscaled(gradient_where(counts, x0)))
             embeddings = embeddings.with_embedding("pred", encoder.info, pred.to(self.device))
         return counting.evaluate(embeddings, t=t, sample_weights=sample_weights)
 

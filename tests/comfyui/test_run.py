@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import comfy_results
 import pytest
 from comfy_client import Client, ComfyError, NodeError, Progress
 from comfy_server import ComfyServer, locate, pack_root
@@ -635,10 +637,10 @@ def test_run_saves_pictures_and_texts(tmp_path: Path) -> None:
     )
     saved["nodes"][0]["widgets_values"][2] = 2
     (tmp_path / "stock.json").write_text(json.dumps(saved), encoding="utf-8")
-    done = run_py("stock.json", cwd=tmp_path)
+    done = run_py("stock.json", "--out", "here/stock", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "results" / "stock"
-    assert sorted(p.name for p in out.iterdir()) == [
+    out = tmp_path / "here" / "stock"
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
         "3-preview-image-1.png",
         "3-preview-image-2.png",
         "4-preview-image-1.png",
@@ -649,8 +651,24 @@ def test_run_saves_pictures_and_texts(tmp_path: Path) -> None:
     with Image.open(out / "3-preview-image-1.png") as picture:
         assert picture.size == (64, 48) and picture.getpixel((0, 0)) == (0, 0, 255)
     assert "What it says:\nhat" in done.stdout
-    assert done.stdout.rstrip().endswith(f"Saved 5 files to {out}")
+    *_, saved_line, last_line = done.stdout.splitlines()
+    assert saved_line == f"Saved 5 files to {out}" and re.fullmatch(r"Done in \d+ s", last_line)
     assert "\n  Two of them  " in done.stdout
+
+
+def test_a_text_that_two_nodes_show_is_printed_once_and_saved_for_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo's judge shows its table, and so does the Preview as Text behind it."""
+    from comfy_client import History
+    from run import save
+
+    shown = {"13": {"text": ["| table |"]}, "9": {"text": ["| table |"]}, "14": {"text": ["other"]}}
+    prompt = {name: {"class_type": "X", "_meta": {"title": f"Node {name}"}} for name in shown}
+    saved = save(History("id", shown, 1.0), prompt, Client("http://127.0.0.1:1"), tmp_path)
+    assert capsys.readouterr().out == "\nNode 9:\n| table |\n\nNode 14:\nother\n"
+    assert [p.name for p in saved] == ["9-node-9.txt", "13-node-13.txt", "14-node-14.txt"]
+    assert {p.read_text(encoding="utf-8") for p in saved[:2]} == {"| table |"}
 
 
 def test_run_ends_with_the_failing_nodes_message(tmp_path: Path) -> None:
@@ -667,3 +685,199 @@ def test_run_ends_with_the_failing_nodes_message(tmp_path: Path) -> None:
     assert done.stderr.strip().startswith("Broken (node 5): missing ), unterminated subpattern")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "here").exists()
+
+
+# ---------------------------------------------------------------------------- results
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Path below the folder → content, of everything but the list of a run's files."""
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_text(encoding="utf-8") for name, p in sorted(found.items()) if name != comfy_results.LISTED}
+
+
+def made(out: Path, workflow_name: str, **contents: str) -> list[str]:
+    """One run that makes files; ``__`` in a name is a folder's end, and each ends in .txt."""
+    with comfy_results.replacing_results(out, workflow_name) as results:
+        for name, content in contents.items():
+            path = results.folder / f"{name.replace('__', '/')}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    return [p.relative_to(out).as_posix() for p in results.placed]
+
+
+def test_a_run_replaces_all_that_the_run_before_it_left(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "w"
+    assert made(out, "w", a="1", old__deep__b="1", both__c="1") == ["a.txt", "both/c.txt", "old/deep/b.txt"]
+    assert made(out, "w", a="2", both__d="2") == ["a.txt", "both/d.txt"]
+    assert files(out) == {"a.txt": "2", "both/d.txt": "2"}
+    assert not (out / "old").exists()
+    assert made(out, "w") == [] and files(out) == {}
+
+
+def test_files_of_others_stay_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine", encoding="utf-8")
+    made(tmp_path, "w", a="w1", shared="w1", mine__b="w1")
+    made(tmp_path, "v", c="v1", shared="v1")
+    (tmp_path / "a.txt").rename(tmp_path / "kept.txt")
+    made(tmp_path, "w", d="w2")
+    kept = {"c.txt": "v1", "d.txt": "w2", "kept.txt": "w1", "mine/note.txt": "mine", "shared.txt": "v1"}
+    assert files(tmp_path) == kept, "shared.txt was v's when w ran again"
+
+
+def test_a_run_that_fails_while_it_saves_leaves_the_former_results(tmp_path: Path) -> None:
+    made(tmp_path, "w", a="1", b="1")
+    with pytest.raises(OSError, match="full"), comfy_results.replacing_results(tmp_path, "w") as results:
+        (results.folder / "a.txt").write_text("2", encoding="utf-8")
+        raise OSError("full")
+    assert files(tmp_path) == {"a.txt": "1", "b.txt": "1"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "b.txt", comfy_results.LISTED}
+
+
+def test_a_run_that_is_stopped_while_it_replaces_is_cleared_up_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path, "w", a="1", b="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy_results, "_remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            made(tmp_path, "w", c="2")
+    assert files(tmp_path) == {"a.txt": "1", "b.txt": "1", "c.txt": "2"}
+    made(tmp_path, "w", d="3")
+    assert files(tmp_path) == {"d.txt": "3"}
+
+
+@pytest.mark.parametrize(
+    "listed", ["", "{", "[]", '{"w": 3}', '{"w": [3, "../outside.txt", "/outside.txt", "gone/x"]}']
+)
+def test_a_damaged_list_removes_nothing(listed: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, "w", a="1")
+    (tmp_path / "outside.txt").touch()
+    (out / comfy_results.LISTED).write_text(listed.replace("/outside", f"{tmp_path}/outside"), encoding="utf-8")
+    made(out, "w", b="2")
+    assert files(out) == {"a.txt": "1", "b.txt": "2"} and (tmp_path / "outside.txt").exists()
+
+
+def lora(path: Path, content: str, modified: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    os.utime(path, (modified, modified))
+
+
+def test_of_two_loras_with_one_name_the_later_is_given(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    lora(results / "b" / "loras" / "editloss" / "x.safetensors", "later", 2000)
+    lora(results / "a" / "loras" / "editloss" / "x.safetensors", "earlier", 1000)
+    lora(results / "c" / "loras" / "editloss" / "x.safetensors", "earliest", 500)
+    lora(results / "a" / "loras" / "mine" / "x.safetensors", "another name", 3000)
+    lora(results / "a" / "x.safetensors", "not a LoRA's place", 4000)
+    given = comfy_results.give_loras(results, tmp_path / "models")
+    assert files(tmp_path / "models") == {"editloss/x.safetensors": "later", "mine/x.safetensors": "another name"}
+    assert given["editloss/x.safetensors"] == results / "b" / "loras" / "editloss" / "x.safetensors"
+    assert comfy_results.give_loras(tmp_path / "nowhere", tmp_path / "models") == {}
+
+
+def test_loras_and_logs_are_collected_under_the_names_that_were_asked_for(tmp_path: Path) -> None:
+    import run
+
+    server, out = tmp_path / "server", tmp_path / "out"
+    for name in ("x", "editloss/x", "editloss/deep/x"):
+        lora(server / "loras" / f"{name}.safetensors", name, 1000)
+    for name in ("demo", "deep/demo"):
+        lora(server / "runs" / name / "log.jsonl", name, 1000)
+        lora(server / "runs" / name / "checkpoints" / "step_000002.safetensors", name, 1000)
+    run.collect(server / "loras", server / "runs", out)
+    assert files(out) == {
+        "deep/demo.log.jsonl": "deep/demo",
+        "demo.log.jsonl": "demo",
+        "loras/editloss/deep/x.safetensors": "editloss/deep/x",
+        "loras/editloss/x.safetensors": "editloss/x",
+        "loras/x.safetensors": "x",
+    }
+    run.collect(tmp_path / "none", tmp_path / "none", out)  # a workflow that trains and saves no LoRA
+
+
+def test_results_go_to_the_repository_whatever_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import run
+
+    seen: list[Path] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "run", lambda _, out, __: seen.append(out) or [out / "a.png"])
+    assert run.main(["train_demo"]) == run.main(["train_demo", "--out", "here"]) == 0
+    assert seen == [ROOT / "results" / "train_demo", tmp_path / "here"]
+    *_, saved_line, last_line = capsys.readouterr().out.splitlines()
+    assert saved_line == f"Saved 1 file to {tmp_path / 'here'}" and last_line == "Done in 0 s"
+
+
+def small_training() -> dict[str, Any]:
+    """One step on one pair of the demo, and its LoRA in a file."""
+    model = node(1, "EditLossDemoModel", outputs=("MODEL", "CLIP", "VAE"))
+    values = {"count": 1, "unedited": 0, "overlaid": 0, "held_out": 1, "seed": 0}
+    pairs = node(2, "EditLossDemoPairs", values, outputs=("EDITLOSS_PAIRS",))
+    values = {
+        "name": "small", "steps": 1, "learning_rate": 1e-3, "batch_size": 1, "rank": 1, "alpha": 1.0,
+        "layers": "attention", "seed": 0, "hold_out": 0,
+    }  # fmt: skip
+    sockets = ("model:MODEL", "clip:CLIP", "vae:VAE", "pairs:EDITLOSS_PAIRS")
+    trainer = node(3, "EditLossTrainKontextLoRA", values, inputs=sockets, outputs=("MODEL", "x", "x", "INT", "RUN"))
+    values = {"file_name": "editloss/small", "dtype": "fp32"}
+    saver = node(4, "EditLossSaveLoRA", values, inputs=("run:RUN",))
+    links = (1, 0, 3, 0), (1, 1, 3, 1), (1, 2, 3, 2), (2, 0, 3, 3), (3, 4, 4, 0)
+    return workflow([model, pairs, trainer, saver], *links)
+
+
+def test_a_workflow_trains_if_the_trainer_in_it_runs() -> None:
+    import run
+
+    saved = small_training()
+    assert run.trains(saved)
+    for mode in (MUTED, BYPASSED):
+        saved["nodes"][2]["mode"] = mode
+        assert not run.trains(saved)
+    assert [run.trains(run.read(run.find(name))) for name in ("train_demo", "apply_lora")] == [True, False]
+
+
+def test_a_lora_is_trained_anew_and_then_the_new_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stale LoRA of the same name in the folder of the same workflow and in that of another."""
+    import run
+    from safetensors import safe_open
+
+    results = tmp_path / "results"
+    monkeypatch.setattr(run, "RESULTS", results)
+    place = Path("loras") / "editloss" / "small.safetensors"
+    made(results / "small", "small", gone="from a run before")
+    for name in ("small", "another"):
+        lora(results / name / place, "stale", 1000)
+    (tmp_path / "small.json").write_text(json.dumps(small_training()), encoding="utf-8")
+    assert run.main([str(tmp_path / "small.json")]) == 0
+    out = results / "small"
+    assert sorted(p.relative_to(out).as_posix() for p in (out / "loras").rglob("*.safetensors")) == [
+        "loras/editloss/small.safetensors"
+    ]
+    with safe_open(out / place, framework="pt") as file:
+        assert json.loads(file.metadata()["editloss_settings"])["steps"] == 1
+    assert (out / "small.log.jsonl").is_file() and not (out / "gone.txt").exists()
+    assert "LoRA " not in capsys.readouterr().out.replace("Kontext LoRA", "")
+
+    load = workflow(
+        [
+            node(1, "EditLossDemoModel", outputs=("MODEL", "CLIP", "VAE")),
+            node(
+                2, "LoraLoaderModelOnly", [f"editloss/{place.name}", 1.0], inputs=("model:MODEL",), outputs=("MODEL",)
+            ),
+            node(3, "PreviewAny", inputs=("source:*",)),
+        ],
+        (1, 0, 2, 0),
+        (2, 0, 3, 0),
+    )
+    (tmp_path / "load.json").write_text(json.dumps(load), encoding="utf-8")
+    assert run.main([str(tmp_path / "load.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"LoRA editloss/{place.name}: {out / place}\n" in printed
+    assert not (results / "load" / "loras").exists(), "what was only loaded is not a result of the run"

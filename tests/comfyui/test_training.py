@@ -1,4 +1,7 @@
-"""Training in a real ComfyUI with the embedded model: the graph's own nodes, the stock nodes behind it, cancel, resume."""
+"""Training in a real ComfyUI with the embedded model: the graph's own nodes, the stock nodes behind it, cancel, resume.
+
+Checks that look into the process run in one of their own (see driver_training.py); here each is one test.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import pytest
 import torch
 from comfy_client import Client, ComfyError, NodeError
 from comfy_server import ComfyServer
-from helpers import graph, link
+from driver_training import CHECKS
+from helpers import graph, link, run_driver
 from PIL import Image
 from safetensors import safe_open
 
@@ -40,7 +44,7 @@ def training(run: dict[str, Any] | None = None, resume: dict[str, Any] | None = 
     nodes: dict[str, Any] = {"resume": ("EditLossResumeTraining", resume)} if resume else {}
     return graph(
         model=("EditLossDemoModel",),
-        pairs=("EditLossDemoPairs", {"count": 4, "held_out": 1, "seed": 0}),
+        pairs=("EditLossDemoPairs", {"count": 4, "unedited": 0, "overlaid": 0, "held_out": 1, "seed": 0}),
         encoder=("EditLossVAEEncoder", {"vae": link("model", 2)}),
         mix=(
             "EditLossRecommendedMix",
@@ -85,6 +89,18 @@ def sampled(model: list[Any], key: str) -> dict[str, Any]:
 def pixels(client: Client, shown: dict[str, Any]) -> torch.Tensor:
     image = Image.open(io.BytesIO(client.download(shown["images"][0]))).convert("RGB")
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).float()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Check → traceback, empty where it passed."""
+    return run_driver("driver_training.py", tmp_path_factory.mktemp("driver"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_comfyui(name: str, results: dict[str, str]) -> None:
+    assert name in results, "the driver did not run it"
+    assert not results[name], results[name]
 
 
 def run_folder(server: ComfyServer, name: str) -> Path:
@@ -199,10 +215,10 @@ def test_a_name_that_is_taken_gets_a_number_and_the_cache_is_used(client: Client
     show = graph(show=("PreviewAny", {"source": link("train", 3)}))
     client.run({**training(name="twice", steps=1), **show})
     cache = comfyui_server.output_dir / "editloss" / "cache"
-    files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}
+    files = {p: p.stat().st_ino for p in cache.rglob("*.safetensors")}
     assert files
     client.run({**training(name="twice", steps=2), **show})
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")} == files
+    assert {p: p.stat().st_ino for p in cache.rglob("*.safetensors")} == files
     assert checkpoints(run_folder(comfyui_server, "twice_2") / "checkpoints")
 
 
@@ -268,6 +284,18 @@ def test_what_cannot_be_trained_is_refused_before_any_work(
     assert set(cache.rglob("*")) == before, "pairs were prepared"
 
 
+def test_a_checkpoint_of_another_lora_is_refused_before_any_work(client: Client, comfyui_server: ComfyServer) -> None:
+    show = graph(show=("PreviewAny", {"source": link("train", 3)}))
+    client.run({**training(name="rank 4", steps=1), **show})
+    prompt = {**training(resume={"run": "rank 4", "step": 0}, rank=8), **show}
+    prompt["pairs"]["inputs"]["seed"] = 8  # rooms that no other test has prepared
+    cache = comfyui_server.output_dir / "editloss" / "cache"
+    before = set(cache.rglob("*"))
+    with pytest.raises(ComfyError, match="its lora is .*'rank': 4.* this run's is .*'rank': 8"):
+        client.run(prompt)
+    assert set(cache.rglob("*")) == before, "pairs were prepared"
+
+
 def test_a_gate_and_a_loss_on_pictures_through_the_decoded_crop(client: Client, comfyui_server: ComfyServer) -> None:
     from small_models import CLIP, CLIP_FILE, write_models
 
@@ -297,3 +325,26 @@ def test_a_gate_and_a_loss_on_pictures_through_the_decoded_crop(client: Client, 
     gradients = [s.terms["feature match"].gradient for step in log.steps for s in step.samples]
     assert [g is None for g in gradients] == [False] * 2 + [True] * 2 + [False] * 2, "measured at every other step"
     assert all(g is None or g > 0 for g in gradients)
+
+
+def test_what_a_node_says_stands_on_it_in_the_page(page: Any) -> None:
+    """ComfyUI's page shows the ``text`` of its own Preview as Text only; notes of other nodes reach nobody through it."""
+    caption = "replace the <b>chair</b> & keep the rest"
+    prompt = graph(
+        **{
+            "1": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 0}),
+            "2": ("EmptyImage", {"width": 64, "height": 64, "batch_size": 1, "color": 0x408040}),
+            "3": (
+                "EditLossMakePairs",
+                {"before": link("1"), "after": link("2"), "captions": caption, "resolution": 64, "upscale": False},
+            ),
+        }
+    )
+    page.locator(".p-blockui-mask").wait_for(state="detached", timeout=60_000)
+    page.evaluate("prompt => window.app.loadApiJson(prompt, 'pairs')", prompt)
+    page.evaluate("window.app.queuePrompt(0)")
+    words = page.locator("span").filter(has_text=caption).last
+    words.wait_for(state="visible", timeout=60_000)
+    assert "1 pairs; 0 with a mask" in words.inner_text() and "64×64: 1 pairs" in words.inner_text()
+    assert words.locator("b").count() == 0, "a caption is taken for HTML"
+    assert page.errors == []

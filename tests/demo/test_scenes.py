@@ -1,12 +1,14 @@
 """Drawn scenes: the same for a seed, exact in their masks, and no stool where none was asked for."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from editloss_core.demo.drawing import COLOURS, OBJECTS, SIZE, STOOL
-from editloss_core.demo.scenes import HELD_OUT, TASKS, Scene, draw, stool_pairs, write_folder
+from editloss_core.demo.judge import judge
+from editloss_core.demo.scenes import HELD_OUT, TASKS, Scene, draw, edit_region, flawed, stool_pairs, write_folder
 from editloss_core.pairs import find_pairs
 
 SHADOW = 0.12 * 3**0.5 + 0.01  # the distance that the faint shadow can make, with its rounding
@@ -113,6 +115,13 @@ def test_the_last_of_a_stool_set_comes_before_the_first_of_the_next():
     assert last < following
 
 
+def test_a_set_of_stools_can_be_drawn_in_parts():
+    whole = stool_pairs(7, 3)
+    parts = stool_pairs(3, 3) + stool_pairs(3, 3, 3) + stool_pairs(1, 3, start=6)
+    assert [(e.seed, e.prompt) for e in parts] == [(e.seed, e.prompt) for e in whole]
+    assert all(torch.equal(a.after, b.after) for a, b in zip(parts, whole))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -132,10 +141,26 @@ def test_what_cannot_be_drawn_is_refused(arguments, message):
         draw(*arguments)
 
 
-@pytest.mark.parametrize("count, seed, name", [(0, 0, "count"), (1001, 0, "count"), (2.0, 0, "count"), (1, -1, "seed")])
-def test_what_cannot_be_a_set_of_stools_is_refused(count, seed, name):
-    with pytest.raises(ValueError, match=f"{name}: expected an integer"):
-        stool_pairs(count, seed)
+@pytest.mark.parametrize(
+    "arguments, name",
+    [((0,), "count"), ((1001,), "count"), ((2.0,), "count"), ((1, -1), "seed"), ((2, 0, 999), "count"), ((1, 0, 1000), "start"),
+     ((1, 0, -1), "start")],
+)  # fmt: skip
+def test_what_cannot_be_a_set_of_stools_is_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer"):
+        stool_pairs(*arguments)
+
+
+def test_the_edit_region_is_both_objects_and_three_pixels_more():
+    """By hand, on an object of one pixel at the border and one inside."""
+    one = draw(HELD_OUT, "replace")
+    old, new = torch.zeros(2, 12, 16)
+    old[0, 0], new[8, 9] = 0.01, 1.0
+    region = edit_region(replace(one, old_mask=old, new_mask=new))
+    expected = torch.zeros(12, 16)
+    expected[:4, :4], expected[5:12, 6:13] = 1, 1
+    assert torch.equal(region, expected)
+    assert edit_region(replace(one, old_mask=old * 0, new_mask=new * 0)).sum() == 0
 
 
 def test_a_folder_of_pairs_is_read_back(tmp_path):
@@ -151,11 +176,25 @@ def test_a_folder_of_pairs_is_read_back(tmp_path):
         assert images.before.shape == drawn.before.shape
         for read, expected in ((images.before, drawn.before), (images.after, drawn.after)):
             assert (read - expected).abs().max() <= 0.5 / 255 + 1e-6
-        union = torch.maximum(drawn.old_mask, drawn.new_mask) > 0
-        grown = torch.nn.functional.max_pool2d(union[None, None].float(), 7, 1, 3)[0, 0]
-        assert torch.equal(images.mask, grown)
+        assert torch.equal(images.mask, edit_region(drawn))
 
 
 def test_a_seed_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="examples: expected one example per seed"):
         write_folder([draw(1, "remove"), draw(1, "recolour")], tmp_path)
+
+
+@pytest.mark.parametrize(("flaw", "verdict"), [("unedited", "no edit"), ("overlaid", "overlay")])
+def test_flawed_pairs_are_what_the_judge_calls_them_and_pass_as_pairs(flaw, verdict, tmp_path):
+    pairs = stool_pairs(12, 3)
+    spoilt = [flawed(pair, flaw) for pair in pairs]
+    verdicts = [v.verdict for v in judge(torch.stack([pair.after for pair in spoilt]), pairs)]
+    assert verdicts.count(verdict) >= 11, verdicts
+    assert all(torch.equal(a.before, b.before) and a.prompt == b.prompt for a, b in zip(spoilt, pairs))
+    write_folder(spoilt, tmp_path)
+    assert len(find_pairs(tmp_path)) == 12  # nothing that is wrong with the files themselves
+
+
+def test_a_flaw_that_is_unknown():
+    with pytest.raises(ValueError, match="flaw: expected one of unedited, overlaid, got 'swapped'"):
+        flawed(stool_pairs(1)[0], "swapped")

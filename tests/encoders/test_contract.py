@@ -95,7 +95,7 @@ def test_info_survives_json(encoder):
 
 
 def _double(encoder):
-    for part in ("visual", "net", "encode"):
+    for part in ("network", "encode"):
         if hasattr(encoder, part):
             getattr(encoder, part).double()
     if hasattr(encoder, "vae"):

@@ -231,7 +231,7 @@ def test_real_weights_expect_mean_and_std_of_a_half(lite0):
     import dataclasses
 
     encoder = TimmEncoder("tf_efficientnet_lite0", lite0, "global")
-    bn = encoder.net.bn1
+    bn = encoder.network.bn1
     alive = bn.running_var > 1e-3 * bn.running_var.median()
     means = []
     bn.register_forward_pre_hook(lambda m, args: means.append(args[0].mean((0, 2, 3))))

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, everything comes back as it was, and nothing foreign or damaged is taken."""
 
 import json
+import os
+import uuid
 
 import pytest
 import safetensors.torch
@@ -8,7 +10,7 @@ import torch
 from small import equal
 from torch import nn
 
-from editloss_core.training.checkpoint import Checkpoint, CheckpointError, checkpoints
+from editloss_core.training.checkpoint import SET_ASIDE, Checkpoint, CheckpointError, checkpoints, tidy
 from editloss_core.training.settings import OPTIMIZERS, TrainingSettings
 
 
@@ -109,6 +111,33 @@ def test_rotation_keeps_the_latest(tmp_path):
         ["my_step_000001.safetensors", "step_000010.safetensors", "step_1000000.safetensors",
          "step_999999.safetensors", "step_x.safetensors"]
     )  # fmt: skip
+
+
+def test_the_last_one_is_that_of_the_last_step_whatever_the_times_of_the_files(tmp_path):
+    for age, number in ((1, 20), (2, 3), (0, 100)):
+        os.utime(small(number).save(tmp_path), (1e9 + age, 1e9 + age))
+    assert [Checkpoint.load(p).step for p in checkpoints(tmp_path)] == [3, 20, 100]
+
+
+def test_without_a_number_to_keep_all_stay(tmp_path):
+    for number in range(1, 6):
+        small(number).save(tmp_path, keep=None)
+    assert len(checkpoints(tmp_path)) == 5
+
+
+def test_tidying_removes_what_was_half_written_and_sets_later_steps_aside(tmp_path):
+    for number in (2, 4, 6):
+        small(number).save(tmp_path)
+    half = tmp_path / f".{uuid.uuid4().hex}.tmp"
+    theirs = tmp_path / ".notes.tmp", tmp_path / f"{uuid.uuid4().hex}.tmp"
+    for path in (half, *theirs):
+        path.write_bytes(b"half")
+    tidy(tmp_path, 4)
+    assert [Checkpoint.load(p).step for p in checkpoints(tmp_path)] == [2, 4]
+    assert not half.exists() and all(path.exists() for path in theirs)
+    assert [Checkpoint.load(p).step for p in (tmp_path / SET_ASIDE).iterdir()] == [6]
+    tidy(tmp_path / "nothing", 0)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_the_same_step_is_replaced(tmp_path):

@@ -1,5 +1,7 @@
 """The objective on x̂0: a decoded crop stands for the whole picture, and what it took is gone before the model's turn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import (
@@ -94,6 +96,34 @@ def test_terms_that_do_not_count_are_not_evaluated():
     only = EditObjective(gated.terms[1:])
     assert EstimateObjective(only, own, prepared, lambda z: z)(x0, [0, 1], torch.tensor([0.4, 0.9])) is None
     assert not own[PATCHES].seen
+
+
+def test_nan_of_decoder_and_encoders_for_a_sample_that_does_not_count_stays_out_of_the_gradient():
+    """Where the gates of two encoders differ, each keeps its own samples."""
+
+    class Broken(Patches):
+        """Not a number for the first picture, and so is the way back."""
+
+        def features(self, pixels):
+            factor = torch.ones(len(pixels), 1, 1, 1)
+            factor[0] = torch.nan
+            return super().features(pixels * factor)
+
+    prepared, decoder = prepared_pairs(), WideDecoder().requires_grad_(False)
+    terms = EditObjective((replace(GEOMETRY, t_min=0.5), replace(NO_EDIT, margin=2.0)))
+    t, grads = torch.tensor([0.2, 0.6, 0.9]), []
+    for encoder, decode in (
+        (Patches(), decoder),
+        (Broken(), decoder),
+        (Patches(), lambda z: decoder(z * (torch.nan if torch.equal(z.detach(), first) else 1.0))),
+    ):
+        x0 = estimates(prepared, [0, 1, 2])
+        first = x0[:1].detach()
+        objective = EstimateObjective(terms, {**encoders(), PATCHES: encoder}, prepared, decode)
+        objective(x0, [0, 1, 2], t).total.backward()
+        grads.append(x0.grad)
+    assert grads[0].any((1, 2, 3)).all()
+    assert torch.equal(grads[1], grads[0]) and torch.equal(grads[2], grads[0])
 
 
 def test_encoders_run_without_the_lora_also_when_they_are_computed_again():

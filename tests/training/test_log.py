@@ -116,7 +116,13 @@ def test_the_loss_map_has_a_value_per_step():
     log.add(step(2, sample(0.1, velocity=(5.0, 1.0), hinge=(0.5, 9.0)), sample(0.2, velocity=(5.0, 1.0)), loss=3.0))
     log.add(step(3, sample(0.3, velocity=(7.0, 1.0)), loss=2.0))
     assert log.terms == ["velocity", "hinge"]
-    assert log.loss_map() == {"loss": [4.0, 3.0, 2.0], "velocity": [2.0, 5.0, 7.0], "hinge": [0.0, 0.5, 0.5]}
+    assert log.loss_map() == {"loss": [4.0, 3.0, 2.0], "velocity": [2.0, 5.0, 7.0], "hinge": [0.5, 0.5, 0.5]}
+
+
+def test_the_loss_map_has_no_column_for_a_term_without_any_value():
+    log = RunLog()
+    log.add(step(1, sample(0.1, velocity=(1.0, 1.0), watched=(math.nan, 0.0))))
+    assert log.loss_map() == {"loss": [0.5], "velocity": [1.0]}
 
 
 @pytest.mark.parametrize("buckets, last", [(5, None), (3, 4), (1, 1), (4, 0), (5, 1000)])

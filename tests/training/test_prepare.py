@@ -1,22 +1,30 @@
 """What is computed once: against a few plain lines that do the same, from a cache that is right or not used, and cropped."""
 
 import json
+import logging
+import os
+import threading
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 
+from editloss_core.demo.scenes import stool_pairs, write_folder
 from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, hash_tensors
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.masks import estimate_mask
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import recommended
-from editloss_core.pairs import PairProblems, PairSet
+from editloss_core.pairs import PairProblems, PairSet, find_pairs
 from editloss_core.training.cache import TensorCache
+from editloss_core.training.memory import OutOfMemory
 from editloss_core.training.prepare import Crop, find_crop, prepare
 
 RAW, VAE = "raw/grid", "vae/conv/grid"
@@ -478,6 +486,159 @@ def test_what_was_done_before_a_cancel_is_kept(tmp_path, after):
     assert {n: d for n, d in files(tmp_path).items() if n in kept} == kept
 
 
+# --- pruning ---------------------------------------------------------------------------------------------------------
+
+DAY = 24 * 3600.0
+
+
+def filled(folder, count=6, numbers=1000):
+    """Entries of all kinds; the first one was of no use for the longest time: ``count`` + 1 days, then a day less each."""
+    cache, paths = TensorCache(folder), []
+    for i in range(count):
+        kind, key = ("masks", "latents", "embeddings")[i % 3], hash_tensors([], str(i))
+        cache.put(kind, key, {"x": torch.full((numbers,), float(i))})
+        paths.append(folder / kind / f"{key}.safetensors")
+        aged(paths[-1], count + 1 - i)
+    return paths
+
+
+def aged(path, days):
+    os.utime(path, (time.time() - days * DAY,) * 2)
+
+
+def size(paths):
+    return sum(p.stat().st_size for p in paths)
+
+
+def test_the_longest_unused_go_until_the_limit_is_kept(tmp_path, caplog):
+    paths = filled(tmp_path)
+    TensorCache(tmp_path).prune(size(paths))
+    assert all(p.exists() for p in paths) and not caplog.records
+    with caplog.at_level(logging.INFO):
+        TensorCache(tmp_path).prune(size(paths) - size(paths[:2]) + 1)
+    assert [p.exists() for p in paths] == [False, False, True, True, True, True]
+    assert "removed 2 files" in caplog.text and str(tmp_path) in caplog.text
+    TensorCache(tmp_path).prune(0)
+    assert not any(p.exists() for p in paths)
+    TensorCache(tmp_path / "nowhere").prune(0)
+    TensorCache(None).prune(0)
+
+
+def test_use_counts_not_age(tmp_path):
+    paths = filled(tmp_path)
+    before = paths[0].read_bytes()
+    assert TensorCache(tmp_path).get(paths[0].parent.name, paths[0].stem) is not None
+    assert paths[0].read_bytes() == before
+    TensorCache(tmp_path).prune(0)
+    assert [p.exists() for p in paths] == [True] + [False] * 5
+
+
+def test_files_of_this_run_stay_even_if_they_are_too_much(tmp_path):
+    paths = filled(tmp_path)
+    cache = TensorCache(tmp_path)
+    cache.get(paths[0].parent.name, paths[0].stem)
+    cache.put("latents", "0" * 64, {"x": torch.ones(5)})
+    new = tmp_path / "latents" / f"{'0' * 64}.safetensors"
+    for path in (paths[0], new):
+        aged(path, 9)  # a run of nine days
+    cache.prune(0)
+    assert paths[0].exists() and new.exists() and not any(p.exists() for p in paths[1:])
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path):
+    (mine,) = filled(tmp_path, 1)
+    other, key = mine.parent, mine.stem
+    foreign = {
+        other / "model.safetensors": mine.read_bytes(),  # a copy under a name of someone's own
+        other / f"{'1' * 64}.safetensors": mine.read_bytes(),  # under another key
+        tmp_path / "latents" / f"{key}.safetensors": mine.read_bytes(),  # in another kind
+        other / f"{'2' * 64}.safetensors": b"notes",
+        other / f"{key}.safetensors.bak": b"x",
+        other / f"{key.upper()}.txt": b"x",
+        tmp_path / f"{key}.safetensors": mine.read_bytes(),
+        tmp_path / "photos" / f"{key}.safetensors": mine.read_bytes(),
+        other / "below" / f"{key}.safetensors": mine.read_bytes(),
+    }
+    header = {"format": "somebody-else-1", "kind": other.name, "key": "3" * 64}
+    safetensors.torch.save_file({"x": torch.ones(9)}, tmp_path / "theirs", metadata=header)
+    foreign[other / f"{'3' * 64}.safetensors"] = (tmp_path / "theirs").read_bytes()
+    for path, data in foreign.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        aged(path, 100)
+    outside = tmp_path / "outside"
+    outside.write_bytes(mine.read_bytes())
+    (other / f"{'4' * 64}.safetensors").symlink_to(outside)
+    (other / f"{'5' * 64}.safetensors").mkdir()
+    TensorCache(tmp_path).prune(0)
+    assert not mine.exists()
+    assert all(p.read_bytes() == data for p, data in foreign.items())
+    assert outside.exists() and (other / f"{'4' * 64}.safetensors").is_symlink()
+
+
+def test_files_of_an_earlier_format_are_ours(tmp_path):
+    (path,) = filled(tmp_path, 1)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), "format": "editloss-prepared-0"}
+    safetensors.torch.save_file({"x": torch.ones(9)}, path, metadata=metadata)
+    aged(path, 9)
+    TensorCache(tmp_path).prune(0)
+    assert not path.exists()
+
+
+def test_many_may_prune_and_write_at_once(tmp_path, caplog):
+    """Nobody stumbles over a file that another one removed, no file is counted twice, and entries are whole or absent."""
+    paths, errors = filled(tmp_path, 60, numbers=10), []
+
+    def work(prune):
+        try:
+            for i, path in enumerate(paths):
+                cache = TensorCache(tmp_path)
+                if prune:
+                    cache.prune(0)
+                else:
+                    entry = cache.get(path.parent.name, path.stem)
+                    assert entry is None or entry.tensors["x"].eq(i).all()
+                    assert not cache.refused
+        except BaseException as error:
+            errors.append(error)
+
+    with caplog.at_level(logging.INFO):
+        threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    kept = sum(p.exists() for p in paths)
+    assert sum(int(record.args[0]) for record in caplog.records) == 60 - kept
+
+
+def test_a_file_that_cannot_be_removed_stops_nobody(tmp_path, monkeypatch, caplog):
+    """As on Windows, where another process has it open."""
+    paths, unlink = filled(tmp_path, 3), type(tmp_path).unlink
+
+    def refuse(path, *args, **options):
+        if path == paths[0]:
+            raise PermissionError(13, "in use", str(path))
+        unlink(path, *args, **options)
+
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    with caplog.at_level(logging.INFO):
+        TensorCache(tmp_path).prune(0)
+    assert [p.exists() for p in paths] == [True, False, False] and "removed 2 files" in caplog.text
+
+
+def test_preparing_prunes_what_others_left(tmp_path, monkeypatch):
+    paths = filled(tmp_path)
+    run(tmp_path)
+    assert all(p.exists() for p in paths), "far below the limit"
+    mine = files(tmp_path).keys() - {p.relative_to(tmp_path).as_posix() for p in paths}
+    monkeypatch.setattr(TensorCache.prune, "__defaults__", (0,))
+    again = run(tmp_path)
+    assert files(tmp_path).keys() == mine and again.notes == ()
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -492,9 +653,27 @@ def test_pairs_without_an_edit_are_named_before_any_model_runs(tmp_path):
     with pytest.raises(PairProblems) as caught:
         run(tmp_path, pairs=bare, codec=broken(vae()), encoders=named(broken(Raw())))
     assert {(f.kind, f.files) for f in caught.value.findings} == {
-        ("no edit", (tensors[1].name,)), ("mask empty", (tensors[2].name,)), ("no edit", (tensors[3].name,)),
+        ("no edit", ("p01 before", "p01 after")), ("mask empty", ("p02 mask",)), ("no edit", ("p03 before", "p03 after")),
     }  # fmt: skip
     assert "nothing is left of it at 128×96 px" in str(caught.value) and "at most 0.5 of 255" in str(caught.value)
+
+
+def test_pairs_of_a_folder_are_named_by_their_files(tmp_path):
+    write_folder(stool_pairs(2), tmp_path)
+    small = Image.new("L", (1280, 1280))
+    small.putpixel((3, 3), 255)
+    masks = sorted((tmp_path / "mask").iterdir())
+    small.save(masks[0])
+    after = sorted((tmp_path / "after").glob("*.png"))[1]
+    pixels = np.asarray(Image.open(tmp_path / "before" / after.name)).copy()
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(after)
+    with pytest.raises(PairProblems) as caught:
+        prepare(find_pairs(tmp_path, resolution=128), broken(vae()))
+    assert {(f.kind, f.files) for f in caught.value.findings} == {
+        ("mask empty", (f"mask/{masks[0].name}",)), ("no edit", (f"before/{after.name}", f"after/{after.name}")),
+    }  # fmt: skip
+    assert str(caught.value).startswith(f"pairs: 2 problems in {tmp_path} (folders before/ and after/)")
 
 
 def test_latents_and_embeddings_that_are_not_finite_are_refused_and_not_kept(tmp_path):
@@ -509,6 +688,60 @@ def test_latents_and_embeddings_that_are_not_finite_are_refused_and_not_kept(tmp
     with pytest.raises(ValueError, match="^embeddings by 'raw/grid': expected finite numbers, .* pair 'p00'"):
         run(tmp_path, encoders=named(encoder))
     assert not (tmp_path / "embeddings").exists()
+
+
+def full_above(most, run):
+    """``run``, with memory for ``most`` pictures."""
+
+    def limited(x):
+        if len(x) > most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(x)
+
+    return limited
+
+
+def test_where_memory_is_short_pictures_go_one_at_a_time():
+    codec, encoder, done = vae(), Raw(), []
+    codec.encode, encoder.features = full_above(1, codec.encode), full_above(1, encoder.features)
+    made = run(None, codec=codec, encoders=named(encoder, codec), progress=lambda *at: done.append(at), batch_size=4)
+    equal(made, run(None, encoders=named(Raw(), vae()), batch_size=1))
+    assert done[-1][0] == done[-1][1] and [d for d, _ in done] == sorted(d for d, _ in done)
+
+
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("latents", r"latents of 'vae/conv/grid' for the pair 'p00', with one picture of 128×96 px at a time. What would "
+                    r"help: a resolution of the pairs below 1024, or a smaller VAE; or more of the device left free"),
+        ("pictures", r"embeddings by 'raw/grid' for the pair 'p00', with one picture of 48×48 px at a time. What would "
+                     r"help: a crop below 48, a resolution .*, or a smaller encoder"),
+        ("embeddings of latents", r"embeddings by 'vae/conv/grid' for the pair 'p00', with one picture of 128×96 px"),
+    ],
+)  # fmt: skip
+def test_no_memory_for_one_picture_names_pair_model_and_size(place, words, tmp_path):
+    codec, encoder = vae(), Raw()
+    if place == "latents":
+        codec.encode = full_above(0, codec.encode)
+    elif place == "pictures":
+        encoder.features = full_above(0, encoder.features)
+    else:
+        codec.from_latents = full_above(0, codec.from_latents)
+    with pytest.raises(OutOfMemory, match=f"^Out of memory while preparing {words}") as error:
+        run(tmp_path, codec=codec, encoders=named(encoder, codec), crop=48)
+    assert isinstance(error.value.__cause__, torch.cuda.OutOfMemoryError)
+    assert (tmp_path / "masks").exists() and (tmp_path / "latents").exists() == (place != "latents")
+
+
+def test_it_says_what_was_prepared():
+    made = prepare(scene(), vae(), named(Raw()), crop=48, overlay=OVERLAY)
+    about = made.about()
+    assert json.loads(json.dumps(about))["overlay"]["feather"] == OVERLAY.feather
+    assert {k: about[k] for k in ("pictures", "captions", "resolution", "crop", "vae", "encoders")} == {
+        "pictures": scene().digest, "captions": scene().captions_digest, "resolution": 1024, "crop": 48,
+        "vae": vae().info.fingerprint, "encoders": {"raw/grid": Raw().info.fingerprint},
+    }  # fmt: skip
+    assert prepare(scene(), vae()).about()["overlay"] is None
 
 
 def test_overlays_that_cannot_be_made_name_the_pair():

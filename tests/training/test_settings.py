@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.training.flow import Timesteps
-from editloss_core.training.settings import OPTIMIZERS, MovingAverage, TrainingSettings, every
+from editloss_core.training.settings import OPTIMIZERS, MovingAverage, TrainingSettings, check_objective, every
 
 WHOLE = ["steps", "batch_size", "accumulation", "objective_every", "keep"]
 WHOLE_OR_NONE = [
@@ -48,6 +49,16 @@ def test_numbers(name):
 def test_other_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainingSettings(**changes)
+
+
+def test_gates_outside_all_noise_levels_leave_nothing_to_train_on():
+    settings = TrainingSettings(velocity_weight=0.0, timesteps=Timesteps("uniform", minimum=0.3, maximum=0.8))
+    outside = LossTerm("geometry_match", "e", t_max=0.2), LossTerm("geometry_match", "e", name="high", t_min=0.9)
+    watching = LossTerm("geometry_match", "e", name="watching", weight=0.0)
+    with pytest.raises(ValueError, match=r"^velocity_weight: 0 leaves nothing .* are drawn, 0.3 to 0.8"):
+        check_objective(EditObjective((*outside, watching)), settings)
+    check_objective(EditObjective((*outside, LossTerm("geometry_match", "e", name="at the end", t_min=0.8))), settings)
+    check_objective(EditObjective(outside), TrainingSettings(timesteps=settings.timesteps))
 
 
 def test_settings_are_plain_values():

@@ -1,7 +1,11 @@
 """Training: the same seed gives the same bytes, an interrupted run ends as an uninterrupted one, losses go down."""
 
+import copy
+import json
 import subprocess
 import sys
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +31,7 @@ from small import (
 )
 
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.training.checkpoint import Checkpoint, checkpoints
+from editloss_core.training.checkpoint import SET_ASIDE, Checkpoint, checkpoints
 from editloss_core.training.flow import Timesteps
 from editloss_core.training.log import RunLog
 from editloss_core.training.settings import OPTIMIZERS
@@ -154,6 +158,93 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     assert last.step == result.steps
     assert equal(last.average, weights(result.lora)) and equal(last.optimizer, whole.optimizer.state_dict())
     assert without_times(RunLog.read(tmp_path)) == without_times(result.log)
+
+
+# --- going on, but not as before ---------------------------------------------------------------------------------------
+
+
+def resumed(folder, step=4, **options):
+    """A trainer that stands at a checkpoint of a run of six steps with one every two."""
+    if not saved(folder):
+        trainer(folder).run()
+    again = trainer(folder, **options)
+    again.resume(folder / CHECKPOINT_FOLDER / f"step_{step:06d}.safetensors")
+    return again
+
+
+def recaptioned(prepared):
+    pairs = tuple(replace(pair, caption="other words") for pair in prepared.pairs)
+    return replace(prepared, pairs=replace(prepared.pairs, pairs=pairs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradients_every": 1, "validate_every": 3, "preview_steps": 7, "previews": 1, "checkpoint_every": 5, "keep": 9,
+          "steps": 60}],
+    ids=["nothing", "what only watches"],
+)  # fmt: skip
+def test_going_on_as_before_leaves_no_notes(changes, tmp_path):
+    assert resumed(tmp_path, **changes).notes == []
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"learning_rate": 0.5}, "learning_rate 0.01 → 0.5"),
+        ({"weight_decay": 0.5, "seed": 3}, "seed 0 → 3, weight_decay 0.01 → 0.5"),
+        ({"timesteps": Timesteps("shifted")}, "timesteps"),
+        ({"objective": EditObjective((NO_EDIT, GEOMETRY))}, "objective"),
+        ({"schedule": "cosine", "steps": 9}, 'schedule "constant" → "cosine", steps 6 → 9'),
+        ({"prepared": prepared_pairs(crop=16)}, "crop 0 → 16"),
+        ({"prepared": prepared_pairs(seed=5)}, "pictures"),
+        ({"prepared": recaptioned(prepared_pairs())}, "captions"),
+        ({"prepared": replace(prepared_pairs(), encoders={}), "objective": None}, "encoders, objective"),
+    ],
+)
+def test_what_is_not_as_before_is_named(changes, said, tmp_path):
+    assert resumed(tmp_path, **changes).notes == [f"resumed with other settings or pairs than before: {said}"]
+
+
+def test_weight_decay_is_that_of_the_run_that_goes_on(tmp_path):
+    ends = []
+    for decay in (0.01, 10.0):
+        again = resumed(tmp_path / str(decay), weight_decay=decay)
+        assert [group["weight_decay"] for group in again.optimizer.param_groups] == [decay]
+        again.run()
+        kept = Checkpoint.load(saved(again.folder)[-1])
+        assert kept.optimizer["param_groups"][0]["weight_decay"] == decay == kept.info["settings"]["weight_decay"]
+        ends.append(sum(p.square().sum() for p in weights(again.lora).values()))
+    assert ends[1] < 0.9 * ends[0]
+
+
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
+    """They are of a branch that was given up: the next one to go on must not do so from there."""
+    again = resumed(tmp_path, 2, learning_rate=0.5, host=StopAfter(3), checkpoint_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        again.run()
+    assert [p.stem for p in saved(tmp_path)] == ["step_000002", "step_000003"]
+    aside = tmp_path / CHECKPOINT_FOLDER / SET_ASIDE
+    assert sorted(p.stem for p in aside.iterdir()) == ["step_000004", "step_000006"]
+    assert Checkpoint.load(aside / "step_000006.safetensors").info["settings"]["learning_rate"] == 0.01
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    again = resumed(tmp_path)
+    half = tmp_path / CHECKPOINT_FOLDER / f".{uuid.uuid4().hex}.tmp"
+    half.write_bytes(b"half")
+    again.run()
+    assert not half.exists()
+
+
+def test_a_lora_says_how_many_steps_were_done(tmp_path):
+    again = resumed(tmp_path, 6, steps=2)
+    again.run()
+    assert again.notes == ["nothing was left to train: step_000006.safetensors is of step 6, steps is 2"]
+    said = {name: json.loads(text) for name, text in metadata(again).items()}
+    assert said["editloss_settings"]["steps"] == 6
+    pairs = again.prepared.pairs
+    assert (said["editloss_pictures"], said["editloss_captions"]) == (pairs.digest, pairs.captions_digest)
+    assert said["editloss_encoders"] == {n: i.fingerprint for n, i in again.prepared.encoders.items()}
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
@@ -328,15 +419,44 @@ def test_the_objective_at_every_nth_step():
     assert all("velocity" in s.terms for entry in made.log.steps for s in entry.samples)
 
 
-def test_gradients_are_measured_at_every_nth_step_and_measuring_changes_little():
+def test_gradients_are_measured_at_every_nth_step_and_measuring_changes_nothing():
     ends = []
     for interval, expected in ((3, [1, 4]), (0, [])):
         made = trainer(steps=6, gradients_every=interval)
         result = made.run()
         assert [s.step for s in result.log.steps if s.samples[0].terms["velocity"].gradient is not None] == expected
         ends.append(weights(made.lora))
-    for name, p in ends[0].items():
-        torch.testing.assert_close(p, ends[1][name], rtol=1e-3, atol=1e-4)
+    assert equal(*ends)
+
+
+def without_a_loss(made, steps):
+    """Which of the steps had noise levels outside 0.6…1 only."""
+    return [s.step for s in made.log.steps[:steps] if all(sample.t < 0.6 for sample in s.samples)]
+
+
+def test_a_step_without_any_loss_moves_nothing_and_is_counted():
+    """Momentum and weight decay would move the weights without one."""
+    gated = EditObjective((replace(NO_EDIT, t_min=0.6), replace(GEOMETRY, weight=0.0)))
+    states = []
+
+    class Watch(Host):
+        def on_step(self, log, total):
+            states.append((weights(made.lora), copy.deepcopy(made.average.values)))
+
+    made = trainer(objective=gated, velocity_weight=0.0, steps=12, host=Watch(), ema=0.9, weight_decay=0.5)
+    result = made.run()
+    idle = without_a_loss(made, 12)
+    assert 0 < len(idle) < 12 and any(step > 1 for step in idle)
+    assert [n + 2 for n in range(11) if equal(states[n][0], states[n + 1][0])] == [step for step in idle if step > 1]
+    assert [n + 2 for n in range(11) if equal(states[n][1], states[n + 1][1])] == [step for step in idle if step > 1]
+    assert [note for note in made.notes if "changed nothing" in note] == [
+        f"{len(idle)} of 12 steps changed nothing: velocity_weight is 0, and the noise levels drawn were outside every "
+        "term's t_min to t_max"
+    ]
+    assert result.steps == 12
+    plain = trainer(objective=gated, steps=12)
+    plain.run()
+    assert not plain.notes
 
 
 def test_every_pair_is_seen_once_per_epoch_in_batches_of_one_size():

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import runpy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,15 +21,18 @@ from small import (
     indices_of,
     parts,
     prepared_pairs,
+    settings,
     trainer,
     weights,
 )
 
 from editloss_core.objective import EditObjective, LossTerm
+from editloss_core.training import memory
 from editloss_core.training.checkpoint import Checkpoint, CheckpointError, checkpoints
 from editloss_core.training.log import RunLog
-from editloss_core.training.memory import OutOfMemory
-from editloss_core.training.trainer import CHECKPOINT_FOLDER, Host, NonFinite
+from editloss_core.training.lora import LoRA, LoRASettings
+from editloss_core.training.memory import OutOfMemory, StepMemory, advice
+from editloss_core.training.trainer import CHECKPOINT_FOLDER, Host, NonFinite, resumable
 
 BAD_STEP = 3  # the step that fails
 
@@ -180,11 +185,63 @@ def test_without_a_folder_the_message_promises_no_file():
     assert "checkpoint" not in str(error.value)
 
 
+class SpoiltFrom(SmallDenoiser):
+    """NaN from the ``first``-th call on of those with a graph (training), or of those without one (validation)."""
+
+    def __init__(self, first, training):
+        super().__init__()
+        self.first, self.training, self.asked = first, training, 0
+
+    def __call__(self, *args):
+        v = super().__call__(*args)
+        if torch.is_grad_enabled() != self.training:
+            return v
+        self.asked += 1
+        return v * torch.nan if self.asked >= self.first else v
+
+
+def test_what_ends_in_nan_is_saved_without_pushing_an_earlier_checkpoint_out(tmp_path):
+    """The last one may be where it began."""
+    with pytest.raises(NonFinite, match="step 4"):
+        trainer(tmp_path, denoiser=SpoiltFrom(4, training=True), checkpoint_every=2, keep=1).run()
+    assert [p.stem for p in checkpoints(tmp_path / CHECKPOINT_FOLDER)] == ["step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize("first, where, t", [(3, ", without the LoRA", 0.5), (9, "", 0.7)], ids=["base", "LoRA"])
+def test_a_validation_that_is_not_finite_names_term_pair_and_t(first, where, t, tmp_path):
+    held_out = prepared_pairs(1, seed=9, names="held out")
+    made = trainer(
+        tmp_path, denoiser=SpoiltFrom(first, training=False), validation=held_out, validate_every=2, checkpoint_every=0
+    )
+    with pytest.raises(NonFinite) as error:
+        made.run()
+    message = str(error.value)
+    assert f"Stopped at the validation after step 2{where}: the loss of 'velocity' is nan" in message
+    assert f"for pair 'held out 0' at t = {t:.3f}" in message and "checkpoints/step_000002.safetensors" in message
+    assert not made.log.validations and not RunLog.read(tmp_path).validations
+    assert Checkpoint.load(checkpoints(tmp_path / CHECKPOINT_FOLDER)[-1]).step == 2
+
+
+def test_a_term_that_is_not_finite_in_validation_is_named_unless_it_only_watches():
+    held_out = prepared_pairs(1, seed=9, names="held out")
+
+    class NaNInValidation(Patches):
+        def features(self, pixels):
+            return super().features(pixels) * (1.0 if torch.is_grad_enabled() else torch.nan)
+
+    own = {**encoders(), PATCHES: NaNInValidation()}
+    options = {"validation": held_out, "validate_every": 2, "steps": 2, "with_encoders": own}
+    with pytest.raises(NonFinite, match="the loss of 'geometry' is nan, for pair 'held out 0' at t = 0.100"):
+        trainer(objective=EditObjective((NO_EDIT, GEOMETRY)), **options).run()
+    made = trainer(objective=EditObjective((NO_EDIT, replace(GEOMETRY, weight=0.0))), **options)
+    assert len(made.run().log.validations) == 1
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def full(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 class FullModel(SmallDenoiser):
@@ -205,7 +262,7 @@ def out_of_memory(tmp_path, **options):
     start = weights(made.lora)
     with pytest.raises(OutOfMemory) as error:
         made.run()
-    assert equal(start, weights(made.lora)) and isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert equal(start, weights(made.lora)) and isinstance(error.value.__cause__, torch.cuda.OutOfMemoryError)
     return str(error.value)
 
 
@@ -214,10 +271,37 @@ def test_no_memory_in_the_model(tmp_path):
     message = out_of_memory(tmp_path, denoiser=FullModel(), batch_size=2, resolution=1024)
     assert message.startswith("Out of memory in the model, at 8 tokens a sample and batch size 2.")
     lines = [line for line in message.splitlines() if line.startswith("- ")]
-    assert "gradient checkpointing on" in lines[0] and f"about {(1 + 2 / 17) / 2:.0%}" in lines[0]
-    assert "batch size 2 → 1 with accumulation 2" in lines[1] and "about 50%" in lines[1]
+    assert "batch size 2 → 1 with accumulation 2" in lines[0] and "about 50%" in lines[0]
+    assert "gradient checkpointing on" in lines[1] and f"about {(1 + 2 / 17) / 2:.0%}" in lines[1]
     assert "resolution 1024 → 768" in lines[2] and "about 56%" in lines[2]
-    assert "objective every N steps saves time, not memory" in lines[3]
+    assert len(lines) == 3
+
+
+def test_advice_is_for_the_stage_that_failed():
+    """What was decoded is gone while the model goes back, and what the model kept while the optimiser steps."""
+    words = {
+        "gradient checkpointing": {"model", "objective", "backward"}, "batch size 2 →": {"model", "objective", "backward"},
+        "crop 512×512": {"objective"}, "small decoder": {"objective"}, "no preview": {"validation"},
+        "resolution 1024": {"model", "objective", "backward", "validation"}, "rank 16": {"optimiser"},
+        "adamw8bit": {"optimiser"},
+    }  # fmt: skip
+    found = {word: set() for word in words}
+    for stage in ("loading", "model", "objective", "backward", "optimiser", "validation"):
+        text = advice(StepMemory(torch.device("cpu"), current=stage), tokens=8, batch_size=2, checkpointing=False, crop=(512, 512), blocks=57,
+                      settings={"resolution": 1024, "rank": 16, "optimizer": "adamw"})  # fmt: skip
+        for word in words:
+            if word in text:
+                found[word].add(stage)
+        shares = [int(share) for share in re.findall(r"to (?:about )?(\d+)%", text)]
+        assert shares == sorted(shares) and "saves time" not in text
+    assert found == words
+
+
+def test_before_torch_2_5_the_error_has_its_older_name(monkeypatch):
+    monkeypatch.delattr(torch, "OutOfMemoryError", raising=False)
+    assert runpy.run_path(memory.__file__)["DeviceOutOfMemory"] is torch.cuda.OutOfMemoryError
+    with pytest.raises(OutOfMemory):
+        trainer(denoiser=FullModel()).run()
 
 
 def test_no_memory_on_the_way_back(tmp_path):
@@ -279,6 +363,14 @@ class Untouched(SmallDenoiser):
     [
         ({"objective": None, "velocity_weight": 0.0}, "velocity_weight: 0 without an objective"),
         ({"objective": EditObjective(), "velocity_weight": 0.0}, "velocity_weight: 0 without an objective"),
+        (
+            {"objective": EditObjective((replace(NO_EDIT, weight=0.0),)), "velocity_weight": 0.0},
+            "velocity_weight: 0 without",
+        ),
+        (
+            {"objective": EditObjective((LossTerm("multi_negative", PATCHES),))},
+            "reads hard_negative, which training has no",
+        ),
         ({"with_encoders": {}}, "objective: its terms read 'vae/blocks/grid', which is not among the encoders"),
         ({"objective": EditObjective((LossTerm("geometry_match", PATCHES, anchor="src"),))}, "does not read pred"),
     ],
@@ -289,7 +381,6 @@ def test_what_does_not_fit_together_is_refused(options, message):
 
 
 def test_conditioning_of_another_number_is_refused():
-    from editloss_core.training.lora import LoRA, LoRASettings
     from editloss_core.training.settings import TrainingSettings
     from editloss_core.training.trainer import Trainer
 
@@ -321,6 +412,22 @@ def test_an_encoder_that_the_pairs_were_not_prepared_for_is_named():
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_whether_a_run_can_go_on_is_known_without_a_trainer(tmp_path):
+    """And so before pictures and captions are encoded."""
+    trainer(tmp_path).run()
+    path = checkpoints(tmp_path / CHECKPOINT_FOLDER)[-1]
+    module = Untouched().module
+    lora = LoRASettings(4, 4.0, layers="all")
+    assert resumable(path, LoRA(module, lora), settings()).step == 6
+    with pytest.raises(CheckpointError, match="its lora is"):
+        resumable(path, LoRA(module, replace(lora, rank=8)), settings())
+    with pytest.raises(CheckpointError, match="moving average"):
+        resumable(path, LoRA(module, lora), settings(ema=0.9))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        resumable(path, LoRA(module, lora), settings())
 
 
 @pytest.mark.parametrize(

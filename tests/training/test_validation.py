@@ -210,6 +210,26 @@ def test_gates_hold_in_validation():
     assert all(math.isfinite(v) for v in log.terms.values())
 
 
+def test_terms_that_compare_within_a_batch_are_left_out_and_that_is_said():
+    """One pair at a time, their loss is 0 whatever was learnt."""
+    within = LossTerm("info_nce", LATENTS, name="within")
+    host, made = validated(objective=EditObjective((GEOMETRY, within)), steps=2, preview_steps=0)
+    assert set(host.logs[0].terms) == {"geometry"} and made.log.steps[0].term("within") > 0
+    assert made.notes == [
+        "within: left out of validation, where pairs come one at a time and there is no batch to compare"
+    ]
+    host, made = validated(objective=EditObjective((within,)), steps=2, preview_steps=0)
+    assert host.logs[0].terms == {} and math.isfinite(host.logs[0].velocity)
+    against = LossTerm("info_nce", LATENTS, negative="src")
+    host, made = validated(objective=EditObjective((against,)), steps=2, preview_steps=0)
+    assert host.logs[0].terms and not made.notes
+
+
+def test_a_comparison_within_batches_of_one_is_said_to_be_0():
+    made = trainer(objective=EditObjective((GEOMETRY, LossTerm("info_nce", LATENTS, name="within"))), batch_size=1)
+    assert made.notes == ["within: compares the pairs of a batch, and is always 0 with batch_size 1"]
+
+
 def test_validation_pairs_of_several_sizes():
     host, _ = validated(validation=prepared_pairs(1, ((32, 32), (48, 32)), seed=9, names="held out"), steps=2)
     assert [row.lora.shape for row in host.rows[0]] == [(32, 32, 3), (48, 32, 3)]

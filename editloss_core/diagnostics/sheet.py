@@ -1,0 +1,78 @@
+"""What every page shares: colours, places in inches, words that fit, and the way from a figure to a tensor."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+INK, MUTED, GOOD, WARN, BAD, LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", "#c62828", "#d7dce2"
+
+
+class Sheet:
+    """A figure on which places are inches from the top left."""
+
+    def __init__(self, figure):
+        self.figure, self.inches = figure, tuple(figure.get_size_inches())
+
+    def axes(self, left: float, top: float, width: float, height: float):
+        w, h = self.inches
+        axes = self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
+        axes.set_facecolor("none")
+        return axes
+
+    def write(self, x: float, y: float, words: str, **style) -> None:
+        style = {"color": INK, "fontsize": 9, "va": "center", "ha": "left", "parse_math": False, **style}
+        self.figure.text(x / self.inches[0], 1 - y / self.inches[1], words, **style)
+
+    def patch(self, x: float, y: float, color: str, hatch: Optional[str]) -> None:
+        """A small field of a legend."""
+        from matplotlib.patches import Rectangle
+
+        w, h = self.inches
+        corner, size = (x / w, 1 - (y + 0.045) / h), (0.18 / w, 0.09 / h)
+        field = Rectangle(corner, *size, transform=self.figure.transFigure, facecolor=color, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
+        self.figure.add_artist(field)
+
+    def line(self, xs: tuple[float, float], y: float, **style) -> None:
+        from matplotlib.lines import Line2D
+
+        w, h = self.inches
+        self.figure.add_artist(Line2D([x / w for x in xs], [1 - y / h] * 2, **style))
+
+
+def new_figure(width: int, *inches: float):
+    """A figure of this size, ``width`` pixels wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dpi = width / inches[0]
+    figure = Figure(figsize=[(round(side * dpi) + 0.01) / dpi for side in inches], dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pixels(figure) -> Tensor:
+    """``[height, width, 3]`` in 0…1."""
+    with warnings.catch_warnings():  # a name in a script that the font does not have is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.canvas.draw()
+    buffer = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
+    columns, lines = figure.canvas.get_width_height()
+    return buffer.view(lines, columns, 4)[..., :3].float() / 255.0
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def percent(share: Optional[float | Tensor]) -> str:
+    return "–" if share is None else f"{float(share):.0%}"
+
+
+def wrapped(text: str, columns: int, lines: int = 4) -> str:
+    return "\n".join(textwrap.wrap(text, columns, break_long_words=True, max_lines=lines, placeholder="…"))

@@ -1,0 +1,457 @@
+"""Checks of nodes/training.py inside a real ComfyUI process; test_training.py starts it and reads the result.
+
+    cd ComfyUI && python …/driver_training.py PACK_FOLDER SCRATCH_FOLDER [PART_OF_A_NAME]
+
+Every ``check_…`` below is one test: Train Kontext LoRA as ComfyUI's executor calls it, over small networks of ComfyUI's own
+classes with random weights, real text encoders included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import driver_model_encoders as small
+import torch
+from driver_model_encoders import FLUX, assert_close, import_pack, pictures, randomised, refused
+from torch import Tensor
+
+CHECKS: dict[str, Callable[[], None]] = {}
+CPU = torch.device("cpu")
+WIDTH = 64  # of the small text encoder
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__.removeprefix("check_")] = function
+    return function
+
+
+# ---------------------------------------------------------------------------- what a graph would have made
+
+
+def text_encoder() -> Any:
+    """ComfyUI's CLIP of SD1, two layers of width 64."""
+    import comfy.sd
+    import comfy.sd1_clip
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    target = SimpleNamespace(clip=comfy.sd1_clip.SD1ClipModel, tokenizer=comfy.sd1_clip.SD1Tokenizer, params={})
+    clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": sizes})
+    randomised(clip.cond_stage_model)
+    return clip
+
+
+def flux() -> Any:
+    """The small Flux that reads the small text encoder."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.Flux({**FLUX, "context_in_dim": WIDTH, "vec_in_dim": WIDTH})
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model({}, device=CPU)
+    randomised(base.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+def other_vae() -> Any:
+    """As ``small_vae(16)``, with other weights."""
+    vae = small.small_vae(16)
+    with torch.no_grad():
+        for p in vae.first_stage_model.parameters():
+            p.mul_(1.1)
+    return vae
+
+
+def pairs(count: int = 2, seed: int = 1) -> Any:
+    before, after = pictures(64, 96, count, seed), pictures(64, 96, count, seed + 1)
+    masks = torch.zeros(count, 64, 96)
+    masks[:, 16:48, 32:64] = 1
+    return PACK.pairs.PairSet.from_images(before, after, masks, "put my stool there", resolution=80)
+
+
+ENCODERS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "clip_vision": lambda model, vae, clip: PACK.model.ClipVisionEncoder(small.small_clip("clip"), "grid"),
+    "timm": lambda model, vae, clip: PACK.model.ManagedTimm("test_vit", None, random_seed=0),
+    "openclip": lambda model, vae, clip: PACK.model.ManagedOpenCLIP("ViT-S-32-alt", None, "tokens", random_seed=0),
+    "other_vae": lambda model, vae, clip: PACK.model.vae_encoder(small.small_vae(4, "kl")),
+    "features_of_the_model_itself": lambda model, vae, clip: _features(model, vae, clip),
+    "features_of_a_clone": lambda model, vae, clip: _features(model.clone(), vae, clip),
+    "features_of_another_model": lambda model, vae, clip: _features(flux(), vae, clip),
+    "features_of_pictures": lambda model, vae, clip: _features(flux(), other_vae(), clip),
+}
+
+
+def _features(model: Any, vae: Any, clip: Any) -> Any:
+    cond = clip.encode_from_tokens_scheduled(clip.tokenize("a picture"))
+    return PACK.model.diffusion_encoder(model, vae, cond, "double_blocks.1", 0.3, 0)
+
+
+def train(model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = None, **values: Any) -> Any:
+    """The node, as the executor calls it."""
+    wired = None
+    if encoder is not None:
+        term = PACK.objective.LossTerm("feature_match", encoder.info.name, dist="cos", anchor="pred", positive="gt")
+        wired = PACK.sockets.WiredObjective().with_term(term, encoder)
+    options = PACK.sockets.TrainingOptions(
+        training={"preview_steps": 1, "previews": 1, "validate_every": 2, "gradients_every": 1, **(training or {})},
+        crop=32,
+    )
+    values = {
+        "name": "driver", "steps": 2, "learning_rate": 1e-2, "batch_size": 2, "rank": 2, "alpha": 2.0,
+        "layers": "attention", "seed": 0, "hold_out": 1, "pairs": pairs(3), **values,
+    }  # fmt: skip
+    with torch.inference_mode():
+        return PACK.training.Train.execute(model=model, clip=clip, vae=vae, objective=wired, options=options, **values)
+
+
+@contextlib.contextmanager
+def recorded_loads() -> Iterator[list[tuple[bool, list[Any]]]]:
+    """(between graphs, models) for every time that ComfyUI is asked to load something while gradients are on.
+
+    Everything is unloaded before each step, so that the step has to ask for all that it needs.
+    """
+    import comfy.model_management as management
+
+    calls: list[tuple[bool, list[Any]]] = []
+    between = [False]
+    load, before_step = management.load_models_gpu, PACK.host.ComfyHost.before_step
+
+    def recording(models: Any, *args: Any, **kwargs: Any) -> None:
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            calls.append((between[0], [m.model for m in models]))
+        load(models, *args, **kwargs)
+
+    def prepared(host: Any) -> None:
+        management.unload_all_models()
+        between[0] = True
+        try:
+            before_step(host)
+        finally:
+            between[0] = False
+
+    management.load_models_gpu, PACK.host.ComfyHost.before_step = recording, prepared
+    try:
+        yield calls
+    finally:
+        management.load_models_gpu, PACK.host.ComfyHost.before_step = load, before_step
+
+
+# ---------------------------------------------------------------------------- encoders in a training step
+
+
+def _step_with(kind: str) -> None:
+    with torch.inference_mode():
+        model, vae, clip = flux(), small.small_vae(16), text_encoder()
+        encoder = ENCODERS[kind](model, vae, clip)
+    with recorded_loads() as calls:
+        out = train(model, vae, clip, encoder)
+    run = out.args[4]
+    samples = [s.terms["feature match"] for step in run.result.log.steps for s in step.samples]
+    assert len(samples) == 4 and all(s.gradient > 0 for s in samples), "the term has no gradient"
+    assert any(layer.up.abs().max() > 0 for layer in run.result.lora.layers), "nothing was learnt"
+    assert calls and all(between for between, _ in calls), f"{kind}: something was loaded inside a graph"
+    loaded = {id(m) for _, models in calls for m in models}
+    reads_latents = kind.startswith("features") and kind != "features_of_pictures"
+    needed = {id(p.model) for p in PACK.model.patchers_of(encoder, reads_latents)}
+    assert needed and id(model.model) in loaded and needed <= loaded
+    assert (id(vae.first_stage_model) in loaded) != reads_latents, (
+        "the decoder is loaded for pictures and only for them"
+    )
+
+
+for _kind in ENCODERS:
+    CHECKS[f"a_step_with_{_kind}"] = lambda k=_kind: _step_with(k)
+
+
+@check
+def check_flow_matching_alone_loads_the_model_alone() -> None:
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    with recorded_loads() as calls:
+        train(model, vae, clip)
+    assert {id(m) for _, models in calls for m in models} == {id(model.model)}
+
+
+@check
+def check_encoder_on_the_trained_weights_with_other_loras_is_refused() -> None:
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    other = model.clone()
+    other.add_patches({"diffusion_model.img_in.weight": (torch.ones_like(model.model.diffusion_model.img_in.weight),)})
+    refused(lambda: train(model, vae, clip, _features(other, vae, clip)), "objective", "double_blocks.1", "other LoRAs")
+
+
+# ---------------------------------------------------------------------------- encoders that come and go
+
+
+def _alike(managed: Any, plain: Any, network: Any) -> None:
+    import comfy.model_management as management
+
+    x = pictures(48, 64)
+
+    def of(encoder: Any) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            images = x.clone().requires_grad_()
+            z = encoder(images)
+            (grad,) = torch.autograd.grad(z.square().sum(), images)
+        return z.detach(), grad
+
+    expected = of(plain)
+    assert managed.info == plain.info
+    with torch.inference_mode():
+        assert_close(managed.embed(x), expected[0], 1e-5)
+    (patcher,) = managed.patchers
+    assert patcher in management.loaded_models() and patcher.loaded_size() == patcher.model_size() > 0
+    assert all(torch.equal(a, b) for a, b in zip(of(managed), expected))
+    management.unload_all_models()
+    assert patcher not in management.loaded_models() and patcher.loaded_size() == 0
+    assert all(torch.equal(a, b) for a, b in zip(of(managed), expected)), "other values after it was unloaded"
+    assert patcher in management.loaded_models()
+    with torch.inference_mode():  # another node's loading and unloading leaves inference tensors
+        for p in network.parameters():
+            p.data = p.data.clone()
+        for part in network.modules():
+            for name, p in part._parameters.items():
+                part._parameters[name] = None if p is None else torch.nn.Parameter(p.clone(), requires_grad=False)
+    assert all(torch.equal(a, b) for a, b in zip(of(managed), expected)), "other values after inference mode"
+
+
+@check
+def check_managed_timm_is_the_plain_one_and_survives_unloading() -> None:
+    managed = PACK.model.ManagedTimm("test_vit", None, random_seed=0)
+    _alike(managed, PACK.timm.TimmEncoder("test_vit", None, random_seed=0), managed.network)
+
+
+@check
+def check_managed_openclip_is_the_plain_one_and_survives_unloading() -> None:
+    for output in ("global", "grid"):
+        managed = PACK.model.ManagedOpenCLIP("RN50", None, output, random_seed=0)
+        _alike(managed, PACK.openclip.OpenCLIPEncoder("RN50", None, output, random_seed=0), managed.network)
+
+
+@check
+def check_plain_layers_are_loaded_and_unloaded_as_a_whole() -> None:
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    encoder = PACK.model.ManagedTimm("test_vit", None, random_seed=0)
+    (patcher,) = encoder.patchers
+    entry = management.LoadedModel(patcher)
+    entry.model_load(lowvram_model_memory=1)  # where no more than a byte is free
+    assert patcher.loaded_size() == patcher.model_size() and not patcher.model.model_lowvram
+    assert entry.model_unload(memory_to_free=1) and patcher.loaded_size() == 0
+
+
+@check
+def check_an_encoder_that_nobody_has_is_gone() -> None:
+    import gc
+    import weakref
+
+    import comfy.model_management as management
+
+    encoder = PACK.model.ManagedTimm("test_vit", None, random_seed=0)
+    with torch.no_grad():
+        encoder(pictures(32, 32))
+    gone = weakref.ref(encoder.network)
+    gc.disable()
+    try:
+        del encoder
+        assert gone() is None, "something holds its weights"
+    finally:
+        gc.enable()
+    management.cleanup_models()
+    assert None not in management.loaded_models()
+
+
+@check
+def check_step_memory_counts_decoder_and_encoders() -> None:
+    with torch.inference_mode():
+        model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    encoder = ENCODERS["timm"](model, vae, clip)
+    prepared = PACK.prepare.prepare(
+        pairs(), PACK.model.vae_encoder(vae, 0, model.model.latent_format), {encoder.info.name: encoder}, crop=32
+    )
+
+    def estimate(decoder: Any = None, encoders: Any = (), checkpointing: bool = True) -> float:
+        found = PACK.host.step_memory(model, prepared, 2, checkpointing, decoder, encoders)
+        assert isinstance(found, int) and found > 1 << 30
+        return found - (1 << 30)
+
+    height, width = prepared.after([0]).shape[2:]
+    forward = model.model.memory_required([2, 16, 2 * height, width])
+    assert abs(estimate() - 3 * forward) <= 1 and abs(estimate(checkpointing=False) - 8 * forward) <= 1
+    window = [1, 16, min(height, 4 + 8), min(width, 4 + 8)]  # of the crop of 32 pixels, with its halo
+    decoding = 3 * vae.memory_used_decode(window, vae.vae_dtype)
+    assert abs(estimate(vae) - max(3 * forward, forward + decoding)) <= 1
+    assert abs(estimate(vae, checkpointing=False) - (8 * forward + decoding)) <= 1
+    (patcher,) = encoder.patchers
+    assert abs(estimate(None, [patcher], False) - (8 * forward + 4 * patcher.model_size())) <= 1
+    assert estimate(vae, [patcher]) == estimate(vae), "the larger of the two counts"
+    assert estimate(None, [model], False) > estimate(None, [patcher], False)
+
+
+# ---------------------------------------------------------------------------- text encoders
+
+
+@check
+def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model, clip = flux(), text_encoder()
+        assert next(clip.cond_stage_model.parameters()).is_inference()
+        known = [PACK.pairs.Pair("a", "", "", caption="a (red:1.4) chair"), PACK.pairs.Pair("b", "", "", caption="")]
+        theirs = {p.caption: clip.encode_from_tokens_scheduled(clip.tokenize(p.caption)) for p in known}
+        with torch.inference_mode(False), torch.enable_grad():
+            denoiser = PACK.denoiser.ComfyDenoiser(model)
+            found = PACK.training._conditioning(clip, known, denoiser)
+            assert found.keys() == theirs.keys()
+            for caption, entries in found.items():
+                (context, extra), (expected, more) = entries[0], theirs[caption][0]
+                assert torch.equal(context, expected) and torch.equal(extra["pooled_output"], more["pooled_output"])
+                assert not context.is_inference() and not extra["pooled_output"].is_inference()
+                assert context.shape == (1, 77, WIDTH) and context.device == CPU and not context.requires_grad
+            x = torch.randn(2, 16, 8, 8).requires_grad_()
+            t = torch.full((2,), 0.5)
+            denoiser(x, t, [x.detach()], list(found.values())).square().mean().backward()
+    assert x.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------- what a person sees
+
+
+@contextlib.contextmanager
+def seen() -> Iterator[list[Any]]:
+    """Preview pictures, in order."""
+    import comfy.utils
+
+    shown: list[Any] = []
+
+    def hook(value: int, total: int, preview: Any, node_id: Any = None) -> None:
+        if preview is not None:
+            shown.append((value, total, preview[1]))
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        yield shown
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+
+
+@check
+def check_previews_show_curves_and_held_out_pairs_together_also_after_resume() -> None:
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    PACK.host.PREVIEW_SECONDS = 0.0
+    options = {"checkpoint_every": 1, "keep": 9}
+    with seen() as shown:
+        run = train(model, vae, clip, training=options, name="seen", steps=3).args[4]
+    alone, *together = [(value, picture.size) for value, _, picture in shown]
+    assert alone == (1, (768, 384)), shown
+    assert [value for value, _ in together] == [2, 2, 3, 3], shown
+    held_out = PACK.compare.grid(run.result.pictures)[0]
+    for value, (width, height) in together[1:]:
+        assert width == held_out.shape[1] and height > held_out.shape[0] + 0.3 * width, (value, width, height)
+
+    # Stopped within the validation after step 2, which is made up before the first step.
+    log = run.folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    log.write_text("".join(f"{line}\n" for line in lines if '"velocity_base"' not in line), encoding="utf-8")
+    resume = PACK.sockets.ResumePoint("seen", run.folder / "checkpoints" / "step_000002.safetensors")
+    PACK.host.PREVIEW_SECONDS = 1e9
+    with seen() as shown:
+        train(model, vae, clip, training=options, steps=3, resume=resume)
+    assert [(value, total) for value, total, _ in shown] == [(2, 3), (3, 3)], shown
+    assert all(picture.size == together[-1][1] for _, _, picture in shown)
+
+
+@check
+def check_resume_says_what_changed() -> None:
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    encoder = ENCODERS["timm"](model, vae, clip)
+    run = train(model, vae, clip, encoder, name="changes", steps=1).args[4]
+    assert json.loads(run.metadata["editloss_model"]) == "Flux in float32"
+    assert json.loads(run.metadata["editloss_guidance"]) == 1.0 and "editloss_pairs" not in run.metadata
+    (saved,) = (run.folder / "checkpoints").glob("*.safetensors")
+    resume = PACK.sockets.ResumePoint("changes", saved)
+    same = train(model, vae, clip, encoder, steps=2, resume=resume)
+    assert "resumed with other" not in same.ui["text"][0]
+    words: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: words.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        other = train(model, vae, clip, encoder, steps=2, resume=resume, decoder=other_vae(), pairs=pairs(3, 7))
+    finally:
+        logging.getLogger().removeHandler(handler)
+    first = other.ui["text"][0].partition("\n\n")[0]
+    assert "2 steps, kept in output/editloss/runs/changes" in first
+    assert "resumed with other" in first and "decoder" in first and "pictures" in first and "captions" not in first
+    assert any(w.startswith("Train Kontext LoRA: resumed with other") for w in words), words
+
+
+@check
+def check_compare_answers_without_pictures() -> None:
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    run = train(model, vae, clip, name="unseen", steps=1, hold_out=0).args[4]
+    out = PACK.training.Compare.execute(run=run, width=640)
+    assert out.args[0].shape[2:] == (640, 3) and 60 < out.args[0].shape[1] < 200 and out.args[0].std() > 0.02
+    assert "hold_out" in out.ui["text"][0] and out.ui["images"]
+
+
+@check
+def check_words_reach_the_node_as_text_not_as_html() -> None:
+    sent: list[tuple[str, ...]] = []
+    server = SimpleNamespace(client_id="me", send_progress_text=lambda *args: sent.append(args))
+    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="7:3"))
+    stand_in = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
+    sys.modules["server"] = stand_in
+    try:
+        shown = PACK.notices.say(node, 'a <img src=x onerror="x()"> & b', details="| table |")
+    finally:
+        del sys.modules["server"]
+    assert sent == [('a &lt;img src=x onerror="x()"&gt; &amp; b', "7:3", "me")]
+    assert shown == {"text": ('a <img src=x onerror="x()"> & b\n\n| table |',)}
+
+
+def main() -> None:
+    global PACK
+    pack, small.SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
+    only = sys.argv[3] if len(sys.argv) > 3 else ""
+    sys.path.insert(0, str(Path.cwd()))
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import folder_paths
+
+    folder_paths.set_output_directory(str(small.SCRATCH / "output"))
+    folder_paths.set_temp_directory(str(small.SCRATCH / "temp"))
+    name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
+    modules = {
+        "model": "nodes.comfy_model", "denoiser": "nodes.comfy_denoiser", "training": "nodes.training",
+        "host": "nodes.training_host", "sockets": "nodes.sockets", "notices": "nodes.notices",
+        "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
+        "compare": "editloss_core.diagnostics.compare", "timm": "editloss_core.encoders.timm_net",
+        "openclip": "editloss_core.encoders.openclip",
+    }  # fmt: skip
+    PACK = SimpleNamespace(**{short: importlib.import_module(f"{name}.{m}") for short, m in modules.items()})
+    for name, function in CHECKS.items():
+        if only not in name:
+            continue
+        torch.manual_seed(0)
+        began = time.monotonic()
+        try:
+            function()
+            error = ""
+        except Exception:  # noqa: BLE001 the test shows it
+            error = traceback.format_exc()
+        print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
