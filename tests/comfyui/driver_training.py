@@ -418,6 +418,23 @@ def check_words_reach_the_node_as_text_not_as_html() -> None:
     assert shown == {"text": ('a <img src=x onerror="x()"> & b\n\n| table |',)}
 
 
+# ---------------------------------------------------------------------------- the model that the pack carries
+
+
+@check
+def check_the_demo_model_does_what_it_was_taught() -> None:
+    """In rooms that it has not seen; measured with 32 a task: replace 94 %, remove 97 %, recolour 100 % good."""
+    demo, scenes, judge = PACK.demo, PACK.scenes, PACK.judge
+    vae, clip, model = demo.comfy.sd.VAE(sd=demo.model.load_autoencoder()), demo.SmallTextEncoder(), demo.small_flux()
+    for task in scenes.TASKS:
+        examples = [scenes.draw(scenes.HELD_OUT + 500 + i, task) for i in range(16)]
+        verdicts = [v.verdict for v in judge.judge(demo.edit(model, clip, vae, examples, 10, 0), examples)]
+        assert verdicts.count("good") >= 13, (task, verdicts)
+    stools = scenes.stool_pairs(16, 3_000)
+    verdicts = [v.verdict for v in judge.judge(demo.edit(model, clip, vae, stools, 10, 0), stools)]
+    assert "good" not in verdicts and verdicts.count("no edit") >= 6, verdicts
+
+
 def main() -> None:
     global PACK
     pack, small.SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
@@ -434,6 +451,7 @@ def main() -> None:
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
     modules = {
         "model": "nodes.comfy_model", "denoiser": "nodes.comfy_denoiser", "training": "nodes.training",
+        "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
         "host": "nodes.training_host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
         "compare": "editloss_core.diagnostics.compare", "timm": "editloss_core.encoders.timm_net",
