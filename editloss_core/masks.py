@@ -52,10 +52,10 @@ def feather_mask(mask: Tensor, feather: float) -> Tensor:
         return mask
     # reflect padding needs radius < size
     radius = min(math.ceil(feather), mask.shape[-1] - 1, mask.shape[-2] - 1)
-    return _blur(mask[:, None], feather / 2, radius)[:, 0].clamp(0, 1)
+    return blur(mask[:, None], feather / 2, radius)[:, 0].clamp(0, 1)
 
 
-def _blur(x: Tensor, sigma: float, radius: int) -> Tensor:
+def blur(x: Tensor, sigma: float, radius: int) -> Tensor:
     """Separable Gaussian over [B, C, H, W], reflected at the borders."""
     steps = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
@@ -132,15 +132,15 @@ def estimate_mask(
 def _changed(before: Tensor, after: Tensor, threshold: float | str, min_area: float, grow: int) -> Tensor:
     """The edit region of one pair [1, 3, H, W] as a boolean [1, 1, H, W]."""
     height, width = before.shape[-2:]
-    lab0, lab1 = (_oklab(t) for t in (before, after))
+    lab0, lab1 = (oklab(t) for t in (before, after))
     if min(height, width) > 3:
-        lab0, lab1 = (_blur(t, 1.0, 3) for t in (lab0, lab1))
-    d = _tolerant_distance(lab0, lab1)
+        lab0, lab1 = (blur(t, 1.0, 3) for t in (lab0, lab1))
+    d = tolerant_distance(lab0, lab1)
     quiet = (d < _otsu(d))[0, 0]
     if quiet.float().mean() > 0.5:  # otherwise the "background" may be the edit itself
         drift = (lab1 - lab0)[0, :, quiet].median(dim=1).values
         if drift.norm().item() <= LARGEST_DRIFT:
-            d = _tolerant_distance(lab0, lab1 - drift.view(1, 3, 1, 1))
+            d = tolerant_distance(lab0, lab1 - drift.view(1, 3, 1, 1))
     if threshold == "auto":
         otsu = _otsu(d)
         background = d[d < otsu] if bool((d < otsu).any()) else d.flatten()
@@ -158,26 +158,26 @@ def _changed(before: Tensor, after: Tensor, threshold: float | str, min_area: fl
     # A piece needs a core of strong pixels, not one stray: a hundredth of the smallest piece that counts, and 3 pixels.
     # Closing by one pixel mends lines; the wider closing comes after stray pixels of the background are gone.
     pixels = height * width
-    labels = _components(_close(d > low, 1))
+    labels = components(_close(d > low, 1))
     core = torch.bincount(labels[seeds], minlength=pixels + 1)
     core[0] = 0
     region = (core >= max(3, 0.01 * min_area * pixels))[labels]
     region = _close(region, max(1, round(0.01 * max(height, width))))
-    labels = _components(region)
+    labels = components(region)
     area = torch.bincount(labels.flatten(), minlength=pixels + 1)
     area[0] = 0
     region = ((area >= min_area * pixels) & (area >= 0.02 * area.max()) & (area > 0))[labels]
     # Holes: pieces of the complement that do not reach the border.
-    outside = _components(~region)
+    outside = components(~region)
     area = torch.bincount(outside.flatten(), minlength=pixels + 1)
     area[0] = 0
     for side in (outside[..., 0, :], outside[..., -1, :], outside[..., 0], outside[..., -1]):
         area[side.flatten()] = 0
     region = region | ((area > 0) & (area <= 0.02 * pixels))[outside]
-    return _dilate(region, grow)
+    return dilate(region, grow)
 
 
-def _oklab(image: Tensor) -> Tensor:
+def oklab(image: Tensor) -> Tensor:
     """sRGB [B, 3, H, W] in 0…1 → Oklab (Ottosson 2020): L in 0…1, a and b about −0.4…0.4."""
     image = image.clamp(0, 1)
     linear = torch.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
@@ -199,7 +199,7 @@ def _oklab(image: Tensor) -> Tensor:
     return torch.einsum("ij,bjhw->bihw", to_lab, lms)
 
 
-def _tolerant_distance(a: Tensor, b: Tensor) -> Tensor:
+def tolerant_distance(a: Tensor, b: Tensor) -> Tensor:
     """Distance [B, 1, H, W] of two pictures that forgives shifts by one pixel, symmetric in its arguments."""
     height, width = a.shape[-2:]
 
@@ -230,7 +230,7 @@ def _otsu(d: Tensor, bins: int = 256) -> float:
     return (best + 1) * top / bins
 
 
-def _dilate(region: Tensor, radius: int) -> Tensor:
+def dilate(region: Tensor, radius: int) -> Tensor:
     """Growth of a boolean [B, 1, H, W] by a disc-like octagon of the given radius in pixels."""
     result = region.to(torch.float32)
     for step in range(radius):  # a square and a diamond by turns
@@ -244,10 +244,10 @@ def _dilate(region: Tensor, radius: int) -> Tensor:
 
 def _close(region: Tensor, radius: int) -> Tensor:
     """Growth, then the same shrinking. The border of the picture does not eat into the region."""
-    return ~_dilate(~_dilate(region, radius), radius)
+    return ~dilate(~dilate(region, radius), radius)
 
 
-def _components(region: Tensor) -> Tensor:
+def components(region: Tensor) -> Tensor:
     """Labels of the 8-connected pieces of a boolean [1, 1, H, W].
 
     0 outside; within a piece, the largest pixel number in it, counted from 1. Every round joins each label to the

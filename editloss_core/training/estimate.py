@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Callable, ContextManager, Mapping, Optional, Sequence
 
 import torch
@@ -60,7 +62,12 @@ class EstimateObjective:
         self.decodes = bool(pictures)
 
     def __call__(
-        self, x0: Tensor, indices: Sequence[int], t: Tensor, sample_weights: Optional[Tensor] = None
+        self,
+        x0: Tensor,
+        indices: Sequence[int],
+        t: Tensor,
+        sample_weights: Optional[Tensor] = None,
+        details: bool = False,
     ) -> Optional[ObjectiveReport]:
         """The terms that count at these noise levels; None if none does.
 
@@ -68,7 +75,7 @@ class EstimateObjective:
             x0: estimates ``[B, C, h, w]``, with their graph.
             indices: of the pairs that they belong to, of one bucket.
             t: ``[B]`` noise levels.
-            sample_weights: see :meth:`EditObjective.evaluate`.
+            sample_weights, details: see :meth:`EditObjective.evaluate`.
         """
         counting = self.objective.at(t)
         if not counting.terms:
@@ -83,7 +90,14 @@ class EstimateObjective:
             else:
                 pred = self._run(encoder.from_latents, self.prepared.vae.unscaled(gradient_where(counts, x0)))
             embeddings = embeddings.with_embedding("pred", encoder.info, pred.to(self.device))
-        return counting.evaluate(embeddings, t=t, sample_weights=sample_weights)
+        return counting.evaluate(embeddings, details, t, sample_weights)
+
+    def without_gates(self) -> EstimateObjective:
+        """The same with every term at every noise level, for outputs that are done."""
+        whole = copy.copy(self)
+        terms = self.objective.terms
+        whole.objective = EditObjective(tuple(replace(term, t_min=0.0, t_max=1.0) for term in terms))
+        return whole
 
     def _decode(self, x0: Tensor, indices: Sequence[int]) -> Tensor:
         """Pictures of the pairs' crops ``[B, H, W, 3]``."""

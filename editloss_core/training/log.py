@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterable, Mapping, Optional, Sequence
+from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
 from ..files import replacing
 
@@ -69,6 +69,22 @@ class StepLog:
 
 
 @dataclass(frozen=True)
+class PictureLog:
+    """A held-out pair that was sampled at a validation.
+
+    Attributes:
+        pair, caption: its name and its instruction.
+        files: "before", "base", "lora", "after" and, if it has one, "mask" → name of a file in the run's picture folder.
+        signals: "base" and "lora" → what the objective says about that output, see :attr:`PreviewRow.signals`.
+    """
+
+    pair: str
+    caption: str
+    files: Mapping[str, str]
+    signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ValidationLog:
     """Held-out pairs after ``step`` steps, each with the same noise at every validation.
 
@@ -78,6 +94,7 @@ class ValidationLog:
         terms: term name → mean raw loss on one-step estimates with the LoRA.
         terms_base: without it.
         noise_levels: t → (with, without) mean velocity loss.
+        pictures: that were sampled and kept; none without a folder.
     """
 
     step: int
@@ -86,6 +103,27 @@ class ValidationLog:
     terms: Mapping[str, float] = field(default_factory=dict)
     terms_base: Mapping[str, float] = field(default_factory=dict)
     noise_levels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    pictures: Sequence[PictureLog] = ()
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """What happened to a run after ``step`` steps, beside its steps.
+
+    Attributes:
+        event: ``"started"``, ``"resumed"``, ``"stopped"`` or ``"ended"``; a process that is killed leaves none.
+        notes: what a person should know.
+        info: settings, objective and pairs, where a run starts or goes on.
+    """
+
+    step: int
+    event: str
+    notes: Sequence[str] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+Entry = Union[StepLog, ValidationLog, EventLog]
+_KINDS = {StepLog: "step", ValidationLog: "validation", EventLog: "event"}  # as the file calls them, in its order
 
 
 @dataclass
@@ -95,10 +133,11 @@ class RunLog:
     folder: Optional[Path] = None
     steps: list[StepLog] = field(default_factory=list)
     validations: list[ValidationLog] = field(default_factory=list)
+    events: list[EventLog] = field(default_factory=list)
 
-    def add(self, entry: StepLog | ValidationLog) -> None:
+    def add(self, entry: Entry) -> None:
         """Append in memory and on disk; who is killed loses at most the line being written."""
-        (self.steps if isinstance(entry, StepLog) else self.validations).append(entry)
+        self._list_of(entry).append(entry)
         if self.folder is not None:
             with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
                 file.write(_line(entry))
@@ -111,11 +150,11 @@ class RunLog:
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
-                parsed = _validation(entry) if entry.pop("kind") == "validation" else _step(entry)
+                parsed = _PARSERS[entry.pop("kind")](entry)
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             if last_step is None or parsed.step <= last_step:
-                (log.steps if isinstance(parsed, StepLog) else log.validations).append(parsed)
+                log._list_of(parsed).append(parsed)
         return log
 
     def rewrite(self) -> None:
@@ -123,9 +162,13 @@ class RunLog:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        entries = sorted([*self.steps, *self.validations], key=lambda e: (e.step, isinstance(e, ValidationLog)))
+        order = list(_KINDS)
+        entries = sorted([*self.steps, *self.validations, *self.events], key=lambda e: (e.step, order.index(type(e))))
         with replacing(self.folder / LOG_FILE) as temporary:
             temporary.write_text("".join(map(_line, entries)), encoding="utf-8")
+
+    def _list_of(self, entry: Entry) -> list:
+        return {StepLog: self.steps, ValidationLog: self.validations, EventLog: self.events}[type(entry)]
 
     @property
     def terms(self) -> list[str]:
@@ -187,9 +230,8 @@ def _mean(values: Iterable[Optional[float]]) -> Optional[float]:
     return sum(known) / len(known) if known else None
 
 
-def _line(entry: StepLog | ValidationLog) -> str:
-    kind = "step" if isinstance(entry, StepLog) else "validation"
-    return json.dumps({"kind": kind, **_plain(asdict(entry))}, allow_nan=False) + "\n"
+def _line(entry: Entry) -> str:
+    return json.dumps({"kind": _KINDS[type(entry)], **_plain(asdict(entry))}, allow_nan=False) + "\n"
 
 
 def _plain(value):
@@ -211,4 +253,12 @@ def _step(entry: dict) -> StepLog:
 
 def _validation(entry: dict) -> ValidationLog:
     entry["noise_levels"] = {t: tuple(pair) for t, pair in entry["noise_levels"].items()}
+    entry["pictures"] = tuple(PictureLog(**picture) for picture in entry.get("pictures", ()))
     return ValidationLog(**entry)
+
+
+def _event(entry: dict) -> EventLog:
+    return EventLog(**{**entry, "notes": tuple(entry["notes"])})
+
+
+_PARSERS = {"step": _step, "validation": _validation, "event": _event}

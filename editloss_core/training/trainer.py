@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
 
@@ -26,12 +26,12 @@ from .flow import (
     velocity_loss,
 )
 from .gradients import NonFinite, Part, blame, check_losses, lora_gradient_norm, output_gradient, parts_of
-from .log import VELOCITY, RunLog, Sample, StepLog, TermSample, ValidationLog
+from .log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from .lora import LoRA
 from .memory import DeviceOutOfMemory, OutOfMemory, StepMemory, advice
 from .prepare import Prepared
 from .settings import MovingAverage, TrainingSettings, check_objective, every
-from .validation import PreviewRow, Validator
+from .validation import PreviewRow, Validator, save_pictures
 
 CHECKPOINT_FOLDER = "checkpoints"
 _T = TypeVar("_T")
@@ -213,8 +213,12 @@ class Trainer:
                 raise ValueError(
                     f"folder: {self.folder.name} holds checkpoints of another run; resume it or choose another name"
                 )
-            tidy(self.folder / CHECKPOINT_FOLDER, self.step)
-            self.log.rewrite()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.step < self.settings.steps:  # else what came later stays: somebody wants the LoRA of this step
+                tidy(self.folder / CHECKPOINT_FOLDER, self.step)
+                self.log.rewrite()
+        said = len(self.notes)
+        self.log.add(EventLog(self.step, "resumed" if self.step else "started", tuple(self.notes), self.info))
         pictures: list[PreviewRow] = []
         self.lora.attach().train()
         try:
@@ -239,6 +243,7 @@ class Trainer:
                 self._save(None if isinstance(error, NonFinite) else self.settings.keep)
             if self._saved is not None and isinstance(error, (NonFinite, OutOfMemory)):
                 error.args = (f"{error}\nWhat was learnt is kept in {self._saved.parent.name}/{self._saved.name}.",)
+            self.log.add(EventLog(self.step, "stopped", (f"{type(error).__name__}: {error}".rstrip(": "),)))
             raise
         finally:
             self.lora.detach()
@@ -252,6 +257,7 @@ class Trainer:
                 f"{idle} of {len(self.log.steps)} steps changed nothing: velocity_weight is 0, and the noise levels drawn were "
                 "outside every term's t_min to t_max"
             )
+        self.log.add(EventLog(self.step, "ended", tuple(self.notes[said:])))
         return TrainingResult(self.step, self.lora, self.log, pictures, self._saved)
 
     def _save(self, keep: Optional[int]) -> None:
@@ -279,6 +285,8 @@ class Trainer:
             self.host.before_step()
             log = self.validator.losses(self.step)
             pictures = self._pictures()
+        if self.folder is not None:  # before the line that names them
+            log = replace(log, pictures=save_pictures(self.folder, pictures))
         self.log.add(log)
         self.host.on_validation(log, pictures)
         return pictures

@@ -2,33 +2,79 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from .estimate import Decode, EstimateObjective
 from .flow import Denoiser, add_noise, estimate, generator_for, sample, velocity_loss
 from .gradients import Part, check_losses, parts_of
-from .log import VELOCITY, ValidationLog
+from .log import VELOCITY, PictureLog, ValidationLog
 from .lora import LoRA
 from .prepare import Prepared
 from .settings import TrainingSettings
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+PICTURE_FOLDER = "pictures"  # of a run
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One held-out pair as pictures ``[H, W, 3]`` in 0…1 on the CPU."""
+    """One held-out pair as pictures ``[H, W, 3]`` in 0…1 on the CPU.
+
+    Attributes:
+        mask: ``[H, W]``, of the edit, or None.
+        caption: the instruction.
+        signals: "base" and "lora" → what the objective says about that output, whatever the gates: ``{"says": the failure
+            it points to or None, "terms": {name: {"raw": loss, "toward_failure": share or None}}}``. Empty without one.
+    """
 
     pair: str
     before: Tensor
     base: Tensor
     lora: Tensor
     after: Tensor
+    mask: Optional[Tensor] = None
+    caption: str = ""
+    signals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def save_pictures(folder: Path, rows: Sequence[PreviewRow]) -> tuple[PictureLog, ...]:
+    """Keep pictures as lossless files below a run's folder.
+
+    A name ends in the hash of what is in the file: what is the same at every validation is written once, nothing is ever
+    written over, and a run that was interrupted and resumed names its files as one that was not.
+    """
+    place = folder / PICTURE_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for row in rows:
+        parts = {part: getattr(row, part) for part in ("before", "base", "lora", "after", "mask")}
+        files = {part: _keep(place, row.pair, part, p) for part, p in parts.items() if p is not None}
+        kept.append(PictureLog(row.pair, row.caption, files, row.signals))
+    return tuple(kept)
+
+
+def _keep(place: Path, pair: str, part: str, picture: Tensor) -> str:
+    from PIL import Image
+
+    values = (
+        (picture.detach().cpu().float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
+    )
+    content = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()[:16]
+    readable = re.sub(r"[^A-Za-z0-9]+", "_", pair).strip("_")[:40] or "pair"
+    path = place / f"{readable}-{part}-{content}.png"
+    if not path.exists():
+        with replacing(path) as temporary:
+            Image.fromarray(values).save(temporary, "PNG")
+    return path.name
 
 
 class Validator:
@@ -60,7 +106,7 @@ class Validator:
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.objective, self.decode, self.check = settings, objective, decode, check
         self._base_losses: Optional[tuple[dict[float, float], dict[str, float]]] = None
-        self._base_pictures: dict[int, Tensor] = {}
+        self._base_pictures: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
     @torch.no_grad()
     def losses(self, step: int) -> ValidationLog:
@@ -125,15 +171,19 @@ class Validator:
             for index in range(min(self.settings.previews, len(self.prepared))):
                 if index not in self._base_pictures:
                     self._base_pictures[index] = self._sample(index, with_lora=False)
-                after = self._sample(index, with_lora=True)
-                images = self.prepared.pairs.load(index)
-                name = self.prepared.pairs[index].name
-                rows.append(PreviewRow(name, images.before, self._base_pictures[index], after, images.after))
+                base, base_signal = self._base_pictures[index]
+                lora, signal = self._sample(index, with_lora=True)
+                images, pair = self.prepared.pairs.load(index), self.prepared.pairs[index]
+                signals = {"base": base_signal, "lora": signal} if signal else {}
+                rows.append(
+                    PreviewRow(pair.name, images.before, base, lora, images.after, images.mask, pair.caption, signals)
+                )
             return rows
         finally:
             self.lora.train(was_training)
 
-    def _sample(self, index: int, with_lora: bool) -> Tensor:
+    def _sample(self, index: int, with_lora: bool) -> tuple[Tensor, dict[str, Any]]:
+        """An output, and what the objective says about it."""
         with nullcontext() if with_lora else self.lora.disabled():
             x0 = self.prepared.after([index])
             latents = sample(
@@ -144,7 +194,22 @@ class Validator:
                 self.settings.preview_steps,
                 lambda done, total: self.check(),
             )
-        return self.decode(latents)[0].clamp(0, 1).float().cpu()
+            signal = self._signal(latents, index)
+        return self.decode(latents)[0].clamp(0, 1).float().cpu(), signal
+
+    def _signal(self, latents: Tensor, index: int) -> dict[str, Any]:
+        if self.objective is None:
+            return {}
+        clean = torch.zeros(1, device=latents.device)
+        report = self.objective.without_gates()(latents, [index], clean, details=True)
+        terms = {
+            r.term.name: {
+                "raw": r.per_sample.item(),
+                "toward_failure": None if r.toward_failure is None else r.toward_failure.item(),
+            }
+            for r in report.terms
+        }
+        return {"says": report.signal()[0], "terms": terms}
 
     def _noise(self, index: int, like: Tensor, what: object) -> Tensor:
         generator = generator_for(self.settings.seed, "validation", self.prepared.pairs[index].name, what)
