@@ -18,8 +18,10 @@ from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import PairSet
 from ..training.prepare import find_crop
 
-BENIGN = ("JPEG 70", "slight blur", "5 % brighter", "5 % darker", "moved by 1 px")
 FAINT = OverlaySettings(kinds=("old_over_new",), opacity=(0.25, 0.25), min_visible=0.25)
+MOVED = (
+    1 / 256
+)  # of the window's longer side, at least a pixel: an encoder that scales pictures down sees it move by that much
 BENDS = {"bent slightly": 0.04, "bent": 0.08}  # amplitude as a share of the edit region's size
 SCALES = {"20 % wider": (1.2, 1.0), "20 % lower": (1.0, 0.8)}  # along x, along y
 
@@ -31,7 +33,7 @@ class Examples:
     Attributes:
         pair: its name.
         after, before: ``[h, w, 3]``, 8 bits like everything here: what a file holds.
-        benign: :data:`BENIGN` → copies of *after* that a person would call the same.
+        benign: change → copy of *after* that a person would call the same.
         failures: failure → construction → picture: ``"no edit"``, ``"overlay"`` and ``"distorted"``; without the last where
             *after* has nothing in the edit region that could be bent.
         negatives: failure → the constructions that the loss itself is given as negatives.
@@ -87,12 +89,14 @@ def make_examples(pairs: PairSet, index: int, crop: int) -> Examples:
         failures["distorted"] = {name: x[0] for name, x in bent.items()}
     else:
         notes.append("the after picture has too little structure in the edit region to show a distortion")
+    pixels = max(1, round(MOVED * max(mask.shape[1:])))
+    shifted = F.pad(after.movedim(-1, 1), (pixels, 0, pixels, 0), mode="replicate")[..., :-pixels, :-pixels]
     benign = {
         "JPEG 70": _jpeg(after[0]),
         "slight blur": blur(after.movedim(-1, 1), 0.7, 2).movedim(1, -1)[0],
         "5 % brighter": after[0] * 1.05,
         "5 % darker": after[0] * 0.95,
-        "moved by 1 px": F.pad(after.movedim(-1, 1), (1, 0, 1, 0), mode="replicate")[0, :, :-1, :-1].movedim(0, -1),
+        f"moved by {pixels} px": shifted[0].movedim(0, -1),
     }
     return Examples(
         pairs[index].name,

@@ -14,6 +14,7 @@ SIZE = 96  # pixels on the long side at which patches are compared
 RING = 3000  # patches of the surroundings at most
 CHANGED = 0.03  # Oklab; 0.02 is just visible
 NEAR = 0.15  # Oklab distance that a patch from the other end of the picture is put at a disadvantage by
+STEEP = 3.0  # slope of a mask's edge: shares from one third to two thirds
 NOISE = 4.0  # a patch is an object's where its squared distance exceeds this many times what is usual in the surroundings
 
 
@@ -78,7 +79,7 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
     top = torch.maximum(*shares).clamp_min(1e-6)
     old, new = ((share / top) * changed for share in shares)
     old, new = (F.interpolate(t, size=(height, width), mode="bilinear", align_corners=False) for t in (old, new))
-    return Regions(old.clamp(0, 1), new.clamp(0, 1))
+    return Regions(*(((t - 0.5) * STEEP + 0.5).clamp(0, 1) for t in (old, new)))
 
 
 def _patches(picture: Tensor) -> Tensor:

@@ -137,3 +137,21 @@ def _numbers(name: str, values: Tensor) -> Tensor:
     if not len(values) or bool(values.isnan().any()):
         raise ValueError(f"{name}: expected at least one number and no NaN, got {len(values)}")
     return values
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The interval of 95 % for a share (E. B. Wilson, Journal of the American Statistical Association 22, 1927).
+
+    Unlike the textbook's ± 1.96 standard errors it stays within 0…1 and keeps a width at 0 of n and n of n.
+
+    Raises:
+        ValueError: n below 1, or more successes than n.
+
+    >>> [round(end, 3) for end in wilson(0, 4)]
+    [0.0, 0.49]
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"successes: expected 0 to n out of at least 1, got {successes!r} of {n!r}")
+    centre = (successes + _95 * _95 / 2) / (n + _95 * _95)
+    half = _95 / (n + _95 * _95) * math.sqrt(successes * (n - successes) / n + _95 * _95 / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -45,6 +45,7 @@ MEASURES = {
     "new there": "share of the new object's colours that has come, where it was found",
     "shape": "what differs from the after picture's object, aligned, in the worst part of it; 1 is its contrast",
     "outline": "1 − intersection over union of the object's outline with the after picture's, aligned",
+    "soft": "1 − share of the strength of the after picture's edges that the object has, by that of its surroundings",
     "stretch": "ratio of the two main scalings of the object, less 1",
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
@@ -55,6 +56,7 @@ WHOLE = 256  # pixels on the long side at which the surroundings are compared
 CROP = 192  # the same for the crop around the edit
 AROUND = 0.35  # of the mask's long side that the crop takes in on each side
 VISIBLE = 0.04  # Oklab
+RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
 
 
 @dataclass(frozen=True)
@@ -229,15 +231,13 @@ def _judge_by(whole: _Whole) -> Verdict:
 
     s, x, g = crop.s, crop.x, crop.g
     weight = changed.float()
-    unchanged = 1 - _norm(x - s, weight) / _norm(g - s, weight)
+    moved, wanted = blur(x - s, 1.0, 3), blur(g - s, 1.0, 3)
+    unchanged = 1 - _above_noise(moved, weight, ~crop.mask) / _norm(wanted, weight)
     towards, off = blur(s - e, 1.0, 3), blur(x - e, 1.0, 3)
-    alone, under = old * (1 - w) * known, old * w
-    energy = _norm(towards, alone) ** 2, _norm(towards, under) ** 2
-    shares = [_share(off, towards, part) for part in (alone, under)]
-    enough = min(1.0, energy[0] / (0.1 * (energy[0] + energy[1]) + 1e-6))
-    old_left = enough * shares[0] + (1 - enough) * shares[1]
-    slopes_off, slopes_towards = _slopes(off), _slopes(towards)
-    old_edges = _share(slopes_off, slopes_towards, old * known)
+    old_left = _share(off, towards, old * (1 - w) * known)
+    edges_s, edges_x, edges_e = (_slopes(blur(t, 1.0, 3)) for t in (s, x, e))
+    old_edges = _shares(edges_x, (edges_s, edges_e), old * known)[0]
+    soft = _softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = _share(x - s, e - s, w) if placed else None
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / 0.3)
 
@@ -248,15 +248,15 @@ def _judge_by(whole: _Whole) -> Verdict:
     affine = expected.affine
     measures = {
         "unchanged": unchanged, "old left": old_left, "old edges": old_edges, "new there": new_there,
-        "shape": shape, "outline": outline,
+        "shape": shape, "outline": outline, "soft": soft,
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if affine is None else expected.similarity.displacement,
         "resized": None if affine is None else expected.similarity.scale - 1,
-        "background": background, "_alone": shares[0], "_under": shares[1], "_enough": enough,
+        "background": background,
     }  # fmt: skip
     scores = _scores(measures, arrived)
     old_map = (_local_share(off, towards, old * known)).clamp(0, 1)
-    unchanged_map = weight * (1 - (x - s).norm(dim=1, keepdim=True) / (g - s).norm(dim=1, keepdim=True).clamp_min(0.02)).clamp(0, 1)
+    unchanged_map = weight * (1 - moved.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True).clamp_min(0.02)).clamp(0, 1)
     maps = {
         "unchanged": crop.in_whole(unchanged_map, whole_size), "old object": crop.in_whole(old_map, whole_size),
         "shape": crop.in_whole(shape_map.clamp(0, 1), whole_size), "background": (background_map / 0.2).clamp(0, 1),
@@ -271,12 +271,14 @@ class _Expected:
 
     Attributes:
         picture, plate: with the object and without it, sRGB.
+        moved: Oklab of the whole after picture moved like the object.
         object: soft mask of the object where it was found.
     """
 
     picture: Tensor
     plate: Tensor
     object: Tensor
+    moved: Tensor
     similarity: Optional[Alignment]
     affine: Optional[Alignment]
 
@@ -289,12 +291,12 @@ class _Expected:
         both = (old * new).clamp(0, 1)
         plate = both * _filled(plate, 1 - both) + (1 - both) * plate
         if not placed:
-            return cls(g, plate, torch.zeros_like(new), None, None)
+            return cls(g, plate, torch.zeros_like(new), lab_g, None, None)
         similarity, affine = align(lab_x, lab_g, new)
         if similarity.displacement < 0.015 and abs(similarity.scale - 1) < 0.015:
-            return cls(g, plate, new, similarity, affine)
-        moved, there = warp(torch.cat([g, new], 1), similarity).split([3, 1], 1)
-        return cls(there * moved + (1 - there) * plate, plate, there, similarity, affine)
+            return cls(g, plate, new, warp(lab_g, similarity), similarity, affine)
+        moved, there, lab = warp(torch.cat([g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
+        return cls(there * moved + (1 - there) * plate, plate, there, lab, similarity, affine)
 
 
 def _filled(picture: Tensor, known: Tensor) -> Tensor:
@@ -318,7 +320,8 @@ def _shape(lab_x: Tensor, expected: _Expected, old: Tensor, known: Tensor) -> tu
         d = tolerant_distance(lab_x, e)
         return d / 0.2 * old, None, None
     level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
-    d = tolerant_distance(lab_x, e) / level
+    # the room shows through and around the object, where it was or moved along: either will do
+    d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
     near = dilate(w > 0.5, 6).float() * known
     share = F.avg_pool2d(near, 15, 1, 7)
     mean = (F.avg_pool2d(d.square() * near, 15, 1, 7) / share.clamp_min(1e-6)).sqrt()
@@ -334,10 +337,35 @@ def _norm(x: Tensor, weight: Tensor) -> float:
     return float((weight * x.square()).sum().sqrt()) + 1e-6
 
 
+def _above_noise(x: Tensor, weight: Tensor, outside: Tensor) -> float:
+    """The norm of x under a weight without what it has outside of the edit as well (a codec's noise)."""
+    squared = x.square().sum(1, keepdim=True)
+    noise = squared[outside].median() if bool(outside.any()) else squared.new_zeros(())
+    return float((weight * (squared - noise)).sum().clamp_min(0).sqrt())
+
+
 def _share(x: Tensor, y: Tensor, weight: Tensor) -> float:
-    """The least-squares α of x ≈ α · y; 0 where y has nothing to tell by."""
-    energy = float((weight * y.square()).sum())
-    return float((weight * x * y).sum()) / energy if energy > 1e-3 else 0.0
+    """The least-squares α of x ≈ α · y; near 0 where y has little to tell by."""
+    return float((weight * x * y).sum() / ((weight * y.square()).sum() + RIDGE))
+
+
+def _shares(x: Tensor, basis: tuple[Tensor, ...], weight: Tensor) -> list[float]:
+    """The same of x ≈ Σ αᵢ yᵢ."""
+    y = torch.stack([t.flatten() for t in basis]).double()
+    w = weight.expand_as(x).flatten().double()
+    gram = (y * w) @ y.T
+    gram = gram + torch.eye(len(gram)) * (0.01 * float(gram.diagonal().mean()) + 1e-3)
+    return torch.linalg.solve(gram, (y * w) @ x.flatten().double()).tolist()
+
+
+def _softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> float:
+    """1 − how much of its edges the object has, where those of the surroundings, softer or not, are 1."""
+
+    def kept(weight: Tensor) -> float:
+        there, wanted = ((weight * t.square()).sum() for t in (edges_x, edges_e))
+        return math.sqrt(float((there + 1e-2) / (wanted + 1e-2)))
+
+    return 1 - kept(w) / min(1.0, max(0.5, kept(outside.float())))
 
 
 def _local_share(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -363,7 +391,8 @@ def _judge_alone(whole: _Whole, masked: bool) -> Verdict:
     around = _filled(crop.s, 1 - dilate(crop.mask, 2).float())
     s, x = crop.s, crop.x
     contrast = max(_norm(s - around, inside), 0.05 * float(inside.sum() * 3) ** 0.5)
-    unchanged = 1 - _norm(blur(x - s, 1.0, 3), inside) / contrast
+    moved = blur(x - s, 1.0, 3)
+    unchanged = 1 - _above_noise(moved, inside, ~crop.mask) / contrast
     core = (~dilate(~crop.mask, 3)).float()
     if float(core.sum()) < 30:
         core = inside
@@ -380,7 +409,7 @@ def _judge_alone(whole: _Whole, masked: bool) -> Verdict:
         unanswered += ["overlay, collateral change: without a mask or an after picture what belongs to the edit is unknown"]
     elif background is None:
         unanswered.append("collateral change: the mask leaves no surroundings to compare")
-    unchanged_map = inside * (1 - (x - s).norm(dim=1, keepdim=True) / 0.1).clamp(0, 1)
+    unchanged_map = inside * (1 - moved.norm(dim=1, keepdim=True) / 0.1).clamp(0, 1)
     old_map = _local_share(slopes_x, slopes_s, core).clamp(0, 1)
     maps = {"unchanged": crop.in_whole(unchanged_map, size), "old object": crop.in_whole(old_map, size), "background": (background_map / 0.2).clamp(0, 1)}
     if not masked:
@@ -400,7 +429,7 @@ def _without_edit(whole: _Whole, why: str) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # measure → (line, full): the score is 0.5 on the line and 1 at full
-LINES = {"no edit": (0.8, 1.0), "old left": (0.15, 0.6), "old edges": (0.2, 0.7), "shape": (0.6, 1.2), "outline": (0.25, 0.6), "stretch": (0.12, 0.5), "background": (0.08, 0.3)}  # fmt: skip
+LINES = {"no edit": (0.8, 1.0), "old left": (0.15, 0.6), "old edges": (0.12, 0.5), "shape": (0.4, 1.0), "outline": (0.3, 0.6), "soft": (0.3, 0.7), "stretch": (0.12, 0.5), "background": (0.05, 0.3)}  # fmt: skip
 
 
 def _scores(m: Mapping[str, Optional[float]], arrived: float) -> dict[str, Optional[float]]:
@@ -418,7 +447,7 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float) -> dict[str, Optio
     return {
         "no edit": ramp("no edit", m["unchanged"]),
         "overlay": worst(ramp("old left", m["old left"]), ramp("old edges", m["old edges"])),
-        "distorted": worst(ramp("shape", m["shape"]), ramp("outline", m["outline"]), ramp("stretch", m["stretch"])),
+        "distorted": worst(ramp("shape", m["shape"]), ramp("outline", m["outline"]), ramp("soft", m["soft"]), ramp("stretch", m["stretch"])),
         "collateral change": ramp("background", m["background"]),
     }
 

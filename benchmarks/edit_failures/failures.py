@@ -1,0 +1,328 @@
+"""Controlled outcomes of an edit at graded severity, made from a scene's layers.
+
+Whatever concerns the new object is done to its layer and laid over the empty room, so that the room behind stays exact.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from render import Scene, over
+from scipy import ndimage, special
+
+KINDS = ("good", "no edit", "overlay", "distorted", "collateral change")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One output of a scene.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        construction: how it was made.
+        severity: what the number means is the construction's own; larger is worse.
+        level: "slight", "moderate" or "severe"; "-" for good ones.
+        held_out: no line or measure was fitted on this construction, on either part.
+    """
+
+    kind: str
+    construction: str
+    severity: float
+    level: str
+    held_out: bool
+    picture: np.ndarray
+
+
+# construction → (kind, severities as slight / moderate / severe, held out)
+TABLE = {
+    "copy": ("no edit", {"moderate": (0,)}, False),
+    "copy, JPEG": ("no edit", {"moderate": (60,), "severe": (85,)}, False),
+    "copy, brighter and softer": ("no edit", {"moderate": (1,)}, False),
+    "copy, old object retouched": ("no edit", {"moderate": (1,)}, True),
+    "after shines through": ("no edit", {"slight": (0.15,), "moderate": (0.1,), "severe": (0.05,)}, False),
+    "blend": ("overlay", {"slight": (0.1, 0.25), "moderate": (0.5,), "severe": (0.7,)}, False),
+    "old behind new": ("overlay", {"slight": (0.1, 0.25), "moderate": (0.5,), "severe": (0.75, 1.0)}, False),
+    "old over new": ("overlay", {"slight": (0.1, 0.25), "moderate": (0.5,), "severe": (0.75,)}, False),
+    "edges of old": ("overlay", {"slight": (0.25,), "moderate": (0.6,), "severe": (1.0,)}, True),
+    "multiplied": ("overlay", {"slight": (0.1, 0.25), "moderate": (0.5,), "severe": (0.75, 1.0)}, True),
+    "warp": ("distorted", {"slight": (0.02, 0.04), "moderate": (0.07,), "severe": (0.1, 0.15)}, False),
+    "stretch": ("distorted", {"slight": (1.1,), "moderate": (1.25,), "severe": (1.4, 1.6)}, False),
+    "shear": ("distorted", {"slight": (0.1,), "moderate": (0.25,), "severe": (0.4,)}, True),
+    "part missing": ("distorted", {"slight": (0.08,), "moderate": (0.2,), "severe": (0.4,)}, False),
+    "upper half turned": ("distorted", {"moderate": (1,)}, True),
+    "melted": ("distorted", {"slight": (0.02,), "moderate": (0.05,), "severe": (0.1,)}, False),
+    "region recoloured": ("collateral change", {"slight": (0.08,), "moderate": (0.2,), "severe": (0.35,)}, False),
+    "thing added": ("collateral change", {"slight": (0.06,), "moderate": (0.12,), "severe": (0.2,)}, False),
+    "room repainted": ("collateral change", {"moderate": (0.15,), "severe": (0.3,)}, True),
+    "picture moved": ("collateral change", {"slight": (0.01,), "moderate": (0.03,), "severe": (0.06,)}, False),
+    "after": ("good", {"-": (0,)}, False),
+    "JPEG": ("good", {"-": (90, 70, 50, 35)}, False),
+    "soft and noisy": ("good", {"-": (1,)}, False),
+    "round trip": ("good", {"-": (2,)}, True),
+    "brightness": ("good", {"-": (-0.06, 0.06)}, False),
+    "warmer": ("good", {"-": (0.05,)}, True),
+    "contrast": ("good", {"-": (0.9, 1.1)}, False),
+    "blur": ("good", {"-": (0.7, 1.2)}, False),
+    "noise": ("good", {"-": (0.02,)}, False),
+    "displaced": ("good", {"-": (0.03, 0.06, 0.12)}, False),
+    "resized": ("good", {"-": (0.95, 1.05)}, False),
+    "moved by a pixel": ("good", {"-": (1,)}, False),
+}
+
+
+def items(scene: Scene) -> Iterator[Item]:
+    """Every outcome of a scene, each from a seed of its own."""
+    for construction, (kind, levels, held_out) in TABLE.items():
+        for level, severities in levels.items():
+            for severity in severities:
+                seed = [sum(scene.name.encode()), list(TABLE).index(construction), round(severity * 1000) % 10007]
+                picture = _MAKE[construction](scene, severity, np.random.default_rng(seed)).clip(0, 1)
+                yield Item(kind, construction, severity, level, held_out, picture.astype(np.float32))
+
+
+def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=int(quality))
+    return np.asarray(Image.open(buffer).convert("RGB"), np.float32) / 255
+
+
+def blurred(picture: np.ndarray, sigma: float) -> np.ndarray:
+    return ndimage.gaussian_filter(picture, (sigma, sigma) + (0,) * (picture.ndim - 2), mode="nearest")
+
+
+def size_of(layer: np.ndarray) -> float:
+    """√(area) of an object in pixels."""
+    return float(layer[..., 3].sum()) ** 0.5
+
+
+def box_of(layer: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero(layer[..., 3] > 0.5)
+    return rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+
+
+def moved(layer: np.ndarray, look_y: np.ndarray, look_x: np.ndarray) -> np.ndarray:
+    """A layer looked up at other places; colours weighted by alpha."""
+    channels = layer if layer.ndim == 3 else layer[..., None]
+    if channels.shape[-1] == 4:
+        channels = np.concatenate([channels[..., :3] * channels[..., 3:], channels[..., 3:]], -1)
+    out = np.stack([ndimage.map_coordinates(c, [look_y, look_x], order=1, mode="constant") for c in np.moveaxis(channels, -1, 0)], -1)
+    if layer.ndim == 2:
+        return out[..., 0]
+    return np.concatenate([out[..., :3] / np.maximum(out[..., 3:], 1e-6) * (out[..., 3:] > 0), out[..., 3:]], -1)
+
+
+def grid(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    return np.mgrid[: scene.plate.shape[0], : scene.plate.shape[1]].astype(np.float32)
+
+
+def with_new(scene: Scene, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The after picture with the object and its shadow changed by the same map."""
+    return scene.compose(change(scene.new), change(scene.new_shadow))
+
+
+def _affine(scene: Scene, matrix: np.ndarray, shift=(0.0, 0.0)) -> np.ndarray:
+    """About the foot of the object."""
+    top, left, bottom, right = box_of(scene.new)
+    y, x = grid(scene)
+    y, x = y - bottom - shift[0], x - (left + right) / 2 - shift[1]
+    inverse = np.linalg.inv(matrix)
+    look = inverse[0, 0] * y + inverse[0, 1] * x + bottom, inverse[1, 0] * y + inverse[1, 1] * x + (left + right) / 2
+    return with_new(scene, lambda layer: moved(layer, *look))
+
+
+def _warp(scene: Scene, share: float, rng) -> np.ndarray:
+    """Smooth random displacements with this share of the object's size as their root mean square over the object."""
+    size = size_of(scene.new)
+    field = np.stack([ndimage.gaussian_filter(rng.standard_normal(scene.plate.shape[:2]), 0.13 * size) for _ in range(2)])
+    inside = scene.new[..., 3] > 0.5
+    field -= field[:, inside].mean(1)[:, None, None]
+    field *= share * size / np.sqrt((field[:, inside] ** 2).sum(0).mean())
+    y, x = grid(scene)
+    return with_new(scene, lambda layer: moved(layer, y + field[0], x + field[1]))
+
+
+def _missing(scene: Scene, share: float, rng) -> np.ndarray:
+    """The lowest pixels on one side are cut off, as many as this share of the object; the shadow stays."""
+    top, left, bottom, right = box_of(scene.new)
+    y, x = grid(scene)
+    side = rng.choice([-1, 1])
+    order = (y - top) / (bottom - top) + side * (x - (left + right) / 2) / (right - left)
+    alpha = scene.new[..., 3]
+    inside = alpha > 0.5
+    edge = np.quantile(order[inside], 1 - share)
+    layer = scene.new.copy()
+    layer[..., 3] *= order < edge
+    return scene.compose(layer, scene.new_shadow)
+
+
+def _turned(scene: Scene, _severity, _rng) -> np.ndarray:
+    top, left, bottom, right = box_of(scene.new)
+    middle = (top + bottom) // 2
+    y, x = grid(scene)
+    look_y = np.where(y < middle, top + middle - 1 - y, y)
+    return with_new(scene, lambda layer: moved(layer, look_y, x) if layer.ndim == 3 else layer)
+
+
+def _melted(scene: Scene, share: float, rng) -> np.ndarray:
+    sigma = share * size_of(scene.new)
+    layer = scene.new
+    soft = blurred(np.concatenate([layer[..., :3] * layer[..., 3:], layer[..., 3:]], -1), sigma)
+    layer = np.concatenate([soft[..., :3] / np.maximum(soft[..., 3:], 1e-6), soft[..., 3:]], -1)
+    return scene.compose(layer, scene.new_shadow)
+
+
+def _soft_mask(scene: Scene) -> np.ndarray:
+    return blurred(scene.mask, 2.0)[..., None]
+
+
+def _old_at(scene: Scene, share: float) -> tuple[np.ndarray, np.ndarray]:
+    layer = scene.old.copy()
+    layer[..., 3] *= share
+    return layer, np.maximum(scene.new_shadow, share * scene.old_shadow)
+
+
+def _behind(scene: Scene, share: float, _rng) -> np.ndarray:
+    layer, shadow = _old_at(scene, share)
+    return over(scene.compose(layer, shadow), scene.new)
+
+
+def _before_new(scene: Scene, share: float, _rng) -> np.ndarray:
+    layer, shadow = _old_at(scene, share)
+    return over(scene.compose(scene.new, shadow), layer)
+
+
+def _edges(scene: Scene, share: float, _rng) -> np.ndarray:
+    fine = scene.before - blurred(scene.before, 4.0)
+    room = scene.plate - blurred(scene.plate, 4.0)
+    return scene.after + share * (fine - room) * _soft_mask(scene)
+
+
+def _multiplied(scene: Scene, share: float, _rng) -> np.ndarray:
+    ghost = scene.compose(scene.old, scene.old_shadow) / np.maximum(scene.plate, 0.08)
+    return scene.after * (1 - share + share * ghost.clip(0, 1.6))
+
+
+def _place_apart(scene: Scene, radius: float, rng) -> tuple[float, float]:
+    """A middle for something of this radius outside the mask."""
+    distance = ndimage.distance_transform_edt(np.pad(scene.mask < 0.5, 1))[1:-1, 1:-1]
+    rows, columns = np.nonzero(distance >= min(radius + 12, distance.max()))
+    chosen = rng.integers(len(rows))
+    return rows[chosen], columns[chosen]
+
+
+def _recoloured(scene: Scene, strength: float, rng) -> np.ndarray:
+    side = scene.plate.shape[0]
+    cy, cx = _place_apart(scene, 0.1 * side, rng)
+    y, x = grid(scene)
+    blob = np.exp(-(((y - cy) ** 2 + (x - cx) ** 2) / (2 * (0.08 * side) ** 2)) ** 2)[..., None]
+    blob = blob * (1 - _soft_mask(scene))
+    tint = np.array([1.0, -0.6, -1.0]) * rng.choice([-1, 1])
+    return scene.after + strength * blob * tint
+
+
+def _added(scene: Scene, share: float, rng) -> np.ndarray:
+    side = scene.plate.shape[0]
+    radius = share * side / 2
+    cy, cx = _place_apart(scene, radius, rng)
+    y, x = grid(scene)
+    disc = ((y - cy) ** 2 + (x - cx) ** 2 < radius**2).astype(np.float32)
+    shade = 1 - 0.5 * ((y - cy) + (x - cx) + 2 * radius) / (4 * radius)
+    thing = np.stack([shade * c for c in rng.uniform(0.2, 1.0, 3)] + [disc * (scene.mask < 0.5)], -1)
+    return over(scene.after, thing.clip(0, 1))
+
+
+def _repainted(scene: Scene, strength: float, rng) -> np.ndarray:
+    """Another wall: the upper third gets a new pattern."""
+    y, x = grid(scene)
+    side = scene.plate.shape[0]
+    wall = special.expit((side / 3 - y) / 2)
+    pattern = np.sin(2 * np.pi * (x + y) / (side / rng.integers(9, 16)))
+    outside = 1 - _soft_mask(scene)
+    return scene.after + strength * (wall * pattern)[..., None] * outside * rng.uniform(0.6, 1.0, 3)
+
+
+def _picture_moved(scene: Scene, share: float, rng) -> np.ndarray:
+    """Zoomed about the middle by twice this share, and shifted by this share of the side."""
+    side = scene.plate.shape[0]
+    y, x = grid(scene)
+    angle = rng.uniform(0, 2 * np.pi)
+    look = [(c - side / 2) / (1 + 2 * share) + side / 2 + share * side * f for c, f in ((y, np.sin(angle)), (x, np.cos(angle)))]
+    return np.stack([ndimage.map_coordinates(c, look, order=1, mode="nearest") for c in np.moveaxis(scene.after, -1, 0)], -1)
+
+
+def _retouched(scene: Scene, _severity, rng) -> np.ndarray:
+    """The old object a little lighter and with a slight texture: it is still the old object."""
+    grain = blurred(rng.standard_normal(scene.plate.shape[:2]), 3.0)
+    grain = 0.02 * grain / grain.std()
+    return jpeg(scene.before + scene.old[..., 3:] * (0.02 + grain[..., None]), 85)
+
+
+def _soft_noisy(scene: Scene, _severity, rng) -> np.ndarray:
+    return blurred(scene.after, 0.8) + 0.01 * rng.standard_normal(scene.after.shape)
+
+
+def _round_trip(picture: np.ndarray, factor: int) -> np.ndarray:
+    """Halved and doubled again, which costs about the detail that a VAE does."""
+    height, width = picture.shape[:2]
+    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+    small = image.resize((width * 2 // (factor + 1), height * 2 // (factor + 1)), Image.Resampling.LANCZOS)
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def _resized(scene: Scene, factor: float, _rng) -> np.ndarray:
+    return _affine(scene, np.eye(2) * factor)
+
+
+def _displaced(scene: Scene, share: float, rng) -> np.ndarray:
+    angle = rng.uniform(0, 2 * np.pi)
+    length = share * size_of(scene.new)
+    return _affine(scene, np.eye(2), (length * np.sin(angle), length * np.cos(angle)))
+
+
+def _stretch(scene: Scene, factor: float, rng) -> np.ndarray:
+    return _affine(scene, np.diag([factor, 1.0]) if rng.random() < 0.5 else np.diag([1.0, factor]))
+
+
+def _shear(scene: Scene, amount: float, rng) -> np.ndarray:
+    return _affine(scene, np.array([[1.0, 0.0], [amount * rng.choice([-1, 1]), 1.0]]))
+
+
+_MAKE: dict[str, Callable] = {
+    "copy": lambda s, v, r: s.before,
+    "copy, JPEG": lambda s, v, r: jpeg(s.before, v),
+    "copy, brighter and softer": lambda s, v, r: blurred(s.before * 1.04, 0.8),
+    "copy, old object retouched": _retouched,
+    "after shines through": lambda s, v, r: jpeg((1 - v) * s.before + v * s.after, 90),
+    "blend": lambda s, v, r: v * s.before + (1 - v) * s.after,
+    "old behind new": _behind,
+    "old over new": _before_new,
+    "edges of old": _edges,
+    "multiplied": _multiplied,
+    "warp": _warp,
+    "stretch": _stretch,
+    "shear": _shear,
+    "part missing": _missing,
+    "upper half turned": _turned,
+    "melted": _melted,
+    "region recoloured": _recoloured,
+    "thing added": _added,
+    "room repainted": _repainted,
+    "picture moved": _picture_moved,
+    "after": lambda s, v, r: s.after,
+    "JPEG": lambda s, v, r: jpeg(s.after, v),
+    "soft and noisy": _soft_noisy,
+    "round trip": lambda s, v, r: _round_trip(s.after, v),
+    "brightness": lambda s, v, r: s.after + v,
+    "warmer": lambda s, v, r: s.after * (1 + v * np.array([1.0, 0.0, -1.0])),
+    "contrast": lambda s, v, r: (s.after - 0.5) * v + 0.5,
+    "blur": lambda s, v, r: blurred(s.after, v),
+    "noise": lambda s, v, r: s.after + v * r.standard_normal(s.after.shape),
+    "displaced": _displaced,
+    "resized": _resized,
+    "moved by a pixel": lambda s, v, r: np.roll(s.after, (1, 1), (0, 1)),
+}
+assert _MAKE.keys() == TABLE.keys()

@@ -1,0 +1,336 @@
+"""Rooms with a chair before and a stool after, rendered from meshes, with every layer apart.
+
+The meshes are the public-domain (CC0) part of Debian's package sweethome3d-furniture; the photographs that hang in some
+rooms are those of scikit-image that are in the public domain or CC0. Floors and walls are made here, from seeds.
+
+    python -m benchmarks.edit_failures.render --meshes /usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f --out FOLDER
+
+Needs ``pip install pyvista scikit-image`` and, on a machine without a display, Debian's libosmesa6 or libgl1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+SIZE = 448  # pixels
+SHADOW = 0.45  # of the light that the darkest shadow takes
+SHADOW_BLUR = 5.0  # pixels
+
+# Meshes by part: none is on both sides.
+OLD = {
+    "fit": ("antiqueChair", "foldingChair", "designChair", "armchair2", "sillaBlanca", "plasticChair", "relaxChair"),
+    "report": ("oakChair", "chair", "chairWithCushion", "osakaChair", "silla2", "thonet", "modernArmchair", "armchair"),
+}
+NEW = {"fit": ("stool", "pianoBench", "barrel"), "report": ("stool2", "bedsideTable2", "crate")}
+CLUTTER = {
+    "fit": ("plant", "bookcase", "oakTable", "dustbin", "tableFan", "shelves"),
+    "report": ("littlePlant", "televisionCabinet", "table", "decorativePlant", "speaker2", "drawersCabinet"),
+}
+PHOTOS = {"fit": ("coffee", "rocket"), "report": ("astronaut", "chelsea")}
+HEIGHTS = {"barrel": 0.8, "crate": 0.6, "stool": 0.6, "stool2": 0.75, "pianoBench": 0.5, "bedsideTable2": 0.42, "armchair2": 0.6}  # metres
+CLUTTER_HEIGHTS = {"plant": 1.0, "littlePlant": 0.5, "decorativePlant": 1.1, "dustbin": 0.6, "tableFan": 0.5, "speaker2": 0.9}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything as float32 in 0…1. ``before`` and ``after`` are the layers laid over each other.
+
+    Attributes:
+        plate: the empty room ``[H, W, 3]``.
+        old, new: the objects ``[H, W, 4]``, colours not multiplied by the alpha.
+        old_shadow, new_shadow: ``[H, W]``, what they take of the light.
+    """
+
+    name: str
+    plate: np.ndarray
+    old: np.ndarray
+    new: np.ndarray
+    old_shadow: np.ndarray
+    new_shadow: np.ndarray
+
+    def compose(self, layer: np.ndarray, shadow: np.ndarray) -> np.ndarray:
+        return over(self.plate * (1 - shadow[..., None]), layer)
+
+    @property
+    def before(self) -> np.ndarray:
+        return self.compose(self.old, self.old_shadow)
+
+    @property
+    def after(self) -> np.ndarray:
+        return self.compose(self.new, self.new_shadow)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Both objects and their shadows, grown by a few pixels, as a person paints it."""
+        union = np.maximum.reduce([self.old[..., 3], self.new[..., 3], (self.old_shadow > 0.06) * 1.0, (self.new_shadow > 0.06) * 1.0])
+        picture = Image.fromarray((union > 0.02).astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))
+        return np.asarray(picture, np.float32) / 255
+
+
+def over(picture: np.ndarray, layer: np.ndarray) -> np.ndarray:
+    alpha = layer[..., 3:]
+    return (picture * (1 - alpha) + layer[..., :3] * alpha).astype(np.float32)
+
+
+def load_scene(path: Path) -> Scene:
+    with np.load(path) as data:
+        return Scene(path.stem, *(data[k].astype(np.float32) / 255 for k in ("plate", "old", "new", "old_shadow", "new_shadow")))
+
+
+def save_scene(scene: Scene, path: Path) -> None:
+    layers = {k: (getattr(scene, k) * 255).round().astype(np.uint8) for k in ("plate", "old", "new", "old_shadow", "new_shadow")}
+    temporary = path.with_suffix(".part.npz")
+    np.savez_compressed(temporary, **layers)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rooms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def noise(rng: np.random.Generator, size: int, coarse: int) -> np.ndarray:
+    small = Image.fromarray((rng.random((coarse, coarse)) * 255).astype(np.uint8))
+    return np.asarray(small.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255 - 0.5
+
+
+def surface(rng: np.random.Generator, kind: str, size: int = 1024) -> np.ndarray:
+    """A texture of a floor or a wall, ``[size, size, 3]`` uint8."""
+    base = rng.uniform(0.35, 0.85, 3) * 0.35 + rng.uniform(0.4, 0.8) * 0.65
+    y, x = np.mgrid[:size, :size] / size
+    value = 0.06 * noise(rng, size, 6) + 0.04 * noise(rng, size, 40) + 0.02 * rng.standard_normal((size, size))
+    colour = np.ones((size, size, 3)) * base
+    if kind == "planks":
+        rows = rng.integers(8, 16)
+        tones = rng.uniform(-0.07, 0.07, rows + 1)
+        index = (y * rows).astype(int)
+        grain = np.sin(2 * np.pi * (y * rows * 6 + 2 * noise(rng, size, 12) + noise(rng, size, 60))) * 0.025
+        value = value + tones[index] + grain - 0.25 * ((y * rows) % 1 < 0.04)
+        colour = np.ones((size, size, 3)) * np.array([0.62, 0.45, 0.3]) * rng.uniform(0.7, 1.3)
+    elif kind == "tiles":
+        n = rng.integers(5, 10)
+        tones = rng.uniform(-0.05, 0.05, (n + 1, n + 1))
+        value = value + tones[(y * n).astype(int), (x * n).astype(int)] - 0.2 * (((y * n) % 1 < 0.04) | ((x * n) % 1 < 0.04))
+    elif kind == "stripes":
+        n = rng.integers(10, 24)
+        value = value + 0.08 * (((x * n) % 1) < 0.5)
+    elif kind == "carpet":
+        value = value + 0.06 * rng.standard_normal((size, size)) + 0.1 * noise(rng, size, 90)
+    elif kind == "bricks":
+        rows = 16
+        shifted = x * 8 + 0.5 * ((y * rows).astype(int) % 2)
+        value = value - 0.18 * (((y * rows) % 1 < 0.1) | (shifted % 1 < 0.05)) + 0.08 * noise(rng, size, 20)
+        colour = np.ones((size, size, 3)) * np.array([0.62, 0.38, 0.3]) * rng.uniform(0.8, 1.4)
+    return (np.clip(colour + value[..., None], 0, 1) * 255).astype(np.uint8)
+
+
+def photograph(name: str) -> np.ndarray:
+    from skimage import data
+
+    return np.ascontiguousarray(getattr(data, name)()[..., :3])
+
+
+class Renderer:
+    """One off-screen window, in which scenes are drawn layer by layer."""
+
+    def __init__(self, meshes: Path):
+        import pyvista as pv
+
+        pv.OFF_SCREEN = True
+        self.pv, self.folder = pv, meshes
+        self.known: dict[str, list] = {}
+
+    def parts(self, name: str) -> list:
+        """The pieces of a mesh as (geometry, colour, texture), standing on y = 0 about the middle, height 1."""
+        if name not in self.known:
+            self.known[name] = self._load(name)
+        return self.known[name]
+
+    def _load(self, name: str) -> list:
+        import vtk
+
+        folder = self.folder / "blendswap-cc-0" / name
+        source = next(folder.glob("*.obj"))
+        importer = vtk.vtkOBJImporter()
+        importer.SetFileName(str(source))
+        material = next(folder.glob("*.mtl"), None)
+        if material is not None:
+            importer.SetFileNameMTL(str(material))
+        importer.SetTexturePath(str(folder))
+        window = vtk.vtkRenderWindow()
+        window.SetOffScreenRendering(1)
+        importer.SetRenderWindow(window)
+        importer.Update()
+        pieces = []
+        actors = importer.GetRenderer().GetActors()
+        actors.InitTraversal()
+        for _ in range(actors.GetNumberOfItems()):
+            actor = actors.GetNextActor()
+            mesh = self.pv.wrap(actor.GetMapper().GetInput()).copy()
+            mesh.clear_point_data() if actor.GetTexture() is None else None
+            if mesh.n_points:
+                pieces.append((mesh, actor.GetProperty(), actor.GetTexture()))
+        low = np.min([p[0].points.min(0) for p in pieces], 0)
+        high = np.max([p[0].points.max(0) for p in pieces], 0)
+        middle = (low + high) / 2
+        for mesh, _, _ in pieces:
+            mesh.points = ((mesh.points - [middle[0], low[1], middle[2]]) / (high[1] - low[1])).astype(np.float32)
+        return pieces
+
+    def object_actors(self, name: str, place: np.ndarray, height: float, turn: float, flat: np.ndarray | None = None) -> list:
+        """Actors of a mesh; ``flat``: its shadow, thrown along this direction on the floor."""
+        import vtk
+
+        made = []
+        cos, sin = np.cos(turn), np.sin(turn)
+        for mesh, look, texture in self.parts(name):
+            copy = mesh.copy()
+            p = mesh.points * height
+            p = np.stack([cos * p[:, 0] + sin * p[:, 2], p[:, 1], -sin * p[:, 0] + cos * p[:, 2]], 1)
+            if flat is not None:
+                p = np.stack([p[:, 0] - p[:, 1] * flat[0], p[:, 1] * 0 + 0.004, p[:, 2] - p[:, 1] * flat[2]], 1)
+            copy.points = (p + place).astype(np.float32)
+            if flat is None:
+                copy = copy.compute_normals(cell_normals=False, split_vertices=True, feature_angle=40.0, auto_orient_normals=False) if copy.n_cells else copy
+            mapper = vtk.vtkPolyDataMapper()
+            mapper.SetInputData(copy)
+            mapper.ScalarVisibilityOff()
+            actor = vtk.vtkActor()
+            actor.SetMapper(mapper)
+            if flat is not None:
+                actor.GetProperty().SetColor(0, 0, 0)
+                actor.GetProperty().LightingOff()
+            else:
+                actor.GetProperty().DeepCopy(look)
+                actor.GetProperty().SetAmbient(0.35)
+                actor.GetProperty().SetDiffuse(0.75)
+                actor.GetProperty().SetAmbientColor(look.GetDiffuseColor())
+                actor.GetProperty().SetOpacity(1.0)
+                if texture is not None:
+                    actor.SetTexture(texture)
+            made.append(actor)
+        return made
+
+    def shot(self, actors: list, camera: dict, lights: list, transparent: bool) -> np.ndarray:
+        plotter = self.pv.Plotter(off_screen=True, window_size=(2 * SIZE, 2 * SIZE), lighting="none")
+        for light in lights:
+            plotter.add_light(self.pv.Light(**light))
+        for actor in actors:
+            plotter.renderer.AddActor(actor)
+        plotter.camera.position, plotter.camera.focal_point = camera["position"], camera["target"]
+        plotter.camera.up, plotter.camera.view_angle = (0, 1, 0), camera["angle"]
+        plotter.camera.clipping_range = (0.05, 60)
+        plotter.background_color = "white"
+        picture = plotter.screenshot(return_img=True, transparent_background=transparent)
+        plotter.close()
+        picture = picture.astype(np.float32) / 255
+        if transparent:  # averaged with the alpha as weight
+            alpha = picture[..., 3:]
+            sums = (picture[..., :3] * alpha).reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
+            share = alpha.reshape(SIZE, 2, SIZE, 2, 1).mean((1, 3))
+            return np.concatenate([sums / np.maximum(share, 1e-6) * (share > 0), share], -1)
+        return picture[..., :3].reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
+
+    def room(self, rng: np.random.Generator, part: str) -> list:
+        made = []
+        floor = surface(rng, str(rng.choice(["planks", "tiles", "carpet"])))
+        wall = surface(rng, str(rng.choice(["plain", "stripes", "bricks", "plain"])))
+        for corner, u, v, texture in (
+            ((-4, 0, -3), (8, 0, 0), (0, 0, 8), floor), ((-4, 0, -3), (8, 0, 0), (0, 3.2, 0), wall), ((-3, 0, -3), (0, 0, 8), (0, 3.2, 0), wall),
+        ):  # fmt: skip
+            made.append(self._panel(corner, u, v, texture))
+        if rng.random() < 0.7:
+            photo = photograph(str(rng.choice(PHOTOS[part])))
+            wide = rng.uniform(1.0, 2.4)
+            tall = wide * photo.shape[0] / photo.shape[1]
+            left = rng.uniform(-1.6, 1.6) - wide / 2
+            made.append(self._panel((left, max(0.7, 1.5 - tall / 2), -2.97), (wide, 0, 0), (0, tall, 0), photo))
+        for _ in range(rng.integers(1, 4)):
+            name = str(rng.choice(CLUTTER[part]))
+            place = np.array([rng.uniform(-2.2, 2.2), 0, rng.uniform(-2.6, -2.0)])
+            made += self.object_actors(name, place, CLUTTER_HEIGHTS.get(name, 0.8), rng.uniform(-0.4, 0.4))
+        return made
+
+    def _panel(self, corner, u, v, texture: np.ndarray):
+        import vtk
+
+        plane = vtk.vtkPlaneSource()
+        plane.SetOrigin(*corner)
+        plane.SetPoint1(*np.add(corner, u))
+        plane.SetPoint2(*np.add(corner, v))
+        plane.SetResolution(40, 40)
+        mapper = vtk.vtkPolyDataMapper()
+        mapper.SetInputConnection(plane.GetOutputPort())
+        actor = vtk.vtkActor()
+        actor.SetMapper(mapper)
+        actor.SetTexture(self.pv.numpy_to_texture(texture))
+        actor.GetProperty().SetAmbient(0.45)
+        actor.GetProperty().SetDiffuse(0.6)
+        return actor
+
+    def scene(self, part: str, number: int) -> Scene:
+        rng = np.random.default_rng([20261124, part == "report", number])
+        old, new = str(OLD[part][number % len(OLD[part])]), str(NEW[part][number % len(NEW[part])])
+        place = np.array([rng.uniform(-0.5, 0.5), 0, rng.uniform(-1.0, 0.4)])
+        distance, around, up = rng.uniform(2.2, 4.0), rng.uniform(-0.45, 0.6), rng.uniform(0.9, 1.7)
+        camera = {
+            "position": tuple(place + [distance * np.sin(around), up, distance * np.cos(around)]),
+            "target": tuple(place + [rng.uniform(-0.25, 0.25), rng.uniform(0.35, 0.55), 0]), "angle": rng.uniform(32, 42),
+        }  # fmt: skip
+        side = np.array([rng.uniform(-1, 1), rng.uniform(1.2, 2.2), rng.uniform(0.4, 1.2)])
+        warm = np.clip(np.array([1, 1, 1]) + rng.uniform(-0.1, 0.1) * np.array([1, 0.2, -1]), 0, 1)
+        lights = [
+            {"position": tuple(place + 4 * side), "focal_point": tuple(place), "color": tuple(warm), "intensity": rng.uniform(0.6, 0.95), "light_type": "scenelight"},
+            {"position": (-side[0] * 4, 3, 4), "focal_point": tuple(place), "color": "white", "intensity": 0.25, "light_type": "scenelight"},
+        ]  # fmt: skip
+        flat = side / side[1]
+        plate = self.shot(self.room(rng, part), camera, lights, False)
+        layers = []
+        for name, at, height in (
+            (old, place, HEIGHTS.get(old, 0.9) * rng.uniform(0.9, 1.15)),
+            (new, place + [rng.uniform(-0.12, 0.12), 0, rng.uniform(-0.05, 0.12)], HEIGHTS.get(new, 0.6) * rng.uniform(0.9, 1.35)),
+        ):
+            turn = rng.uniform(-np.pi, np.pi)
+            layer = self.shot(self.object_actors(name, at, height, turn), camera, lights, True)
+            shadow = self.shot(self.object_actors(name, at, height, turn, flat), camera, lights, True)[..., 3]
+            soft = Image.fromarray((shadow * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(SHADOW_BLUR))
+            layers += [layer, SHADOW * np.asarray(soft, np.float32) / 255]
+        return Scene(f"{part}_{number:02d}_{old}_{new}", plate, layers[0], layers[2], layers[1], layers[3])
+
+
+
+
+def unpacked(meshes: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(meshes) as archive:
+        wanted = {*sum(OLD.values(), ()), *sum(NEW.values(), ()), *sum(CLUTTER.values(), ())}
+        archive.extractall(folder, [n for n in archive.namelist() if len(Path(n).parts) > 2 and Path(n).parts[1] in wanted])
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--meshes", type=Path, default=Path("/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the scenes, one .npz each")
+    parser.add_argument("--fit", type=int, default=24, help="scenes to fit on")
+    parser.add_argument("--report", type=int, default=32, help="scenes to report on")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        renderer = Renderer(unpacked(arguments.meshes, Path(folder)))
+        for part, count in (("fit", arguments.fit), ("report", arguments.report)):
+            for number in range(count):
+                scene = renderer.scene(part, number)
+                save_scene(scene, arguments.out / f"{scene.name}.npz")
+                print(scene.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
