@@ -19,7 +19,6 @@ Decisions, in this order:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..diagnostics.statistics import wilson
 from .scenes import Example
 
 __all__ = ["VERDICTS", "Verdict", "copy_source", "judge", "table"]
@@ -134,19 +134,11 @@ def table(rows: Mapping[str, Sequence[Verdict]]) -> str:
             raise ValueError(f"rows: expected verdicts under {name!r}, got none")
         counts = [sum(v.verdict == kind for v in verdicts) for kind in VERDICTS]
         shares = [f"{100 * count / n:.0f} % ({count})" for count in counts]
-        low, high = _wilson(counts[0], n)
+        low, high = wilson(counts[0], n)
         shares[0] += f", {100 * low:.0f}–{100 * high:.0f} %"
         means = [sum(getattr(v, key) for v in verdicts) / n for key in ("progress", "old_left")]
         lines.append(f"| {' | '.join([name.replace('|', '/'), str(n), *shares, *(f'{mean:.2f}' for mean in means)])} |")
     return "\n".join(lines)
-
-
-def _wilson(successes: int, n: int) -> tuple[float, float]:
-    """The interval of 95 % for a share (E. B. Wilson, Journal of the American Statistical Association 22, 1927)."""
-    z = 1.959964
-    centre = (successes + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(successes * (n - successes) / n + z * z / 4)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _check(outputs: Tensor, examples: Sequence[Example]) -> None:

@@ -14,6 +14,7 @@ SIZE = 96  # pixels on the long side at which patches are compared
 RING = 3000  # patches of the surroundings at most
 CHANGED = 0.03  # Oklab; 0.02 is just visible
 NEAR = 0.15  # Oklab distance that a patch from the other end of the picture is put at a disadvantage by
+RIVAL = 0.05  # how much an unlikely patch in the other picture speaks for this one being background
 STEEP = 3.0  # slope of a mask's edge: shares from one third to two thirds
 NOISE = 4.0  # a patch is an object's where its squared distance exceeds this many times what is usual in the surroundings
 
@@ -43,9 +44,10 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
     """Where in the mask the old and the new object stand.
 
     A patch of 5 × 5 pixels that has a like among the patches around the edit, not too far away, is background; one that has
-    none is an object. The cost of a patch in s or g is the squared distance to its nearest like, and its share
-    p = c / (c + ``NOISE`` · n) with the median n of the same between patches of the surroundings. Where s and g differ, one
-    of the two is an object, so that the greater share counts as 1.
+    none is an object. The cost c of a patch in s or g is the squared distance to its nearest like, and its share
+    c / (c + ``NOISE`` · n) · c / (c + ``RIVAL`` · c') with the median n of the same between patches of the surroundings, and
+    the cost c' of the other picture's patch. Where s and g differ, one of the two is an object, so that the greater share
+    counts as 1.
 
     Args:
         before, after: Oklab ``[1, 3, h, w]``.
@@ -70,12 +72,12 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
     known = patches[0][ring]
     usual = _usual(known, size, ring)
     where = changed.flatten()
-    shares = []
+    costs = []
     for p in patches:
         cost = torch.zeros(p.shape[0])
         cost[where] = _nearest(p[where], known)
-        cost = F.avg_pool2d(F.pad(cost.view(1, 1, *size), (1, 1, 1, 1), mode="replicate"), 3, 1)
-        shares.append(cost / (cost + NOISE * usual))
+        costs.append(F.avg_pool2d(F.pad(cost.view(1, 1, *size), (1, 1, 1, 1), mode="replicate"), 3, 1))
+    shares = [cost / (cost + NOISE * usual) * cost / (cost + RIVAL * other + 1e-9) for cost, other in (costs, costs[::-1])]
     top = torch.maximum(*shares).clamp_min(1e-6)
     old, new = ((share / top) * changed for share in shares)
     old, new = (F.interpolate(t, size=(height, width), mode="bilinear", align_corners=False) for t in (old, new))

@@ -47,7 +47,7 @@ class Registration:
         agreement: share of the blocks with detail that correlate after it, 0…1.
         at_rest: the same share without any movement.
         sd: standard error of the movement in the corners, in long sides.
-        trusted: whether enough blocks agree, far enough apart, and more of them than at rest.
+        trusted: whether enough blocks agree, far enough apart.
     """
 
     matrix: Tensor
@@ -101,7 +101,7 @@ def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> 
     widths = WIDTHS[-len(pyramid) :]
     finest = pyramid[-1]
     still = torch.eye(3)
-    at_rest, _ = _agreement(*finest, still, ignore)
+    at_rest, rest_spread = _agreement(*finest, still, ignore)
     best, sd = _descend(pyramid, still, widths, ignore)
     share, spread = _agreement(*finest, best, ignore)
     if share < ENOUGH:
@@ -111,7 +111,14 @@ def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> 
             other_share, other_spread = _agreement(*finest, other, ignore)
             if other_share > share + 0.05:
                 best, sd, share, spread = other, other_sd, other_share, other_spread
-    trusted = spread >= LEAST_SPREAD and share >= LEAST_SHARE and share >= at_rest - 0.02
+        if float((best - still).abs().max()) > 0.01:  # so far away that the fine levels may have run out of steps
+            again, again_sd = _descend(pyramid[-2:], best, widths[-2:], ignore)
+            again_share, again_spread = _agreement(*finest, again, ignore)
+            if again_share > share:
+                best, sd, share, spread = again, again_sd, again_share, again_spread
+    if at_rest > share + 0.02:
+        best, share, spread = still, at_rest, rest_spread
+    trusted = spread >= LEAST_SPREAD and share >= LEAST_SHARE
     return Registration(best[:2, :2].clone(), best[:2, 2].clone(), share, at_rest, sd, trusted)
 
 
@@ -163,10 +170,19 @@ def _scaled(grey: Tensor, ratio: float) -> Tensor:
 
 
 def _detail(grey: Tensor) -> Tensor:
-    fine = blur(grey, 0.7, 2)
-    high = fine - blur(fine, 4.0, min(8, min(grey.shape[-2:]) - 1))
-    energy = blur(high.square(), 4.0, min(8, min(grey.shape[-2:]) - 1))
-    return high / (energy + FLOOR**2).sqrt()
+    fine = blur(grey, 0.7, 1)
+    high = fine - _mean(fine)
+    return high / (_mean(high.square()) + FLOOR**2).sqrt()
+
+
+def _mean(x: Tensor, radius: int = 7) -> Tensor:
+    """Over a square around each pixel, by running sums: several times faster than a wide Gaussian."""
+    for dim in (2, 3):
+        padding = (0, 0, radius + 1, radius) if dim == 2 else (radius + 1, radius, 0, 0)
+        sums = F.pad(x, padding, mode="replicate").double().cumsum(dim)
+        length = x.shape[dim]
+        x = ((sums.narrow(dim, 2 * radius + 1, length) - sums.narrow(dim, 0, length)) / (2 * radius + 1)).to(x.dtype)
+    return x
 
 
 def _grid(height: int, width: int) -> Tensor:
@@ -175,11 +191,11 @@ def _grid(height: int, width: int) -> Tensor:
     return torch.stack([x.flatten() - width / 2, y.flatten() - height / 2], 1) / max(height, width)
 
 
-def _sample(picture: Tensor, places: Tensor) -> Tensor:
+def _sample(picture: Tensor, places: Tensor, mode: str = "bilinear") -> Tensor:
     """``[1, C, h, w]`` at ``[n, 2]`` → ``[1, C, n]``."""
     height, width = picture.shape[-2:]
     scaled = 2 * max(height, width) * places / torch.tensor([width, height])
-    return F.grid_sample(picture, scaled.view(1, 1, -1, 2), "bicubic", "border", align_corners=False)[:, :, 0]
+    return F.grid_sample(picture, scaled.view(1, 1, -1, 2), mode, "border", align_corners=False)[:, :, 0]
 
 
 def _inside(places: Tensor, height: int, width: int) -> Tensor:
@@ -229,7 +245,7 @@ def _refine(
     best, sd = start, math.inf
     for step in range(STEPS):
         there = q @ best[:2, :2].T + best[:2, 2]
-        residual = _sample(after, there)[0, 0] - target
+        residual = _sample(after, there, "bicubic")[0, 0] - target
         weights = _inside(there, rows, columns) / (1 + residual.square() / width**2).square()
         weighted = jacobian * weights[:, None]
         gram = weighted.T @ jacobian

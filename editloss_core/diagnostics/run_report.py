@@ -30,7 +30,6 @@ TEMPLATE = "run_report.html.j2"
 THUMBNAIL = 256  # pixels on the long side
 MOST_COLUMNS, MOST_ROWS = 8, 24  # validations and pairs that are shown as pictures
 _IN_PICTURE = 3  # validations in the picture of the node, beside before, base and after
-_NAME = 90  # characters
 
 
 def write_report(

@@ -83,8 +83,8 @@ class Output:
 
     @property
     def says(self) -> Optional[str]:
-        """The signal in a word; None without one."""
-        return (self.signal.get("says") or NO_FAILURE) if self.signal else None
+        """The signal in a word; None where no term can tell."""
+        return (self.signal["says"] or NO_FAILURE) if "says" in self.signal else None
 
     @property
     def agree(self) -> Optional[bool]:
@@ -226,20 +226,26 @@ class RunVerdicts:
                 f"No failure rates: of {counted(len(self.validations), 'validation')} with sampled pictures {kept}. Set previews and "
                 "preview_steps in Run Options above 0."
             ]
-        said = [f"Step {best.step} fails least: {best.failing}."]
+        rates = {v.failing.value for v in self.validations if v.failing.n}
+        if len(rates) > 1 or len(self.validations) == 1:
+            said = [f"Step {best.step} fails least: {best.failing}."]
+        else:
+            said = [f"Every step fails as often: {best.failing}. Step {best.step} has the lowest loss of them."]
+        if self.base.failing.n and best.failing.value >= self.base.failing.value:
+            said.append("The base model without the LoRA fails no more often than that.")
         if not self.checkpoint(best.step):
             other = self.best_kept
             instead = f" Of those that are there, step {other.step} fails least: {other.failing}." if other else ""
             said.append(f"Its checkpoint is {self.where(best.step)}.{instead}")
         if lowest.step == best.step:
-            said.append("It has the lowest loss as well.")
+            said += ["It has the lowest loss as well."] if len(rates) > 1 else []
         elif lowest.failing.n:
             more = lowest.failing.count - best.failing.count
             fails = f"{more} more of {lowest.failing.n} fail" if more else "as many fail"
             said.append(f"Choosing by loss would have taken step {lowest.step}, where {fails}.")
         if len(self.validations) > 1:
             worst = max((v for v in self.validations if v.failing.n), key=lambda v: v.failing.value)
-            if best.failing.interval[1] >= worst.failing.interval[0] and worst is not best:
+            if best.failing.interval[1] >= worst.failing.interval[0] and len(rates) > 1:
                 n = best.failing.n
                 said.append(
                     f"{counted(n, 'picture')} a validation cannot tell its best step from its worst: the intervals overlap. "

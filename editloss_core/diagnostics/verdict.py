@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import blur, dilate, estimate_mask, oklab, tolerant_distance
-from .alignment import Alignment, align, warp
+from .alignment import Alignment, align, look_up, warp
 from .regions import Regions, find_regions
 
 __all__ = ["FAILURES", "MEASURES", "VERDICTS", "Verdict", "judge"]
@@ -56,6 +56,7 @@ WHOLE = 256  # pixels on the long side at which the surroundings are compared
 CROP = 192  # the same for the crop around the edit
 AROUND = 0.35  # of the mask's long side that the crop takes in on each side
 VISIBLE = 0.04  # Oklab
+STAYED = 0.015  # of the object's size, and of its scale
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
 
 
@@ -227,7 +228,8 @@ def _judge_by(whole: _Whole) -> Verdict:
     placed = float(new.sum()) > max(60.0, 0.08 * float(old.sum()))
     expected = _Expected.of(crop, lab_x, lab_g, old, new, placed)
     e, w = expected.picture, expected.object
-    known = 1 - old * new * (1 - w)  # what neither s nor g shows without an object
+    new = expected.new
+    known = (~dilate((old > 0.3) & (new > 0.3) & (w < 0.5), 1)).float()  # elsewhere neither s nor g shows the room
 
     s, x, g = crop.s, crop.x, crop.g
     weight = changed.float()
@@ -273,30 +275,38 @@ class _Expected:
         picture, plate: with the object and without it, sRGB.
         moved: Oklab of the whole after picture moved like the object.
         object: soft mask of the object where it was found.
+        new: the same in the after picture.
     """
 
     picture: Tensor
     plate: Tensor
     object: Tensor
+    new: Tensor
     moved: Tensor
     similarity: Optional[Alignment]
     affine: Optional[Alignment]
 
     @classmethod
     def of(cls, crop: _Crop, lab_x: Tensor, lab_g: Tensor, old: Tensor, new: Tensor, placed: bool) -> _Expected:
-        s, g = crop.s, crop.g
-        weights = torch.where(crop.mask, 1.0, 0.0) * torch.where(new > old, 0.0, 1.0)  # g shows the plate
-        weights = weights * (1 - torch.minimum(old, new))
-        plate = torch.where(crop.mask, weights * g + (1 - weights) * s, s)
-        both = (old * new).clamp(0, 1)
-        plate = both * _filled(plate, 1 - both) + (1 - both) * plate
         if not placed:
-            return cls(g, plate, torch.zeros_like(new), lab_g, None, None)
+            return cls(crop.g, _plate(crop, old, new), torch.zeros_like(new), new, lab_g, None, None)
         similarity, affine = align(lab_x, lab_g, new)
-        if similarity.displacement < 0.015 and abs(similarity.scale - 1) < 0.015:
-            return cls(g, plate, new, warp(lab_g, similarity), similarity, affine)
-        moved, there, lab = warp(torch.cat([g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
-        return cls(there * moved + (1 - there) * plate, plate, there, lab, similarity, affine)
+        if similarity.displacement < STAYED and abs(similarity.scale - 1) < STAYED:
+            return cls(crop.g, _plate(crop, old, new), new, new, warp(lab_g, similarity), similarity, affine)
+        # What stayed where it was while the object moved is not the object.
+        stay, move = ((t - lab_g).norm(dim=1, keepdim=True) for t in (lab_x, look_up(lab_x, similarity)))
+        new = new * (1 - F.avg_pool2d(((stay < VISIBLE) & (move > VISIBLE)).float(), 3, 1, 1))
+        plate = _plate(crop, old, new)
+        moved, there, lab = warp(torch.cat([crop.g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
+        return cls(there * moved + (1 - there) * plate, plate, there, new, lab, similarity, affine)
+
+
+def _plate(crop: _Crop, old: Tensor, new: Tensor) -> Tensor:
+    """The room without objects: s where the new one is, g where the old one is; where both are, it is filled in."""
+    in_g = crop.mask & ((old >= new) | (new < 0.3))
+    plate = torch.where(in_g, crop.g, crop.s)
+    hidden = ((old > 0.3) & (new > 0.3)).float()
+    return hidden * _filled(plate, 1 - hidden) + (1 - hidden) * plate
 
 
 def _filled(picture: Tensor, known: Tensor) -> Tensor:

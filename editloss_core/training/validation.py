@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..terms import TERMS
 from .estimate import Decode, EstimateObjective
 from .flow import Denoiser, add_noise, estimate, generator_for, sample, velocity_loss
 from .gradients import Part, check_losses, parts_of
@@ -33,7 +34,8 @@ class PreviewRow:
         mask: ``[H, W]``, of the edit, or None.
         caption: the instruction.
         signals: "base" and "lora" → what the objective says about that output, whatever the gates: ``{"says": the failure
-            it points to or None, "terms": {name: {"raw": loss, "toward_failure": share or None}}}``. Empty without one.
+            it points to or None, "terms": {name: {"raw": loss, "toward_failure": share or None}}}``, without "says" where no
+            term answers a failure. Empty without an objective.
     """
 
     pair: str
@@ -52,6 +54,8 @@ def save_pictures(folder: Path, rows: Sequence[PreviewRow]) -> tuple[PictureLog,
     A name ends in the hash of what is in the file: what is the same at every validation is written once, nothing is ever
     written over, and a run that was interrupted and resumed names its files as one that was not.
     """
+    if not rows:
+        return ()
     place = folder / PICTURE_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     kept = []
@@ -209,7 +213,8 @@ class Validator:
             }
             for r in report.terms
         }
-        return {"says": report.signal()[0], "terms": terms}
+        can_tell = any(r.toward_failure is not None and TERMS[r.term.kind].failure for r in report.terms)
+        return {"says": report.signal()[0], "terms": terms} if can_tell else {"terms": terms}
 
     def _noise(self, index: int, like: Tensor, what: object) -> Tensor:
         generator = generator_for(self.settings.seed, "validation", self.prepared.pairs[index].name, what)

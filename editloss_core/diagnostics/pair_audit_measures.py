@@ -1,0 +1,296 @@
+"""What one pair shows: the change, the movement between its pictures, and how its mask lies on the change.
+
+Everything is measured once per pair on pictures of at most 512 pixels, so that a set of any size streams through.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..masks import blur, oklab, tolerant_distance
+from .registration import Registration, _detail, _luminance, register, turned, warp
+
+FINE, COARSE = 512, 256  # pixels on the long side: for movement, for the change
+LOW, TOP = 0.025, 0.15  # Oklab: bounds of what counts as changed; 0.02 is just visible
+DRIFT = 0.06  # Oklab: a difference of the whole picture that is taken out; more is an edit
+CLOSE = 0.25  # pixels of FINE below which the pictures are compared as they are
+CROP, THUMB = 64, 24  # pixels
+
+
+@dataclass
+class Sketch:
+    """What is kept of a pair for comparisons with the others; about 40 kB.
+
+    Attributes:
+        before, after: the window around the edit, ``[CROP, CROP, 3]`` uint8.
+        changed: where in the window the pictures differ, ``[CROP, CROP]`` uint8.
+        thumbs: Oklab of before and after, ``[2, THUMB, THUMB, 3]`` float16.
+        details: normalised detail of both at 32 × 32, unit vectors ``[2, 1024]`` float16.
+        contents: sha256 of before and after.
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    changed: np.ndarray
+    thumbs: np.ndarray
+    details: np.ndarray
+    contents: tuple[str, str] = ("", "")
+
+
+@dataclass
+class Measured:
+    """A pair's numbers and sketch. ``values``: names as in :data:`MEASURES`."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    sketch: Optional[Sketch] = None
+
+
+MEASURES = {
+    "before_size": "width and height of the before picture, in pixels",
+    "after_size": "width and height of the after picture, in pixels",
+    "changed_share": "share of the picture that changed",
+    "change": "95th percentile of the change in Oklab, where the picture changed; 0.02 is just visible",
+    "agreement": "share of the blocks with detail that are the same before and after",
+    "at_rest": "the same share as the pictures lie",
+    "registered": "whether the background was found again, so that the movement below can be trusted",
+    "shift_x": "to the right, in pixels of the before picture",
+    "shift_y": "down, in pixels of the before picture",
+    "zoom": "growth in per cent",
+    "rotation": "degrees, clockwise",
+    "stretch": "growth in width over growth in height, in per cent",
+    "moved": "the farthest way of a corner, in pixels of the before picture",
+    "moved_sd": "standard error of it, in pixels",
+    "turned": "how the after picture is mirrored or turned, in words",
+    "tone": "difference in brightness and colour of the unchanged part, in Oklab",
+    "brightness": "the part of it in lightness",
+    "detail_ratio": "fine detail of the unchanged part, after over before",
+    "blocks": "strength of the 8 × 8 blocks of JPEG, before and after; 0: none",
+    "mask_share": "share of the picture that the mask covers",
+    "uncovered": "share of the change that lies outside the mask",
+    "mask_changed": "share of the mask in which the picture changes",
+    "mask_border": "share of the picture's border that the mask covers",
+    "edges": "logarithm of edge energy in the edit region, after over before",
+}
+
+
+@torch.no_grad()
+def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
+    """Measure a pair.
+
+    Args:
+        before, after: ``[H, W, 3]`` in 0…1, at least 16 pixels on a side; they may differ in size.
+        mask: ``[H, W]`` in 0…1 that reaches one half, or None.
+    """
+    size = tuple(before.shape[:2])
+    full = [t.permute(2, 0, 1) for t in (before, after)]
+    fine = [_fit(t, FINE, size) for t in full]
+    values: dict[str, object] = {
+        "before_size": [before.shape[1], before.shape[0]],
+        "after_size": [after.shape[1], after.shape[0]],
+    }
+    ignore = None if mask is None else _mask(mask, fine[0].shape[-2:])
+    found = _registered(*fine, ignore)
+    values |= _movement(found, size)
+    if not found.trusted:
+        values["turned"] = turned(*fine)
+    moved = found.trusted and found.farthest(*size) * max(fine[0].shape[-2:]) > CLOSE
+    coarse = [_fit(t, COARSE, size) for t in fine]
+    known = torch.ones(coarse[0].shape[-2:], dtype=torch.bool)
+    if moved:
+        coarse[1], known = warp(coarse[1], found)
+    change, quiet, drift = _change(*coarse, known)
+    values |= drift
+    region = change > 0
+    values["changed_share"] = float(region.float().mean())
+    values["change"] = float(change[region].quantile(0.95)) if bool(region.any()) else 0.0
+    if tuple(after.shape) == tuple(before.shape):
+        values |= _texture(*full, quiet)
+    if mask is not None:
+        values |= _coverage(_mask(mask, change.shape), change)
+    window = _window(region if bool(region.any()) or mask is None else _mask(mask, change.shape) > 0.5)
+    values["edges"] = _edges(*coarse, region)
+    return Measured(values, _sketch(coarse, region.float(), window))
+
+
+def _fit(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
+    """``[C, h, w]`` with the proportions of ``size`` (height, width), at most ``long`` pixels on a side."""
+    ratio = min(1.0, long / max(size))
+    target = tuple(max(16, round(side * ratio)) for side in size)
+    if target == tuple(picture.shape[-2:]):
+        return picture
+    return F.interpolate(picture[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+
+
+def _mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(mask[None, None].float(), size=tuple(size), mode="area")[0, 0]
+
+
+def _grown(mask: Tensor, radius: int) -> Tensor:
+    """By a square, a side at a time, which is many times faster."""
+    rows = F.max_pool2d(mask[None, None], (2 * radius + 1, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(rows, (1, 2 * radius + 1), stride=1, padding=(0, radius))[0, 0]
+
+
+def _registered(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Registration:
+    """Outside the mask if that is enough to go by: a mask may be wrong, or cover nearly all."""
+    if mask is not None and float(mask.mean()) < 0.7:
+        found = register(before, after, _grown(mask, max(1, max(mask.shape) // 64)))
+        if found.trusted:
+            return found
+    return register(before, after)
+
+
+def _movement(found: Registration, size: tuple[int, ...]) -> dict[str, object]:
+    long = max(size)
+    return {
+        "agreement": found.agreement,
+        "at_rest": found.at_rest,
+        "registered": found.trusted,
+        "shift_x": float(found.shift[0]) * long,
+        "shift_y": float(found.shift[1]) * long,
+        "zoom": 100 * (found.zoom - 1),
+        "rotation": found.rotation,
+        "stretch": 100 * (found.stretch - 1),
+        "moved": found.farthest(*size) * long,
+        "moved_sd": found.sd * long if math.isfinite(found.sd) else None,
+    }
+
+
+def _change(before: Tensor, after: Tensor, known: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """(change above the noise ``[h, w]`` in Oklab, where it is quiet ``[h, w]``, differences of the whole picture).
+
+    Brightness, contrast and colour of the whole picture, as the quiet half of the pixels has them, are taken out first:
+    gain and offset per channel of Oklab.
+    """
+    lab = [blur(oklab(t[None]), 1.0, 3) for t in (before, after)]
+    known = known[None, None]
+    d = tolerant_distance(*lab) * known
+    quiet = (d <= d[known].median())[0, 0] & known[0, 0] if bool(known.any()) else known[0, 0]
+    tone, brightness = 0.0, 0.0
+    for _ in range(2):
+        old, new = (t[0, :, quiet] for t in lab)
+        spread = old - old.mean(1, keepdim=True)
+        gain = (spread * (new - new.mean(1, keepdim=True))).sum(1) / (spread.square().sum(1) + 1e-2)
+        gain = torch.where(spread.square().mean(1) > 1e-4, gain.clamp(0.75, 1.33), torch.ones(3))
+        fitted = gain[:, None] * (old - old.mean(1, keepdim=True)) + new.mean(1, keepdim=True)
+        difference = (fitted - old).square().mean(1)
+        if float(difference.sum().sqrt()) > DRIFT:
+            break
+        tone, brightness = float(difference.sum().sqrt()), float(new[0].mean() - old[0].mean())
+        mapped = gain.view(1, 3, 1, 1) * (lab[0] - old.mean(1).view(1, 3, 1, 1)) + new.mean(1).view(1, 3, 1, 1)
+        d = tolerant_distance(mapped, lab[1]) * known
+        quiet = (d <= d[known].quantile(0.6))[0, 0] & known[0, 0]
+    background = d[0, 0][quiet]
+    median = background.median()
+    noise = float(median + 8 * 1.4826 * (background - median).abs().median())
+    low = min(max(noise, LOW), TOP)
+    d = d[0, 0]
+    above = (d > low).float()
+    crowded = F.avg_pool2d(above[None, None], 3, stride=1, padding=1)[0, 0] > 0.5  # no single pixels, no thin edges
+    core = _grown(((d > 1.6 * low) & crowded).float(), 4) > 0
+    region = (above > 0) & crowded & core
+    return torch.where(region, d, 0.0), d <= low, {"tone": tone, "brightness": brightness}
+
+
+def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> dict[str, object]:
+    """Fine detail and JPEG's blocks of the unchanged part, at full size."""
+    fine, blocks = [], []
+    for picture in (before, after):
+        grey = _luminance(picture)[0, 0]
+        inner = grey[1:-1, 1:-1]
+        bend = (4 * inner - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).abs()
+        still = F.interpolate(quiet[None, None].float(), size=tuple(grey.shape), mode="nearest")[0, 0] > 0.5
+        fine.append(float(bend[still[1:-1, 1:-1]].mean()) if bool(still.any()) else 0.0)
+        blocks.append(_blocks(grey, still))
+    ratio = fine[1] / fine[0] if min(fine) > 1.0 / 255 else None  # below that it is rounding
+    return {"detail_ratio": ratio, "blocks": blocks}
+
+
+def _blocks(grey: Tensor, still: Tensor) -> float:
+    """By how much steps at every eighth pixel exceed the bend of their surroundings, over both directions."""
+    excess, usual = 0.0, 1e-6
+    for picture, at in ((grey, still), (grey.T, still.T)):
+        step = (picture[:, 1:] - picture[:, :-1]).abs()
+        step = torch.where(at[:, 1:], step, 0.0).sum(0)
+        count = at[:, 1:].sum(0).clamp_min(1)
+        mean = step / count
+        border = torch.arange(1, len(mean) + 1) % 8 == 0
+        beside = torch.arange(1, len(mean) + 1) % 8 == 4
+        if bool(border.any()) and bool(beside.any()):
+            excess += float(mean[border].mean() - mean[~border].mean())
+            usual += float(mean[~border].mean())
+    return max(0.0, excess / max(usual, 0.5 / 255))
+
+
+def _coverage(mask: Tensor, change: Tensor) -> dict[str, float]:
+    """How a mask ``[h, w]`` lies on the change, which is weighed by its square, so that faint shadows weigh little."""
+    radius = max(1, round(0.012 * max(mask.shape)))
+    solid = (mask > 0.5).float()
+    grown = _grown((mask > 0.1).float(), radius)
+    energy = change.square()
+    total = float(energy.sum())
+    border = torch.cat([solid[0], solid[-1], solid[:, 0], solid[:, -1]])
+    area = float(solid.sum())
+    return {
+        "mask_share": float(mask.mean()),
+        "uncovered": float((energy * (1 - grown)).sum()) / total if total > 0 else 0.0,
+        "mask_changed": float((solid * (change > 0)).sum()) / area if area else float((grown * (change > 0)).any()),
+        "mask_border": float(border.mean()),
+    }
+
+
+def _window(region: Tensor) -> tuple[int, int, int, int]:
+    """A square (top, left, bottom, right) around the region with some air, or the whole picture."""
+    height, width = region.shape
+    rows, columns = region.any(1).nonzero()[:, 0], region.any(0).nonzero()[:, 0]
+    if not len(rows):
+        return 0, 0, height, width
+    side = 1.1 * max(int(rows[-1] - rows[0]), int(columns[-1] - columns[0])) + 4
+    spans = []
+    for first, last, length in ((rows[0], rows[-1], height), (columns[0], columns[-1], width)):
+        wide = min(int(side), length)
+        start = min(max(int((int(first) + int(last)) / 2 - wide / 2), 0), length - wide)
+        spans.append((start, start + wide))
+    return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
+
+
+def _edges(before: Tensor, after: Tensor, region: Tensor) -> float:
+    """log of the energy of edges in the region, after over before."""
+    if not bool(region.any()):
+        return 0.0
+    energy = []
+    for picture in (before, after):
+        grey = blur(_luminance(picture), 0.7, 2)
+        slopes = torch.gradient(grey, dim=2)[0].square() + torch.gradient(grey, dim=3)[0].square()
+        energy.append(float(slopes[0, 0][region].sqrt().mean()) + 2e-3)
+    return math.log(energy[1] / energy[0])
+
+
+def _sketch(pictures: list[Tensor], region: Tensor, window: tuple[int, int, int, int]) -> Sketch:
+    top, left, bottom, right = window
+
+    def crop(t: Tensor, size: int) -> Tensor:
+        part = t[None, :, top:bottom, left:right]
+        return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+
+    def small(t: Tensor, size: int) -> Tensor:
+        return F.interpolate(t[None], size=(size, size), mode="area")
+
+    def bytes_of(t: Tensor) -> np.ndarray:
+        return (t.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+    details = torch.stack([_detail(_luminance(small(t, 32)[0])).flatten() for t in pictures])
+    return Sketch(
+        before=bytes_of(crop(pictures[0], CROP)),
+        after=bytes_of(crop(pictures[1], CROP)),
+        changed=bytes_of(crop(region[None], CROP))[..., 0],
+        thumbs=torch.cat([oklab(small(t, THUMB)) for t in pictures]).permute(0, 2, 3, 1).half().numpy(),
+        details=F.normalize(details - details.mean(1, keepdim=True), dim=1).half().numpy(),
+    )
