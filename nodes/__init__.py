@@ -4,12 +4,36 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, diagnostics, embeddings, encoders, losses, negatives, pairs, training, training_options
+from . import (
+    demo,
+    diagnostics,
+    embeddings,
+    encoder_audit,
+    encoders,
+    losses,
+    negatives,
+    pairs,
+    run_report,
+    training,
+    training_options,
+)
 from .folders import register_model_folder
 
 
 class EditLossExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_model_folder()  # not in on_load, which ComfyUI 0.3.75 does not call
-        rooms = (encoders, embeddings, negatives, losses, diagnostics, pairs, training, training_options, demo)
+        rooms = (
+            encoders,
+            embeddings,
+            negatives,
+            losses,
+            diagnostics,
+            encoder_audit,
+            pairs,
+            training,
+            training_options,
+            run_report,
+            demo,
+        )
         return [node for room in rooms for node in room.NODES]

@@ -109,7 +109,10 @@ def moved(layer: np.ndarray, look_y: np.ndarray, look_x: np.ndarray) -> np.ndarr
     channels = layer if layer.ndim == 3 else layer[..., None]
     if channels.shape[-1] == 4:
         channels = np.concatenate([channels[..., :3] * channels[..., 3:], channels[..., 3:]], -1)
-    out = np.stack([ndimage.map_coordinates(c, [look_y, look_x], order=1, mode="constant") for c in np.moveaxis(channels, -1, 0)], -1)
+    out = np.stack(
+        [ndimage.map_coordinates(c, [look_y, look_x], order=1, mode="constant") for c in np.moveaxis(channels, -1, 0)],
+        -1,
+    )
     if layer.ndim == 2:
         return out[..., 0]
     return np.concatenate([out[..., :3] / np.maximum(out[..., 3:], 1e-6) * (out[..., 3:] > 0), out[..., 3:]], -1)
@@ -137,7 +140,9 @@ def _affine(scene: Scene, matrix: np.ndarray, shift=(0.0, 0.0)) -> np.ndarray:
 def _warp(scene: Scene, share: float, rng) -> np.ndarray:
     """Smooth random displacements with this share of the object's size as their root mean square over the object."""
     size = size_of(scene.new)
-    field = np.stack([ndimage.gaussian_filter(rng.standard_normal(scene.plate.shape[:2]), 0.13 * size) for _ in range(2)])
+    field = np.stack(
+        [ndimage.gaussian_filter(rng.standard_normal(scene.plate.shape[:2]), 0.13 * size) for _ in range(2)]
+    )
     inside = scene.new[..., 3] > 0.5
     field -= field[:, inside].mean(1)[:, None, None]
     field *= share * size / np.sqrt((field[:, inside] ** 2).sum(0).mean())
@@ -218,7 +223,7 @@ def _recoloured(scene: Scene, strength: float, rng) -> np.ndarray:
     side = scene.plate.shape[0]
     cy, cx = _place_apart(scene, 0.1 * side, rng)
     y, x = grid(scene)
-    blob = np.exp(-(((y - cy) ** 2 + (x - cx) ** 2) / (2 * (0.08 * side) ** 2)) ** 2)[..., None]
+    blob = np.exp(-((((y - cy) ** 2 + (x - cx) ** 2) / (2 * (0.08 * side) ** 2)) ** 2))[..., None]
     blob = blob * (1 - _soft_mask(scene))
     tint = np.array([1.0, -0.6, -1.0]) * rng.choice([-1, 1])
     return scene.after + strength * blob * tint
@@ -250,8 +255,13 @@ def _picture_moved(scene: Scene, share: float, rng) -> np.ndarray:
     side = scene.plate.shape[0]
     y, x = grid(scene)
     angle = rng.uniform(0, 2 * np.pi)
-    look = [(c - side / 2) / (1 + 2 * share) + side / 2 + share * side * f for c, f in ((y, np.sin(angle)), (x, np.cos(angle)))]
-    return np.stack([ndimage.map_coordinates(c, look, order=1, mode="nearest") for c in np.moveaxis(scene.after, -1, 0)], -1)
+    look = [
+        (c - side / 2) / (1 + 2 * share) + side / 2 + share * side * f
+        for c, f in ((y, np.sin(angle)), (x, np.cos(angle)))
+    ]
+    return np.stack(
+        [ndimage.map_coordinates(c, look, order=1, mode="nearest") for c in np.moveaxis(scene.after, -1, 0)], -1
+    )
 
 
 def _retouched(scene: Scene, _severity, rng) -> np.ndarray:

@@ -35,8 +35,23 @@ CLUTTER = {
     "report": ("littlePlant", "televisionCabinet", "table", "decorativePlant", "speaker2", "drawersCabinet"),
 }
 PHOTOS = {"fit": ("coffee", "rocket"), "report": ("astronaut", "chelsea")}
-HEIGHTS = {"barrel": 0.8, "crate": 0.6, "stool": 0.6, "stool2": 0.75, "pianoBench": 0.5, "bedsideTable2": 0.42, "armchair2": 0.6}  # metres
-CLUTTER_HEIGHTS = {"plant": 1.0, "littlePlant": 0.5, "decorativePlant": 1.1, "dustbin": 0.6, "tableFan": 0.5, "speaker2": 0.9}
+HEIGHTS = {
+    "barrel": 0.8,
+    "crate": 0.6,
+    "stool": 0.6,
+    "stool2": 0.75,
+    "pianoBench": 0.5,
+    "bedsideTable2": 0.42,
+    "armchair2": 0.6,
+}  # metres
+CLUTTER_HEIGHTS = {
+    "plant": 1.0,
+    "littlePlant": 0.5,
+    "decorativePlant": 1.1,
+    "dustbin": 0.6,
+    "tableFan": 0.5,
+    "speaker2": 0.9,
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +85,9 @@ class Scene:
     @property
     def mask(self) -> np.ndarray:
         """Both objects and their shadows, grown by a few pixels, as a person paints it."""
-        union = np.maximum.reduce([self.old[..., 3], self.new[..., 3], (self.old_shadow > 0.06) * 1.0, (self.new_shadow > 0.06) * 1.0])
+        union = np.maximum.reduce(
+            [self.old[..., 3], self.new[..., 3], (self.old_shadow > 0.06) * 1.0, (self.new_shadow > 0.06) * 1.0]
+        )
         picture = Image.fromarray((union > 0.02).astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))
         return np.asarray(picture, np.float32) / 255
 
@@ -82,11 +99,16 @@ def over(picture: np.ndarray, layer: np.ndarray) -> np.ndarray:
 
 def load_scene(path: Path) -> Scene:
     with np.load(path) as data:
-        return Scene(path.stem, *(data[k].astype(np.float32) / 255 for k in ("plate", "old", "new", "old_shadow", "new_shadow")))
+        return Scene(
+            path.stem, *(data[k].astype(np.float32) / 255 for k in ("plate", "old", "new", "old_shadow", "new_shadow"))
+        )
 
 
 def save_scene(scene: Scene, path: Path) -> None:
-    layers = {k: (getattr(scene, k) * 255).round().astype(np.uint8) for k in ("plate", "old", "new", "old_shadow", "new_shadow")}
+    layers = {
+        k: (getattr(scene, k) * 255).round().astype(np.uint8)
+        for k in ("plate", "old", "new", "old_shadow", "new_shadow")
+    }
     temporary = path.with_suffix(".part.npz")
     np.savez_compressed(temporary, **layers)
     os.replace(temporary, path)
@@ -118,7 +140,11 @@ def surface(rng: np.random.Generator, kind: str, size: int = 1024) -> np.ndarray
     elif kind == "tiles":
         n = rng.integers(5, 10)
         tones = rng.uniform(-0.05, 0.05, (n + 1, n + 1))
-        value = value + tones[(y * n).astype(int), (x * n).astype(int)] - 0.2 * (((y * n) % 1 < 0.04) | ((x * n) % 1 < 0.04))
+        value = (
+            value
+            + tones[(y * n).astype(int), (x * n).astype(int)]
+            - 0.2 * (((y * n) % 1 < 0.04) | ((x * n) % 1 < 0.04))
+        )
     elif kind == "stripes":
         n = rng.integers(10, 24)
         value = value + 0.08 * (((x * n) % 1) < 0.5)
@@ -185,7 +211,9 @@ class Renderer:
             mesh.points = ((mesh.points - [middle[0], low[1], middle[2]]) / (high[1] - low[1])).astype(np.float32)
         return pieces
 
-    def object_actors(self, name: str, place: np.ndarray, height: float, turn: float, flat: np.ndarray | None = None) -> list:
+    def object_actors(
+        self, name: str, place: np.ndarray, height: float, turn: float, flat: np.ndarray | None = None
+    ) -> list:
         """Actors of a mesh; ``flat``: its shadow, thrown along this direction on the floor."""
         import vtk
 
@@ -199,7 +227,13 @@ class Renderer:
                 p = np.stack([p[:, 0] - p[:, 1] * flat[0], p[:, 1] * 0 + 0.004, p[:, 2] - p[:, 1] * flat[2]], 1)
             copy.points = (p + place).astype(np.float32)
             if flat is None:
-                copy = copy.compute_normals(cell_normals=False, split_vertices=True, feature_angle=40.0, auto_orient_normals=False) if copy.n_cells else copy
+                copy = (
+                    copy.compute_normals(
+                        cell_normals=False, split_vertices=True, feature_angle=40.0, auto_orient_normals=False
+                    )
+                    if copy.n_cells
+                    else copy
+                )
             mapper = vtk.vtkPolyDataMapper()
             mapper.SetInputData(copy)
             mapper.ScalarVisibilityOff()
@@ -296,7 +330,11 @@ class Renderer:
         layers = []
         for name, at, height in (
             (old, place, HEIGHTS.get(old, 0.9) * rng.uniform(0.9, 1.15)),
-            (new, place + [rng.uniform(-0.12, 0.12), 0, rng.uniform(-0.05, 0.12)], HEIGHTS.get(new, 0.6) * rng.uniform(0.9, 1.35)),
+            (
+                new,
+                place + [rng.uniform(-0.12, 0.12), 0, rng.uniform(-0.05, 0.12)],
+                HEIGHTS.get(new, 0.6) * rng.uniform(0.9, 1.35),
+            ),
         ):
             turn = rng.uniform(-np.pi, np.pi)
             layer = self.shot(self.object_actors(name, at, height, turn), camera, lights, True)
@@ -306,12 +344,12 @@ class Renderer:
         return Scene(f"{part}_{number:02d}_{old}_{new}", plate, layers[0], layers[2], layers[1], layers[3])
 
 
-
-
 def unpacked(meshes: Path, folder: Path) -> Path:
     with zipfile.ZipFile(meshes) as archive:
         wanted = {*sum(OLD.values(), ()), *sum(NEW.values(), ()), *sum(CLUTTER.values(), ())}
-        archive.extractall(folder, [n for n in archive.namelist() if len(Path(n).parts) > 2 and Path(n).parts[1] in wanted])
+        archive.extractall(
+            folder, [n for n in archive.namelist() if len(Path(n).parts) > 2 and Path(n).parts[1] in wanted]
+        )
     return folder
 
 

@@ -95,13 +95,13 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
         "before_size": [before.shape[1], before.shape[0]],
         "after_size": [after.shape[1], after.shape[0]],
     }
-    ignore = None if mask is None else _mask(mask, fine[0].shape[-2:])
-    found = _registered(*fine, ignore)
+    coarse = [_fit(t, COARSE, size) for t in fine]
+    cover = None if mask is None else _mask(mask, coarse[0].shape[-2:])
+    found = _registered(*fine, cover)
     values |= _movement(found, size)
     if not found.trusted:
         values["turned"] = turned(*fine)
     moved = found.trusted and found.farthest(*size) * max(fine[0].shape[-2:]) > CLOSE
-    coarse = [_fit(t, COARSE, size) for t in fine]
     known = torch.ones(coarse[0].shape[-2:], dtype=torch.bool)
     if moved:
         coarse[1], known = warp(coarse[1], found)
@@ -112,9 +112,9 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
     values["change"] = float(change[region].quantile(0.95)) if bool(region.any()) else 0.0
     if tuple(after.shape) == tuple(before.shape):
         values |= _texture(*full, quiet)
-    if mask is not None:
-        values |= _coverage(_mask(mask, change.shape), change)
-    window = _window(region if bool(region.any()) or mask is None else _mask(mask, change.shape) > 0.5)
+    if cover is not None:
+        values |= _coverage(cover, change)
+    window = _window(region if bool(region.any()) or cover is None else cover > 0.5)
     values["edges"] = _edges(*coarse, region)
     return Measured(values, _sketch(coarse, region.float(), window))
 
@@ -125,7 +125,9 @@ def _fit(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
     target = tuple(max(16, round(side * ratio)) for side in size)
     if target == tuple(picture.shape[-2:]):
         return picture
-    return F.interpolate(picture[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0].clamp(0, 1)
+    return F.interpolate(picture[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0].clamp(
+        0, 1
+    )
 
 
 def _mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:

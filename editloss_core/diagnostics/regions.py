@@ -16,7 +16,9 @@ CHANGED = 0.03  # Oklab; 0.02 is just visible
 NEAR = 0.15  # Oklab distance that a patch from the other end of the picture is put at a disadvantage by
 RIVAL = 0.05  # how much an unlikely patch in the other picture speaks for this one being background
 STEEP = 3.0  # slope of a mask's edge: shares from one third to two thirds
-NOISE = 4.0  # a patch is an object's where its squared distance exceeds this many times what is usual in the surroundings
+NOISE = (
+    4.0  # a patch is an object's where its squared distance exceeds this many times what is usual in the surroundings
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
         cost = torch.zeros(p.shape[0])
         cost[where] = _nearest(p[where], known)
         costs.append(F.avg_pool2d(F.pad(cost.view(1, 1, *size), (1, 1, 1, 1), mode="replicate"), 3, 1))
-    shares = [cost / (cost + NOISE * usual) * cost / (cost + RIVAL * other + 1e-9) for cost, other in (costs, costs[::-1])]
+    shares = [
+        cost / (cost + NOISE * usual) * cost / (cost + RIVAL * other + 1e-9) for cost, other in (costs, costs[::-1])
+    ]
     top = torch.maximum(*shares).clamp_min(1e-6)
     old, new = ((share / top) * changed for share in shares)
     old, new = (F.interpolate(t, size=(height, width), mode="bilinear", align_corners=False) for t in (old, new))

@@ -92,11 +92,12 @@ def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> 
         ignore: ``[h, w]``, 1 where the edit is known to be.
     """
     height, width = before.shape[-2:]
+    greys = [_luminance(t) for t in (before, after)]
     pyramid = []
     for size in LEVELS:
         ratio = size / max(height, width)
         if ratio < 1 or size == LEVELS[-1]:
-            pyramid.append(tuple(_detail(_scaled(_luminance(t), min(1.0, ratio))) for t in (before, after)))
+            pyramid.append(tuple(_detail(_scaled(grey, min(1.0, ratio))) for grey in greys))
     # A small picture has fewer levels, and its finest one is always the last.
     widths = WIDTHS[-len(pyramid) :]
     finest = pyramid[-1]
@@ -159,7 +160,8 @@ def turned(before: Tensor, after: Tensor) -> str:
 
 def _luminance(picture: Tensor) -> Tensor:
     """``[3, h, w]`` → ``[1, 1, h, w]``, Rec. 709 weights on the values as they are."""
-    return (picture * picture.new_tensor([0.2126, 0.7152, 0.0722]).view(3, 1, 1)).sum(0)[None, None]
+    red, green, blue = picture
+    return (0.2126 * red + 0.7152 * green + 0.0722 * blue)[None, None]
 
 
 def _scaled(grey: Tensor, ratio: float) -> Tensor:

@@ -104,7 +104,10 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     'good'
     """
     _check(before, output, after, mask)
-    s, x, g = (None if t is None else t.detach().float().cpu().clamp(0, 1).permute(2, 0, 1)[None] for t in (before, output, after))
+    s, x, g = (
+        None if t is None else t.detach().float().cpu().clamp(0, 1).permute(2, 0, 1)[None]
+        for t in (before, output, after)
+    )
     if mask is not None:
         region = mask.detach().float().cpu()[None, None]
     else:
@@ -148,7 +151,9 @@ class _Whole:
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
         x = blur(oklab(self.x), 1.0, 3)
-        d = torch.stack([tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in (self.s, self.g) if t is not None]).amin(0)
+        d = torch.stack([tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in (self.s, self.g) if t is not None]).amin(
+            0
+        )
         taken = self.mask if also is None else self.mask | also
         outside = (~dilate(taken, 8)).float()
         if float(outside.mean()) < 0.02:
@@ -207,14 +212,19 @@ class _Crop:
         margin = max(4, round(AROUND * max(bottom - top, right - left)))
         box = max(0, top - margin), max(0, left - margin), min(height, bottom + margin), min(width, right + margin)
         size = _fitting((box[2] - box[0], box[3] - box[1]), CROP)
-        cut = [None if t is None else _resized(t[..., box[0] : box[2], box[1] : box[3]], size) for t in (*whole.pictures, whole.full_mask)]
+        cut = [
+            None if t is None else _resized(t[..., box[0] : box[2], box[1] : box[3]], size)
+            for t in (*whole.pictures, whole.full_mask)
+        ]
         return cls(cut[0], cut[1], cut[2], cut[3] > 0.25, box, (height, width))
 
     def in_whole(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Values of the crop in the whole picture at another size, 0 elsewhere."""
         top, left, bottom, right = self.box
         canvas = torch.zeros(1, 1, *self.full)
-        canvas[..., top:bottom, left:right] = F.interpolate(values, size=(bottom - top, right - left), mode="bilinear", align_corners=False)
+        canvas[..., top:bottom, left:right] = F.interpolate(
+            values, size=(bottom - top, right - left), mode="bilinear", align_corners=False
+        )
         return _resized(canvas, size)
 
 
@@ -258,13 +268,17 @@ def _judge_by(whole: _Whole) -> Verdict:
     }  # fmt: skip
     scores = _scores(measures, arrived)
     old_map = (_local_share(off, towards, old * known)).clamp(0, 1)
-    unchanged_map = weight * (1 - moved.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True).clamp_min(0.02)).clamp(0, 1)
+    unchanged_map = weight * (
+        1 - moved.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True).clamp_min(0.02)
+    ).clamp(0, 1)
     maps = {
         "unchanged": crop.in_whole(unchanged_map, whole_size), "old object": crop.in_whole(old_map, whole_size),
         "shape": crop.in_whole(shape_map.clamp(0, 1), whole_size), "background": (background_map / 0.2).clamp(0, 1),
     }  # fmt: skip
     unanswered = () if background is not None else ("collateral change: the mask leaves no surroundings to compare",)
-    return Verdict(_decide(scores), scores, measures, unanswered, {k: v[0, 0] for k, v in maps.items()}, whole.full_mask[0, 0])
+    return Verdict(
+        _decide(scores), scores, measures, unanswered, {k: v[0, 0] for k, v in maps.items()}, whole.full_mask[0, 0]
+    )
 
 
 @dataclass
@@ -316,11 +330,15 @@ def _filled(picture: Tensor, known: Tensor) -> Tensor:
     size = picture.shape[-2:]
     share = F.avg_pool2d(known, 2, ceil_mode=True)
     small = F.avg_pool2d(picture * known, 2, ceil_mode=True) / share.clamp_min(1e-6)
-    coarse = F.interpolate(_filled(small, share.clamp_max(1).ceil() * share), size=size, mode="bilinear", align_corners=False)
+    coarse = F.interpolate(
+        _filled(small, share.clamp_max(1).ceil() * share), size=size, mode="bilinear", align_corners=False
+    )
     return known * picture + (1 - known) * coarse
 
 
-def _shape(lab_x: Tensor, expected: _Expected, old: Tensor, known: Tensor) -> tuple[Tensor, Optional[float], Optional[float]]:
+def _shape(
+    lab_x: Tensor, expected: _Expected, old: Tensor, known: Tensor
+) -> tuple[Tensor, Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines); the differences as shares of the
     object's contrast."""
     e, b = (blur(oklab(t), 1.0, 3) for t in (expected.picture, expected.plate))
@@ -416,22 +434,37 @@ def _judge_alone(whole: _Whole, masked: bool) -> Verdict:
     scores = _scores(measures, min(1.0, (1 - unchanged) / 0.3))
     unanswered = [WITHOUT_AFTER]
     if not masked:
-        unanswered += ["overlay, collateral change: without a mask or an after picture what belongs to the edit is unknown"]
+        unanswered += [
+            "overlay, collateral change: without a mask or an after picture what belongs to the edit is unknown"
+        ]
     elif background is None:
         unanswered.append("collateral change: the mask leaves no surroundings to compare")
     unchanged_map = inside * (1 - moved.norm(dim=1, keepdim=True) / 0.1).clamp(0, 1)
     old_map = _local_share(slopes_x, slopes_s, core).clamp(0, 1)
-    maps = {"unchanged": crop.in_whole(unchanged_map, size), "old object": crop.in_whole(old_map, size), "background": (background_map / 0.2).clamp(0, 1)}
+    maps = {
+        "unchanged": crop.in_whole(unchanged_map, size),
+        "old object": crop.in_whole(old_map, size),
+        "background": (background_map / 0.2).clamp(0, 1),
+    }
     if not masked:
         maps = {}
-    return Verdict(_decide(scores), scores, measures, tuple(unanswered), {k: v[0, 0] for k, v in maps.items()}, whole.full_mask[0, 0])
+    return Verdict(
+        _decide(scores),
+        scores,
+        measures,
+        tuple(unanswered),
+        {k: v[0, 0] for k, v in maps.items()},
+        whole.full_mask[0, 0],
+    )
 
 
 def _without_edit(whole: _Whole, why: str) -> Verdict:
     """The output shows no visible difference from the before picture anywhere."""
     scores = {"no edit": 1.0, "overlay": None, "distorted": None, "collateral change": None}
     measures = {**dict.fromkeys(MEASURES), "unchanged": 1.0}
-    return Verdict("no edit", scores, measures, (f"overlay, distorted, collateral change: {why}",), {}, whole.full_mask[0, 0])
+    return Verdict(
+        "no edit", scores, measures, (f"overlay, distorted, collateral change: {why}",), {}, whole.full_mask[0, 0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,7 +490,12 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float) -> dict[str, Optio
     return {
         "no edit": ramp("no edit", m["unchanged"]),
         "overlay": worst(ramp("old left", m["old left"]), ramp("old edges", m["old edges"])),
-        "distorted": worst(ramp("shape", m["shape"]), ramp("outline", m["outline"]), ramp("soft", m["soft"]), ramp("stretch", m["stretch"])),
+        "distorted": worst(
+            ramp("shape", m["shape"]),
+            ramp("outline", m["outline"]),
+            ramp("soft", m["soft"]),
+            ramp("stretch", m["stretch"]),
+        ),
         "collateral change": ramp("background", m["background"]),
     }
 
@@ -488,7 +526,12 @@ def _check(before: Tensor, output: Tensor, after: Optional[Tensor], mask: Option
     for name, picture in (("before", before), ("output", output), ("after", after)):
         if picture is None:
             continue
-        if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[-1] != 3 or not picture.is_floating_point():
+        if (
+            not isinstance(picture, Tensor)
+            or picture.ndim != 3
+            or picture.shape[-1] != 3
+            or not picture.is_floating_point()
+        ):
             came = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
             raise ValueError(f"{name}: expected a picture [H, W, 3] of floats in 0…1, got {came}")
         if not bool(picture.isfinite().all()):
@@ -504,7 +547,9 @@ def _check(before: Tensor, output: Tensor, after: Optional[Tensor], mask: Option
         came = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected [H, W] of floats in 0…1, got {came}")
     if mask.shape != before.shape[:2]:
-        raise ValueError(f"mask: expected {before.shape[1]} x {before.shape[0]} pixels like the before picture, got {mask.shape[1]} x {mask.shape[0]}")
+        raise ValueError(
+            f"mask: expected {before.shape[1]} x {before.shape[0]} pixels like the before picture, got {mask.shape[1]} x {mask.shape[0]}"
+        )
     area = int((mask > 0.5).sum())
     if area < SMALLEST:
         raise ValueError(f"mask: expected at least {SMALLEST} pixels above one half, got {area}")
