@@ -37,6 +37,9 @@ class Item:
     picture: np.ndarray
 
 
+HIDDEN = 0.1  # share of the old object that is seen past the new one
+BEHIND = ("old behind new", "multiplied")
+
 # construction → (kind, severities as slight / moderate / severe, held out)
 TABLE = {
     "copy": ("no edit", {"moderate": (0,)}, False),
@@ -75,8 +78,15 @@ TABLE = {
 
 
 def items(scene: Scene) -> Iterator[Item]:
-    """Every outcome of a scene, each from a seed of its own."""
+    """Every outcome of a scene, each from a seed of its own.
+
+    Where the new object hides nearly all of the old one, what lies behind it cannot be seen and is left out.
+    """
+    old, new = scene.old[..., 3], scene.new[..., 3]
+    hidden = (old * (1 - new)).sum() < HIDDEN * old.sum()
     for construction, (kind, levels, held_out) in TABLE.items():
+        if hidden and construction in BEHIND:
+            continue
         for level, severities in levels.items():
             for severity in severities:
                 seed = [sum(scene.name.encode()), list(TABLE).index(construction), round(severity * 1000) % 10007]

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ..masks import blur, dilate, estimate_mask, oklab, tolerant_distance
 from .alignment import Alignment, align, look_up, warp
-from .regions import Regions, find_regions
+from .regions import find_regions
 
 __all__ = ["FAILURES", "MEASURES", "VERDICTS", "Verdict", "judge"]
 
@@ -248,7 +248,7 @@ def _judge_by(whole: _Whole) -> Verdict:
     towards, off = blur(s - e, 1.0, 3), blur(x - e, 1.0, 3)
     old_left = _share(off, towards, old * (1 - w) * known)
     edges_s, edges_x, edges_e = (_slopes(blur(t, 1.0, 3)) for t in (s, x, e))
-    old_edges = _shares(edges_x, (edges_s, edges_e), old * known)[0]
+    old_edges = max(_shares(edges_x, (edges_s, edges_e), part)[0] for part in (old * known, w) if bool(part.any()))
     soft = _softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = _share(x - s, e - s, w) if placed else None
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / 0.3)
@@ -472,7 +472,7 @@ def _without_edit(whole: _Whole, why: str) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # measure → (line, full): the score is 0.5 on the line and 1 at full
-LINES = {"no edit": (0.8, 1.0), "old left": (0.15, 0.6), "old edges": (0.12, 0.5), "shape": (0.4, 1.0), "outline": (0.3, 0.6), "soft": (0.3, 0.7), "stretch": (0.12, 0.5), "background": (0.05, 0.3)}  # fmt: skip
+LINES = {"no edit": (0.8, 1.0), "old left": (0.15, 0.6), "old edges": (0.1, 0.5), "shape": (0.4, 1.0), "outline": (0.3, 0.6), "soft": (0.22, 0.7), "stretch": (0.12, 0.5), "background": (0.05, 0.3)}  # fmt: skip
 
 
 def _scores(m: Mapping[str, Optional[float]], arrived: float) -> dict[str, Optional[float]]:
