@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import blur, oklab, tolerant_distance
-from .registration import Registration, _detail, _luminance, register, turned, warp
+from ..pair_files import same_proportions
+from .registration import Registration, detail, luminance, register, turned, warp
 
 FINE, COARSE = 512, 256  # pixels on the long side: for movement, for the change
 LOW, TOP = 0.025, 0.15  # Oklab: bounds of what counts as changed; 0.02 is just visible
 DRIFT = 0.06  # Oklab: a difference of the whole picture that is taken out; more is an edit
 CLOSE = 0.25  # pixels of FINE below which the pictures are compared as they are
 CROP, THUMB = 64, 24  # pixels
+FLAT = 0.004  # standard deviation of a picture without content: one step of 8 bits
 
 
 @dataclass
@@ -55,10 +57,14 @@ class Measured:
 MEASURES = {
     "before_size": "width and height of the before picture, in pixels",
     "after_size": "width and height of the after picture, in pixels",
+    "flat": "which of the pictures have one colour only",
+    "fit": "for other proportions: how the pictures fit, in words",
+    "noise": "difference that counts as no change, in Oklab",
     "changed_share": "share of the picture that changed",
     "change": "95th percentile of the change in Oklab, where the picture changed; 0.02 is just visible",
     "agreement": "share of the blocks with detail that are the same before and after",
     "at_rest": "the same share as the pictures lie",
+    "asked": "whether there was detail to compare",
     "registered": "whether the background was found again, so that the movement below can be trusted",
     "shift_x": "to the right, in pixels of the before picture",
     "shift_y": "down, in pixels of the before picture",
@@ -76,6 +82,8 @@ MEASURES = {
     "uncovered": "share of the change that lies outside the mask",
     "mask_changed": "share of the mask in which the picture changes",
     "mask_border": "share of the picture's border that the mask covers",
+    "mask_pixels": "white pixels of the mask, at its own size",
+    "support": "mean agreement of the edit with the others of its caption, -1 to 1; below 0: the opposite edit",
     "edges": "logarithm of edge energy in the edit region, after over before",
 }
 
@@ -94,13 +102,15 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
     values: dict[str, object] = {
         "before_size": [before.shape[1], before.shape[0]],
         "after_size": [after.shape[1], after.shape[0]],
+        "flat": [name for name, t in (("before", before), ("after", after)) if float(t.std(dim=(0, 1)).max()) < FLAT],
     }
     coarse = [_fit(t, COARSE, size) for t in fine]
     cover = None if mask is None else _mask(mask, coarse[0].shape[-2:])
     found = _registered(*fine, cover)
     values |= _movement(found, size)
-    if not found.trusted:
-        values["turned"] = turned(*fine)
+    if not same_proportions(size, tuple(after.shape[:2])):
+        values |= {"fit": _fit_of(*full), "registered": False}  # no movement of a picture that is cut or squeezed
+    values["turned"] = "" if found.trusted else turned(*fine)
     moved = found.trusted and found.farthest(*size) * max(fine[0].shape[-2:]) > CLOSE
     known = torch.ones(coarse[0].shape[-2:], dtype=torch.bool)
     if moved:
@@ -114,9 +124,18 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
         values |= _texture(*full, quiet)
     if cover is not None:
         values |= _coverage(cover, change)
+        values["mask_pixels"] = int((mask >= 0.5).sum())
     window = _window(region if bool(region.any()) or cover is None else cover > 0.5)
     values["edges"] = _edges(*coarse, region)
     return Measured(values, _sketch(coarse, region.float(), window))
+
+
+@torch.no_grad()
+def agreeing(before: Tensor, after: Tensor) -> float:
+    """Share of the blocks with detail that two pictures ``[H, W, 3]`` have in common; 0 where that is chance."""
+    size = tuple(before.shape[:2])
+    found = register(*(_fit(t.permute(2, 0, 1), COARSE, size) for t in (before, after)))
+    return found.agreement if found.trusted else 0.0
 
 
 def _fit(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
@@ -132,6 +151,37 @@ def _fit(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
 
 def _mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(mask[None, None].float(), size=tuple(size), mode="area")[0, 0]
+
+
+def _fit_of(before: Tensor, after: Tensor) -> str:
+    """How two pictures of different proportions fit: squeezed, cropped, or not at all."""
+    height, width = before.shape[-2:]
+    wide = after.shape[-1] / after.shape[-2]
+    cut_before, cut_after = _cut(before, wide), _cut(after, width / height)
+    ways = {
+        "one is the other squeezed: resize it to the other's proportions": (before, after),
+        "the after picture is cropped: crop the before picture in the same way": (cut_before, after),
+        "the before picture is cropped: crop the after picture in the same way": (before, cut_after),
+    }
+    agreement = {}
+    for words, (one, other) in ways.items():
+        pictures = [_fit(t, COARSE, tuple(one.shape[-2:])) for t in (one, other)]
+        found = register(*pictures)
+        straight = abs(found.stretch - 1) < 0.02 and abs(found.zoom - 1) < 0.05
+        agreement[words] = found.agreement if found.trusted and straight else 0.0
+    best = max(agreement, key=agreement.get)
+    if agreement[best] >= 0.25:
+        return best
+    way = turned(before, after)
+    return f"the after picture is {way}" if way else "they fit neither squeezed nor cropped to their middle"
+
+
+def _cut(picture: Tensor, wide: float) -> Tensor:
+    """The middle of a picture, with ``wide`` times its height for its width."""
+    height, width = picture.shape[-2:]
+    rows, columns = min(height, round(width / wide)), min(width, round(height * wide))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return picture[:, top : top + rows, left : left + columns]
 
 
 def _grown(mask: Tensor, radius: int) -> Tensor:
@@ -154,6 +204,7 @@ def _movement(found: Registration, size: tuple[int, ...]) -> dict[str, object]:
     return {
         "agreement": found.agreement,
         "at_rest": found.at_rest,
+        "asked": found.asked,
         "registered": found.trusted,
         "shift_x": float(found.shift[0]) * long,
         "shift_y": float(found.shift[1]) * long,
@@ -198,14 +249,14 @@ def _change(before: Tensor, after: Tensor, known: Tensor) -> tuple[Tensor, Tenso
     crowded = F.avg_pool2d(above[None, None], 3, stride=1, padding=1)[0, 0] > 0.5  # no single pixels, no thin edges
     core = _grown(((d > 1.6 * low) & crowded).float(), 4) > 0
     region = (above > 0) & crowded & core
-    return torch.where(region, d, 0.0), d <= low, {"tone": tone, "brightness": brightness}
+    return torch.where(region, d, 0.0), d <= low, {"noise": low, "tone": tone, "brightness": brightness}
 
 
 def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> dict[str, object]:
     """Fine detail and JPEG's blocks of the unchanged part, at full size."""
     fine, blocks = [], []
     for picture in (before, after):
-        grey = _luminance(picture)[0, 0]
+        grey = luminance(picture)[0, 0]
         inner = grey[1:-1, 1:-1]
         bend = (4 * inner - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).abs()
         still = F.interpolate(quiet[None, None].float(), size=tuple(grey.shape), mode="nearest")[0, 0] > 0.5
@@ -269,7 +320,7 @@ def _edges(before: Tensor, after: Tensor, region: Tensor) -> float:
         return 0.0
     energy = []
     for picture in (before, after):
-        grey = blur(_luminance(picture), 0.7, 2)
+        grey = blur(luminance(picture), 0.7, 2)
         slopes = torch.gradient(grey, dim=2)[0].square() + torch.gradient(grey, dim=3)[0].square()
         energy.append(float(slopes[0, 0][region].sqrt().mean()) + 2e-3)
     return math.log(energy[1] / energy[0])
@@ -288,7 +339,7 @@ def _sketch(pictures: list[Tensor], region: Tensor, window: tuple[int, int, int,
     def bytes_of(t: Tensor) -> np.ndarray:
         return (t.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
-    details = torch.stack([_detail(_luminance(small(t, 32)[0])).flatten() for t in pictures])
+    details = torch.stack([detail(luminance(small(t, 32)[0])).flatten() for t in pictures])
     return Sketch(
         before=bytes_of(crop(pictures[0], CROP)),
         after=bytes_of(crop(pictures[1], CROP)),

@@ -48,6 +48,7 @@ class Registration:
         at_rest: the same share without any movement.
         sd: standard error of the movement in the corners, in long sides.
         trusted: whether enough blocks agree, far enough apart.
+        asked: whether there was detail to compare.
     """
 
     matrix: Tensor
@@ -56,6 +57,7 @@ class Registration:
     at_rest: float
     sd: float
     trusted: bool
+    asked: bool
 
     @property
     def zoom(self) -> float:
@@ -92,12 +94,12 @@ def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> 
         ignore: ``[h, w]``, 1 where the edit is known to be.
     """
     height, width = before.shape[-2:]
-    greys = [_luminance(t) for t in (before, after)]
+    greys = [luminance(t) for t in (before, after)]
     pyramid = []
     for size in LEVELS:
         ratio = size / max(height, width)
         if ratio < 1 or size == LEVELS[-1]:
-            pyramid.append(tuple(_detail(_scaled(grey, min(1.0, ratio))) for grey in greys))
+            pyramid.append(tuple(detail(_scaled(grey, min(1.0, ratio))) for grey in greys))
     # A small picture has fewer levels, and its finest one is always the last.
     widths = WIDTHS[-len(pyramid) :]
     finest = pyramid[-1]
@@ -120,7 +122,8 @@ def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> 
     if at_rest > share + 0.02:
         best, share, spread = still, at_rest, rest_spread
     trusted = spread >= LEAST_SPREAD and share >= LEAST_SHARE
-    return Registration(best[:2, :2].clone(), best[:2, 2].clone(), share, at_rest, sd, trusted)
+    asked = int((F.avg_pool2d(finest[0].square(), BLOCK) > TEXTURED).sum()) >= LEAST_BLOCKS
+    return Registration(best[:2, :2].clone(), best[:2, 2].clone(), share, at_rest, sd, trusted, asked)
 
 
 @torch.no_grad()
@@ -143,8 +146,8 @@ def turned(before: Tensor, after: Tensor) -> str:
     """
     small = []
     for t in (before, after):
-        grey = F.interpolate(_luminance(t), size=(64, 64), mode="bilinear", antialias=True, align_corners=False)
-        small.append(_detail(grey)[0, 0])
+        grey = F.interpolate(luminance(t), size=(64, 64), mode="bilinear", antialias=True, align_corners=False)
+        small.append(detail(grey)[0, 0])
     ways = {
         "": small[1],
         "mirrored": small[1].flip(1),
@@ -158,7 +161,7 @@ def turned(before: Tensor, after: Tensor) -> str:
     return way if scores[way] > 0.4 and scores[way] > 2 * max(scores[""], ROUGH) else ""
 
 
-def _luminance(picture: Tensor) -> Tensor:
+def luminance(picture: Tensor) -> Tensor:
     """``[3, h, w]`` → ``[1, 1, h, w]``, Rec. 709 weights on the values as they are."""
     red, green, blue = picture
     return (0.2126 * red + 0.7152 * green + 0.0722 * blue)[None, None]
@@ -171,7 +174,8 @@ def _scaled(grey: Tensor, ratio: float) -> Tensor:
     return F.interpolate(grey, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _detail(grey: Tensor) -> Tensor:
+def detail(grey: Tensor) -> Tensor:
+    """``[1, 1, h, w]`` → what stands out of its surroundings, in units of how much stands out there."""
     fine = blur(grey, 0.7, 1)
     high = fine - _mean(fine)
     return high / (_mean(high.square()) + FLOOR**2).sqrt()
@@ -245,7 +249,7 @@ def _refine(
     else:
         jacobian = torch.stack([slope_x, slope_y, slope_x * x + slope_y * y, slope_y * x - slope_x * y], 1)
     best, sd = start, math.inf
-    for step in range(STEPS):
+    for _ in range(STEPS):
         there = q @ best[:2, :2].T + best[:2, 2]
         residual = _sample(after, there, "bicubic")[0, 0] - target
         weights = _inside(there, rows, columns) / (1 + residual.square() / width**2).square()

@@ -3,8 +3,8 @@
 Pictures: s the before picture, x the output, g the after picture, b the background behind the objects. What is measured, in
 this order (``MEASURES`` has a line for each number):
 
-1. The output's colours are brought to those of the before picture by a gain and an offset per channel, fitted outside the
-   mask: a brighter picture is no failure.
+1. The output's colours are brought to those of the before picture (or the after picture, if that is nearer) by a gain and
+   an offset per channel, fitted outside the mask: a brighter picture is no failure.
 2. **collateral change**: what moved outside the mask, by a distance that forgives a shift by a pixel.
 3. Inside the mask each pixel belongs to the old object, to the new one, to both or to none: in which of s and g does it look
    like the surroundings? (:mod:`.regions`)
@@ -144,7 +144,11 @@ class _Whole:
         size = _fitting(s.shape[-2:], WHOLE)
         small = [None if t is None else _resized(t, size) for t in (s, x, g)]
         mask = _resized(region, size) > 0.25
-        gain, offset = _colour_balance(small[1], small[0], ~dilate(mask, 4))
+        outside = ~dilate(mask, 4)
+        # A pair's two pictures may differ in colour everywhere; the output is like one of them.
+        gain, offset, _ = min(
+            (_colour_balance(small[1], t, outside) for t in small[::2] if t is not None), key=lambda b: b[2]
+        )
         balanced = [(t * gain + offset).clamp(0, 1) for t in (small[1], x)]
         return cls(small[0], balanced[0], small[2], mask, (s, balanced[1], g), region)
 
@@ -163,14 +167,14 @@ class _Whole:
         return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
 
 
-def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and offset per channel ``[1, 3, 1, 1]`` that take x to s outside the mask, by reweighted least squares.
+def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(gain, offset, what is left): per channel ``[1, 3, 1, 1]``, to take x to s outside the mask, by reweighted least squares.
 
     A ridge keeps the gain at 1 where the surroundings have few colours; neither goes beyond what a camera or a codec does.
     """
     one, zero = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
     if int(outside.sum()) < 64:
-        return one, zero
+        return one, zero, 0.0
     where = outside[0, 0]
     gains, offsets = [], []
     for a, b in zip(x[0, :, where], s[0, :, where]):
@@ -185,7 +189,8 @@ def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tens
             weight = 1 / (1 + ((b - gain * a - offset) / 0.03).square())
         gains.append(gain)
         offsets.append(offset)
-    return torch.tensor(gains).view(1, 3, 1, 1), torch.tensor(offsets).view(1, 3, 1, 1)
+    gain, offset = (torch.tensor(t).view(1, 3, 1, 1) for t in (gains, offsets))
+    return gain, offset, float((gain * x + offset - s).abs()[..., where].mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +436,7 @@ def _judge_alone(whole: _Whole, masked: bool) -> Verdict:
     measures.update({"unchanged": unchanged, "old edges": old_edges, "background": background})
     if not masked:
         measures["old edges"] = None
-    scores = _scores(measures, min(1.0, (1 - unchanged) / 0.3))
+    scores = _scores(measures, min(1.0, (1 - unchanged) / 0.3), "old edges, alone")
     unanswered = [WITHOUT_AFTER]
     if not masked:
         unanswered += [
@@ -475,7 +480,7 @@ def _without_edit(whole: _Whole, why: str) -> Verdict:
 LINES = {"no edit": (0.8, 1.0), "old left": (0.15, 0.6), "old edges": (0.1, 0.5), "shape": (0.4, 1.0), "outline": (0.3, 0.6), "soft": (0.22, 0.7), "stretch": (0.12, 0.5), "background": (0.05, 0.3)}  # fmt: skip
 
 
-def _scores(m: Mapping[str, Optional[float]], arrived: float) -> dict[str, Optional[float]]:
+def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old edges") -> dict[str, Optional[float]]:
     def ramp(name: str, value: Optional[float]) -> Optional[float]:
         if value is None:
             return None
@@ -489,7 +494,7 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float) -> dict[str, Optio
 
     return {
         "no edit": ramp("no edit", m["unchanged"]),
-        "overlay": worst(ramp("old left", m["old left"]), ramp("old edges", m["old edges"])),
+        "overlay": worst(ramp("old left", m["old left"]), ramp(edges, m["old edges"])),
         "distorted": worst(
             ramp("shape", m["shape"]),
             ramp("outline", m["outline"]),
