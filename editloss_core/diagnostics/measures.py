@@ -1,0 +1,258 @@
+"""What the verdicts are computed from: the pictures at working sizes, what the output should be, and distances from that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..masks import blur, dilate, oklab, tolerant_distance
+from .alignment import Alignment, align, look_up, warp
+
+WHOLE = 256  # pixels on the long side at which the surroundings are compared
+CROP = 192  # the same for the crop around the edit
+AROUND = 0.35  # of the mask's long side that the crop takes in on each side
+VISIBLE = 0.04  # Oklab
+STAYED = 0.015  # of the object's size, and of its scale
+RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
+
+
+@dataclass
+class Whole:
+    """The whole picture at a working size, and the output in the before picture's colours."""
+
+    s: Tensor
+    x: Tensor
+    g: Optional[Tensor]
+    mask: Tensor  # boolean
+    pictures: tuple[Tensor, Tensor, Optional[Tensor]]  # at full size, the output in the before picture's colours
+    full_mask: Tensor
+
+    @classmethod
+    def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor) -> Whole:
+        size = _fitting(s.shape[-2:], WHOLE)
+        small = [None if t is None else resized(t, size) for t in (s, x, g)]
+        mask = resized(region, size) > 0.25
+        outside = ~dilate(mask, 4)
+        # A pair's two pictures may differ in colour everywhere; the output is like one of them.
+        gain, offset, _ = min(
+            (_colour_balance(small[1], t, outside) for t in small[::2] if t is not None), key=lambda b: b[2]
+        )
+        balanced = [(t * gain + offset).clamp(0, 1) for t in (small[1], x)]
+        return cls(small[0], balanced[0], small[2], mask, (s, balanced[1], g), region)
+
+    def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
+        """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
+        x = blur(oklab(self.x), 1.0, 3)
+        d = torch.stack([tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in (self.s, self.g) if t is not None]).amin(
+            0
+        )
+        taken = self.mask if also is None else self.mask | also
+        outside = (~dilate(taken, 8)).float()
+        if float(outside.mean()) < 0.02:
+            return None, d * 0
+        share = F.avg_pool2d(outside, 13, 1, 6)
+        mean = F.avg_pool2d(d * outside, 13, 1, 6) / share.clamp_min(1e-6)
+        return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
+
+
+def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(gain, offset, what is left): per channel ``[1, 3, 1, 1]``, to take x to s outside the mask, by reweighted least squares.
+
+    A ridge keeps the gain at 1 where the surroundings have few colours; neither goes beyond what a camera or a codec does.
+    """
+    one, zero = torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
+    if int(outside.sum()) < 64:
+        return one, zero, 0.0
+    where = outside[0, 0]
+    gains, offsets = [], []
+    for a, b in zip(x[0, :, where], s[0, :, where]):
+        weight, gain, offset = torch.ones_like(a), 1.0, 0.0
+        for _ in range(5):
+            total = weight.sum()
+            mean_a, mean_b = (weight * a).sum() / total, (weight * b).sum() / total
+            spread = (weight * (a - mean_a).square()).sum() / total
+            together = (weight * (a - mean_a) * (b - mean_b)).sum() / total
+            gain = float(((together + 1e-3) / (spread + 1e-3)).clamp(0.75, 1.33))
+            offset = float((mean_b - gain * mean_a).clamp(-0.15, 0.15))
+            weight = 1 / (1 + ((b - gain * a - offset) / 0.03).square())
+        gains.append(gain)
+        offsets.append(offset)
+    gain, offset = (torch.tensor(t).view(1, 3, 1, 1) for t in (gains, offsets))
+    return gain, offset, float((gain * x + offset - s).abs()[..., where].mean())
+
+
+@dataclass
+class Crop:
+    """The edit and some of its surroundings at a working size."""
+
+    s: Tensor
+    x: Tensor
+    g: Optional[Tensor]
+    mask: Tensor
+    box: tuple[int, int, int, int]  # top, left, bottom, right of the whole picture at full size
+    full: tuple[int, int]
+
+    @classmethod
+    def of(cls, whole: Whole) -> Crop:
+        height, width = whole.full_mask.shape[-2:]
+        rows, columns = (whole.full_mask[0, 0] > 0.5).nonzero().unbind(1)
+        top, bottom, left, right = int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+        margin = max(4, round(AROUND * max(bottom - top, right - left)))
+        box = max(0, top - margin), max(0, left - margin), min(height, bottom + margin), min(width, right + margin)
+        size = _fitting((box[2] - box[0], box[3] - box[1]), CROP)
+        cut = [
+            None if t is None else resized(t[..., box[0] : box[2], box[1] : box[3]], size)
+            for t in (*whole.pictures, whole.full_mask)
+        ]
+        return cls(cut[0], cut[1], cut[2], cut[3] > 0.25, box, (height, width))
+
+    def in_whole(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Values of the crop in the whole picture at another size, 0 elsewhere."""
+        top, left, bottom, right = self.box
+        canvas = torch.zeros(1, 1, *self.full)
+        canvas[..., top:bottom, left:right] = F.interpolate(
+            values, size=(bottom - top, right - left), mode="bilinear", align_corners=False
+        )
+        return resized(canvas, size)
+
+
+@dataclass
+class Expected:
+    """What the output should be: the background, with the object of the after picture where it was found.
+
+    Attributes:
+        picture, plate: with the object and without it, sRGB.
+        moved: Oklab of the whole after picture moved like the object.
+        object: soft mask of the object where it was found.
+        new: the same in the after picture.
+    """
+
+    picture: Tensor
+    plate: Tensor
+    object: Tensor
+    new: Tensor
+    moved: Tensor
+    similarity: Optional[Alignment]
+    affine: Optional[Alignment]
+
+    @classmethod
+    def of(cls, crop: Crop, lab_x: Tensor, lab_g: Tensor, old: Tensor, new: Tensor, placed: bool) -> Expected:
+        if not placed:
+            return cls(crop.g, _plate(crop, old, new), torch.zeros_like(new), new, lab_g, None, None)
+        similarity, affine = align(lab_x, lab_g, new)
+        if similarity.displacement < STAYED and abs(similarity.scale - 1) < STAYED:
+            return cls(crop.g, _plate(crop, old, new), new, new, warp(lab_g, similarity), similarity, affine)
+        # What stayed where it was while the object moved is not the object.
+        stay, move = ((t - lab_g).norm(dim=1, keepdim=True) for t in (lab_x, look_up(lab_x, similarity)))
+        new = new * (1 - F.avg_pool2d(((stay < VISIBLE) & (move > VISIBLE)).float(), 3, 1, 1))
+        plate = _plate(crop, old, new)
+        moved, there, lab = warp(torch.cat([crop.g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
+        return cls(there * moved + (1 - there) * plate, plate, there, new, lab, similarity, affine)
+
+
+def _plate(crop: Crop, old: Tensor, new: Tensor) -> Tensor:
+    """The room without objects: s where the new one is, g where the old one is; where both are, it is filled in."""
+    in_g = crop.mask & ((old >= new) | (new < 0.3))
+    plate = torch.where(in_g, crop.g, crop.s)
+    hidden = ((old > 0.3) & (new > 0.3)).float()
+    return hidden * filled(plate, 1 - hidden) + (1 - hidden) * plate
+
+
+def filled(picture: Tensor, known: Tensor) -> Tensor:
+    """The picture where it is known, spread into where it is not, from coarse to fine."""
+    if min(picture.shape[-2:]) < 4:
+        return (picture * known).sum((2, 3), keepdim=True) / known.sum().clamp_min(1e-6) + 0 * picture
+    size = picture.shape[-2:]
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    small = F.avg_pool2d(picture * known, 2, ceil_mode=True) / share.clamp_min(1e-6)
+    coarse = F.interpolate(
+        filled(small, share.clamp_max(1).ceil() * share), size=size, mode="bilinear", align_corners=False
+    )
+    return known * picture + (1 - known) * coarse
+
+
+def shape_errors(
+    lab_x: Tensor, expected: Expected, old: Tensor, known: Tensor
+) -> tuple[Tensor, Optional[float], Optional[float]]:
+    """(map, what differs in the worst part of the object, 1 − IoU of the outlines); the differences as shares of the
+    object's contrast."""
+    e, b = (blur(oklab(t), 1.0, 3) for t in (expected.picture, expected.plate))
+    w = expected.object if expected.similarity is not None else old
+    contrast = (e - b).norm(dim=1, keepdim=True) if expected.similarity is not None else None
+    if contrast is None or float(w.sum()) < 1:
+        d = tolerant_distance(lab_x, e)
+        return d / 0.2 * old, None, None
+    level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
+    # the room shows through and around the object, where it was or moved along: either will do
+    d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
+    near = dilate(w > 0.5, 6).float() * known
+    share = F.avg_pool2d(near, 15, 1, 7)
+    mean = (F.avg_pool2d(d.square() * near, 15, 1, 7) / share.clamp_min(1e-6)).sqrt()
+    counted = share > 0.4
+    worst = float(mean[counted].amax()) if bool(counted.any()) else 0.0
+    outlines = [(tolerant_distance(t, b) > max(VISIBLE, 0.35 * level)) & (near > 0.5) for t in (lab_x, e)]
+    union = float((outlines[0] | outlines[1]).sum())
+    outline = 1 - float((outlines[0] & outlines[1]).sum()) / union if union else None
+    return d * near, worst, outline
+
+
+def norm(x: Tensor, weight: Tensor) -> float:
+    return float((weight * x.square()).sum().sqrt()) + 1e-6
+
+
+def above_noise(x: Tensor, weight: Tensor, outside: Tensor) -> float:
+    """The norm of x under a weight without what it has outside of the edit as well (a codec's noise)."""
+    squared = x.square().sum(1, keepdim=True)
+    noise = squared[outside].median() if bool(outside.any()) else squared.new_zeros(())
+    return float((weight * (squared - noise)).sum().clamp_min(0).sqrt())
+
+
+def share(x: Tensor, y: Tensor, weight: Tensor) -> float:
+    """The least-squares α of x ≈ α · y; near 0 where y has little to tell by."""
+    return float((weight * x * y).sum() / ((weight * y.square()).sum() + RIDGE))
+
+
+def shares(x: Tensor, basis: tuple[Tensor, ...], weight: Tensor) -> list[float]:
+    """The same of x ≈ Σ αᵢ yᵢ."""
+    y = torch.stack([t.flatten() for t in basis]).double()
+    w = weight.expand_as(x).flatten().double()
+    gram = (y * w) @ y.T
+    gram = gram + torch.eye(len(gram)) * (0.01 * float(gram.diagonal().mean()) + 1e-3)
+    return torch.linalg.solve(gram, (y * w) @ x.flatten().double()).tolist()
+
+
+def softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> float:
+    """1 − how much of its edges the object has, where those of the surroundings, softer or not, are 1."""
+
+    def kept(weight: Tensor) -> float:
+        there, wanted = ((weight * t.square()).sum() for t in (edges_x, edges_e))
+        return math.sqrt(float((there + 1e-2) / (wanted + 1e-2)))
+
+    return 1 - kept(w) / min(1.0, max(0.5, kept(outside.float())))
+
+
+def local_share(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    top = F.avg_pool2d((weight * x * y).sum(1, keepdim=True), 9, 1, 4)
+    return top / (F.avg_pool2d((weight * y.square()).sum(1, keepdim=True), 9, 1, 4) + 1e-3) * weight
+
+
+def slopes(x: Tensor) -> Tensor:
+    return torch.cat(torch.gradient(x, dim=(2, 3)), 1)
+
+
+def _fitting(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    ratio = longest / max(size)
+    return max(8, round(size[0] * ratio)), max(8, round(size[1] * ratio))
+
+
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    if size[0] <= x.shape[-2] and size[1] <= x.shape[-1]:
+        return F.interpolate(x, size=size, mode="area")
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
