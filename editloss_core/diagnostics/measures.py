@@ -17,6 +17,8 @@ WHOLE = 256  # pixels on the long side at which the surroundings are compared
 CROP = 192  # the same for the crop around the edit
 AROUND = 0.35  # of the mask's long side that the crop takes in on each side
 VISIBLE = 0.04  # Oklab
+LEAST_SHIFT = 0.1  # pixels of the working size; less is not worth a resampling
+LARGEST_SHIFT = 0.012  # of the long side: a pixel of a small picture; more is a picture that moved
 STAYED = 0.015  # of the object's size, and of its scale
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
 
@@ -34,23 +36,26 @@ class Whole:
 
     @classmethod
     def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor) -> Whole:
-        size = _fitting(s.shape[-2:], WHOLE)
+        size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
         small = [None if t is None else resized(t, size) for t in (s, x, g)]
         mask = resized(region, size) > 0.25
         outside = ~dilate(mask, 4)
         # A pair's two pictures may differ in colour everywhere; the output is like one of them.
-        gain, offset, _ = min(
-            (_colour_balance(small[1], t, outside) for t in small[::2] if t is not None), key=lambda b: b[2]
-        )
+        known = [t for t in small[::2] if t is not None]
+        fits = [_colour_balance(small[1], t, outside) for t in known]
+        (gain, offset, _), like = min(zip(fits, known), key=lambda fit: fit[0][2])
         balanced = [(t * gain + offset).clamp(0, 1) for t in (small[1], x)]
+        shift = _small_shift(balanced[0], like, outside)
+        if float(shift.norm()) >= LEAST_SHIFT:
+            ratio = s.shape[-1] / size[1]
+            balanced = [moved_by(balanced[0], shift), moved_by(balanced[1], shift * ratio)]
         return cls(small[0], balanced[0], small[2], mask, (s, balanced[1], g), region)
 
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
         x = blur(oklab(self.x), 1.0, 3)
-        d = torch.stack([tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in (self.s, self.g) if t is not None]).amin(
-            0
-        )
+        d = [tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in (self.s, self.g) if t is not None]
+        d = torch.stack(d).amin(0)
         taken = self.mask if also is None else self.mask | also
         outside = (~dilate(taken, 8)).float()
         if float(outside.mean()) < 0.02:
@@ -84,6 +89,34 @@ def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tens
         offsets.append(offset)
     gain, offset = (torch.tensor(t).view(1, 3, 1, 1) for t in (gains, offsets))
     return gain, offset, float((gain * x + offset - s).abs()[..., where].mean())
+
+
+def _small_shift(x: Tensor, s: Tensor, outside: Tensor) -> Tensor:
+    """(x, y) in pixels by which x lies beside s outside the mask; 0 where that is more than a codec's or a VAE's doing.
+
+    Gauss–Newton steps with Cauchy's weights (Baker and Matthews 2004).
+    """
+    s, x = (blur(t, 1.0, 3) for t in (s, x))
+    shift, where = torch.zeros(2), outside[0, 0]
+    limit = LARGEST_SHIFT * max(s.shape[-2:])
+    if int(where.sum()) < 64:
+        return shift
+    for _ in range(6):
+        looked = moved_by(x, shift)
+        slopes_x, slopes_y = (torch.gradient(looked, dim=d)[0][0, :, where].flatten() for d in (3, 2))
+        off = (looked - s)[0, :, where].flatten()
+        weight = 1 / (1 + (off / 0.05).square())
+        jacobian = torch.stack([slopes_x, slopes_y])
+        gram = (jacobian * weight) @ jacobian.T + 1e-3 * torch.eye(2)
+        shift = shift - torch.linalg.solve(gram, (jacobian * weight) @ off)
+        if not bool(shift.isfinite().all()) or float(shift.norm()) > 2 * limit:
+            return torch.zeros(2)
+    return shift if float(shift.norm()) <= limit else torch.zeros(2)
+
+
+def moved_by(x: Tensor, shift: Tensor) -> Tensor:
+    """x looked up at every place plus ``shift``."""
+    return look_up(x, Alignment(torch.zeros(2), torch.eye(2), shift, 1.0))
 
 
 @dataclass

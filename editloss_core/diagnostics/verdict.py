@@ -4,7 +4,7 @@ Pictures: s the before picture, x the output, g the after picture, b the backgro
 this order (``MEASURES`` has a line for each number):
 
 1. The output's colours are brought to those of the before picture (or the after picture, if that is nearer) by a gain and
-   an offset per channel, fitted outside the mask: a brighter picture is no failure.
+   an offset per channel, fitted outside the mask, and a shift by a pixel is taken back: a brighter picture is no failure.
 2. **collateral change**: what moved outside the mask, by a distance that forgives a shift by a pixel.
 3. Inside the mask each pixel belongs to the old object, to the new one, to both or to none: in which of s and g does it look
    like the surroundings? (:mod:`.regions`)
