@@ -6,12 +6,14 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     demo,
+    diagnose,
     diagnostics,
     embeddings,
     encoder_audit,
     encoders,
     losses,
     negatives,
+    pair_audit,
     pairs,
     run_report,
     training,
@@ -24,16 +26,7 @@ class EditLossExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_model_folder()  # not in on_load, which ComfyUI 0.3.75 does not call
         rooms = (
-            encoders,
-            embeddings,
-            negatives,
-            losses,
-            diagnostics,
-            encoder_audit,
-            pairs,
-            training,
-            training_options,
-            run_report,
-            demo,
-        )
+            encoders, embeddings, negatives, losses, diagnostics, diagnose, encoder_audit, pair_audit, pairs, training,
+            training_options, run_report, demo,
+        )  # fmt: skip
         return [node for room in rooms for node in room.NODES]

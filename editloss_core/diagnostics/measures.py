@@ -20,6 +20,7 @@ VISIBLE = 0.04  # Oklab
 LEAST_SHIFT = 0.1  # pixels of the working size; less is not worth a resampling
 LARGEST_SHIFT = 0.012  # of the long side: a pixel of a small picture; more is a picture that moved
 STAYED = 0.015  # of the object's size, and of its scale
+NOISIEST = 0.003  # squared difference in 0…1, three channels together; JPEG at quality 35 has about a tenth of it
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
 
 
@@ -241,7 +242,7 @@ def norm(x: Tensor, weight: Tensor) -> float:
 def above_noise(x: Tensor, weight: Tensor, outside: Tensor) -> float:
     """The norm of x under a weight without what it has outside of the edit as well (a codec's noise)."""
     squared = x.square().sum(1, keepdim=True)
-    noise = squared[outside].median() if bool(outside.any()) else squared.new_zeros(())
+    noise = squared[outside].median().clamp_max(NOISIEST) if bool(outside.any()) else squared.new_zeros(())
     return float((weight * (squared - noise)).sum().clamp_min(0).sqrt())
 
 

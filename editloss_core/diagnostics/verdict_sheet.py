@@ -1,0 +1,299 @@
+"""Verdicts on many outputs as one picture: what failed, how badly, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..objective import ObjectiveReport
+from .run_charts import COLORS
+from .run_verdicts import GOOD
+from .sheet import BAD, INK, LINE, MUTED, Sheet, new_figure, pixels, wrapped
+from .verdict import FAILURES, VERDICTS
+from .verdict_items import Item, finite, with_signals
+
+# map of a verdict → what full colour means
+MAPS = {
+    "unchanged": "red: looks like the before picture",
+    "old object": "red: the old object is left",
+    "shape": "red: unlike the after picture's object",
+    "background": "red: changed outside the mask",
+}
+PICTURES = ("before", "after", "output")
+MOST_ROWS = 40
+HIGHEST = 8000  # pixels; beyond it viewers and browsers give up on a picture
+
+
+def heat(picture: Tensor, values: Tensor) -> Tensor:
+    """A map laid over the greyed picture: clear at 0, yellow, red at 1.
+
+    Args:
+        picture: ``[H, W, 3]`` in 0…1.
+        values: ``[h, w]`` in 0…1, of any size; it is brought to the picture's.
+
+    Returns:
+        ``[H, W, 3]`` in 0…1.
+    """
+    from matplotlib import colormaps
+
+    size = picture.shape[:2]
+    values = F.interpolate(values.float()[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].clamp(
+        0, 1
+    )
+    colours = torch.from_numpy(colormaps["YlOrRd"](0.15 + 0.75 * values.numpy())[..., :3]).float()
+    opacity = 0.9 * values.sqrt()[..., None]
+    grey = 0.35 + 0.5 * picture.float().mean(-1, keepdim=True)
+    return (1 - opacity) * grey + opacity * colours
+
+
+class Ranking:
+    """Which items have a row where not all can have one: of each failure the first, then of each the second and so on; then what
+    could not be judged, then good ones. Lower ranks come first."""
+
+    def __init__(self):
+        self._seen: Counter[Optional[str]] = Counter()
+
+    def of(self, item: Item) -> tuple[int, int]:
+        """The rank of the next item."""
+        name = item.verdict.verdict if item.verdict else None
+        self._seen[name] += 1
+        return {None: 2, GOOD: 3}.get(name, 1), self._seen[name]
+
+
+def sheet(
+    items: Sequence[Item], width: int = 1600, report: Optional[ObjectiveReport] = None, rows: int = MOST_ROWS
+) -> Tensor:
+    """A contact sheet: a row per item with its verdict and scores, the pictures, and the maps laid over the output.
+
+    Args:
+        items: in the order to show. Where there are more than fit, failures come first, and the title counts the rest.
+        width: of the sheet, in pixels.
+        report: on the same outputs in the same order; its signal is shown beside the verdict.
+        rows: at most; fewer where the sheet would be higher than 8000 pixels.
+
+    Returns:
+        ``[1, height, width, 3]`` in 0…1.
+
+    Raises:
+        ValueError: no items, or a report on another number of outputs.
+    """
+    if not items:
+        raise ValueError("items: expected at least one output, got none")
+    if report is not None:
+        items = with_signals(items, report)
+    page = _Page(items, width, rows)
+    page.draw()
+    return pixels(page.figure)[None]
+
+
+class _Page(Sheet):
+    """The layout, in inches from the top left: words, then a column per picture and per map."""
+
+    WIDTH, LEFT, WORDS, GAP, HEAD, LARGEST = 16.0, 0.25, 3.3, 0.1, 1.5, 2.3
+    BAR = 0.21  # height of a score
+
+    def __init__(self, items: Sequence[Item], width: int, rows: int):
+        self.items = items
+        self.columns = [c for c in PICTURES if any(c in item.pictures for item in items)]
+        self.columns += [m for m in MAPS if any(item.verdict and m in item.verdict.maps for item in items)]
+        self.signal = any(item.signal for item in items)
+        space = self.WIDTH - 2 * self.LEFT - self.WORDS
+        self.side = min(self.LARGEST, space / max(1, len(self.columns)) - self.GAP)
+        shown = [item.pictures["output"].shape for item in items if "output" in item.pictures]
+        aspects = sorted(shape[0] / shape[1] for shape in shown) or [1.0]
+        self.cell = self.side * min(max(aspects[len(aspects) // 2], 0.5), 1.6)
+        words = 0.42 + self.BAR * len(FAILURES) + (0.62 if self.signal else 0.0)
+        self.row = 0.36 + max(self.cell, words) + 0.16
+        self.message_row = 0.7
+        limit = HIGHEST / width * self.WIDTH - self.HEAD - 0.15
+        self.shown = _chosen(items, min(rows, max(1, int(limit / self.row))))
+        height = sum(self.row if self.full(item) else self.message_row for item in self.shown)
+        super().__init__(new_figure(width, self.WIDTH, self.HEAD + height + 0.15))
+
+    @staticmethod
+    def full(item: Item) -> bool:
+        return item.verdict is not None or bool(item.pictures)
+
+    def left(self, column: int) -> float:
+        return self.LEFT + self.WORDS + column * (self.side + self.GAP)
+
+    def draw(self) -> None:
+        self.head()
+        top = self.HEAD
+        for item in self.shown:
+            self.line((self.LEFT, self.WIDTH - self.LEFT), top, color=LINE, linewidth=0.8)
+            if self.full(item):
+                self.draw_row(item, top)
+                top += self.row
+            else:
+                self.write(self.LEFT, top + 0.2, _cut(item.name, 60), fontsize=10, weight="bold")
+                self.write(self.LEFT, top + 0.47, "NOT JUDGED", fontsize=9, weight="bold", color=MUTED)
+                self.write(self.LEFT + self.WORDS, top + 0.47, wrapped(item.message, 170, 2), fontsize=9, color=BAD)
+                top += self.message_row
+
+    def head(self) -> None:
+        self.write(
+            self.LEFT, 0.3, f"{len(self.items)} output{'s' * (len(self.items) != 1)}", fontsize=15, weight="bold"
+        )
+        counts = Counter(item.verdict.verdict if item.verdict else "not judged" for item in self.items)
+        x = self.LEFT + 0.55 + 0.13 * len(f"{len(self.items)} outputs")
+        for name in (*VERDICTS, "not judged"):
+            if counts[name]:
+                label = f"{counts[name]} {name}"
+                self.write(
+                    x, 0.3, label, fontsize=11, weight="bold", color="white", bbox=_badge(COLORS.get(name, MUTED))
+                )
+                x += 0.3 + 0.1 * len(label)
+        hidden = len(self.items) - len(self.shown)
+        if hidden:
+            left_out = Counter(item.verdict.verdict if item.verdict else "not judged" for item in self.items)
+            left_out.subtract(item.verdict.verdict if item.verdict else "not judged" for item in self.shown)
+            parts = ", ".join(f"{left_out[v]} {v}" for v in (*VERDICTS, "not judged") if left_out[v])
+            self.write(self.LEFT, 0.66, f"{len(self.shown)} rows, failures first. Not shown: {parts}.", color=MUTED)
+        self.write(self.LEFT, 1.05, "verdict", fontsize=10.5, weight="bold")
+        words = "from pixels and geometry; a score of 0.5\nand more is a failure"
+        if self.signal:
+            words = "a score of 0.5 and more is a failure\n◆ how far it went by the training signal"
+        self.write(self.LEFT, 1.29, words, fontsize=7.5, color=MUTED)
+        for k, name in enumerate(self.columns):
+            self.write(self.left(k), 1.05, name, fontsize=10.5, weight="bold")
+            if name in MAPS:
+                self.write(self.left(k), 1.29, wrapped(MAPS[name], int(self.side * 15), 2), fontsize=7.5, color=MUTED)
+        if any(name in MAPS for name in self.columns):
+            self.legend(self.WIDTH - self.LEFT - 3.9, 0.3)
+
+    def legend(self, left: float, y: float) -> None:
+        ramp = torch.linspace(0, 1, 200).expand(8, 200)
+        axes = self.axes(left + 0.4, y - 0.08, 1.5, 0.16)
+        axes.imshow(heat(torch.full((8, 200, 3), 0.5), ramp).numpy(), aspect="auto")
+        axes.set_axis_off()
+        self.write(left + 0.33, y, "fine", ha="right", fontsize=8.5)
+        self.write(left + 1.97, y, "worst", fontsize=8.5)
+        self.line((left + 2.65, left + 2.95), y, color="#1565c0", linewidth=1.2)
+        self.write(left + 3.02, y, "edit mask", fontsize=8.5)
+
+    def draw_row(self, item: Item, top: float) -> None:
+        self.write(self.LEFT, top + 0.19, _cut(item.name, 36), fontsize=10, weight="bold")
+        remarks = item.message and f"Not judged: {item.message}" or " ".join(item.remarks)
+        style = {"fontsize": 7.5, "color": BAD if item.message else MUTED, "linespacing": 1.1}
+        self.write(self.left(0), top + 0.19, wrapped(remarks, 185, 2), **style)
+        top += 0.36
+        if item.verdict is None:
+            self.write(
+                self.LEFT + 0.06,
+                top + 0.14,
+                "not judged",
+                fontsize=11,
+                weight="bold",
+                color="white",
+                bbox=_badge(MUTED),
+            )
+        else:
+            name = item.verdict.verdict
+            self.write(
+                self.LEFT + 0.06, top + 0.14, name, fontsize=11, weight="bold", color="white", bbox=_badge(COLORS[name])
+            )
+            asked = sum(item.verdict.scores.get(failure) is not None for failure in FAILURES)
+            if asked < len(FAILURES):
+                words = f"{asked} of {len(FAILURES)} questions answered"
+                self.write(self.LEFT + self.WORDS - 0.3, top + 0.14, words, ha="right", fontsize=8, color=MUTED)
+            self.scores(item, top + 0.36)
+        if item.signal:
+            self.say(item, top + 0.42 + self.BAR * len(FAILURES))
+        for k, name in enumerate(self.columns):
+            self.draw_cell(item, name, self.left(k), top)
+
+    def say(self, item: Item, top: float) -> None:
+        self.write(self.LEFT, top + 0.1, f"training signal: {item.signal.words}", fontsize=8.5)
+        if item.disagreement:
+            self.write(self.LEFT, top + 0.37, wrapped(item.disagreement, 47, 2), fontsize=8, weight="bold", color=BAD)
+        elif item.verdict:
+            self.write(self.LEFT, top + 0.3, "agrees with the judge", fontsize=8, color=MUTED)
+
+    def scores(self, item: Item, top: float) -> None:
+        left, length = self.LEFT + 1.15, self.WORDS - 1.85
+        axes = self.axes(left, top, length, self.BAR * len(FAILURES))
+        for k, failure in enumerate(FAILURES):
+            score, y = finite(item.verdict.scores.get(failure)), top + (k + 0.5) * self.BAR
+            failed = score is not None and score >= 0.5
+            self.write(
+                self.LEFT,
+                y,
+                failure,
+                fontsize=8,
+                weight="bold" if failed else "normal",
+                color=MUTED if score is None else INK,
+            )
+            self.write(
+                left + length + 0.08,
+                y,
+                "–" if score is None else f"{score:.2f}",
+                fontsize=8,
+                weight="bold" if failed else "normal",
+            )
+            axes.barh(
+                k, 1.0, color="#eef1f4" if score is not None else "white", edgecolor=LINE, linewidth=0.5, height=0.66
+            )
+            if score is not None:
+                axes.barh(k, score, color=COLORS[failure], alpha=1.0 if failed else 0.45, height=0.66)
+            toward = item.signal.toward.get(failure) if item.signal else None
+            if toward is not None:
+                axes.plot(
+                    min(max(toward, 0.0), 1.0), k, "D", color=INK, markersize=4, markeredgecolor="white", clip_on=False
+                )
+        axes.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.set(xlim=(0, 1), ylim=(len(FAILURES) - 0.5, -0.5))
+        axes.set_axis_off()
+
+    def draw_cell(self, item: Item, name: str, left: float, top: float) -> None:
+        verdict = item.verdict
+        if name in PICTURES:
+            picture, mask = item.pictures.get(name), None
+        else:
+            values = verdict.maps.get(name) if verdict else None
+            known = values is not None and "output" in item.pictures
+            picture = heat(item.pictures["output"].float() / 255, values) if known else None
+            mask = verdict.mask if known else None
+        axes = self.axes(left, top, self.side, self.cell)
+        axes.set(xticks=[], yticks=[])
+        if picture is None:
+            for spine in axes.spines.values():
+                spine.set(color=LINE, linestyle=(0, (3, 3)))
+            words = (
+                "not judged" if verdict is None and name in MAPS else "not answered" if name in MAPS else "none given"
+            )
+            axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=8, color=MUTED, transform=axes.transAxes)
+            return
+        axes.set_axis_off()
+        height, width = picture.shape[:2]
+        axes.imshow(
+            picture.numpy(), extent=(0, width, height, 0), interpolation="bilinear", aspect="equal", vmin=0, vmax=1
+        )
+        if mask is not None and bool((mask > 0.5).any()) and not bool((mask > 0.5).all()):
+            axes.contour(mask.numpy(), levels=[0.5], colors=["#1565c0"], linewidths=0.9, extent=(0, width, 0, height))
+            axes.set(xlim=(0, width), ylim=(height, 0))
+
+
+def _chosen(items: Sequence[Item], count: int) -> list[Item]:
+    """The items that have a row: all, in their order, or the first by rank, those of a verdict together."""
+    if len(items) <= count:
+        return list(items)
+    order = Ranking()
+    ranks = [order.of(item) for item in items]
+    kept = sorted(sorted(range(len(items)), key=lambda i: (ranks[i], i))[:count])
+    places = {v: k for k, v in enumerate((*FAILURES, None, GOOD))}
+    return [items[i] for i in sorted(kept, key=lambda i: (places[items[i].verdict and items[i].verdict.verdict], i))]
+
+
+def _badge(color: str) -> dict[str, object]:
+    return {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
+
+
+def _cut(text: str, columns: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= columns else text[: columns - 1] + "…"
