@@ -1,6 +1,6 @@
 """From numbers to findings: every kind with its severity and advice, and the limits from which it is told.
 
-The limits were set on rendered and drawn pairs and the same as JPEG of quality 30 to 95, without an error or warning on any.
+28 rendered and 30 drawn pairs get no error and no warning, nor do they as JPEG of quality 95, 60 and 30.
 Of the 58 before/after pictures of one shape that come with ComfyUI's templates, five get one: three are frames of a moving
 camera, one is enlarged by 2 %, one was drawn after a control picture.
 """

@@ -32,6 +32,9 @@ PICTURE_NODES = {
     "EditLossPlotLosses": 1600,
     "EditLossCompare": 1000,
     "EditLossDemoPairs": 250,
+    "EditLossDiagnoseOutputs": 1600,
+    "EditLossAuditPairs": 1600,
+    "EditLossAuditEncoders": 1600,
 }
 
 DROP = """async ([text, name]) => {
@@ -172,7 +175,39 @@ def _lora_applied(client, outputs: dict, workflow: dict) -> None:
     assert np.square(lora - after).mean() < 0.8 * np.square(base - after).mean()
 
 
-OUTCOMES = {"diagnose_edit": _diagnosed, "train_demo": _stool_learnt, "apply_lora": _lora_applied}
+def _told_apart(client, outputs: dict, workflow: dict) -> None:
+    """Every kind of output gets its own verdict."""
+    (text,) = outputs[_node(workflow, "EditLossDiagnoseOutputs")]["text"]
+    verdicts = ("good", "no edit", "overlay", "distorted", "collateral change")
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    for row, verdict in zip(rows, verdicts):
+        assert verdict in row.split("|")[2], text
+    _keep(client, outputs, workflow, "EditLossDiagnoseOutputs", "verdicts")
+
+
+def _mistakes_found(client, outputs: dict, workflow: dict) -> None:
+    (text,) = outputs[_node(workflow, "EditLossAuditPairs")]["text"]
+    for mistake in ("not_edited", "shifted", "mask_elsewhere", "without_caption"):
+        assert mistake in text
+    _keep(client, outputs, workflow, "EditLossAuditPairs", "audit_pairs")
+
+
+def _encoders_compared(client, outputs: dict, workflow: dict) -> None:
+    (text,) = outputs[_node(workflow, "EditLossAuditEncoders")]["text"]
+    assert "tf_efficientnet_lite0" in text and "AUROC" in text
+    for term in ("no_edit_identity", "geometry_match", "overlay_avoidance"):
+        assert term in text
+    _keep(client, outputs, workflow, "EditLossAuditEncoders", "audit_encoders")
+
+
+OUTCOMES = {
+    "apply_lora": _lora_applied,
+    "audit_encoders": _encoders_compared,
+    "audit_pairs": _mistakes_found,
+    "diagnose_edit": _diagnosed,
+    "diagnose_outputs": _told_apart,
+    "train_demo": _stool_learnt,
+}
 
 
 def _finished(client, before: set[str], timeout: float = 600.0) -> dict:
