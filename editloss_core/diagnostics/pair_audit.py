@@ -183,7 +183,7 @@ def audit(
     if isinstance(pairs, PairSet):
         run.expect(len(pairs), others)
         run.folder, run.count, items = pairs.folder, len(pairs), list(pairs)
-        where = f"{pairs.folder} ({pairs.layout})" if pairs.folder else ""
+        where = f"{pairs.folder.name} ({pairs.layout})" if pairs.folder else ""
     else:
         items, where = run.scan(
             Path(pairs), Path(control_folder) if str(control_folder) else None, default_caption, others
@@ -230,7 +230,7 @@ class _Run:
         keys = sorted(layout.before.keys() & layout.after.keys())
         self.folder, self.count = folder, len(layout.before.keys() | layout.after.keys())
         self.expect(2 * len(keys), others)
-        where = f"{folder} ({layout.description})"
+        where = f"{folder.name} ({layout.description})"
 
         def checked(done: int, total: int) -> None:
             if self.check is not None:
