@@ -114,6 +114,8 @@ def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server
             save=("EditLossSaveLoRA", {"run": link("train", 4), "file_name": "editloss/whole", "dtype": "fp32"}),
             plot=("EditLossPlotLosses", {"run": link("train", 4)}),
             compare=("EditLossCompare", {"run": link("train", 4)}),
+            report=("EditLossRunReport", {"run": link("train", 4)}),
+            page=("PreviewAny", {"source": link("report", 2)}),
             judge=(
                 "EditLossDemoJudge",
                 {
@@ -131,7 +133,7 @@ def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server
         **sampled(link("stock_load"), "stock"),
     }  # fmt: skip
     outputs = client.run(prompt).outputs
-    for node in ("plot", "compare", "judge", "pairs", "stock_plot"):
+    for node in ("plot", "compare", "report", "judge", "pairs", "stock_plot"):
         picture = pixels(client, outputs[node])
         assert picture.std() > 5, node
     by_level = json.loads(outputs["values"]["text"][0])
@@ -139,6 +141,8 @@ def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server
     assert "| base | 3 |" in outputs["judge"]["text"][0] and "source copied" in outputs["judge"]["text"][0]
 
     folder = run_folder(comfyui_server, "whole")
+    page = Path(outputs["page"]["text"][0])
+    assert page.parent == folder and "</html>" in page.read_text(encoding="utf-8")
     assert [p.stem for p in checkpoints(folder / "checkpoints")] == ["step_000002", "step_000004"]
     log = RunLog.read(folder)
     assert [s.step for s in log.steps] == [1, 2, 3, 4] and [v.step for v in log.validations] == [2, 4]
