@@ -142,7 +142,8 @@ def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server
 
     folder = run_folder(comfyui_server, "whole")
     page = Path(outputs["page"]["text"][0])
-    assert page.parent == folder and "</html>" in page.read_text(encoding="utf-8")
+    assert page.as_posix() == "output/editloss/runs/whole/report.html"
+    assert "</html>" in (folder / page.name).read_text(encoding="utf-8")
     assert [p.stem for p in checkpoints(folder / "checkpoints")] == ["step_000002", "step_000004"]
     log = RunLog.read(folder)
     assert [s.step for s in log.steps] == [1, 2, 3, 4] and [v.step for v in log.validations] == [2, 4]
