@@ -224,6 +224,15 @@ def test_exit_status_by_threshold(tmp_path, by_grey, capsys):
     assert run(tmp_path, out, "--allow-errors") == 3, "nothing was judged"
 
 
+def test_a_picture_that_could_not_be_asked_is_not_a_picture_that_passed():
+    asked = Verdict("distorted", dict.fromkeys(FAILURES, 0.9), {})
+    unasked = Verdict("good", {**dict.fromkeys(FAILURES, 0.1), "distorted": None}, {})
+    items = [verdict_items.Item("a", asked), *(verdict_items.Item(str(i), unasked) for i in range(9))]
+    assert command.rate(items, "distorted") == (1, 1) and command.rate(items, command.ANY) == (1, 10)
+    assert command.status(items, {"distorted": 0.5}) == 1 and command.status(items, {"any": 0.5}) == 0
+    assert "1 of 1 " in command.report(items, {})
+
+
 @pytest.mark.parametrize("limit", ["overlays=0.1", "overlay", "overlay=2", "overlay=nan", "overlay=-0.1"])
 def test_wrong_limits_are_usage_errors(limit, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -405,7 +405,7 @@ def test_thresholds_feather_and_batch():
 
 def test_holes_and_thin_spirals_are_handled():
     """A ring is filled when its hole is small; a spiral one pixel wide is one piece."""
-    from editloss_core.masks import _components
+    from editloss_core.masks import components
 
     ground = torch.full((128, 128, 3), 0.5)
     ring = disc(64, 64, 14, 128) - disc(64, 64, 7, 128)
@@ -418,7 +418,7 @@ def test_holes_and_thin_spirals_are_handled():
             x, y = x + dx, y + dy
             spiral[0, 0, y, x] = True
         dx, dy = -dy, dx
-    labels = _components(spiral)
+    labels = components(spiral)
     assert 800 < spiral.sum() < 1000  # every other line
     assert len(labels[spiral].unique()) == 1 and torch.all(labels[~spiral] == 0)
 

@@ -70,6 +70,18 @@ def test_sheet_shows_each_verdict_in_its_colour_and_the_maps(items):
     assert reds(sheet(items[:1], 1000)) > reds(sheet([blank], 1000)) + 500
 
 
+def test_a_good_verdict_that_is_not_sure_of_all_is_only_outlined():
+    found = made_up("good")
+    unsure = replace(found, verdict=replace(found.verdict, scores={**found.verdict.scores, "overlay": None}))
+    colour = torch.tensor([int(COLORS["good"][k : k + 2], 16) / 255 for k in (1, 3, 5)])
+
+    def painted(item):
+        row = sheet([item], 1000)[0, 100:]
+        return int(((row - colour).abs().amax(-1) < 0.01).sum())
+
+    assert painted(unsure) < 0.5 * painted(found)
+
+
 def test_sheet_is_the_same_twice(items):
     assert torch.equal(sheet(items[:2], 800), sheet(items[:2], 800))
 

@@ -81,22 +81,23 @@ def status(items: Sequence[Item], limits: Mapping[str, float], allow_errors: boo
     if any(rate(items, name).n and rate(items, name).value > limit for name, limit in limits.items()):
         return EXCEEDED
     errors = sum(item.verdict is None for item in items)
-    unanswered = any(not _answered(items, name) for name in limits)
+    unanswered = any(not rate(items, name).n for name in limits)
     return INCOMPLETE if errors == len(items) or unanswered or (errors and not allow_errors) else PASSED
 
 
 def rate(items: Sequence[Item], name: str) -> Share:
-    """Share of the judged pictures with a verdict, or with any failure."""
+    """Share with a verdict, or with any failure, of the judged pictures; of a failure, of those that could be asked for it: a
+    picture without an after picture would otherwise count as one that is not distorted."""
+    if name in FAILURES:
+        items = [item for item in items if item.verdict and item.verdict.scores.get(name) is not None]
     return share(items, *(FAILURES if name == ANY else (name,)))
 
 
 def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
     """What the command prints: a line per verdict, the limits, and what could not be judged."""
-    judged = sum(item.verdict is not None for item in items)
     rows = [("", "count", "share", "95 % interval", "limit")]
     for name in (*VERDICTS, ANY):
         part = rate(items, name)
-        asked = _answered(items, name)
         low, high = part.interval
         rows.append(
             (
@@ -104,11 +105,9 @@ def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
                 f"{part.count} of {part.n}",
                 percent(part.value) if part.n else "–",
                 f"{percent(low)} to {percent(high)}" if part.n else "–",
-                _verdict_on(part, asked, limits.get(name)),
+                _verdict_on(part, limits.get(name)),
             )
         )
-        if name in FAILURES and asked < judged:
-            rows.append(("", f"answered for {asked}", "", "", ""))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
     errors = [item for item in items if item.verdict is None]
@@ -159,21 +158,10 @@ def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Opti
     return items, ""
 
 
-def _to_show(items: Sequence[Item]) -> list[Item]:
-    return list(items)
-
-
-def _answered(items: Sequence[Item], name: str) -> int:
-    """For how many of the judged it is known whether they have this failure."""
-    if name not in FAILURES:
-        return sum(item.verdict is not None for item in items)
-    return sum(item.verdict is not None and item.verdict.scores.get(name) is not None for item in items)
-
-
-def _verdict_on(part: Share, asked: int, limit: Optional[float]) -> str:
+def _verdict_on(part: Share, limit: Optional[float]) -> str:
     if limit is None:
         return ""
-    if not asked:
+    if not part.n:
         return f"{limit:.0%}: could not be answered"
     return f"{limit:.0%}: {'EXCEEDED' if part.value > limit else 'kept'}"
 
@@ -199,8 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--fail-above", type=_limit, action="append", default=[], metavar="FAILURE=RATE",
-        help=f"exit with 1 where a larger share of the judged pictures fails so: {', '.join(map(_option, FAILURES))} or any, and "
-        "a number from 0 to 1. May be given several times",
+        help=f"exit with 1 where a larger share fails so, of the pictures that could be asked: {', '.join(map(_option, FAILURES))} or "
+        "any, and a number from 0 to 1. May be given several times",
     )  # fmt: skip
     parser.add_argument(
         "--allow-errors", action="store_true", help="pictures that cannot be judged do not fail the command"

@@ -24,9 +24,8 @@ from .verdict_sheet import heat
 
 PARTS = ("before", "output", "after", "mask")
 MOST_WORKERS = 8  # more would read more pictures at a time than disks and memory like
-POOL_PAYS = (
-    24  # pictures: workers take about 4 s to start, one picture 0.3 s (512 x 512, one core of a Xeon at 2.1 GHz)
-)
+# Pictures: workers take about 4 s to start, one picture 0.3 s (512 x 512, one core of a Xeon at 2.1 GHz).
+POOL_PAYS = 24
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,8 @@ def heat(picture: Tensor, values: Tensor) -> Tensor:
     """
     from matplotlib import colormaps
 
-    size = picture.shape[:2]
-    values = F.interpolate(values.float()[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].clamp(
-        0, 1
-    )
+    values = values.float().clamp(0, 1)[None, None]
+    values = F.interpolate(values, size=picture.shape[:2], mode="bilinear", align_corners=False)[0, 0]
     colours = torch.from_numpy(colormaps["YlOrRd"](0.15 + 0.75 * values.numpy())[..., :3]).float()
     opacity = 0.9 * values.sqrt()[..., None]
     grey = 0.35 + 0.5 * picture.float().mean(-1, keepdim=True)
@@ -184,21 +182,11 @@ class _Page(Sheet):
         self.write(self.left(0), top + 0.19, wrapped(remarks, 185, 2), **style)
         top += 0.36
         if item.verdict is None:
-            self.write(
-                self.LEFT + 0.06,
-                top + 0.14,
-                "not judged",
-                fontsize=11,
-                weight="bold",
-                color="white",
-                bbox=_badge(MUTED),
-            )
+            self.badge("not judged", top + 0.14, MUTED)
         else:
             name = item.verdict.verdict
-            self.write(
-                self.LEFT + 0.06, top + 0.14, name, fontsize=11, weight="bold", color="white", bbox=_badge(COLORS[name])
-            )
             asked = sum(item.verdict.scores.get(failure) is not None for failure in FAILURES)
+            self.badge(name, top + 0.14, COLORS[name], filled=name != GOOD or asked == len(FAILURES))
             if asked < len(FAILURES):
                 words = f"{asked} of {len(FAILURES)} questions answered"
                 self.write(self.LEFT + self.WORDS - 0.3, top + 0.14, words, ha="right", fontsize=8, color=MUTED)
@@ -207,6 +195,11 @@ class _Page(Sheet):
             self.say(item, top + 0.42 + self.BAR * len(FAILURES))
         for k, name in enumerate(self.columns):
             self.draw_cell(item, name, self.left(k), top)
+
+    def badge(self, words: str, y: float, color: str, filled: bool = True) -> None:
+        """A verdict in its colour; only an outline for a good one of which not everything is known."""
+        text, box = ("white", _badge(color)) if filled else (color, {**_badge("white"), "edgecolor": color})
+        self.write(self.LEFT + 0.06, y, words, fontsize=11, weight="bold", color=text, bbox=box)
 
     def say(self, item: Item, top: float) -> None:
         self.write(self.LEFT, top + 0.1, f"training signal: {item.signal.words}", fontsize=8.5)
@@ -221,24 +214,11 @@ class _Page(Sheet):
         for k, failure in enumerate(FAILURES):
             score, y = finite(item.verdict.scores.get(failure)), top + (k + 0.5) * self.BAR
             failed = score is not None and score >= 0.5
-            self.write(
-                self.LEFT,
-                y,
-                failure,
-                fontsize=8,
-                weight="bold" if failed else "normal",
-                color=MUTED if score is None else INK,
-            )
-            self.write(
-                left + length + 0.08,
-                y,
-                "–" if score is None else f"{score:.2f}",
-                fontsize=8,
-                weight="bold" if failed else "normal",
-            )
-            axes.barh(
-                k, 1.0, color="#eef1f4" if score is not None else "white", edgecolor=LINE, linewidth=0.5, height=0.66
-            )
+            style = {"fontsize": 8, "weight": "bold" if failed else "normal"}
+            self.write(self.LEFT, y, failure, color=MUTED if score is None else INK, **style)
+            self.write(left + length + 0.08, y, "–" if score is None else f"{score:.2f}", **style)
+            ground = "white" if score is None else "#eef1f4"
+            axes.barh(k, 1.0, color=ground, edgecolor=LINE, linewidth=0.5, height=0.66)
             if score is not None:
                 axes.barh(k, score, color=COLORS[failure], alpha=1.0 if failed else 0.45, height=0.66)
             toward = item.signal.toward.get(failure) if item.signal else None

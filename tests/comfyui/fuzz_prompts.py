@@ -404,6 +404,7 @@ RECIPES: dict[str, dict[str, list[Any]]] = {
     "SaveEmbeddings": {"embeddings": ["encode", "encode_vector"]},
     "LoadEmbeddings": {"encoder": ["encoder", "vector"]},
     "EvaluateObjective": {"objective": ["objective"], "embeddings": ["encode_both"] * 3 + ["encode_vector"]},
+    "DiagnoseOutputs": {"objective": ["objective"], "embeddings": ["encode_both"] * 3 + ["encode_vector"]},
     "TrainKontextLoRA": {
         "model": ["demo"] * 4 + ["model"],
         "clip": [["demo", 1]],
@@ -432,6 +433,7 @@ USUAL = {
     "before": "src",
     "after": "gt",
     "pred": "pred",
+    "output": "pred",
     "gt": "gt",
     "src": "src",
     "images": "pred",
