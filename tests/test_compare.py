@@ -95,7 +95,8 @@ def test_all_failures_and_good_differ_and_the_rest_is_grey():
 
 
 def test_names_stand_above_their_rows():
-    bare, named = grid([[*row().__dict__.values()][1:]]), grid([row("stool")])
+    r = row("stool")
+    bare, named = grid([[r.before, r.base, r.lora, r.after]]), grid([r])
     assert named.shape[1] - bare.shape[1] == compare._NAME
     top = box(named, COLORS[0])[0]
     written = named[0, top - 20 : top - 2, : 16 + 256]

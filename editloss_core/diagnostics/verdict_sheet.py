@@ -112,6 +112,10 @@ class _Page(Sheet):
         self.shown = _chosen(items, min(rows, max(1, int(limit / self.row))))
         height = sum(self.row if self.full(item) else self.message_row for item in self.shown)
         super().__init__(new_figure(width, self.WIDTH, self.HEAD + height + 0.15))
+        # All pictures and bars share one set of axes, in inches: hundreds of axes take longer to make than to fill.
+        self.canvas = self.axes(0, 0, *self.inches)
+        self.canvas.set(xlim=(0, self.inches[0]), ylim=(self.inches[1], 0), autoscale_on=False)
+        self.canvas.set_axis_off()
 
     @staticmethod
     def full(item: Item) -> bool:
@@ -167,9 +171,7 @@ class _Page(Sheet):
 
     def legend(self, left: float, y: float) -> None:
         ramp = torch.linspace(0, 1, 200).expand(8, 200)
-        axes = self.axes(left + 0.4, y - 0.08, 1.5, 0.16)
-        axes.imshow(heat(torch.full((8, 200, 3), 0.5), ramp).numpy(), aspect="auto")
-        axes.set_axis_off()
+        self.picture(heat(torch.full((8, 200, 3), 0.5), ramp), left + 0.4, y - 0.08, 1.5, 0.16)
         self.write(left + 0.33, y, "fine", ha="right", fontsize=8.5)
         self.write(left + 1.97, y, "worst", fontsize=8.5)
         self.line((left + 2.65, left + 2.95), y, color="#1565c0", linewidth=1.2)
@@ -210,25 +212,24 @@ class _Page(Sheet):
 
     def scores(self, item: Item, top: float) -> None:
         left, length = self.LEFT + 1.15, self.WORDS - 1.85
-        axes = self.axes(left, top, length, self.BAR * len(FAILURES))
         for k, failure in enumerate(FAILURES):
             score, y = finite(item.verdict.scores.get(failure)), top + (k + 0.5) * self.BAR
             failed = score is not None and score >= 0.5
             style = {"fontsize": 8, "weight": "bold" if failed else "normal"}
             self.write(self.LEFT, y, failure, color=MUTED if score is None else INK, **style)
             self.write(left + length + 0.08, y, "–" if score is None else f"{score:.2f}", **style)
-            ground = "white" if score is None else "#eef1f4"
-            axes.barh(k, 1.0, color=ground, edgecolor=LINE, linewidth=0.5, height=0.66)
+            place = {"left": left, "height": 0.66 * self.BAR}
+            self.canvas.barh(
+                y, length, color="white" if score is None else "#eef1f4", edgecolor=LINE, linewidth=0.5, **place
+            )
             if score is not None:
-                axes.barh(k, score, color=COLORS[failure], alpha=1.0 if failed else 0.45, height=0.66)
+                self.canvas.barh(y, length * score, color=COLORS[failure], alpha=1.0 if failed else 0.45, **place)
             toward = item.signal.toward.get(failure) if item.signal else None
             if toward is not None:
-                axes.plot(
-                    min(max(toward, 0.0), 1.0), k, "D", color=INK, markersize=4, markeredgecolor="white", clip_on=False
-                )
-        axes.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-        axes.set(xlim=(0, 1), ylim=(len(FAILURES) - 0.5, -0.5))
-        axes.set_axis_off()
+                x = left + length * min(max(toward, 0.0), 1.0)
+                self.canvas.plot(x, y, "D", color=INK, markersize=4, markeredgecolor="white", zorder=3)
+        half, ends = left + length / 2, (top, top + len(FAILURES) * self.BAR)
+        self.canvas.plot([half, half], ends, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
 
     def draw_cell(self, item: Item, name: str, left: float, top: float) -> None:
         verdict = item.verdict
@@ -239,24 +240,27 @@ class _Page(Sheet):
             known = values is not None and "output" in item.pictures
             picture = heat(item.pictures["output"].float() / 255, values) if known else None
             mask = verdict.mask if known else None
-        axes = self.axes(left, top, self.side, self.cell)
-        axes.set(xticks=[], yticks=[])
         if picture is None:
-            for spine in axes.spines.values():
-                spine.set(color=LINE, linestyle=(0, (3, 3)))
-            words = (
-                "not judged" if verdict is None and name in MAPS else "not answered" if name in MAPS else "none given"
-            )
-            axes.text(0.5, 0.5, words, ha="center", va="center", fontsize=8, color=MUTED, transform=axes.transAxes)
+            words = "none given" if name in PICTURES else "not answered" if verdict else "not judged"
+            self.empty(words, left, top)
             return
-        axes.set_axis_off()
-        height, width = picture.shape[:2]
-        axes.imshow(
-            picture.numpy(), extent=(0, width, height, 0), interpolation="bilinear", aspect="equal", vmin=0, vmax=1
-        )
+        scale = min(self.side / picture.shape[1], self.cell / picture.shape[0])
+        width, height = scale * picture.shape[1], scale * picture.shape[0]
+        left, top = left + (self.side - width) / 2, top + (self.cell - height) / 2
+        self.picture(picture, left, top, width, height)
         if mask is not None and bool((mask > 0.5).any()) and not bool((mask > 0.5).all()):
-            axes.contour(mask.numpy(), levels=[0.5], colors=["#1565c0"], linewidths=0.9, extent=(0, width, 0, height))
-            axes.set(xlim=(0, width), ylim=(height, 0))
+            edges = (left, left + width, top, top + height)
+            self.canvas.contour(mask.numpy(), levels=[0.5], colors=["#1565c0"], linewidths=0.9, extent=edges)
+
+    def empty(self, words: str, left: float, top: float) -> None:
+        xs, ys = (left, left + self.side), (top, top + self.cell)
+        frame = [xs[0], xs[1], xs[1], xs[0], xs[0]], [ys[0], ys[0], ys[1], ys[1], ys[0]]
+        self.canvas.plot(*frame, color=LINE, linewidth=0.8, linestyle=(0, (3, 3)))
+        self.write(sum(xs) / 2, sum(ys) / 2, words, ha="center", fontsize=8, color=MUTED)
+
+    def picture(self, picture: Tensor, left: float, top: float, width: float, height: float) -> None:
+        edges = (left, left + width, top + height, top)
+        self.canvas.imshow(picture.numpy(), extent=edges, interpolation="bilinear", aspect="auto", vmin=0, vmax=1)
 
 
 def _chosen(items: Sequence[Item], count: int) -> list[Item]:
