@@ -210,7 +210,10 @@ def test_bad_input_is_named(case):
 
 def test_an_all_black_output_is_judged():
     example, mask = pair(0)
-    assert judge(example.before, torch.zeros_like(example.before), example.after, mask).verdict not in ("good", "no edit")
+    assert judge(example.before, torch.zeros_like(example.before), example.after, mask).verdict not in (
+        "good",
+        "no edit",
+    )
 
 
 @pytest.mark.parametrize("seed", SCENES)
@@ -276,3 +279,9 @@ def test_real_edits_get_no_nonsense():
         assert judge(before, after, None, mask).scores["no edit"] < 0.5, name
         judged += 1
     assert judged >= 3
+
+
+def test_one_code_near_black_is_no_visible_distance():
+    codes = torch.arange(256.0).view(1, 1, 1, 256).expand(1, 3, 1, 256) / 255
+    steps = oklab(codes).diff(dim=-1).norm(dim=1)
+    assert float(steps.max()) < 0.01 and float(steps.min()) > 0.001
