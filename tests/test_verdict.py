@@ -208,12 +208,14 @@ def test_bad_input_is_named(case):
         judge(*change(example.before, example.after, example.after, mask))
 
 
-def test_an_all_black_output_is_judged():
-    example, mask = pair(0)
-    assert judge(example.before, torch.zeros_like(example.before), example.after, mask).verdict not in (
-        "good",
-        "no edit",
-    )
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seed", SCENES)
+def test_an_output_of_one_colour_shows_neither_object(seed, value):
+    example, mask = pair(seed)
+    output = torch.full_like(example.before, value)
+    assert judge(example.before, output, example.after, mask).verdict in ("distorted", "collateral change")
+    alone = judge(example.before, output, None, mask)
+    assert alone.verdict == "collateral change" and alone.scores["overlay"] == alone.scores["no edit"] == 0
 
 
 @pytest.mark.parametrize("seed", SCENES)

@@ -21,7 +21,7 @@ a set of rendered pairs, with other meshes and backgrounds than those on which t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Mapping, Optional
 
 import torch
@@ -123,9 +123,18 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
         if after is not None:
             raise ValueError("after: expected a visible difference from before, got none; is it the before picture?")
         return _without_edit(whole, "no mask and no after picture: what belongs to the edit is unknown")
-    if after is None:
-        return _judge_alone(whole, mask is not None)
-    return _judge_by(whole)
+    found = _judge_alone(whole, mask is not None) if after is None else _judge_by(whole)
+    return _of_one_colour(found) if _flat(output) and not _flat(before) else found
+
+
+def _flat(picture: Tensor) -> bool:
+    return float(picture.float().flatten(0, 1).std(0).max()) < 0.01
+
+
+def _of_one_colour(found: Verdict) -> Verdict:
+    """A black or grey output shows neither object, however near its colour happens to be to one of them."""
+    scores = {k: v if v is None or k in ("distorted", "collateral change") else 0.0 for k, v in found.scores.items()}
+    return replace(found, verdict=_decide(scores), scores=scores)
 
 
 def _judge_by(whole: Whole) -> Verdict:
