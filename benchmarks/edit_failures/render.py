@@ -1,9 +1,10 @@
 """Rooms with a chair before and a stool after, rendered from meshes, with every layer apart.
 
-The meshes are the public-domain (CC0) part of Debian's package sweethome3d-furniture; the photographs that hang in some
-rooms are those of scikit-image that are in the public domain or CC0. Floors and walls are made here, from seeds.
+The meshes are those of Debian's package sweethome3d-furniture: its public-domain (CC0) part for the parts *fit* and
+*report*, its CC BY 3.0 part for *confirm*. The photographs that hang in some rooms are those of scikit-image that are in the
+public domain or CC0. Floors and walls are made here, from seeds.
 
-    python -m benchmarks.edit_failures.render --meshes /usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f --out FOLDER
+    python benchmarks/edit_failures/render.py --out FOLDER
 
 Needs ``pip install pyvista scikit-image`` and, on a machine without a display, Debian's libosmesa6 or libgl1.
 """
@@ -24,17 +25,37 @@ SIZE = 448  # pixels
 SHADOW = 0.45  # of the light that the darkest shadow takes
 SHADOW_BLUR = 5.0  # pixels
 
-# Meshes by part: none is on both sides.
+PARTS = {"fit": 24, "report": 32, "confirm": 32}  # and how many scenes each has
+
+# Meshes by part: none is in two. Without a collection before it a name is one of CC0.
+CC0, BY, KATOR, SCOPIA = "blendswap-cc-0", "blendswap-cc-by", "katorlegaz", "scopia"
+ARCHIVES = {CC0: "BlendSwap-CC-0", BY: "BlendSwap-CC-BY", KATOR: "KatorLegaz", SCOPIA: "Scopia"}
 OLD = {
     "fit": ("antiqueChair", "foldingChair", "designChair", "armchair2", "sillaBlanca", "plasticChair", "relaxChair"),
     "report": ("oakChair", "chair", "chairWithCushion", "osakaChair", "silla2", "thonet", "modernArmchair", "armchair"),
+    "confirm": (
+        f"{BY}/cafe_set_mota_chair", f"{BY}/cafe_set_tonon_chair", f"{BY}/ella_chair_f", f"{BY}/leaf_chair",
+        f"{BY}/kitchenChair", f"{BY}/plaidChair", f"{BY}/fotel", f"{BY}/chair3",
+    ),
+}  # fmt: skip
+NEW = {
+    "fit": ("stool", "pianoBench", "barrel"),
+    "report": ("stool2", "bedsideTable2", "crate"),
+    "confirm": (f"{BY}/green_stool", f"{KATOR}/chair-ottoman", f"{SCOPIA}/office_box"),
 }
-NEW = {"fit": ("stool", "pianoBench", "barrel"), "report": ("stool2", "bedsideTable2", "crate")}
 CLUTTER = {
     "fit": ("plant", "bookcase", "oakTable", "dustbin", "tableFan", "shelves"),
     "report": ("littlePlant", "televisionCabinet", "table", "decorativePlant", "speaker2", "drawersCabinet"),
+    "confirm": (
+        f"{BY}/bookcase", f"{BY}/mediumIndoorPlant", f"{BY}/coffeeTable", f"{BY}/bedsideTable", f"{KATOR}/filing-cabinet",
+        f"{SCOPIA}/vase1",
+    ),
+}  # fmt: skip
+PHOTOS = {
+    "fit": ("coffee", "rocket"),
+    "report": ("astronaut", "chelsea"),
+    "confirm": ("hubble_deep_field", "immunohistochemistry"),
 }
-PHOTOS = {"fit": ("coffee", "rocket"), "report": ("astronaut", "chelsea")}
 HEIGHTS = {
     "barrel": 0.8,
     "crate": 0.6,
@@ -43,6 +64,9 @@ HEIGHTS = {
     "pianoBench": 0.5,
     "bedsideTable2": 0.42,
     "armchair2": 0.6,
+    f"{BY}/green_stool": 0.6,
+    f"{KATOR}/chair-ottoman": 0.42,
+    f"{SCOPIA}/office_box": 0.42,
 }  # metres
 CLUTTER_HEIGHTS = {
     "plant": 1.0,
@@ -51,6 +75,7 @@ CLUTTER_HEIGHTS = {
     "dustbin": 0.6,
     "tableFan": 0.5,
     "speaker2": 0.9,
+    f"{SCOPIA}/vase1": 0.5,
 }
 
 
@@ -183,7 +208,7 @@ class Renderer:
     def _load(self, name: str) -> list:
         import vtk
 
-        folder = self.folder / "blendswap-cc-0" / name
+        folder = self.folder / located(name)
         source = next(folder.glob("*.obj"))
         importer = vtk.vtkOBJImporter()
         importer.SetFileName(str(source))
@@ -311,7 +336,7 @@ class Renderer:
         return actor
 
     def scene(self, part: str, number: int) -> Scene:
-        rng = np.random.default_rng([20261124, part == "report", number])
+        rng = np.random.default_rng([20261124, list(PARTS).index(part), number])
         old, new = str(OLD[part][number % len(OLD[part])]), str(NEW[part][number % len(NEW[part])])
         place = np.array([rng.uniform(-0.5, 0.5), 0, rng.uniform(-1.0, 0.4)])
         distance, around, up = rng.uniform(2.2, 4.0), rng.uniform(-0.45, 0.6), rng.uniform(0.9, 1.7)
@@ -341,30 +366,36 @@ class Renderer:
             shadow = self.shot(self.object_actors(name, at, height, turn, flat), camera, lights, True)[..., 3]
             soft = Image.fromarray((shadow * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(SHADOW_BLUR))
             layers += [layer, SHADOW * np.asarray(soft, np.float32) / 255]
+        old, new = (Path(name).name.replace("_", "-") for name in (old, new))
         return Scene(f"{part}_{number:02d}_{old}_{new}", plate, layers[0], layers[2], layers[1], layers[3])
 
 
+def located(name: str) -> str:
+    """The folder of a mesh: ``collection/name``."""
+    return name if "/" in name else f"{CC0}/{name}"
+
+
 def unpacked(meshes: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(meshes) as archive:
-        wanted = {*sum(OLD.values(), ()), *sum(NEW.values(), ()), *sum(CLUTTER.values(), ())}
-        archive.extractall(
-            folder, [n for n in archive.namelist() if len(Path(n).parts) > 2 and Path(n).parts[1] in wanted]
-        )
+    """The meshes that are used, from the package's archives, in ``folder``."""
+    wanted = {located(n) for table in (OLD, NEW, CLUTTER) for names in table.values() for n in names}
+    for archive in ARCHIVES.values():
+        with zipfile.ZipFile(meshes / f"{archive}.sh3f") as file:
+            file.extractall(folder, [n for n in file.namelist() if n.rpartition("/")[0] in wanted])
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--meshes", type=Path, default=Path("/usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f"))
+    parser.add_argument("--meshes", type=Path, default=Path("/usr/share/sweethome3d/furniture"), help="its .sh3f files")
     parser.add_argument("--out", type=Path, required=True, help="folder for the scenes, one .npz each")
-    parser.add_argument("--fit", type=int, default=24, help="scenes to fit on")
-    parser.add_argument("--report", type=int, default=32, help="scenes to report on")
+    for part, count in PARTS.items():
+        parser.add_argument(f"--{part}", type=int, default=count, help=f"scenes of the part {part}")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         renderer = Renderer(unpacked(arguments.meshes, Path(folder)))
-        for part, count in (("fit", arguments.fit), ("report", arguments.report)):
-            for number in range(count):
+        for part in PARTS:
+            for number in range(getattr(arguments, part)):
                 scene = renderer.scene(part, number)
                 save_scene(scene, arguments.out / f"{scene.name}.npz")
                 print(scene.name, flush=True)
