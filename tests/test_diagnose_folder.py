@@ -214,6 +214,7 @@ def test_exit_status_by_threshold(tmp_path, by_grey, capsys):
     )
     assert run(tmp_path, out, "--fail-above", "overlay=0.24") == 1
     assert run(tmp_path, out, "--fail-above", "no_edit=0.9", "--fail-above", "any=0.4") == 1
+    assert run(tmp_path, out, "--fail-above", "no-edit=0.9", "any=0.4") == 1, "several limits behind one option"
     assert "40%: EXCEEDED" in capsys.readouterr().out
     assert run(tmp_path, out, "--fail-above", "distorted=0.1") == 3, "without after pictures nobody can tell"
     grey(tmp_path / "output/9.png", 0.9)

@@ -76,6 +76,20 @@ def test_the_share_of_the_old_object_is_measured():
         assert measures["unchanged"] == pytest.approx(share, abs=0.02)
 
 
+@pytest.mark.parametrize("sign", (1, -1))
+def test_a_ghost_is_found_whether_it_lightens_or_darkens(sign):
+    """Also where its edges run the other way: a dark chair that makes the wall lighter."""
+    found = 0
+    for seed in SCENES:
+        example, mask = pair(seed)
+        alone = example.old_mask * (1 - example.new_mask)
+        output = (example.after + sign * 0.12 * alone[..., None]).clamp(0, 1)
+        verdict = judge(example.before, output, example.after, mask)
+        assert verdict.measures["old edges"] > 0.08, verdict.measures
+        found += verdict.verdict == "overlay"
+    assert found == len(SCENES)
+
+
 def bent(example):
     """The new object in waves of a tenth of its height."""
     rows, columns = (example.new_mask > 0.5).nonzero().unbind(1)

@@ -58,7 +58,13 @@ def rows_of(path: Path) -> list[dict]:
         verdict = judge(before, output, after, mask)
         seconds = time.perf_counter() - start
         alone = judge(before, output, None, mask)
-        away = outside.distances(item.picture) if item.kind in ("good", "collateral change") else dict.fromkeys(PEERS)
+        # The report has the peers at moderate severity only.
+        near = inside.distances(item.picture) if item.level in ("-", "moderate") else dict.fromkeys(PEERS)
+        away = (
+            outside.distances(item.picture)
+            if item.kind == "good" or (item.kind, item.level) == ("collateral change", "moderate")
+            else dict.fromkeys(PEERS)
+        )
         rows.append(
             {
                 "scene": scene.name, "kind": item.kind, "construction": item.construction, "severity": item.severity,
@@ -68,7 +74,7 @@ def rows_of(path: Path) -> list[dict]:
                 **{f"{OURS}: {k}": v for k, v in verdict.scores.items()},
                 **{f"alone: {k}": v for k, v in alone.scores.items()},
                 **{f"measure: {k}": v for k, v in verdict.measures.items()},
-                **inside.distances(item.picture),
+                **near,
                 **{f"outside: {k}": v for k, v in away.items()},
             }
         )  # fmt: skip

@@ -186,9 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="folder to write to; it is made if it is not there"
     )
     parser.add_argument(
-        "--fail-above", type=_limit, action="append", default=[], metavar="FAILURE=RATE",
+        "--fail-above", type=_limit, action="extend", nargs="+", default=[], metavar="FAILURE=RATE",
         help=f"exit with 1 where a larger share fails so, of the pictures that could be asked: {', '.join(map(_option, FAILURES))} or "
-        "any, and a number from 0 to 1. May be given several times",
+        "any, and a number from 0 to 1; several behind each other, as in --fail-above overlay=0.1 no-edit=0.05",
     )  # fmt: skip
     parser.add_argument(
         "--allow-errors", action="store_true", help="pictures that cannot be judged do not fail the command"

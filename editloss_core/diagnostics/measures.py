@@ -21,6 +21,7 @@ LEAST_SHIFT = 0.1  # pixels of the working size; less is not worth a resampling
 LARGEST_SHIFT = 0.012  # of the long side: a pixel of a small picture; more is a picture that moved
 STAYED = 0.015  # of the object's size, and of its scale
 NOISIEST = 0.003  # squared difference in 0…1, three channels together; JPEG at quality 35 has about a tenth of it
+FAINT, TOLD = 0.3, 1.0  # sums of squared slopes per pixel: a ridge; what an outline of a hundred pixels has
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
 
 
@@ -258,6 +259,12 @@ def shares(x: Tensor, basis: tuple[Tensor, ...], weight: Tensor) -> list[float]:
     gram = (y * w) @ y.T
     gram = gram + torch.eye(len(gram)) * (0.01 * float(gram.diagonal().mean()) + 1e-3)
     return torch.linalg.solve(gram, (y * w) @ x.flatten().double()).tolist()
+
+
+def ghost(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, bool]:
+    """(|α| of x ≈ α · y in the colour channel where it is largest, whether y has enough to tell by); of slopes ``[1, 6, h, w]``."""
+    together, squared = ((weight * t).sum((0, 2, 3)).view(2, 3).sum(0) for t in (x * y, y.square()))
+    return float((together / (squared + FAINT)).abs().max()), float(squared.sum()) >= TOLD
 
 
 def softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> float:

@@ -10,9 +10,10 @@ this order (``MEASURES`` has a line for each number):
    like the surroundings? (:mod:`.regions`)
 4. The new object is looked for in the output under shifts, turns and scalings (:mod:`.alignment`), so that a displaced object
    is not called a distorted one. What the output should be is then e: the background with the object where it was found.
-5. **no edit**: how near x is to s. **overlay**: the least-squares share α of x ≈ e + α (s − e) where the old object was, in
-   colours and in edges. **distorted**: what is left of x − e inside the object, forgiving small shifts; and how much the
-   object is stretched.
+5. **no edit**: how near x is to s. **overlay**: the least-squares share α of x ≈ e + α (s − e) where the old object was: in
+   colours; in the edges beside the new object, where |α| counts, since a ghost may be lighter or darker than what it is the
+   ghost of; and in the edges inside the new object. **distorted**: what is left of x − e inside the object, forgiving small
+   shifts; and how much the object is stretched.
 
 Each score is a measure on a scale on which 0.5 is the line between failure and none. The lines were fitted on one half of
 a set of rendered pairs, with other meshes and backgrounds than those on which the results are reported
@@ -35,6 +36,7 @@ from .measures import (
     Whole,
     above_noise,
     filled,
+    ghost,
     local_share,
     norm,
     shape_errors,
@@ -53,7 +55,8 @@ FAILURES = VERDICTS[1:]
 MEASURES = {
     "unchanged": "1 − ‖x − s‖ / ‖g − s‖ where s and g differ: 1 for a copy of the before picture",
     "old left": "share of the old object's colours that is left where it stood",
-    "old edges": "share of the old object's edges that is left where it stood",
+    "old edges": "share of the old object's edges that is left beside the new object, as they were or reversed",
+    "old inside": "share of the old object's edges that shows inside the new object",
     "new there": "share of the new object's colours that has come, where it was found",
     "shape": "what differs from the after picture's object, aligned, in the worst part of it; 1 is its contrast",
     "outline": "1 − intersection over union of the object's outline with the after picture's, aligned",
@@ -157,7 +160,10 @@ def _judge_by(whole: Whole) -> Verdict:
     towards, off = blur(s - e, 1.0, 3), blur(x - e, 1.0, 3)
     old_left = share(off, towards, old * (1 - w) * known)
     edges_s, edges_x, edges_e = (slopes(blur(t, 1.0, 3)) for t in (s, x, e))
-    old_edges = max(shares(edges_x, (edges_s, edges_e), part)[0] for part in (old * known, w) if bool(part.any()))
+    old_edges, told = ghost(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())
+    old_inside = shares(edges_x, (edges_s, edges_e), w)[0] if placed else None
+    if placed and told and old_edges < NO_GHOST:  # where it stood alone it is gone: what looks like it in there is a distortion
+        old_inside = 0.5 * old_inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = share(x - s, e - s, w) if placed else None
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
@@ -168,7 +174,7 @@ def _judge_by(whole: Whole) -> Verdict:
     background, background_map = whole.background(also)
     affine = expected.affine
     measures = {
-        "unchanged": unchanged, "old left": old_left, "old edges": old_edges, "new there": new_there,
+        "unchanged": unchanged, "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
         "shape": shape, "outline": outline, "soft": soft,
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if affine is None else expected.similarity.displacement,
@@ -260,7 +266,8 @@ def _without_edit(whole: Whole, why: str) -> Verdict:
 LINES = {
     "unchanged": (0.8, 1.0),
     "old left": (0.15, 0.6),
-    "old edges": (0.1, 0.5),
+    "old edges": (0.08, 0.4),
+    "old inside": (0.1, 0.5),
     "old edges, alone": (0.45, 0.9),  # without an after picture, where edges of the room that go on count as well
     "shape": (0.4, 1.0),
     "outline": (0.3, 0.6),
@@ -269,6 +276,8 @@ LINES = {
     "background": (0.05, 0.3),
 }
 SMALLEST = 16  # pixels of a mask
+BESIDE = 3  # pixels around the new object that belong to it
+NO_GHOST = 0.03  # share of the old object's edges
 ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
 
 
@@ -286,7 +295,9 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
 
     return {
         "no edit": ramp("unchanged", m["unchanged"]),
-        "overlay": worst(ramp("old left", m["old left"]), ramp(edges, m["old edges"])),
+        "overlay": worst(
+            ramp("old left", m["old left"]), ramp(edges, m["old edges"]), ramp("old inside", m["old inside"])
+        ),
         "distorted": worst(
             ramp("shape", m["shape"]),
             ramp("outline", m["outline"]),
