@@ -74,6 +74,8 @@ def test_the_share_of_the_old_object_is_measured():
         measures = judge(example.before, output, example.after, mask).measures
         assert measures["old edges"] == pytest.approx(share, abs=0.05)
         assert measures["unchanged"] == pytest.approx(share, abs=0.02)
+        assert measures["progress"] == pytest.approx(1 - share, abs=0.02)
+        assert measures["residual"] < 0.05, "a mixture of before and after lies on the way from one to the other"
 
 
 @pytest.mark.parametrize("sign", (1, -1))
@@ -115,6 +117,8 @@ def test_a_bent_object_is_distorted_and_a_shifted_one_is_not():
         assert wrong.verdict == "distorted", wrong.measures
         found = judge(example.before, shifted(example, (2, 5)), example.after, mask)
         assert found.scores["distorted"] < wrong.scores["distorted"] - 0.3
+        assert found.measures["outline in place"] > found.measures["outline"] + 0.1
+        assert wrong.measures["residual"] > 0.3
         size = float(example.new_mask.sum()) ** 0.5
         assert found.measures["displaced"] == pytest.approx(29**0.5 / size, rel=0.3)
         good += found.verdict == "good"
@@ -295,6 +299,18 @@ def test_real_edits_get_no_nonsense():
         assert judge(before, after, None, mask).scores["no edit"] < 0.5, name
         judged += 1
     assert judged >= 3
+
+
+def test_a_codecs_doing_is_measured_on_the_picture_itself():
+    """Noise is what JPEG cannot keep: there a change of the background has to be larger to be one."""
+    example, mask = pair(0)
+    calm = judge(example.before, example.after, example.after, mask)
+    noise = 0.5 * torch.rand(example.before.shape, generator=torch.Generator().manual_seed(0)) - 0.25
+    outside = (mask < 0.5)[..., None]
+    noisy = [(t + noise * outside).clamp(0, 1) for t in (example.before, example.after)]
+    grainy = judge(noisy[0], noisy[1], noisy[1], mask)
+    assert 0 < calm.measures["codec"] < 0.03 < grainy.measures["codec"]
+    assert judge(noisy[0], jpeg(noisy[1], 50), noisy[1], mask).scores["collateral change"] <= 0.5
 
 
 def test_one_code_near_black_is_no_visible_distance():

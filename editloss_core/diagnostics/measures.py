@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -55,16 +58,21 @@ class Whole:
 
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
-        x = blur(oklab(self.x), 1.0, 3)
-        d = [tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in (self.s, self.g) if t is not None]
-        d = torch.stack(d).amin(0)
-        taken = self.mask if also is None else self.mask | also
-        outside = (~dilate(taken, 8)).float()
-        if float(outside.mean()) < 0.02:
-            return None, d * 0
-        share = F.avg_pool2d(outside, 13, 1, 6)
-        mean = F.avg_pool2d(d * outside, 13, 1, 6) / share.clamp_min(1e-6)
-        return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
+        known = [t for t in (self.s, self.g) if t is not None]
+        return largest_change(self.x, known, self.mask if also is None else self.mask | also)
+
+
+def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Optional[float], Tensor]:
+    """(largest mean Oklab distance of x from the nearest of the known pictures in a neighbourhood outside the mask, the
+    distances); None where there is no outside."""
+    x = blur(oklab(x), 1.0, 3)
+    d = torch.stack([tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in known]).amin(0)
+    outside = (~dilate(mask, 8)).float()
+    if float(outside.mean()) < 0.02:
+        return None, d * 0
+    share = F.avg_pool2d(outside, 13, 1, 6)
+    mean = F.avg_pool2d(d * outside, 13, 1, 6) / share.clamp_min(1e-6)
+    return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
 
 
 def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -212,28 +220,41 @@ def filled(picture: Tensor, known: Tensor) -> Tensor:
 
 
 def shape_errors(
-    lab_x: Tensor, expected: Expected, old: Tensor, known: Tensor
-) -> tuple[Tensor, Optional[float], Optional[float]]:
-    """(map, what differs in the worst part of the object, 1 − IoU of the outlines); the differences as shares of the
-    object's contrast."""
+    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor
+) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
+    """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
+    the after picture has it); the differences as shares of the object's contrast."""
     e, b = (blur(oklab(t), 1.0, 3) for t in (expected.picture, expected.plate))
-    w = expected.object if expected.similarity is not None else old
-    contrast = (e - b).norm(dim=1, keepdim=True) if expected.similarity is not None else None
-    if contrast is None or float(w.sum()) < 1:
-        d = tolerant_distance(lab_x, e)
-        return d / 0.2 * old, None, None
+    w = expected.object
+    if expected.similarity is None or float(w.sum()) < 1:
+        return tolerant_distance(lab_x, e) / 0.2 * old, None, None, None
+    contrast = (e - b).norm(dim=1, keepdim=True)
     level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
     # the room shows through and around the object, where it was or moved along: either will do
     d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
-    near = dilate(w > 0.5, 6).float() * known
+    near = dilate(w > 0.5, 6) * known
     share = F.avg_pool2d(near, 15, 1, 7)
     mean = (F.avg_pool2d(d.square() * near, 15, 1, 7) / share.clamp_min(1e-6)).sqrt()
     counted = share > 0.4
     worst = float(mean[counted].amax()) if bool(counted.any()) else 0.0
-    outlines = [(tolerant_distance(t, b) > max(VISIBLE, 0.35 * level)) & (near > 0.5) for t in (lab_x, e)]
-    union = float((outlines[0] | outlines[1]).sum())
-    outline = 1 - float((outlines[0] & outlines[1]).sum()) / union if union else None
-    return d * near, worst, outline
+    seen, there, wanted = (tolerant_distance(t, b) > max(VISIBLE, 0.35 * level) for t in (lab_x, e, lab_g))
+    either = torch.maximum(near, dilate(expected.new > 0.5, 6) * known)
+    return d * near, worst, _apart(seen, there, near > 0.5), _apart(seen, wanted, either > 0.5)
+
+
+def _apart(a: Tensor, b: Tensor, where: Tensor) -> Optional[float]:
+    """1 − intersection over union of two outlines in a region; None where there is nothing."""
+    union = float(((a | b) & where).sum())
+    return 1 - float((a & b & where).sum()) / union if union else None
+
+
+def codec_change(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
+    """What a round trip through JPEG does to a picture ``[1, 3, H, W]``, as :meth:`Whole.background` measures it."""
+    pixels = (picture[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    again = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)[None].float() / 255
+    return largest_change(resized(again, small.shape[-2:]), [small], mask)[0]
 
 
 def norm(x: Tensor, weight: Tensor) -> float:
@@ -245,6 +266,13 @@ def above_noise(x: Tensor, weight: Tensor, outside: Tensor) -> float:
     squared = x.square().sum(1, keepdim=True)
     noise = squared[outside].median().clamp_max(NOISIEST) if bool(outside.any()) else squared.new_zeros(())
     return float((weight * (squared - noise)).sum().clamp_min(0).sqrt())
+
+
+def progress_of(moved: Tensor, wanted: Tensor, weight: Tensor) -> tuple[float, float]:
+    """(share of the wanted change that has been made, what was changed at right angles to it as a share of it)."""
+    whole = norm(wanted, weight)
+    progress = float((weight * moved * wanted).sum()) / whole**2
+    return progress, norm(moved - progress * wanted, weight) / whole
 
 
 def share(x: Tensor, y: Tensor, weight: Tensor) -> float:

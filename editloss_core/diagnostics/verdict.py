@@ -35,10 +35,12 @@ from .measures import (
     Expected,
     Whole,
     above_noise,
+    codec_change,
     filled,
     ghost,
     local_share,
     norm,
+    progress_of,
     shape_errors,
     share,
     shares,
@@ -54,17 +56,21 @@ FAILURES = VERDICTS[1:]
 
 MEASURES = {
     "unchanged": "1 − ‖x − s‖ / ‖g − s‖ where s and g differ: 1 for a copy of the before picture",
+    "progress": "⟨x − s, g − s⟩ / ‖g − s‖²: how far from before to after, 0 to 1",
+    "residual": "what of x − s is at right angles to g − s, over ‖g − s‖",
     "old left": "share of the old object's colours that is left where it stood",
     "old edges": "share of the old object's edges that is left beside the new object, as they were or reversed",
     "old inside": "share of the old object's edges that shows inside the new object",
     "new there": "share of the new object's colours that has come, where it was found",
     "shape": "what differs from the after picture's object, aligned, in the worst part of it; 1 is its contrast",
     "outline": "1 − intersection over union of the object's outline with the after picture's, aligned",
+    "outline in place": "the same before the alignment: a displaced object has much here and little above",
     "soft": "1 − share of the strength of the after picture's edges that the object has, by that of its surroundings",
     "stretch": "ratio of the two main scalings of the object, less 1",
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
     "background": "largest change of a neighbourhood outside the mask, in Oklab",
+    "codec": "the same that JPEG of quality 50 makes of the picture itself; less is no change",
 }
 
 
@@ -162,24 +168,26 @@ def _judge_by(whole: Whole) -> Verdict:
     edges_s, edges_x, edges_e = (slopes(blur(t, 1.0, 3)) for t in (s, x, e))
     old_edges, told = ghost(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())
     old_inside = shares(edges_x, (edges_s, edges_e), w)[0] if placed else None
-    if placed and told and old_edges < NO_GHOST:  # where it stood alone it is gone: what looks like it in there is a distortion
-        old_inside = 0.5 * old_inside
+    if placed and told and old_edges < NO_GHOST:
+        old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = share(x - s, e - s, w) if placed else None
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
 
-    shape_map, shape, outline = shape_errors(lab_x, expected, old, known)
+    progress, residual = progress_of(moved, wanted, weight)
+    shape_map, shape, outline, in_place = shape_errors(lab_x, lab_g, expected, old, known)
     whole_size = whole.s.shape[-2:]
     also = crop.in_whole(w, whole_size) > 0.25
     background, background_map = whole.background(also)
+    codec = codec_change(whole.pictures[2], whole.g, whole.mask)
     affine = expected.affine
     measures = {
-        "unchanged": unchanged, "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
-        "shape": shape, "outline": outline, "soft": soft,
+        "unchanged": unchanged, "progress": progress, "residual": residual, "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
+        "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft,
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if affine is None else expected.similarity.displacement,
         "resized": None if affine is None else expected.similarity.scale - 1,
-        "background": background,
+        "background": background, "codec": codec,
     }  # fmt: skip
     scores = _scores(measures, arrived)
     old_map = (local_share(off, towards, old * known)).clamp(0, 1)
@@ -218,8 +226,9 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     slopes_s, slopes_x = (slopes(blur(t, 1.0, 3)) for t in (s, x))
     old_edges = share(slopes_x, slopes_s, core)
     background, background_map = whole.background() if masked else (None, torch.zeros(1, 1, *size))
+    codec = codec_change(whole.pictures[0], whole.s, whole.mask) if masked else None
     measures = dict.fromkeys(MEASURES)
-    measures.update({"unchanged": unchanged, "old edges": old_edges, "background": background})
+    measures.update({"unchanged": unchanged, "old edges": old_edges, "background": background, "codec": codec})
     if not masked:
         measures["old edges"] = None
     scores = _scores(measures, min(1.0, (1 - unchanged) / ARRIVED), "old edges, alone")
@@ -304,8 +313,15 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
             ramp("soft", m["soft"]),
             ramp("stretch", m["stretch"]),
         ),
-        "collateral change": ramp("background", m["background"]),
+        "collateral change": ramp("background", _beyond_codec(m["background"], m["codec"])),
     }
+
+
+def _beyond_codec(background: Optional[float], codec: Optional[float]) -> Optional[float]:
+    """The change on the line's scale, where that of a codec is never above the line."""
+    if background is None or codec is None:
+        return background
+    return background / max(1.0, codec / LINES["background"][0])
 
 
 def _decide(scores: Mapping[str, Optional[float]]) -> str:
