@@ -66,6 +66,12 @@ def blur(x: Tensor, sigma: float, radius: int) -> Tensor:
     return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="reflect"), rows.transpose(-1, -2), groups=channels)
 
 
+def box_mean(x: Tensor, size: int) -> Tensor:
+    """Mean over a square of an odd side around each pixel of [B, C, H, W], 0 beyond the borders; rows and columns in turn."""
+    rows = F.avg_pool2d(x, (1, size), 1, (0, size // 2))
+    return F.avg_pool2d(rows, (size, 1), 1, (size // 2, 0))
+
+
 @torch.no_grad()
 def estimate_mask(
     before: Tensor,

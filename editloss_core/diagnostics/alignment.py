@@ -105,8 +105,14 @@ def _grid(height: int, width: int) -> Tensor:
 
 def _sample(picture: Tensor, places: Tensor) -> Tensor:
     height, width = picture.shape[-2:]
+    return _sampled(picture, places).view(1, -1, height, width)
+
+
+def _sampled(picture: Tensor, places: Tensor) -> Tensor:
+    """``[1, C, h, w]`` at places ``[n, 2]`` → ``[C, n]``."""
+    height, width = picture.shape[-2:]
     scaled = (2 * places + 1) / torch.tensor([width, height]) - 1
-    return F.grid_sample(picture, scaled.view(1, height, width, 2), "bilinear", "border", align_corners=False)
+    return F.grid_sample(picture, scaled[None, None], "bilinear", "border", align_corners=False)[0, :, 0]
 
 
 def _search(x: Tensor, g: Tensor, weights: Tensor, start: Alignment) -> Alignment:
@@ -160,7 +166,7 @@ def _refine(x: Tensor, g: Tensor, weights: Tensor, found: Alignment, affine: boo
     basis_x, basis_y = torch.stack(moves_x, 1), torch.stack(moves_y, 1)
     best = found
     for _ in range(STEPS):
-        values = look_up(stacked, best).flatten(2)[0].T[inside]
+        values = _sampled(stacked, offsets @ best.matrix.T + best.centre + best.shift).T
         residual = values[:, :3] - target
         robust = w / (1 + residual.square().sum(1) / OUTLIER**2)
         jacobian = values[:, 3:6, None] * basis_x[:, None] + values[:, 6:9, None] * basis_y[:, None]

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur, dilate, oklab, tolerant_distance
-from .alignment import Alignment, align, look_up, warp
+from ..masks import blur, box_mean, dilate, oklab, tolerant_distance
+from .alignment import CLOSE, Alignment, align, look_up, warp
 
 WHOLE = 256  # pixels on the long side at which the surroundings are compared
 CROP = 192  # the same for the crop around the edit
@@ -70,8 +70,8 @@ def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Op
     outside = (~dilate(mask, 8)).float()
     if float(outside.mean()) < 0.02:
         return None, d * 0
-    share = F.avg_pool2d(outside, 13, 1, 6)
-    mean = F.avg_pool2d(d * outside, 13, 1, 6) / share.clamp_min(1e-6)
+    share = box_mean(outside, 13)
+    mean = box_mean(d * outside, 13) / share.clamp_min(1e-6)
     return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
 
 
@@ -118,9 +118,12 @@ def _small_shift(x: Tensor, s: Tensor, outside: Tensor) -> Tensor:
         weight = 1 / (1 + (off / 0.05).square())
         jacobian = torch.stack([slopes_x, slopes_y])
         gram = (jacobian * weight) @ jacobian.T + 1e-3 * torch.eye(2)
-        shift = shift - torch.linalg.solve(gram, (jacobian * weight) @ off)
+        step = torch.linalg.solve(gram, (jacobian * weight) @ off)
+        shift = shift - step
         if not bool(shift.isfinite().all()) or float(shift.norm()) > 2 * limit:
             return torch.zeros(2)
+        if float(step.norm()) < CLOSE:
+            break
     return shift if float(shift.norm()) <= limit else torch.zeros(2)
 
 
@@ -233,8 +236,8 @@ def shape_errors(
     # the room shows through and around the object, where it was or moved along: either will do
     d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
     near = dilate(w > 0.5, 6) * known
-    share = F.avg_pool2d(near, 15, 1, 7)
-    mean = (F.avg_pool2d(d.square() * near, 15, 1, 7) / share.clamp_min(1e-6)).sqrt()
+    share = box_mean(near, 15)
+    mean = (box_mean(d.square() * near, 15) / share.clamp_min(1e-6)).sqrt()
     counted = share > 0.4
     worst = float(mean[counted].amax()) if bool(counted.any()) else 0.0
     seen, there, wanted = (tolerant_distance(t, b) > max(VISIBLE, 0.35 * level) for t in (lab_x, e, lab_g))
@@ -306,8 +309,8 @@ def softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> fl
 
 
 def local_share(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    top = F.avg_pool2d((weight * x * y).sum(1, keepdim=True), 9, 1, 4)
-    return top / (F.avg_pool2d((weight * y.square()).sum(1, keepdim=True), 9, 1, 4) + 1e-3) * weight
+    top = box_mean((weight * x * y).sum(1, keepdim=True), 9)
+    return top / (box_mean((weight * y.square()).sum(1, keepdim=True), 9) + 1e-3) * weight
 
 
 def slopes(x: Tensor) -> Tensor:

@@ -97,8 +97,10 @@ def _patches(picture: Tensor) -> Tensor:
 
 
 def _nearest(patches: Tensor, known: Tensor) -> Tensor:
-    """Squared distance to the nearest of the known patches."""
-    return torch.cat([torch.cdist(part, known).amin(1) for part in patches.split(2048)]).square()
+    """Squared distance to the nearest of the known patches: ‖p‖² + min (‖k‖² − 2 p · k)."""
+    squared = known.square().sum(1)
+    nearest = torch.cat([torch.addmm(squared, part, known.T, alpha=-2).amin(1) for part in patches.split(2048)])
+    return (nearest + patches.square().sum(1)).clamp_min(0)
 
 
 def _usual(known: Tensor, size: tuple[int, int], places: Tensor) -> Tensor:
