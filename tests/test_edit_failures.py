@@ -72,9 +72,12 @@ def test_copy_and_right_edit_are_exact(scene, made):
     assert np.array_equal(by_name["after"], scene.after.clip(0, 1))
 
 
-@pytest.mark.parametrize("make", [failures._behind, failures._before_new, failures._multiplied, unseen._screened])
+@pytest.mark.parametrize(
+    "make",
+    [failures._behind, failures._before_new, failures._multiplied, failures._screened, unseen._grains, unseen._outline],
+)
 def test_nothing_left_of_the_old_object_is_the_right_edit(scene, make):
-    assert np.allclose(make(scene, 0.0, None), scene.after, atol=1e-6)
+    assert np.allclose(make(scene, 0.0, np.random.default_rng(0)), scene.after, atol=1e-6)
 
 
 def test_a_failure_grows_with_its_severity(scene, made):
