@@ -24,6 +24,7 @@ from .run_columns import Columns, counted, middle_cut, number
 from .run_verdicts import NO_FAILURE, Judged, Output, Progress, RunVerdicts, judge_run, matrix, percent
 from .sheet import LINE, MUTED, Sheet, cell, new_figure, pixels, wrapped
 from .verdict import FAILURES, VERDICTS
+from .verdict_colors import VERDICT_COLORS, text_on
 
 REPORT_FILE = "report.html"
 TEMPLATE = "run_report.html.j2"
@@ -73,7 +74,7 @@ def page(run: RunVerdicts) -> str:
         facts=_facts(run),
         cards=_cards(run),
         advice=run.advice(),
-        colors=run_charts.COLORS,
+        colors={v: (color, text_on(color)) for v, color in VERDICT_COLORS.items()},
         rates=run_charts.failure_rates(run) if has_rates else None,
         by_failure=[{"failure": f, "svg": run_charts.failure_rate(run, f)} for f in FAILURES if has_rates],
         table=_table(run),
@@ -151,7 +152,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
         bottom = 0.0
         for failure in FAILURES:
             share = v.share(failure).value
-            axes.bar(i, share, 0.7, bottom, color=run_charts.COLORS[failure])
+            axes.bar(i, share, 0.7, bottom, color=VERDICT_COLORS[failure])
             bottom += share
         low, high = v.failing.interval
         axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color="#1b1f24", capsize=3, linewidth=1.1)  # fmt: skip
@@ -168,7 +169,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
         spine.set(color=LINE, visible=side in ("left", "bottom"))
     axes.set_title(f"failing outputs by step, n = {judged[-1].failing.n}; bars: 95 % interval", fontsize=8.5, color=MUTED, loc="left")  # fmt: skip
     for row, failure in enumerate(FAILURES):
-        sheet.patch(1.25 + across, top + 0.4 + 0.24 * row, run_charts.COLORS[failure], None)
+        sheet.patch(1.25 + across, top + 0.4 + 0.24 * row, VERDICT_COLORS[failure], None)
         sheet.write(1.55 + across, top + 0.4 + 0.24 * row, failure)
     return pixels(sheet.figure)
 
