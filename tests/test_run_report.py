@@ -172,7 +172,8 @@ def test_signal_and_judge_side_by_side(tmp_path):
     assert run.validations[0].toward(run.terms_of["overlay"]) == pytest.approx((0.8 + 3 * 0.2) / 4)
     assert run.terms_of == {f: [n] for f, n in TERMS.items()}
     html = run_report.page(run)
-    assert html.count('class="ne"') == 2 and "They agree on 2 of 4 outputs. In 1 of them" in html
+    assert html.count('class="ne"') == 2 and "They agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
+    assert "In 1 the signal points to no edit where the judge finds the output good." in html
 
 
 def test_without_an_objective_there_is_no_signal(tmp_path):

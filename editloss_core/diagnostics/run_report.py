@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
@@ -30,6 +31,7 @@ REPORT_FILE = "report.html"
 TEMPLATE = "run_report.html.j2"
 THUMBNAIL = 256  # pixels on the long side
 MOST_COLUMNS, MOST_ROWS = 8, 24  # validations and pairs that are shown as pictures
+_PARTED = 3  # kinds of disagreement in words, the most frequent first
 _IN_PICTURE = 3  # validations in the picture of the node, beside before, base and after
 
 
@@ -304,15 +306,20 @@ def _matrix(run: RunVerdicts) -> Optional[dict[str, Any]]:
     if not total:
         return None
     same = sum(o.agree is True for o in run.outputs)
-    missed = sum(o.says == NO_FAILURE and o.agree is False for o in run.outputs)
     rows = []
     for name, row in zip(says, counts):
         own = VERDICTS[0] if name == NO_FAILURE else name
         kinds = ["diagonal" if v == own else "off" if count else "" for v, count in zip(VERDICTS, row)]
         rows.append({"says": name, "cells": [{"count": c, "kind": k} for c, k in zip(row, kinds)]})
     words = f"They agree on {same} of {counted(total, 'output')}."
-    if missed:
-        words += f" In {missed} of them the judge sees a failure where the signal points to none."
+    parted = Counter((o.says, o.judged) for o in run.outputs if o.agree is False)
+    for (name, judged), count in parted.most_common(_PARTED):
+        if name == NO_FAILURE:
+            words += f" In {count} the judge sees {judged} where the signal points to no failure."
+        elif judged == VERDICTS[0]:
+            words += f" In {count} the signal points to {name} where the judge finds the output good."
+        else:
+            words += f" In {count} the signal points to {name}, and the judge sees {judged}."
     return {"heads": VERDICTS, "rows": rows, "text": words}
 
 

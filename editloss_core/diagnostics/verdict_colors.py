@@ -11,9 +11,14 @@ from __future__ import annotations
 from typing import Optional
 
 from .sheet import INK
-from .verdict import VERDICTS
 
-VERDICT_COLORS = dict(zip(VERDICTS, ("#21a593", "#436a86", "#b83428", "#a900e1", "#c37e00")))
+VERDICT_COLORS = {
+    "good": "#21a593",
+    "no edit": "#436a86",
+    "overlay": "#a900e1",
+    "distorted": "#b83428",
+    "collateral change": "#c37e00",
+}
 
 
 def color_of(words: str) -> Optional[str]:
