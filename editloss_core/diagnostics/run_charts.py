@@ -94,10 +94,11 @@ def failure_rates(run: RunVerdicts) -> Markup:
             axes.add('<text x="{}" y="{}" class="tick mid">none fails</text>', x, y - 6)
         low, high = validation.failing.interval
         (x, top), (_, foot) = axes.at(i, high), axes.at(i, low)
-        axes.add(
-            '<path class="whisker" d="M{0} {1}V{2}M{3} {1}h8M{3} {2}h8"><title>all failures: {4}</title></path>',
-            x, top, foot, x - 4, validation.failing,
-        )  # fmt: skip
+        for style in ("halo", "whisker"):  # dark on dark bars, without a halo
+            axes.add(
+                '<path class="{5}" d="M{0} {1}V{2}M{3} {1}h8M{3} {2}h8"><title>all failures: {4}</title></path>',
+                x, top, foot, x - 4, validation.failing, style,
+            )  # fmt: skip
         if i % often == 0 or chosen:
             name = _BASE if validation.step is None else f"{validation.step:,}"
             axes.add(

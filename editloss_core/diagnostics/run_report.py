@@ -23,7 +23,7 @@ from ..terms import TERMS
 from . import compare, run_charts
 from .run_columns import Columns, counted, middle_cut, number
 from .run_verdicts import NO_FAILURE, Judged, Output, Progress, RunVerdicts, judge_run, matrix, percent
-from .sheet import LINE, MUTED, Sheet, cell, new_figure, pixels, wrapped
+from .sheet import INK, LINE, MUTED, Sheet, cell, new_figure, pixels, wrapped
 from .verdict import FAILURES, VERDICTS
 from .verdict_colors import VERDICT_COLORS, text_on
 
@@ -157,7 +157,8 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
             axes.bar(i, share, 0.7, bottom, color=VERDICT_COLORS[failure])
             bottom += share
         low, high = v.failing.interval
-        axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color="#1b1f24", capsize=3, linewidth=1.1)  # fmt: skip
+        axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color="white", capsize=4, linewidth=3.2, capthick=3.2)  # fmt: skip
+        axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color=INK, capsize=3, linewidth=1.1)  # fmt: skip
     often = -(-len(judged) // 14)
     marks = {
         i: ("base" if v.step is None else f"{v.step:,}") + (" ★" if v is run.best else "")
@@ -210,7 +211,8 @@ def _cards(run: RunVerdicts) -> list[dict[str, str]]:
             "small": small,
         }
 
-    cards = [card("Best checkpoint by failure rate", run.best), card("Lowest held-out loss", run.lowest)]
+    best = "Every step fails as often: the lowest loss of them" if run.alike else "Best checkpoint by failure rate"
+    cards = [card(best, run.best), card("Lowest held-out loss", run.lowest)]
     if run.best and run.best_kept and run.best_kept is not run.best:
         cards.insert(1, card("Best of the checkpoints that are there", run.best_kept))
     return cards + [card("Without the LoRA", run.base)]

@@ -194,6 +194,11 @@ class RunVerdicts:
         known = [v for v in self.validations if v.loss is not None]
         return min(known, key=lambda v: (v.loss, v.step), default=None)
 
+    @property
+    def alike(self) -> bool:
+        """Whether several validations fail equally often, so that failures choose none of them."""
+        return len(self.validations) > 1 and len({v.failing.value for v in self.validations if v.failing.n}) == 1
+
     @staticmethod
     def _least(found: Sequence[Judged]) -> Optional[Judged]:
         def rank(v: Judged) -> tuple:
@@ -229,7 +234,7 @@ class RunVerdicts:
                 "preview_steps in Run Options above 0."
             ]
         rates = {v.failing.value for v in self.validations if v.failing.n}
-        if len(rates) > 1 or len(self.validations) == 1:
+        if not self.alike:
             said = [f"Step {best.step} fails least: {best.failing}."]
         else:
             said = [f"Every step fails as often: {best.failing}. Step {best.step} has the lowest loss of them."]
@@ -237,7 +242,8 @@ class RunVerdicts:
             said.append("The base model without the LoRA fails no more often than that.")
         if not self.checkpoint(best.step):
             other = self.best_kept
-            instead = f" Of those that are there, step {other.step} fails least: {other.failing}." if other else ""
+            fails = "fails as often" if other and other.failing == best.failing else f"fails least: {other and other.failing}"
+            instead = f" Of those that are there, step {other.step} {fails}." if other else ""
             said.append(f"Its checkpoint is {self.where(best.step)}.{instead}")
         if lowest.step == best.step:
             said += ["It has the lowest loss as well."] if len(rates) > 1 else []
