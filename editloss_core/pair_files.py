@@ -149,7 +149,7 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
             raise ValueError(f"control_folder: expected another folder than the after pictures', got {folder} for both")
         found = _two_folders(folder, control_folder)
     else:
-        before, after = (_subfolder(folder, name) for name in ("before", "after"))
+        before, after = (subfolder(folder, name) for name in ("before", "after"))
         found = _side_by_side(folder, before, after) if before and after else _suffixed(folder)
     if not found.before and not found.after:
         there = sorted(p.name + "/" * p.is_dir() for p in _visible(folder))
@@ -163,11 +163,11 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
 
 def _two_folders(folder: Path, control: Path) -> Layout:
     layout = Layout("after pictures in the folder, before pictures in the control folder", folder)
-    mask, captions = _subfolder(folder, "mask"), _subfolder(folder, "captions")
+    mask, captions = subfolder(folder, "mask"), subfolder(folder, "captions")
     apart = (mask, captions, control)
-    layout.add("after", _pictures(folder, apart))
-    layout.add("before", _pictures(control, [folder]))
-    layout.add("masks", _pictures(mask))
+    layout.add("after", pictures_in(folder, apart))
+    layout.add("before", pictures_in(control, [folder]))
+    layout.add("masks", pictures_in(mask))
     _add_captions(layout, _texts(folder, apart))
     _add_captions(layout, _texts(control, [folder]), strict=False)
     _add_captions(layout, _texts(captions))
@@ -176,10 +176,10 @@ def _two_folders(folder: Path, control: Path) -> Layout:
 
 def _side_by_side(folder: Path, before: Path, after: Path) -> Layout:
     layout = Layout("folders before/ and after/", folder)
-    mask, captions = _subfolder(folder, "mask"), _subfolder(folder, "captions")
-    layout.add("after", _pictures(after))
-    layout.add("before", _pictures(before))
-    layout.add("masks", _pictures(mask))
+    mask, captions = subfolder(folder, "mask"), subfolder(folder, "captions")
+    layout.add("after", pictures_in(after))
+    layout.add("before", pictures_in(before))
+    layout.add("masks", pictures_in(mask))
     for place in (after, before, captions):
         _add_captions(layout, _texts(place))
     _add_captions(layout, _texts(folder, (before, after, mask, captions)), strict=False)
@@ -188,8 +188,8 @@ def _side_by_side(folder: Path, before: Path, after: Path) -> Layout:
 
 def _suffixed(folder: Path) -> Layout:
     layout = Layout("one folder with _before and _after", folder)
-    captions = _subfolder(folder, "captions")
-    pictures, texts = list(_pictures(folder, [captions])), list(_texts(folder, [captions]))
+    captions = subfolder(folder, "captions")
+    pictures, texts = list(pictures_in(folder, [captions])), list(_texts(folder, [captions]))
     for part, ending in (("after", "_after"), ("before", "_before"), ("masks", "_mask")):
         layout.add(part, _ending_in(ending, pictures))
     _add_captions(layout, [(name, path) for name, path in texts if not name.casefold().endswith(("_after", "_before"))])
@@ -247,7 +247,8 @@ def _files(
                 yield unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()), path
 
 
-def _pictures(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iterator[tuple[str, Path]]:
+def pictures_in(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iterator[tuple[str, Path]]:
+    """(path below the folder without suffix, file) of every picture; none for None. ``apart``: folders to stay out of."""
     return _files(folder, SUFFIXES, apart)
 
 
@@ -255,7 +256,8 @@ def _texts(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iter
     return _files(folder, (".txt",), apart)
 
 
-def _subfolder(folder: Path, name: str) -> Optional[Path]:
+def subfolder(folder: Path, name: str) -> Optional[Path]:
+    """The folder of this name (lower case) in a folder, however its letters are written; None if there is none."""
     return next((p for p in _visible(folder) if p.name.casefold() == name and p.is_dir()), None)
 
 

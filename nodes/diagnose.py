@@ -117,14 +117,7 @@ def _signal(objective, embeddings, count: int):
         raise ValueError(
             f"{missing}: expected it together with {'embeddings' if objective is None else 'objective'}, got nothing"
         )
-    for name, encoder in objective.encoders.items():
-        encoded = embeddings.encoders.get(name)
-        if encoded is not None and encoded.fingerprint != encoder.info.fingerprint:
-            raise ValueError(
-                f"encoder: the losses are wired to a {name!r} with other weights or another size than Encode by Role used; wire "
-                "the same encoder to both, or give one of them a name"
-            )
-    report = objective.objective.evaluate(embeddings, details=True)
+    report = objective.evaluate(embeddings)
     if len(report.signal()) != count:
         raise ValueError(f"embeddings: expected {count} outputs like output, got {len(report.signal())}")
     return report

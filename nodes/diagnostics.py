@@ -43,14 +43,7 @@ class EvaluateObjective(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, objective, embeddings, pred=None, gt=None, src=None, width=1600) -> io.NodeOutput:
-        for name, encoder in objective.encoders.items():
-            encoded = embeddings.encoders.get(name)
-            if encoded is not None and encoded.fingerprint != encoder.info.fingerprint:
-                raise ValueError(
-                    f"encoder: the losses are wired to a {name!r} with other weights or another size than Encode by Role "
-                    "used; wire the same encoder to both, or give one of them a name"
-                )
-        report = objective.objective.evaluate(embeddings, details=True)
+        report = objective.evaluate(embeddings)
         text = reports.text_table(report)
         pred, gt, src = (None if images is None else images[..., :3] for images in (pred, gt, src))
         picture = reports.picture(report, pred, gt, src, width)

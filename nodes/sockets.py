@@ -8,9 +8,10 @@ from typing import Any, Mapping, Optional
 
 from comfy_api.latest import io
 
+from ..editloss_core.embeddings import EmbeddingSet
 from ..editloss_core.encoders.base import Encoder
 from ..editloss_core.negatives import OverlaySettings
-from ..editloss_core.objective import EditObjective, LossTerm
+from ..editloss_core.objective import EditObjective, LossTerm, ObjectiveReport
 from ..editloss_core.training.trainer import TrainingResult
 
 EncoderSocket = io.Custom("EDITLOSS_ENCODER")
@@ -43,6 +44,22 @@ class WiredObjective:
                 "(other weights or preprocessing); give one of the two another name"
             )
         return replace(self, encoders={**self.encoders, encoder.info.name: encoder})
+
+    def evaluate(self, embeddings: EmbeddingSet) -> ObjectiveReport:
+        """What the objective says about embeddings, with maps and distances.
+
+        Raises:
+            ValueError: embeddings of another encoder than the one of that name that is wired to the terms, or what
+                :meth:`EditObjective.evaluate` refuses.
+        """
+        for name, encoder in self.encoders.items():
+            encoded = embeddings.encoders.get(name)
+            if encoded is not None and encoded.fingerprint != encoder.info.fingerprint:
+                raise ValueError(
+                    f"encoder: the losses are wired to a {name!r} with other weights or another size than Encode by Role used; "
+                    "wire the same encoder to both, or give one of them a name"
+                )
+        return self.objective.evaluate(embeddings, details=True)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ pytest.importorskip("matplotlib")
 
 from editloss_core.diagnostics import compare
 from editloss_core.diagnostics.compare import grid
+from editloss_core.diagnostics.verdict_colors import VERDICT_COLORS
 from editloss_core.training.validation import PreviewRow
 
 COLORS = ((0.9, 0.1, 0.1), (0.1, 0.7, 0.1), (0.1, 0.1, 0.9), (0.7, 0.1, 0.7))
-GREEN, RED = (46 / 255, 125 / 255, 79 / 255), (179 / 255, 38 / 255, 30 / 255)
+GOOD, NO_EDIT = (tuple(int(VERDICT_COLORS[v][k : k + 2], 16) / 255 for k in (1, 3, 5)) for v in ("good", "no edit"))
 
 
 def flat(color, height=128, width=128):
@@ -74,23 +75,25 @@ def test_enlarging_is_smooth_and_stays_in_range():
     assert 0 < ((drawn > 0.2) & (drawn < 0.8)).float().mean() < 0.2  # edges are soft, and few
 
 
-def test_notes_are_drawn_in_words_on_green_or_red():
+def test_notes_are_drawn_in_words_on_the_colour_of_their_verdict():
     bare, page = grid([row()]), grid([row()], notes=[[None, "no edit", "Good 0.93", None]])
     assert page.shape[1] > bare.shape[1]
-    good, bad = box(page, GREEN), box(page, RED)
+    good, bad = box(page, GOOD), box(page, NO_EDIT)
     lora, base = box(page, COLORS[2]), box(page, COLORS[1])
     for tag, picture in ((good, lora), (bad, base)):
         assert tag[0] >= picture[0] + picture[2]  # below its picture
         assert abs(tag[1] + tag[3] / 2 - picture[1] - picture[3] / 2) <= 1
         inside = page[0, tag[0] : tag[0] + tag[2], tag[1] : tag[1] + tag[3]]
-        assert (inside.amin(-1) > 0.9).float().mean() > 0.08  # white letters
+        letters = (inside.amin(-1) > 0.9) if tag is bad else (inside.amax(-1) < 0.2)  # white or dark, by what is read better
+        assert letters.float().mean() > 0.08
     long = grid([row()], notes=[["no edit " * 40, None, None, None]])
-    assert box(long, RED)[3] <= 256
+    assert box(long, NO_EDIT)[3] <= 256
 
 
-def test_all_failures_and_good_differ_and_the_rest_is_grey():
-    tones = [*compare._TONES.values()]
-    assert len(set(tones)) == 4 and list(compare._TONES) == ["good", "no edit", "distorted", "overlay"]
+def test_every_verdict_has_its_colour_and_the_rest_is_grey():
+    for verdict, color in VERDICT_COLORS.items():
+        page = grid([row()], notes=[[None, f"{verdict} 0.81", None, None]])
+        assert box(page, tuple(int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)))[2] >= 20, verdict
     assert box(grid([row()], notes=[["odd", None, None, None]]), (102 / 255, 112 / 255, 128 / 255))[2] >= 20
 
 

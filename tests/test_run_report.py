@@ -149,6 +149,15 @@ def test_steps_that_fail_alike_are_not_told_apart(tmp_path):
     assert "The base model without the LoRA fails no more often than that." in words and len(words) == 3
 
 
+def test_where_all_fail_alike_the_page_calls_no_step_the_best_by_failures(tmp_path):
+    alike = judge_run(make_run(tmp_path / "alike", [[BAD] * 3, [BAD] * 3, [BAD] * 3], [2, 1, 3], keep=(30,)))
+    assert alike.alike and "Of those that are there, step 30 fails as often." in " ".join(alike.advice())
+    html = run_report.page(alike)
+    assert "Every step fails as often: the lowest loss of them" in html and "Best checkpoint by failure rate" not in html
+    for plan in ([[BAD]], [[BAD], [FINE]], []):
+        assert not judge_run(make_run(tmp_path / f"{len(plan)}{plan == [[BAD]]}", plan)).alike
+
+
 @pytest.mark.parametrize("plan, few", [([[BAD] * 4, [FINE] * 3 + [BAD]], True), ([[BAD] * 20, [FINE] * 20], False)])
 def test_few_pictures_are_said_to_prove_nothing(plan, few, tmp_path):
     assert any("intervals overlap" in s for s in judge_run(make_run(tmp_path / "run", plan)).advice()) == few
@@ -172,7 +181,19 @@ def test_signal_and_judge_side_by_side(tmp_path):
     assert run.validations[0].toward(run.terms_of["overlay"]) == pytest.approx((0.8 + 3 * 0.2) / 4)
     assert run.terms_of == {f: [n] for f, n in TERMS.items()}
     html = run_report.page(run)
-    assert html.count('class="ne"') == 2 and "They agree on 2 of 4 outputs. In 1 of them" in html
+    assert html.count('class="ne"') == 2 and "They agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
+    assert "In 1 the signal points to no edit where the judge finds the output good." in html
+
+
+def test_judging_takes_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(run_verdicts, "judge_picture", lambda *p: used.append(torch.get_num_threads()) or by_grey(*p))
+    torch.set_num_threads(2)
+    try:
+        judge_run(make_run(tmp_path / "run", [[FINE]]))
+        assert torch.get_num_threads() == 2 and set(used) == {1}
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_without_an_objective_there_is_no_signal(tmp_path):

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..training.validation import PreviewRow
-from .sheet import GOOD, INK, LINE, MUTED
+from .fonts import Letters
+from .sheet import INK, LINE, MUTED
+from .verdict_colors import color_of, text_on
 
 LABELS = ("before", "base", "LoRA", "after")
 SMALLEST = 256  # pixels across a picture in the grid, if the page has room
 TALLEST = 1.5  # height of a row, in widths of a cell
 
-_TONES = {"good": GOOD, "no edit": "#b3261e", "distorted": "#c2410c", "overlay": "#a3154f"}  # by how a note begins
 _MARGIN, _GAP, _HEAD, _NAME, _TAG, _TEXT = 16, 8, 30, 26, 30, 15  # pixels
 
 
@@ -36,8 +37,8 @@ def grid(
         rows: :class:`PreviewRow`, or one picture ``[H, W, 3]`` in 0…1 per label.
         labels: heads of the columns.
         names: of the rows, above them; a :class:`PreviewRow` brings its own.
-        notes: per row and cell a few words below the picture, such as a verdict, or None. They are green where they
-            begin with ``"good"``, in reds of their own for ``"no edit"``, ``"distorted"`` and ``"overlay"``, else grey.
+        notes: per row and cell a few words below the picture, such as a verdict, or None; in the colour of the verdict
+            that they begin with (:mod:`.verdict_colors`), else grey.
         width: of the page at most, in pixels.
 
     Returns:
@@ -64,16 +65,14 @@ def grid(
         tops.append(y)
         y += (_NAME if named else 0) + height + (_TAG if has_notes else 0) + 2 * _GAP
     page = Image.new("RGB", (columns * cell + (columns - 1) * _GAP + 2 * _MARGIN, y + _MARGIN - 2 * _GAP), "white")
-    draw, plain, bold = ImageDraw.Draw(page), _font("DejaVuSans.ttf"), _font("DejaVuSans-Bold.ttf")
+    draw, plain, bold = ImageDraw.Draw(page), Letters(_TEXT), Letters(_TEXT, bold=True)
     lefts = [_MARGIN + k * (cell + _GAP) for k in range(columns)]
     for left, label in zip(lefts, labels):
-        draw.text((left + cell / 2, _MARGIN + _HEAD / 2 - 4), _fitting(label, bold, cell), INK, bold, "mm")
+        bold.write(draw, left + cell / 2, _MARGIN + _HEAD / 2 - 4, bold.fitting(label, cell), INK, centred=True)
     for top, height, row, name, words in zip(tops, heights, pictures, names, notes):
         draw.line((_MARGIN, top, page.width - _MARGIN, top), LINE)
         if named:
-            draw.text(
-                (_MARGIN, top + _NAME / 2 + 1), _fitting(name, plain, page.width - 2 * _MARGIN), MUTED, plain, "lm"
-            )
+            plain.write(draw, _MARGIN, top + _NAME / 2 + 1, plain.fitting(name, page.width - 2 * _MARGIN), MUTED)
             top += _NAME
         else:
             top += _GAP // 2
@@ -141,28 +140,9 @@ def _scaled(picture: Tensor, height: int, cell: int):
     return Image.fromarray(array)
 
 
-def _tag(draw, note: str, font, middle: int, top: int, cell: int) -> None:
-    note = " ".join(note.split())
-    color = next((tone for start, tone in _TONES.items() if note.lower().startswith(start)), MUTED)
-    words = _fitting(note, font, cell - 20)
-    half = font.getlength(words) / 2 + 10
+def _tag(draw, note: str, letters: Letters, middle: int, top: int, cell: int) -> None:
+    color = color_of(note) or MUTED
+    words = letters.fitting(note, cell - 20)
+    half = letters.length(words) / 2 + 10
     draw.rounded_rectangle((middle - half, top, middle + half - 1, top + 23), 5, fill=color)
-    draw.text((middle, top + 11.5), words, "white", font, "mm")
-
-
-def _font(name: str):
-    """DejaVu, which matplotlib brings along: the same letters as in the other pictures."""
-    from matplotlib import get_data_path
-    from PIL import ImageFont
-
-    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/{name}", _TEXT)
-
-
-def _fitting(words: str, font, room: float) -> str:
-    """Cut at the end, so that it is at most ``room`` pixels wide."""
-    words = " ".join(words.split())
-    if font.getlength(words) <= room:
-        return words
-    while words and font.getlength(words + "…") > room:
-        words = words[:-1]
-    return words + "…"
+    letters.write(draw, middle, top + 11.5, words, text_on(color), centred=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import replacing
-from ..pair_files import _pictures, _subfolder, read_picture, relative
+from ..pair_files import pictures_in, read_picture, relative, subfolder
 from .verdict_items import Item
 from .verdict_sheet import heat
 
@@ -72,7 +72,7 @@ def scan(folder: Path) -> Folder:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: there is no folder {folder}")
-    parts = {part: place for part in PARTS if (place := _subfolder(folder, part)) is not None}
+    parts = {part: place for part in PARTS if (place := subfolder(folder, part)) is not None}
     missing = [f"{part}/" for part in PARTS[:2] if part not in parts]
     if missing:
         there = ", ".join(sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())[:12]) or "nothing"
@@ -82,7 +82,7 @@ def scan(folder: Path) -> Folder:
     found: dict[str, dict[str, list[Path]]] = {part: {} for part in PARTS}
     names: dict[str, str] = {}
     for part, place in parts.items():
-        for name, path in _pictures(place):
+        for name, path in pictures_in(place):
             found[part].setdefault(name.casefold(), []).append(path)
             if part in PARTS[:2]:
                 names[name.casefold()] = name  # as the output has it, which comes last

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..encoders.base import check_images
 from ..objective import NOT_A_NUMBER, TERMS, ObjectiveReport, TermReport
-from .sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, new_figure, percent, pixels, wrapped
+from .sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, cut, new_figure, percent, pixels, wrapped
+from .verdict_colors import VERDICT_COLORS, color_of
 
 FAILURE_NAMES = {
     "no edit": "NO EDIT",
@@ -136,7 +137,7 @@ class _Page(Sheet):
         for i in range(self.shown):
             left, top = (0.2, 0.75 + i * self.band) if self.in_bands else (self.LABEL + i * step, 0.3)
             x, ha = (left, "left") if self.in_bands else (left + self.CELL / 2, "center")
-            color = {FAILURE_NAMES[None]: GOOD, "–": MUTED}.get(signal[i], BAD)
+            color = VERDICT_COLORS["good"] if signal[i] == FAILURE_NAMES[None] else color_of(signal[i]) or (MUTED if signal[i] == "–" else BAD)
             self.write(x, top, f"output {i + 1}", ha=ha, color=MUTED, fontsize=10)
             self.write(x, top + 0.3, signal[i], ha=ha, color=color, fontsize=13, weight="bold")
             if self.in_bands:
@@ -164,8 +165,8 @@ class _Page(Sheet):
             return
         term = item.term
         if self.in_bands:
-            self.write(x, y, _cut(term.name, 22), fontsize=11, weight="bold")
-            self.write(x, y + 0.2, _cut(term.encoder, 36), fontsize=7, color=MUTED)
+            self.write(x, y, cut(term.name, 22), fontsize=11, weight="bold")
+            self.write(x, y + 0.2, cut(term.encoder, 36), fontsize=7, color=MUTED)
             self.write(x, y + 0.44, wrapped(item.map_meaning, columns, 2), fontsize=8)
         else:
             self.write(x, y, wrapped(term.name, 22), fontsize=11, weight="bold")
@@ -222,10 +223,10 @@ class _Page(Sheet):
         for n, t in enumerate(self.report.terms):
             y = top + 0.3 * (n + 1)
             self.line((0.2, width - 0.2), y - 0.15, color=LINE, linewidth=0.8)
-            distances = "   ".join(f"{name} {float(d.detach().mean()):.3f}" for name, d in t.distances.items())
+            distances = " · ".join(f"{name} {float(d.detach().mean()):.3f}" for name, d in t.distances.items())
             cells = (
-                _cut(f"{t.term.name} · {t.term.encoder}", 58), f"{t.term.weight:g}", _number(t.value),
-                _number(t.weighted), percent(t.active), _cut(distances, int((width - 7.2) / 0.062)),
+                cut(f"{t.term.name} · {t.term.encoder}", 58), f"{t.term.weight:g}", _number(t.value),
+                _number(t.weighted), percent(t.active), cut(distances, int((width - 7.2) / 0.062)),
             )  # fmt: skip
             for x, words in zip(xs, cells):
                 self.write(x, y, words)
@@ -238,10 +239,6 @@ def _nth(images: Tensor, i: int) -> Tensor:
 def _number(value: Tensor) -> str:
     number = float(value.detach())
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:.5g}"
-
-
-def _cut(text: str, columns: int) -> str:
-    return text if len(text) <= columns else text[: columns - 1] + "…"
 
 
 def _draw_picture(ax, image: Tensor) -> None:

@@ -13,15 +13,8 @@ from .plotting import thinned
 from .run_columns import BUCKETS, Columns, smoothed, value_of
 from .run_verdicts import RunVerdicts, percent
 from .verdict import FAILURES
+from .verdict_colors import VERDICT_COLORS
 
-# Okabe and Ito 2008 ("Color Universal Design"), and a class of the page for each.
-COLORS = {
-    "good": "#009e73",
-    "no edit": "#0072b2",
-    "overlay": "#cc79a7",
-    "distorted": "#d55e00",
-    "collateral change": "#e69f00",
-}
 _BASE = "base"
 PANEL = 262, 150  # width and height of a small chart, in pixels
 
@@ -93,7 +86,7 @@ def failure_rates(run: RunVerdicts) -> Markup:
                 (x0, y0), (x1, y1) = axes.at(i - 0.34, bottom + share.value), axes.at(i + 0.34, bottom)
                 axes.add(
                     '<rect class="data" x="{}" y="{}" width="{}" height="{}" fill="{}"><title>{}: {}</title></rect>',
-                    x0, y0, round(x1 - x0, 1), round(y1 - y0, 1), COLORS[failure], failure, share,
+                    x0, y0, round(x1 - x0, 1), round(y1 - y0, 1), VERDICT_COLORS[failure], failure, share,
                 )  # fmt: skip
                 bottom += share.value
         if not bottom:
@@ -101,10 +94,11 @@ def failure_rates(run: RunVerdicts) -> Markup:
             axes.add('<text x="{}" y="{}" class="tick mid">none fails</text>', x, y - 6)
         low, high = validation.failing.interval
         (x, top), (_, foot) = axes.at(i, high), axes.at(i, low)
-        axes.add(
-            '<path class="whisker" d="M{0} {1}V{2}M{3} {1}h8M{3} {2}h8"><title>all failures: {4}</title></path>',
-            x, top, foot, x - 4, validation.failing,
-        )  # fmt: skip
+        for style in ("halo", "whisker"):  # dark on dark bars, without a halo
+            axes.add(
+                '<path class="{5}" d="M{0} {1}V{2}M{3} {1}h8M{3} {2}h8"><title>all failures: {4}</title></path>',
+                x, top, foot, x - 4, validation.failing, style,
+            )  # fmt: skip
         if i % often == 0 or chosen:
             name = _BASE if validation.step is None else f"{validation.step:,}"
             axes.add(
@@ -127,16 +121,16 @@ def failure_rate(run: RunVerdicts, failure: str) -> Markup:
     ends += [axes.at(s, x.interval[0]) for s, x in reversed(list(zip(steps, shares)))]
     if len(judged) > 1:
         points = " ".join(f"{x:g},{y:g}" for x, y in ends)
-        axes.add('<polygon class="data" points="{}" fill="{}" opacity="0.2"/>', points, COLORS[failure])
+        axes.add('<polygon class="data" points="{}" fill="{}" opacity="0.2"/>', points, VERDICT_COLORS[failure])
     else:
         axes.add('<path class="whisker" d="M{} {}V{}"/>', *ends[0], ends[1][1])
     if run.base.failing.n:
         value = run.base.share(failure).value
         (x0, y), (x1, _) = axes.at(axes.x[0], value), axes.at(axes.x[1], value)
         axes.add('<line class="threshold" x1="{}" x2="{}" y1="{}" y2="{}"/>', x0, x1, y, y)
-    axes.line(steps, [x.value for x in shares], COLORS[failure])
+    axes.line(steps, [x.value for x in shares], VERDICT_COLORS[failure])
     for step, share in zip(steps, shares):
-        axes.dot(step, share.value, COLORS[failure], title=f"step {step:,}: {share}")
+        axes.dot(step, share.value, VERDICT_COLORS[failure], title=f"step {step:,}: {share}")
     return axes.svg(f"{failure}: share of the outputs over the steps")
 
 
@@ -153,7 +147,7 @@ def signal_and_judge(run: RunVerdicts, failure: str) -> Optional[Markup]:
     axes.x_ticks(_step_ticks(steps))
     (x0, y), (x1, _) = axes.at(axes.x[0], 0.5), axes.at(axes.x[1], 0.5)
     axes.add('<line class="threshold" x1="{}" x2="{}" y1="{}" y2="{}"/>', x0, x1, y, y)
-    for place, color, style in ((1, COLORS[failure], ""), (2, "var(--ink)", 'stroke-dasharray="5 4"')):
+    for place, color, style in ((1, VERDICT_COLORS[failure], ""), (2, "var(--ink)", 'stroke-dasharray="5 4"')):
         known = [(step, pair[place - 1]) for step, *pair in points if pair[place - 1] is not None]
         axes.line(*([list(c) for c in zip(*known)] or ([], [])), color, style)
         for step, value in known:

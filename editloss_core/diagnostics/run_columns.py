@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..training.log import VELOCITY, RunLog
-from .sheet import INK
+from .sheet import INK, from_columns, in_columns
 
 BUCKETS = 5  # of t
 TOTAL = "total (minimised)"  # among the names of losses
@@ -144,9 +144,9 @@ def _box(x: Tensor, half: int) -> Tensor:
 
 def middle_cut(words: str, columns: int) -> str:
     """Cut in the middle, since names of terms differ at their ends."""
-    words = " ".join(words.split())
+    words = in_columns(" ".join(words.split()))
     head = (columns - 1) // 2
-    return words if len(words) <= columns else f"{words[:head]}…{words[head + 1 - columns :]}"
+    return from_columns(words if len(words) <= columns else f"{words[:head]}…{words[head + 1 - columns :]}")
 
 
 def number(value: Optional[float]) -> str:

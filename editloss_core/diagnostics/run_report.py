@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 
@@ -22,13 +23,15 @@ from ..terms import TERMS
 from . import compare, run_charts
 from .run_columns import Columns, counted, middle_cut, number
 from .run_verdicts import NO_FAILURE, Judged, Output, Progress, RunVerdicts, judge_run, matrix, percent
-from .sheet import LINE, MUTED, Sheet, cell, new_figure, pixels, wrapped
+from .sheet import INK, LINE, MUTED, Sheet, cell, new_figure, pixels, wrapped
 from .verdict import FAILURES, VERDICTS
+from .verdict_colors import VERDICT_COLORS, text_on
 
 REPORT_FILE = "report.html"
 TEMPLATE = "run_report.html.j2"
 THUMBNAIL = 256  # pixels on the long side
 MOST_COLUMNS, MOST_ROWS = 8, 24  # validations and pairs that are shown as pictures
+_PARTED = 3  # kinds of disagreement in words, the most frequent first
 _IN_PICTURE = 3  # validations in the picture of the node, beside before, base and after
 
 
@@ -73,7 +76,7 @@ def page(run: RunVerdicts) -> str:
         facts=_facts(run),
         cards=_cards(run),
         advice=run.advice(),
-        colors=run_charts.COLORS,
+        colors={v: (color, text_on(color)) for v, color in VERDICT_COLORS.items()},
         rates=run_charts.failure_rates(run) if has_rates else None,
         by_failure=[{"failure": f, "svg": run_charts.failure_rate(run, f)} for f in FAILURES if has_rates],
         table=_table(run),
@@ -151,10 +154,11 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
         bottom = 0.0
         for failure in FAILURES:
             share = v.share(failure).value
-            axes.bar(i, share, 0.7, bottom, color=run_charts.COLORS[failure])
+            axes.bar(i, share, 0.7, bottom, color=VERDICT_COLORS[failure])
             bottom += share
         low, high = v.failing.interval
-        axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color="#1b1f24", capsize=3, linewidth=1.1)  # fmt: skip
+        axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color="white", capsize=4, linewidth=3.2, capthick=3.2)  # fmt: skip
+        axes.errorbar(i, bottom, [[max(0.0, bottom - low)], [max(0.0, high - bottom)]], color=INK, capsize=3, linewidth=1.1)  # fmt: skip
     often = -(-len(judged) // 14)
     marks = {
         i: ("base" if v.step is None else f"{v.step:,}") + (" ★" if v is run.best else "")
@@ -168,7 +172,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
         spine.set(color=LINE, visible=side in ("left", "bottom"))
     axes.set_title(f"failing outputs by step, n = {judged[-1].failing.n}; bars: 95 % interval", fontsize=8.5, color=MUTED, loc="left")  # fmt: skip
     for row, failure in enumerate(FAILURES):
-        sheet.patch(1.25 + across, top + 0.4 + 0.24 * row, run_charts.COLORS[failure], None)
+        sheet.patch(1.25 + across, top + 0.4 + 0.24 * row, VERDICT_COLORS[failure], None)
         sheet.write(1.55 + across, top + 0.4 + 0.24 * row, failure)
     return pixels(sheet.figure)
 
@@ -207,7 +211,8 @@ def _cards(run: RunVerdicts) -> list[dict[str, str]]:
             "small": small,
         }
 
-    cards = [card("Best checkpoint by failure rate", run.best), card("Lowest held-out loss", run.lowest)]
+    best = "Every step fails as often: the lowest loss of them" if run.alike else "Best checkpoint by failure rate"
+    cards = [card(best, run.best), card("Lowest held-out loss", run.lowest)]
     if run.best and run.best_kept and run.best_kept is not run.best:
         cards.insert(1, card("Best of the checkpoints that are there", run.best_kept))
     return cards + [card("Without the LoRA", run.base)]
@@ -303,15 +308,20 @@ def _matrix(run: RunVerdicts) -> Optional[dict[str, Any]]:
     if not total:
         return None
     same = sum(o.agree is True for o in run.outputs)
-    missed = sum(o.says == NO_FAILURE and o.agree is False for o in run.outputs)
     rows = []
     for name, row in zip(says, counts):
         own = VERDICTS[0] if name == NO_FAILURE else name
         kinds = ["diagonal" if v == own else "off" if count else "" for v, count in zip(VERDICTS, row)]
         rows.append({"says": name, "cells": [{"count": c, "kind": k} for c, k in zip(row, kinds)]})
     words = f"They agree on {same} of {counted(total, 'output')}."
-    if missed:
-        words += f" In {missed} of them the judge sees a failure where the signal points to none."
+    parted = Counter((o.says, o.judged) for o in run.outputs if o.agree is False)
+    for (name, judged), count in parted.most_common(_PARTED):
+        if name == NO_FAILURE:
+            words += f" In {count} the judge sees {judged} where the signal points to no failure."
+        elif judged == VERDICTS[0]:
+            words += f" In {count} the signal points to {name} where the judge finds the output good."
+        else:
+            words += f" In {count} the signal points to {name}, and the judge sees {judged}."
     return {"heads": VERDICTS, "rows": rows, "text": words}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -192,6 +194,11 @@ class RunVerdicts:
         known = [v for v in self.validations if v.loss is not None]
         return min(known, key=lambda v: (v.loss, v.step), default=None)
 
+    @property
+    def alike(self) -> bool:
+        """Whether several validations fail equally often, so that failures choose none of them."""
+        return len(self.validations) > 1 and len({v.failing.value for v in self.validations if v.failing.n}) == 1
+
     @staticmethod
     def _least(found: Sequence[Judged]) -> Optional[Judged]:
         def rank(v: Judged) -> tuple:
@@ -227,7 +234,7 @@ class RunVerdicts:
                 "preview_steps in Run Options above 0."
             ]
         rates = {v.failing.value for v in self.validations if v.failing.n}
-        if len(rates) > 1 or len(self.validations) == 1:
+        if not self.alike:
             said = [f"Step {best.step} fails least: {best.failing}."]
         else:
             said = [f"Every step fails as often: {best.failing}. Step {best.step} has the lowest loss of them."]
@@ -235,7 +242,8 @@ class RunVerdicts:
             said.append("The base model without the LoRA fails no more often than that.")
         if not self.checkpoint(best.step):
             other = self.best_kept
-            instead = f" Of those that are there, step {other.step} fails least: {other.failing}." if other else ""
+            fails = "fails as often" if other and other.failing == best.failing else f"fails least: {other and other.failing}"
+            instead = f" Of those that are there, step {other.step} {fails}." if other else ""
             said.append(f"Its checkpoint is {self.where(best.step)}.{instead}")
         if lowest.step == best.step:
             said += ["It has the lowest loss as well."] if len(rates) > 1 else []
@@ -314,19 +322,32 @@ def judge_run(
     work += [(None, "base", p) for p in (last.pictures if last else ())]
     outputs: dict[Optional[int], list[Output]] = {}
     known: dict[tuple, tuple[Optional[Verdict], str]] = {}
-    for done, (step, which, entry) in enumerate(work):
-        files = {("output" if part == which else part): folder / PICTURE_FOLDER / Path(name).name
-                 for part, name in entry.files.items() if part in (which, "before", "after", "mask")}  # fmt: skip
-        key = tuple(sorted(files.items()))
-        if key not in known:
-            known[key] = _judge(files, judge or judge_picture)
-        outputs.setdefault(step, []).append(
-            Output(entry.pair, entry.caption, step, files, *known[key], entry.signals.get(which, {}))
-        )
-        if progress:
-            progress(done + 1, len(work))
+    with _one_thread():
+        for done, (step, which, entry) in enumerate(work):
+            files = {("output" if part == which else part): folder / PICTURE_FOLDER / Path(name).name
+                     for part, name in entry.files.items() if part in (which, "before", "after", "mask")}  # fmt: skip
+            key = tuple(sorted(files.items()))
+            if key not in known:
+                known[key] = _judge(files, judge or judge_picture)
+            outputs.setdefault(step, []).append(
+                Output(entry.pair, entry.caption, step, files, *known[key], entry.signals.get(which, {}))
+            )
+            if progress:
+                progress(done + 1, len(work))
     validations = tuple(Judged(v.step, v, tuple(outputs.get(v.step, ()))) for v in log.validations)
     return RunVerdicts(folder, log, Judged(None, None, tuple(outputs.get(None, ()))), validations, cut_off)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The judge's many small tensors gain nothing from several threads, and on a busy machine lose: at 128 x 128 pixels a
+    picture took 4 s of two cores that others used as well, and 0.5 s of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _judge(files: Mapping[str, Path], judge: Judge) -> tuple[Optional[Verdict], str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
+import unicodedata
 from typing import Optional
 
 import torch
 from torch import Tensor
+
+from .fonts import quiet, use_families
 
 INK, MUTED, GOOD, WARN, BAD, LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", "#c62828", "#d7dce2"
 
@@ -57,8 +59,8 @@ def new_figure(width: int, *inches: float):
 
 def pixels(figure) -> Tensor:
     """``[height, width, 3]`` in 0…1."""
-    with warnings.catch_warnings():  # a name in a script that the font does not have is drawn as boxes
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+    use_families(figure)
+    with quiet():
         figure.canvas.draw()
     buffer = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
     columns, lines = figure.canvas.get_width_height()
@@ -74,5 +76,24 @@ def percent(share: Optional[float | Tensor]) -> str:
     return "–" if share is None else f"{float(share):.0%}"
 
 
+_HALF = "\0"  # the second column of a wide character
+
+
+def in_columns(text: str) -> str:
+    """With one character per column, so that lengths are widths: Chinese, Japanese and Korean ones take two."""
+    return "".join(c + _HALF if unicodedata.east_asian_width(c) in "WF" else c for c in text)
+
+
+def from_columns(text: str) -> str:
+    return text.replace(_HALF, "")
+
+
 def wrapped(text: str, columns: int, lines: int = 4) -> str:
-    return "\n".join(textwrap.wrap(text, columns, break_long_words=True, max_lines=lines, placeholder="…"))
+    folded = textwrap.wrap(in_columns(text), columns, break_long_words=True, max_lines=lines, placeholder="…")
+    return from_columns("\n".join(folded))
+
+
+def cut(text: str, columns: int) -> str:
+    """In one line, cut at the end."""
+    text = in_columns(" ".join(text.split()))
+    return from_columns(text if len(text) <= columns else text[: columns - 1] + "…")

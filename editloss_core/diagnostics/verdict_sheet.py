@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..objective import ObjectiveReport
-from .run_charts import COLORS
 from .run_verdicts import GOOD
-from .sheet import BAD, INK, LINE, MUTED, Sheet, new_figure, pixels, wrapped
+from .sheet import BAD, INK, LINE, MUTED, Sheet, cut, new_figure, pixels, wrapped
 from .verdict import FAILURES, VERDICTS
+from .verdict_colors import VERDICT_COLORS, text_on
 from .verdict_items import Item, finite, with_signals
 
 # map of a verdict → what full colour means
@@ -24,6 +24,7 @@ MAPS = {
     "shape": "red: unlike the after picture's object",
     "background": "red: changed outside the mask",
 }
+FAILURE_OF = {"unchanged": "no edit", "old object": "overlay", "shape": "distorted", "background": "collateral change"}
 PICTURES = ("before", "after", "output")
 MOST_ROWS = 40
 HIGHEST = 8000  # pixels; beyond it viewers and browsers give up on a picture
@@ -133,7 +134,7 @@ class _Page(Sheet):
                 self.draw_row(item, top)
                 top += self.row
             else:
-                self.write(self.LEFT, top + 0.2, _cut(item.name, 60), fontsize=10, weight="bold")
+                self.write(self.LEFT, top + 0.2, cut(item.name, 60), fontsize=10, weight="bold")
                 self.write(self.LEFT, top + 0.47, "NOT JUDGED", fontsize=9, weight="bold", color=MUTED)
                 self.write(self.LEFT + self.WORDS, top + 0.47, wrapped(item.message, 170, 2), fontsize=9, color=BAD)
                 top += self.message_row
@@ -148,7 +149,7 @@ class _Page(Sheet):
             if counts[name]:
                 label = f"{counts[name]} {name}"
                 self.write(
-                    x, 0.3, label, fontsize=11, weight="bold", color="white", bbox=_badge(COLORS.get(name, MUTED))
+                    x, 0.3, label, fontsize=11, weight="bold", **_badge(VERDICT_COLORS.get(name, MUTED))
                 )
                 x += 0.3 + 0.1 * len(label)
         hidden = len(self.items) - len(self.shown)
@@ -163,8 +164,10 @@ class _Page(Sheet):
             words = "a score of 0.5 and more is a failure\n◆ how far it went by the training signal"
         self.write(self.LEFT, 1.29, words, fontsize=7.5, color=MUTED)
         for k, name in enumerate(self.columns):
-            self.write(self.left(k), 1.05, name, fontsize=10.5, weight="bold")
+            shift = 0.24 if name in MAPS else 0.0
+            self.write(self.left(k) + shift, 1.05, name, fontsize=10.5, weight="bold")
             if name in MAPS:
+                self.patch(self.left(k), 1.05, VERDICT_COLORS[FAILURE_OF[name]], None)
                 self.write(self.left(k), 1.29, wrapped(MAPS[name], int(self.side * 15), 2), fontsize=7.5, color=MUTED)
         if any(name in MAPS for name in self.columns):
             self.legend(self.WIDTH - self.LEFT - 3.9, 0.3)
@@ -178,7 +181,7 @@ class _Page(Sheet):
         self.write(left + 3.02, y, "edit mask", fontsize=8.5)
 
     def draw_row(self, item: Item, top: float) -> None:
-        self.write(self.LEFT, top + 0.19, _cut(item.name, 36), fontsize=10, weight="bold")
+        self.write(self.LEFT, top + 0.19, cut(item.name, 36), fontsize=10, weight="bold")
         remarks = item.message and f"Not judged: {item.message}" or " ".join(item.remarks)
         style = {"fontsize": 7.5, "color": BAD if item.message else MUTED, "linespacing": 1.1}
         self.write(self.left(0), top + 0.19, wrapped(remarks, 185, 2), **style)
@@ -188,7 +191,7 @@ class _Page(Sheet):
         else:
             name = item.verdict.verdict
             asked = sum(item.verdict.scores.get(failure) is not None for failure in FAILURES)
-            self.badge(name, top + 0.14, COLORS[name], filled=name != GOOD or asked == len(FAILURES))
+            self.badge(name, top + 0.14, VERDICT_COLORS[name], filled=name != GOOD or asked == len(FAILURES))
             if asked < len(FAILURES):
                 words = f"{asked} of {len(FAILURES)} questions answered"
                 self.write(self.LEFT + self.WORDS - 0.3, top + 0.14, words, ha="right", fontsize=8, color=MUTED)
@@ -200,8 +203,8 @@ class _Page(Sheet):
 
     def badge(self, words: str, y: float, color: str, filled: bool = True) -> None:
         """A verdict in its colour; only an outline for a good one of which not everything is known."""
-        text, box = ("white", _badge(color)) if filled else (color, {**_badge("white"), "edgecolor": color})
-        self.write(self.LEFT + 0.06, y, words, fontsize=11, weight="bold", color=text, bbox=box)
+        style = _badge(color) if filled else _badge("#ffffff", edge=color)
+        self.write(self.LEFT + 0.06, y, words, fontsize=11, weight="bold", **style)
 
     def say(self, item: Item, top: float) -> None:
         self.write(self.LEFT, top + 0.1, f"training signal: {item.signal.words}", fontsize=8.5)
@@ -223,7 +226,7 @@ class _Page(Sheet):
                 y, length, color="white" if score is None else "#eef1f4", edgecolor=LINE, linewidth=0.5, **place
             )
             if score is not None:
-                self.canvas.barh(y, length * score, color=COLORS[failure], alpha=1.0 if failed else 0.45, **place)
+                self.canvas.barh(y, length * score, color=VERDICT_COLORS[failure], alpha=1.0 if failed else 0.45, **place)
             toward = item.signal.toward.get(failure) if item.signal else None
             if toward is not None:
                 x = left + length * min(max(toward, 0.0), 1.0)
@@ -274,10 +277,6 @@ def _chosen(items: Sequence[Item], count: int) -> list[Item]:
     return [items[i] for i in sorted(kept, key=lambda i: (places[items[i].verdict and items[i].verdict.verdict], i))]
 
 
-def _badge(color: str) -> dict[str, object]:
-    return {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": "none"}
-
-
-def _cut(text: str, columns: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= columns else text[: columns - 1] + "…"
+def _badge(color: str, edge: str = "none") -> dict[str, object]:
+    """The style of words on a field of this colour."""
+    return {"color": text_on(color), "bbox": {"boxstyle": "round,pad=0.25", "facecolor": color, "edgecolor": edge}}
