@@ -84,7 +84,9 @@ def test_notes_are_drawn_in_words_on_the_colour_of_their_verdict():
         assert tag[0] >= picture[0] + picture[2]  # below its picture
         assert abs(tag[1] + tag[3] / 2 - picture[1] - picture[3] / 2) <= 1
         inside = page[0, tag[0] : tag[0] + tag[2], tag[1] : tag[1] + tag[3]]
-        letters = (inside.amin(-1) > 0.9) if tag is bad else (inside.amax(-1) < 0.2)  # white or dark, by what is read better
+        letters = (
+            (inside.amin(-1) > 0.9) if tag is bad else (inside.amax(-1) < 0.2)
+        )  # white or dark, by what is read better
         assert letters.float().mean() > 0.08
     long = grid([row()], notes=[["no edit " * 40, None, None, None]])
     assert box(long, NO_EDIT)[3] <= 256

@@ -153,7 +153,9 @@ def test_where_all_fail_alike_the_page_calls_no_step_the_best_by_failures(tmp_pa
     alike = judge_run(make_run(tmp_path / "alike", [[BAD] * 3, [BAD] * 3, [BAD] * 3], [2, 1, 3], keep=(30,)))
     assert alike.alike and "Of those that are there, step 30 fails as often." in " ".join(alike.advice())
     html = run_report.page(alike)
-    assert "Every step fails as often: the lowest loss of them" in html and "Best checkpoint by failure rate" not in html
+    assert (
+        "Every step fails as often: the lowest loss of them" in html and "Best checkpoint by failure rate" not in html
+    )
     for plan in ([[BAD]], [[BAD], [FINE]], []):
         assert not judge_run(make_run(tmp_path / f"{len(plan)}{plan == [[BAD]]}", plan)).alike
 
@@ -181,7 +183,10 @@ def test_signal_and_judge_side_by_side(tmp_path):
     assert run.validations[0].toward(run.terms_of["overlay"]) == pytest.approx((0.8 + 3 * 0.2) / 4)
     assert run.terms_of == {f: [n] for f, n in TERMS.items()}
     html = run_report.page(run)
-    assert html.count('class="ne"') == 2 and "They agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
+    assert (
+        html.count('class="ne"') == 2
+        and "They agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
+    )
     assert "In 1 the signal points to no edit where the judge finds the output good." in html
 
 

@@ -77,7 +77,9 @@ class Letters:
 
         with quiet():
             weight = "bold" if bold else "normal"
-            paths = [font_manager.findfont(font_manager.FontProperties(family=[name], weight=weight)) for name in families()]
+            paths = [
+                font_manager.findfont(font_manager.FontProperties(family=[name], weight=weight)) for name in families()
+            ]
             self._glyphs = [font_manager.get_font(path) for path in paths]
         self._fonts = [ImageFont.truetype(str(path), size, index=getattr(path, "face_index", 0)) for path in paths]
 

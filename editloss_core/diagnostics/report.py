@@ -137,7 +137,11 @@ class _Page(Sheet):
         for i in range(self.shown):
             left, top = (0.2, 0.75 + i * self.band) if self.in_bands else (self.LABEL + i * step, 0.3)
             x, ha = (left, "left") if self.in_bands else (left + self.CELL / 2, "center")
-            color = VERDICT_COLORS["good"] if signal[i] == FAILURE_NAMES[None] else color_of(signal[i]) or (MUTED if signal[i] == "–" else BAD)
+            color = (
+                VERDICT_COLORS["good"]
+                if signal[i] == FAILURE_NAMES[None]
+                else color_of(signal[i]) or (MUTED if signal[i] == "–" else BAD)
+            )
             self.write(x, top, f"output {i + 1}", ha=ha, color=MUTED, fontsize=10)
             self.write(x, top + 0.3, signal[i], ha=ha, color=color, fontsize=13, weight="bold")
             if self.in_bands:

@@ -242,7 +242,11 @@ class RunVerdicts:
             said.append("The base model without the LoRA fails no more often than that.")
         if not self.checkpoint(best.step):
             other = self.best_kept
-            fails = "fails as often" if other and other.failing == best.failing else f"fails least: {other and other.failing}"
+            fails = (
+                "fails as often"
+                if other and other.failing == best.failing
+                else f"fails least: {other and other.failing}"
+            )
             instead = f" Of those that are there, step {other.step} {fails}." if other else ""
             said.append(f"Its checkpoint is {self.where(best.step)}.{instead}")
         if lowest.step == best.step:

@@ -27,6 +27,7 @@ MAPS = {
 FAILURE_OF = {"unchanged": "no edit", "old object": "overlay", "shape": "distorted", "background": "collateral change"}
 PICTURES = ("before", "after", "output")
 MOST_ROWS = 40
+OUTLINE = "#1565c0"  # of the edit mask
 HIGHEST = 8000  # pixels; beyond it viewers and browsers give up on a picture
 
 
@@ -117,6 +118,9 @@ class _Page(Sheet):
         self.canvas = self.axes(0, 0, *self.inches)
         self.canvas.set(xlim=(0, self.inches[0]), ylim=(self.inches[1], 0), autoscale_on=False)
         self.canvas.set_axis_off()
+        self.pixels_per_inch = width / self.WIDTH
+        self.outlines: list = []
+        self._outlined: Optional[tuple[Optional[Tensor], list]] = None
 
     @staticmethod
     def full(item: Item) -> bool:
@@ -126,6 +130,8 @@ class _Page(Sheet):
         return self.LEFT + self.WORDS + column * (self.side + self.GAP)
 
     def draw(self) -> None:
+        from matplotlib.collections import LineCollection
+
         self.head()
         top = self.HEAD
         for item in self.shown:
@@ -138,6 +144,7 @@ class _Page(Sheet):
                 self.write(self.LEFT, top + 0.47, "NOT JUDGED", fontsize=9, weight="bold", color=MUTED)
                 self.write(self.LEFT + self.WORDS, top + 0.47, wrapped(item.message, 170, 2), fontsize=9, color=BAD)
                 top += self.message_row
+        self.canvas.add_collection(LineCollection(self.outlines, colors=OUTLINE, linewidths=0.9), autolim=False)
 
     def head(self) -> None:
         self.write(
@@ -148,9 +155,7 @@ class _Page(Sheet):
         for name in (*VERDICTS, "not judged"):
             if counts[name]:
                 label = f"{counts[name]} {name}"
-                self.write(
-                    x, 0.3, label, fontsize=11, weight="bold", **_badge(VERDICT_COLORS.get(name, MUTED))
-                )
+                self.write(x, 0.3, label, fontsize=11, weight="bold", **_badge(VERDICT_COLORS.get(name, MUTED)))
                 x += 0.3 + 0.1 * len(label)
         hidden = len(self.items) - len(self.shown)
         if hidden:
@@ -177,7 +182,7 @@ class _Page(Sheet):
         self.picture(heat(torch.full((8, 200, 3), 0.5), ramp), left + 0.4, y - 0.08, 1.5, 0.16)
         self.write(left + 0.33, y, "fine", ha="right", fontsize=8.5)
         self.write(left + 1.97, y, "worst", fontsize=8.5)
-        self.line((left + 2.65, left + 2.95), y, color="#1565c0", linewidth=1.2)
+        self.line((left + 2.65, left + 2.95), y, color=OUTLINE, linewidth=1.2)
         self.write(left + 3.02, y, "edit mask", fontsize=8.5)
 
     def draw_row(self, item: Item, top: float) -> None:
@@ -226,7 +231,9 @@ class _Page(Sheet):
                 y, length, color="white" if score is None else "#eef1f4", edgecolor=LINE, linewidth=0.5, **place
             )
             if score is not None:
-                self.canvas.barh(y, length * score, color=VERDICT_COLORS[failure], alpha=1.0 if failed else 0.45, **place)
+                self.canvas.barh(
+                    y, length * score, color=VERDICT_COLORS[failure], alpha=1.0 if failed else 0.45, **place
+                )
             toward = item.signal.toward.get(failure) if item.signal else None
             if toward is not None:
                 x = left + length * min(max(toward, 0.0), 1.0)
@@ -235,25 +242,40 @@ class _Page(Sheet):
         self.canvas.plot([half, half], ends, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
 
     def draw_cell(self, item: Item, name: str, left: float, top: float) -> None:
-        verdict = item.verdict
-        if name in PICTURES:
-            picture, mask = item.pictures.get(name), None
-        else:
-            values = verdict.maps.get(name) if verdict else None
-            known = values is not None and "output" in item.pictures
-            picture = heat(item.pictures["output"].float() / 255, values) if known else None
-            mask = verdict.mask if known else None
-        if picture is None:
+        verdict, source = item.verdict, item.pictures.get(name if name in PICTURES else "output")
+        values = verdict.maps.get(name) if verdict else None
+        if source is None or (name not in PICTURES and values is None):
             words = "none given" if name in PICTURES else "not answered" if verdict else "not judged"
             self.empty(words, left, top)
             return
-        scale = min(self.side / picture.shape[1], self.cell / picture.shape[0])
-        width, height = scale * picture.shape[1], scale * picture.shape[0]
+        scale = min(self.side / source.shape[1], self.cell / source.shape[0])
+        width, height = scale * source.shape[1], scale * source.shape[0]
         left, top = left + (self.side - width) / 2, top + (self.cell - height) / 2
+        picture = self.reduced(source, height, width)
+        if name not in PICTURES:
+            picture = heat(picture, values)
+            self.outlines += [line * (width, height) + (left, top) for line in self.outline(verdict.mask)]
         self.picture(picture, left, top, width, height)
-        if mask is not None and bool((mask > 0.5).any()) and not bool((mask > 0.5).all()):
-            edges = (left, left + width, top, top + height)
-            self.canvas.contour(mask.numpy(), levels=[0.5], colors=["#1565c0"], linewidths=0.9, extent=edges)
+
+    def reduced(self, picture: Tensor, height: float, width: float) -> Tensor:
+        """In 0…1, with the pixels that the sheet has for it."""
+        pixels = [max(1, round(side * self.pixels_per_inch)) for side in (height, width)]
+        picture = picture.float().permute(2, 0, 1)[None] / 255
+        if pixels[0] < picture.shape[-2]:
+            picture = F.interpolate(picture, size=pixels, mode="area")
+        return picture[0].permute(1, 2, 0)
+
+    def outline(self, mask: Optional[Tensor]) -> list:
+        """Lines ``[n, 2]`` around a mask, in shares of its width and height; the last mask's are kept for the next map."""
+        if self._outlined is None or self._outlined[0] is not mask:
+            lines = []
+            if mask is not None:
+                from contourpy import contour_generator
+
+                size = (max(1, mask.shape[1] - 1), max(1, mask.shape[0] - 1))
+                lines = [line / size for line in contour_generator(z=mask.numpy()).lines(0.5)]
+            self._outlined = mask, lines
+        return self._outlined[1]
 
     def empty(self, words: str, left: float, top: float) -> None:
         xs, ys = (left, left + self.side), (top, top + self.cell)
