@@ -10,7 +10,7 @@ this order (``MEASURES`` has a line for each number):
    like the surroundings? (:mod:`.regions`)
 4. The new object is looked for in the output under shifts, turns and scalings (:mod:`.alignment`), so that a displaced object
    is not called a distorted one. What the output should be is then e: the background with the object where it was found.
-5. **no edit**: how near x is to s. **overlay**: the least-squares share α of x ≈ e + α (s − e) where the old object was: in
+5. **no edit**: how near x is to s; or the old object is there, redrawn, and nothing of the new one. **overlay**: the least-squares share α of x ≈ e + α (s − e) where the old object was: in
    colours; in the edges beside the new object, where |α| counts, since a ghost may be lighter or darker than what it is the
    ghost of; and in the edges inside the new object. **distorted**: what is left of x − e inside the object, forgiving small
    shifts; and how much the object is stretched.
@@ -61,7 +61,7 @@ MEASURES = {
     "old left": "share of the old object's colours that is left where it stood",
     "old edges": "share of the old object's edges that is left beside the new object, as they were or reversed",
     "old inside": "share of the old object's edges that shows inside the new object",
-    "new there": "share of the new object's colours that has come, where it was found",
+    "new there": "share of the new object's colours that has come, where it was found or where it belongs, or of its edges",
     "shape": "what differs from the after picture's object, aligned, in the worst part of it; 1 is its contrast",
     "outline": "1 − intersection over union of the object's outline with the after picture's, aligned",
     "outline in place": "the same before the alignment: a displaced object has much here and little above",
@@ -171,7 +171,13 @@ def _judge_by(whole: Whole) -> Verdict:
     if placed and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
-    new_there = share(x - s, e - s, w) if placed else None
+    new_there = None
+    if (
+        placed
+    ):  # in its own place as well, where the search may have taken the old object for it; a thin one shows in its edges
+        edges_g = slopes(blur(g, 1.0, 3))
+        in_place = share(x - s, g - s, new), shares(edges_x, (edges_s, edges_g), new)[1]
+        new_there = max(share(x - s, e - s, w), *in_place)
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
 
     progress, residual = progress_of(moved, wanted, weight)
@@ -287,23 +293,28 @@ LINES = {
 SMALLEST = 16  # pixels of a mask
 BESIDE = 3  # pixels around the new object that belong to it
 NO_GHOST = 0.03  # share of the old object's edges
+PRESENT, ABSENT = (
+    (0.35, 0.9),
+    (0.2, 0.5),
+)  # share of the old object from which it is there; of the new one below which it is not
 ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
+
+
+def _ramp(value: float, line: float, full: float) -> float:
+    """0 at 0 and below, 0.5 on the line, 1 at full and above; straight between them."""
+    return min(1.0, 0.5 * max(0.0, value) / line if value <= line else 0.5 + 0.5 * (value - line) / (full - line))
 
 
 def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old edges") -> dict[str, Optional[float]]:
     def ramp(name: str, value: Optional[float]) -> Optional[float]:
-        if value is None:
-            return None
-        line, full = LINES[name]
-        below = 0.5 * max(0.0, value) / line
-        return min(1.0, below if value <= line else 0.5 + 0.5 * (value - line) / (full - line))
+        return None if value is None else _ramp(value, *LINES[name])
 
     def worst(*values: Optional[float]) -> Optional[float]:
         known = [v for v in values if v is not None]
         return arrived * max(known) if known else None
 
     return {
-        "no edit": ramp("unchanged", m["unchanged"]),
+        "no edit": max(ramp("unchanged", m["unchanged"]), _redrawn(m)),
         "overlay": worst(
             ramp("old left", m["old left"]), ramp(edges, m["old edges"]), ramp("old inside", m["old inside"])
         ),
@@ -315,6 +326,15 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
         ),
         "collateral change": ramp("background", _beyond_codec(m["background"], m["codec"])),
     }
+
+
+def _redrawn(m: Mapping[str, Optional[float]]) -> float:
+    """The old object is there, if not pixel by pixel, and the new one is not."""
+    if m["new there"] is None:
+        return 0.0
+    (there, full), (line, gone) = PRESENT, ABSENT
+    absent = 1 - _ramp(max(0.0, m["new there"]), line, gone)
+    return min(_ramp(max(m["old left"], m["old edges"]), there, full), absent)
 
 
 def _beyond_codec(background: Optional[float], codec: Optional[float]) -> Optional[float]:
