@@ -71,7 +71,7 @@ DISTANCES = ("cos", "l2")
 MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
-BLOCK_ELEMENTS = 1 << 20  # numbers per block: large enough to hide Python, small enough to bound the temporaries
+BLOCK_ELEMENTS = 1 << 18  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,85 +119,173 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
 
 
 class _TokenDistances(torch.autograd.Function):
-    """d_j = dist(anchor, reference_j) per token.
+    """d_j = dist(anchor, reference_j) per token; a reference ``[B, K, ..., D]`` counts as K of them.
 
-    Saved for backward: the inputs themselves and, per token, the squared norms and the dot products.
+    Saved for backward: the inputs themselves and, per token, the squared norms and the distances.
     """
 
     @staticmethod
     def forward(ctx, dist, anchor, *references):
-        dtype = _compute_dtype(anchor, *references)
-        shape = anchor.shape[:-1]
-        a3 = _as_rows(anchor)
-        rows = a3.shape[:2]
-        r3 = [_as_rows(r) for r in references]
-        outputs = [torch.empty(rows, dtype=dtype, device=anchor.device) for _ in references]
-        cosine = dist == "cos"
-        norms = [torch.empty_like(outputs[0]) for _ in range(1 + len(references))] if cosine else []
-        for block in _blocks(*a3.shape):
-            a = a3[block].to(dtype).contiguous()
-            if cosine:
-                aa = a.square().sum(-1)
-                norms[0][block] = aa
-            for j, reference in enumerate(r3):
-                r = reference[block].to(dtype).contiguous()
-                if cosine:
-                    rr = r.square().sum(-1)
-                    norms[1 + j][block] = rr
-                    outputs[j][block] = 1.0 - _cosine((a * r).sum(-1), aa, rr)
+        a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
+        work = _Blocks(a, _compute_dtype(anchor, *references))
+        sums = [work.per_token() for _ in rs]
+        squares = [work.per_token() for _ in (a, *rs)] if dist == "cos" else []
+        for block in work.blocks:
+            x = work.load("anchor", a, block)
+            if squares:
+                squares[0][block] = work.dot(x, x)
+            for j in range(len(rs)):
+                r = work.load("reference", rs[j], block)
+                if squares:
+                    squares[1 + j][block] = work.dot(r, r)
+                    sums[j][block] = work.dot(x, r)
                 else:
-                    outputs[j][block] = _norm_of(a - r, dist)
-        ctx.dist = dist
-        ctx.save_for_backward(anchor, *references, *norms, *(outputs if dist in ("cos", "euclidean") else ()))
+                    diff = torch.sub(x, r, out=work.scratch("product", x.shape))
+                    sums[j][block] = (diff.abs_() if dist == "l1" else diff.square_()).sum(-1)
+        if dist == "cos":
+            sums = [1.0 - _cosine(dot, squares[0], rr) for dot, rr in zip(sums, squares[1:])]
+        elif dist == "euclidean":
+            sums = [s.sqrt_() for s in sums]
+        ctx.dist, ctx.inputs = dist, 1 + len(references)
+        ctx.save_for_backward(anchor, *references, *squares, *(sums if dist in ("cos", "euclidean") else ()))
         ctx.set_materialize_grads(False)
-        return tuple(d.view(shape) for d in outputs)
+        return tuple(d.view(anchor.shape[:-1]) for d in sums)
 
     @staticmethod
     def backward(ctx, *grads):
         _refuse_second_order()
-        count = len(grads)
-        anchor, *saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
-        references, scalars = saved[:count], saved[count:]
-        needs_anchor, needs_reference = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
-        dtype = _compute_dtype(anchor, *references)
-        a3, r3 = _as_rows(anchor), [_as_rows(r) for r in references]
-        g2 = [None if g is None else g.reshape(a3.shape[:2]) for g in grads]
-        grad_anchor = torch.empty_like(a3, memory_format=torch.contiguous_format) if needs_anchor else None
-        grad_refs = [
-            torch.empty_like(r, memory_format=torch.contiguous_format) if need else None
-            for r, need in zip(r3, needs_reference)
+        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
+        (anchor, *references), scalars = saved[: ctx.inputs], saved[ctx.inputs :]
+        a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
+        results = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+            for x, need in zip((anchor, *references), ctx.needs_input_grad[1:])
         ]
-        for block in _blocks(*a3.shape):
-            a = a3[block].to(dtype)
-            at_block = [s[block] for s in scalars]
-            total = torch.zeros_like(a) if needs_anchor else None
-            for j in range(count):
-                if g2[j] is None or not (needs_anchor or needs_reference[j]):
-                    if grad_refs[j] is not None:
-                        grad_refs[j][block] = 0
-                    continue
-                r = r3[j][block].to(dtype)
-                g = g2[j][block]
-                if ctx.dist == "cos":
-                    own_a, cross_a, own_r, cross_r = _cosine_coefficients(
-                        g, 1.0 - at_block[1 + count + j], at_block[0], at_block[1 + j]
-                    )
-                    if needs_anchor:
-                        total.addcmul_(r, cross_a.unsqueeze(-1)).addcmul_(a, own_a.unsqueeze(-1))
-                    if needs_reference[j]:
-                        grad_refs[j][block] = (a * cross_r.unsqueeze(-1)).addcmul_(r, own_r.unsqueeze(-1))
+        to_a = None if results[0] is None else _as_rows(results[0])
+        to_rs: List[Optional[Tensor]] = []
+        for result, reference in zip(results[1:], references):
+            pieces = _rows_of_each([reference if result is None else result], anchor.ndim)
+            to_rs += pieces if result is not None else [None] * len(pieces)
+        used = [j for j, g in enumerate(grads) if g is not None]
+        for j, to_r in enumerate(to_rs):
+            if to_r is not None and j not in used:
+                to_r.zero_()
+        if to_a is not None and not used:
+            to_a.zero_()
+        if not used:
+            return (None, *results)
+        g = {j: grads[j].reshape(a.shape[:2]) for j in used}
+        work = _Blocks(a, _compute_dtype(anchor, *references))
+        if ctx.dist == "cos":
+            squares, distances = scalars[: 1 + len(rs)], scalars[1 + len(rs) :]
+            slopes = {j: _cosine_slopes(g[j], 1.0 - distances[j], squares[0], squares[1 + j]) for j in used}
+            _cosine_gradients(work, a, rs, slopes, to_a, to_rs)
+        else:
+            if ctx.dist == "l2":
+                g = {j: 2.0 * g[j] for j in used}
+            elif ctx.dist == "euclidean":
+                # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
+                g = {j: g[j] / scalars[j].clamp_min(1e-18) for j in used}
+            _difference_gradients(work, a, rs, g, to_a, to_rs, signs=ctx.dist == "l1")
+        return (None, *results)
+
+
+def _cosine_gradients(work, a, rs, slopes, to_a, to_rs) -> None:
+    """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
+    own = sum(slope[0] for slope in slopes.values())
+    for block in work.blocks:
+        x, total = work.load("anchor", a, block), None
+        if to_a is not None:
+            total = torch.mul(x, own[block].unsqueeze(-1), out=work.target("total", to_a, block))
+        for j, (_, cross_a, own_r, cross_r) in slopes.items():
+            r = work.load("reference", rs[j], block)
+            if to_a is not None:
+                total.addcmul_(r, cross_a[block].unsqueeze(-1))
+            if to_rs[j] is not None:
+                part = torch.mul(r, own_r[block].unsqueeze(-1), out=work.target("product", to_rs[j], block))
+                work.store(part.addcmul_(x, cross_r[block].unsqueeze(-1)), to_rs[j], block)
+        if to_a is not None:
+            work.store(total, to_a, block)
+
+
+def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
+    """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
+    for block in work.blocks:
+        x, total = work.load("anchor", a, block), None
+        for j, slope in slopes.items():
+            slope = slope[block].unsqueeze(-1)
+            step = torch.sub(x, work.load("reference", rs[j], block), out=work.scratch("product", x.shape))
+            step = step.sign_() if signs else step
+            if to_a is not None:
+                if total is None:
+                    total = torch.mul(step, slope, out=work.target("total", to_a, block))
                 else:
-                    step = _norm_gradient(a - r, g, ctx.dist, at_block[j] if at_block else None)
-                    if needs_anchor:
-                        total += step
-                    if needs_reference[j]:
-                        grad_refs[j][block] = -step
-            if needs_anchor:
-                grad_anchor[block] = total
-        if needs_anchor:
-            grad_anchor = grad_anchor.view(anchor.shape)
-        grad_refs = [None if g is None else g.view(r.shape) for g, r in zip(grad_refs, references)]
-        return (None, grad_anchor, *grad_refs)
+                    total.addcmul_(step, slope)
+            if to_rs[j] is not None:
+                work.store(torch.mul(step, -slope, out=work.target("part", to_rs[j], block)), to_rs[j], block)
+        if to_a is not None:
+            work.store(total, to_a, block)
+
+
+class _Blocks:
+    """The pieces in which rows ``[B, T, D]`` are worked through, and memory of a piece's size that is used again.
+
+    With ``out=`` into that memory, every pass but the first reads from the cache. A compiler does all this by itself: for
+    it there is one block and no memory.
+    """
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype):
+        self.rows, self.dtype, self.compiling = rows, dtype, _is_compiling()
+        self.memory: Dict[str, Tensor] = {}
+        if self.compiling:
+            self.blocks = [(slice(None), slice(None))]
+        else:
+            self.blocks = list(_blocks(*rows.shape, BLOCK_ELEMENTS * (1 if rows.device.type == "cpu" else 16)))
+
+    def per_token(self) -> Tensor:
+        return torch.empty(self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
+
+    def scratch(self, name: str, shape: torch.Size) -> Optional[Tensor]:
+        """Memory for a block of ``shape`` (no block is larger than the first one)."""
+        if self.compiling:
+            return None
+        if name not in self.memory:
+            self.memory[name] = torch.empty(shape, dtype=self.dtype, device=self.rows.device)
+        return self.memory[name][: shape[0], : shape[1]]
+
+    def load(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Tensor:
+        """A block in the dtype of the computation with its features side by side: a view if it is so already."""
+        x = rows[block]
+        if x.dtype == self.dtype and (self.compiling or x.stride(-1) == 1):
+            return x
+        return x.to(self.dtype) if self.compiling else self.scratch(name, x.shape).copy_(x)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ x·y over the features. One order of adding for all, so that Σ x·y = Σ x·x where y equals x."""
+        return torch.mul(x, y, out=self.scratch("product", x.shape)).sum(-1)
+
+    def target(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Optional[Tensor]:
+        """Where to compute what :meth:`store` puts into ``rows``: there, if they have the dtype of the computation."""
+        x = rows[block]
+        return x if x.dtype == self.dtype and not self.compiling else self.scratch(name, x.shape)
+
+    def store(self, value: Tensor, rows: Tensor, block: Tuple[slice, slice]) -> None:
+        if rows.dtype != self.dtype or self.compiling:
+            rows[block] = value
+
+
+def _blocks(batch: int, tokens: int, dim: int, limit: Optional[int] = None) -> Iterator[Tuple[slice, slice]]:
+    """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers, the first one being the largest."""
+    limit = limit or BLOCK_ELEMENTS
+    if tokens * dim >= limit:
+        step = max(1, limit // dim)
+        for b in range(batch):
+            for t in range(0, tokens, step):
+                yield slice(b, b + 1), slice(t, t + step)
+    else:
+        step = max(1, limit // (tokens * dim))
+        for b in range(0, batch, step):
+            yield slice(b, b + step), slice(None)
 
 
 def _refuse_second_order() -> None:
@@ -210,17 +298,9 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _blocks(batch: int, tokens: int, dim: int) -> Iterator[Tuple[slice, slice]]:
-    """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers."""
-    if tokens * dim >= BLOCK_ELEMENTS:
-        step = max(1, BLOCK_ELEMENTS // dim)
-        for b in range(batch):
-            for t in range(0, tokens, step):
-                yield slice(b, b + 1), slice(t, t + step)
-    else:
-        step = max(1, BLOCK_ELEMENTS // (tokens * dim))
-        for b in range(0, batch, step):
-            yield slice(b, b + step), slice(None)
+def _rows_of_each(references: Sequence[Tensor], ndim: int) -> List[Tensor]:
+    """All references as rows, K views for one that has a dimension more."""
+    return [_as_rows(x) for r in references for x in (r.unbind(1) if r.ndim > ndim else (r,))]
 
 
 def _cosine(dot: Tensor, aa: Tensor, rr: Tensor) -> Tensor:
@@ -229,7 +309,7 @@ def _cosine(dot: Tensor, aa: Tensor, rr: Tensor) -> Tensor:
     return (dot / aa * (aa / rr).sqrt()).clamp(-1.0, 1.0)
 
 
-def _cosine_coefficients(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
+def _cosine_slopes(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
     """∂(1 − cos) is linear in the two vectors: grad_a = own_a · a + cross_a · r, grad_r = own_r · r + cross_r · a.
 
     Below MIN_NORM the own part vanishes (the clamped norm is a constant) and the cross part fades with ‖x‖ / MIN_NORM.
@@ -244,22 +324,6 @@ def _cosine_coefficients(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> T
 
 def _fade(squared_norm: Tensor) -> Tensor:
     return (squared_norm.sqrt() / MIN_NORM).clamp_max(1.0)
-
-
-def _norm_of(diff: Tensor, dist: str) -> Tensor:
-    if dist == "l1":
-        return diff.abs().sum(-1)
-    squared = diff.square().sum(-1)
-    return squared.sqrt() if dist == "euclidean" else squared
-
-
-def _norm_gradient(diff: Tensor, g: Tensor, dist: str, distance: Optional[Tensor]) -> Tensor:
-    if dist == "l1":
-        return diff.sign() * g.unsqueeze(-1)
-    if dist == "l2":
-        return diff * (2.0 * g).unsqueeze(-1)
-    # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
-    return diff * (g / distance.clamp_min(1e-18)).unsqueeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
