@@ -72,6 +72,7 @@ MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
 BLOCK_ELEMENTS = 1 << 18  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
+TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         came = "an empty one" if isinstance(references, (list, tuple)) else type(references).__name__
         raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
+    if not _is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
         for i, x in enumerate((anchor, *references)):
             if x.is_inference():
                 name = "anchor" if i == 0 else f"references[{i - 1}]"
@@ -780,42 +781,41 @@ def info_nce_loss(
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
 
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
-    if bank is not None:
-        # The anchor is used twice below: its two gradients must not be rounded to half precision before they are added.
-        anchor = anchor.to(_compute_dtype(anchor, positive, bank))
-    if negatives is None:
-        logits = _bank_distances(anchor, bank, agg, token_weights) / -temperature
-        target = torch.arange(len(logits), device=logits.device)
-        return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
-    own = [] if bank is not None else _negative_list("negatives", negatives, anchor)
-    distances = _aggregated_distances(anchor, [positive, *own], "cos", agg, token_weights)
     if bank is None:
-        d_neg = torch.stack(distances[1:], 1)
-    else:
-        d_neg = _bank_distances(anchor, bank, agg, token_weights)
-    return info_nce_on_distances(distances[0], d_neg, temperature, reduction, sample_weights)
+        references = [positive, *_negative_list("negatives", negatives, anchor)]
+        d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
+        return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
+    # What is used twice below must not have its two gradients rounded to half precision before they are added.
+    dtype = _compute_dtype(anchor, positive, bank)
+    anchor, positive = anchor.to(dtype), positive.to(dtype)
+    (d_pos,) = _aggregated_distances(anchor, [positive], "cos", agg, token_weights)
+    bank = positive if negatives is None else bank.to(dtype)
+    log_sum = _log_sum_over_bank(anchor, bank, temperature, agg, token_weights, skip_own=negatives is None)
+    return _reduce(F.softplus(log_sum + d_pos / temperature), reduction, sample_weights)
 
 
-def _bank_distances(anchor: Tensor, bank: Tensor, agg: str, token_weights: Optional[Tensor]) -> Tensor:
-    """Aggregated cosine distance of every anchor to every row of the bank, ``[B, N]``."""
-    dtype = _compute_dtype(anchor, bank)
-    a, n = (_as_rows(_UnitVectors.apply(x.to(dtype))) for x in (anchor, bank))
-    weights = None if token_weights is None else token_weights.flatten(1).to(dtype)
-    with _full_precision(anchor.device):
-        if n.shape[1] == 1 and a.shape[1] > 1:  # [N, D] against tokens
-            cosines = torch.einsum("btd,nd->bnt", a, n[:, 0])
-        elif agg == "max":
-            cosines = torch.einsum("btd,ntd->bnt", a, n)
-        else:  # the sum over tokens is one matrix product: no [B, N, T] is made
-            if weights is None:
-                total, weighted = a.new_full((len(a), 1), float(a.shape[1])), a
-            else:
-                total, weighted = weights.sum(1, keepdim=True), a * weights.unsqueeze(-1)
-            summed = total - weighted.flatten(1) @ n.flatten(1).T
-            return summed if agg == "sum" else summed / torch.where(total > 0, total, torch.ones_like(total))
-    if weights is not None:
-        weights = weights.unsqueeze(1).expand_as(cosines).flatten(0, 1)
-    return _aggregate((1.0 - cosines).flatten(0, 1), agg, weights).view(cosines.shape[:2])
+def _log_sum_over_bank(
+    anchor: Tensor, bank: Tensor, temperature: float, agg: str, token_weights: Optional[Tensor], skip_own: bool
+) -> Tensor:
+    """log Σ_j exp(−d_ij / τ), ``[B]``, with d_ij the aggregated cosine distance of anchor i to row j of the bank."""
+    a, n = (_as_rows(_UnitVectors.apply(x)) for x in (anchor, bank))
+    tokens = a.shape[1]
+    w = None if token_weights is None else token_weights.flatten(1).to(a.dtype)
+    if agg == "max" and tokens > 1:
+        w = a.new_ones(a.shape[:2]) if w is None else w
+        return _LogSumExp.apply(1.0 / temperature, skip_own, a, n, w)
+    # The sum over tokens is one product: Σ_t w_t (1 − cos_t) = Σ_t w_t − (w·a)·n over all features of all tokens.
+    scale, constant = 1.0 / temperature, float(tokens)
+    if w is not None:
+        constant = w.sum(1)
+        if agg == "mean":
+            total = torch.where(constant > 0, constant, torch.ones_like(constant))
+            w, constant = w / total.unsqueeze(1), constant / total
+        a = a * w.unsqueeze(-1)
+    elif agg == "mean":
+        scale, constant = scale / tokens, 1.0
+    a = a.sum(1) if n.shape[1] < tokens else a.flatten(1)  # [N, D]: every token meets the same row
+    return _LogSumExp.apply(scale, skip_own, a, n.flatten(1), None) - constant / temperature
 
 
 class _UnitVectors(torch.autograd.Function):
@@ -835,7 +835,94 @@ class _UnitVectors(torch.autograd.Function):
         floor = MIN_NORM**2
         along = (grad * unit).sum(-1, keepdim=True)
         along = torch.where(squared < floor, torch.zeros_like(along), along)
-        return (grad - unit * along) * (squared.clamp_min(floor).rsqrt() * _fade(squared))
+        scale = squared.clamp_min(floor).rsqrt() * _fade(squared)
+        return (grad * scale).addcmul_(unit, -along * scale)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log Σ_j exp(s_ij) of every row i, in tiles of which none outlives its turn: the scores are made again backward.
+
+    Without weights s_ij = scale · a_i·n_j of ``[B, F]`` and ``[N, F]``. With weights ``[B, T]``, s_ij is −scale times the
+    largest w_t (1 − a_it·n_jt) of ``[B, T, D]`` and ``[N, T, D]`` or ``[N, 1, D]``. ``skip_own`` leaves out i = j.
+    """
+
+    @staticmethod
+    def forward(ctx, scale, skip_own, a, n, w):
+        log_sum = a.new_full((len(a),), -math.inf)
+        with _full_precision(a.device):
+            for rows, columns in _tiles(a, n, w):
+                s, _ = _scores(scale, skip_own, rows, columns, a, n, w)
+                log_sum[rows] = torch.logaddexp(log_sum[rows], _logsumexp_(s))
+        ctx.options = scale, skip_own
+        ctx.save_for_backward(a, n, w, log_sum)
+        return log_sum
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_second_order()
+        scale, skip_own = ctx.options
+        a, n, w, log_sum = ctx.saved_tensors
+        shift = torch.where(log_sum == -math.inf, torch.zeros_like(log_sum), log_sum)  # a batch of one has no others
+        grads = [torch.zeros_like(x) if need else None for x, need in zip((a, n, w), ctx.needs_input_grad[2:])]
+        with _full_precision(a.device):
+            for rows, columns in _tiles(a, n, w):
+                s, d = _scores(scale, skip_own, rows, columns, a, n, w)
+                p = s.sub_(shift[rows].unsqueeze(1)).exp_()
+                if w is None:
+                    if grads[0] is not None:
+                        grads[0][rows].addmm_(p, n[columns])
+                    if grads[1] is not None:
+                        grads[1][columns].addmm_(p.T, a[rows] * (scale * g[rows]).unsqueeze(1))
+                else:
+                    _add_max_gradients(grads, rows, columns, a, n, w, d, p.mul_((-scale * g[rows]).unsqueeze(1)))
+        if w is None and grads[0] is not None:
+            grads[0].mul_((scale * g).unsqueeze(1))
+        return (None, None, *grads)
+
+
+def _tiles(a: Tensor, n: Tensor, w: Optional[Tensor]) -> Iterator[Tuple[slice, slice]]:
+    """Slices over anchors and over the bank whose scores (per token, for a maximum over tokens) are TILE numbers."""
+    per_pair = 1 if w is None else w.shape[1]
+    height = min(len(a), max(1, math.isqrt(TILE_ELEMENTS // per_pair) // 4))
+    width = max(1, TILE_ELEMENTS // (height * per_pair))
+    for column in range(0, len(n), width):
+        for row in range(0, len(a), height):
+            yield slice(row, min(row + height, len(a))), slice(column, min(column + width, len(n)))
+
+
+def _scores(scale, skip_own, rows, columns, a, n, w) -> Tuple[Tensor, Optional[Tensor]]:
+    """A tile of scores and, with weights, the unweighted distances ``[B, N, T]`` that it was made of."""
+    d = None
+    if w is None:
+        s = (a[rows] * scale) @ n[columns].T
+    else:
+        d = 1.0 - torch.einsum("btd,ntd->bnt", a[rows], n[columns].expand(-1, a.shape[1], -1))
+        s = (d * w[rows].unsqueeze(1)).amax(-1).mul_(-scale)
+    if skip_own:
+        s.diagonal(rows.start - columns.start).fill_(-math.inf)
+    return s, d
+
+
+def _logsumexp_(s: Tensor) -> Tensor:
+    """torch.logsumexp(s, 1) in the memory of s."""
+    top = s.amax(1, keepdim=True)
+    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
+    return s.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))
+
+
+def _add_max_gradients(grads, rows, columns, a, n, w, d, g) -> None:
+    """Adds those of Σ g · max_t(w d) for a tile; tokens that share the maximum share its gradient."""
+    weighted = d * w[rows].unsqueeze(1)
+    share = (weighted == weighted.amax(-1, keepdim=True)).to(d.dtype)
+    share *= (g / share.sum(-1)).unsqueeze(-1)
+    if grads[2] is not None:
+        grads[2][rows] += (share * d).sum(1)
+    share *= -w[rows].unsqueeze(1)  # from d to the cosines
+    if grads[0] is not None:
+        grads[0][rows] += torch.einsum("bnt,ntd->btd", share, n[columns].expand(-1, a.shape[1], -1))
+    if grads[1] is not None:
+        step = torch.einsum("bnt,btd->ntd", share, a[rows])
+        grads[1][columns] += step if n.shape[1] > 1 else step.sum(1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -947,11 +1034,11 @@ def _shape(x: Tensor) -> str:
 
 def _on_cpu(x: Tensor) -> bool:
     """Whether values may be looked at without stalling a GPU (or breaking a compiled graph)."""
-    return x.device.type == "cpu" and not (hasattr(torch, "compiler") and _is_compiling())
+    return x.device.type == "cpu" and not _is_compiling()
 
 
 def _is_compiling() -> bool:
-    probe = getattr(torch.compiler, "is_compiling", None)
+    probe = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # torch 2.0 has none
     return bool(probe is not None and probe())
 
 
