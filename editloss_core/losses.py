@@ -72,7 +72,8 @@ MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
 BLOCK_ELEMENTS = 1 << 18  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
-TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time
+TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
+BANK_ROWS = 256  # … unless those of so many anchors are more: fewer would make poor matrix products
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,6 +109,11 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         came = "an empty one" if isinstance(references, (list, tuple)) else type(references).__name__
         raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
+    return _distances(anchor, references, dist)
+
+
+def _distances(anchor: Tensor, references: Sequence[Tensor], dist: str) -> List[Tensor]:
+    """:func:`token_distances` of what is checked already; a reference ``[B, K, ..., D]`` stands for K."""
     if not _is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
         for i, x in enumerate((anchor, *references)):
             if x.is_inference():
@@ -517,7 +523,7 @@ def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]
 def _aggregated_distances(
     anchor: Tensor, references: Sequence[Tensor], dist: str, agg: str, token_weights: Optional[Tensor]
 ) -> List[Tensor]:
-    return [_aggregate(d, agg, token_weights) for d in token_distances(anchor, references, dist)]
+    return [_aggregate(d, agg, token_weights) for d in _distances(anchor, references, dist)]
 
 
 def _ranking(
@@ -540,7 +546,8 @@ def _ranking(
     _check_number("smooth", smooth, minimum=0.0)
     fraction = margin_fraction(margin)
     if isinstance(margin, Tensor):
-        _check_margin_tensor(margin, torch.Size([anchor.shape[0], len(negatives)]), anchor.device)
+        count = sum(n.shape[1] if n.ndim > anchor.ndim else 1 for n in negatives)
+        _check_margin_tensor(margin, torch.Size([anchor.shape[0], count]), anchor.device)
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
     d_pos, *d_neg = _aggregated_distances(anchor, [positive, *negatives], dist, agg, token_weights)
     if fraction is not None:
@@ -790,32 +797,35 @@ def info_nce_loss(
     anchor, positive = anchor.to(dtype), positive.to(dtype)
     (d_pos,) = _aggregated_distances(anchor, [positive], "cos", agg, token_weights)
     bank = positive if negatives is None else bank.to(dtype)
-    log_sum = _log_sum_over_bank(anchor, bank, temperature, agg, token_weights, skip_own=negatives is None)
-    return _reduce(F.softplus(log_sum + d_pos / temperature), reduction, sample_weights)
+    parts = _bank_parts(anchor, bank, d_pos, 1.0 / temperature, agg, token_weights)
+    if reduction == "none":
+        return _reduce(_BankInfoNCE.apply(False, negatives is None, *parts, None), reduction, sample_weights)
+    factors = torch.full_like(d_pos, 1.0 / len(d_pos) if reduction == "mean" else 1.0)
+    if sample_weights is not None:
+        factors = factors * sample_weights.to(dtype)
+    return _BankInfoNCE.apply(torch.is_grad_enabled(), negatives is None, *parts, factors)
 
 
-def _log_sum_over_bank(
-    anchor: Tensor, bank: Tensor, temperature: float, agg: str, token_weights: Optional[Tensor], skip_own: bool
-) -> Tensor:
-    """log Σ_j exp(−d_ij / τ), ``[B]``, with d_ij the aggregated cosine distance of anchor i to row j of the bank."""
+def _bank_parts(anchor, bank, d_pos, scale: float, agg: str, token_weights: Optional[Tensor]) -> tuple:
+    """What :class:`_BankInfoNCE` takes: scale, features of anchors and bank, token weights or None, positive scores."""
     a, n = (_as_rows(_UnitVectors.apply(x)) for x in (anchor, bank))
     tokens = a.shape[1]
     w = None if token_weights is None else token_weights.flatten(1).to(a.dtype)
     if agg == "max" and tokens > 1:
-        w = a.new_ones(a.shape[:2]) if w is None else w
-        return _LogSumExp.apply(1.0 / temperature, skip_own, a, n, w)
+        return scale, a, n, a.new_ones(a.shape[:2]) if w is None else w, d_pos * -scale
     # The sum over tokens is one product: Σ_t w_t (1 − cos_t) = Σ_t w_t − (w·a)·n over all features of all tokens.
-    scale, constant = 1.0 / temperature, float(tokens)
+    constant = float(tokens)
     if w is not None:
         constant = w.sum(1)
         if agg == "mean":
             total = torch.where(constant > 0, constant, torch.ones_like(constant))
             w, constant = w / total.unsqueeze(1), constant / total
         a = a * w.unsqueeze(-1)
-    elif agg == "mean":
-        scale, constant = scale / tokens, 1.0
+    positive_scores = (constant - d_pos) * scale if w is not None or agg != "mean" else (1.0 - d_pos) * scale
+    if w is None and agg == "mean":
+        scale = scale / tokens
     a = a.sum(1) if n.shape[1] < tokens else a.flatten(1)  # [N, D]: every token meets the same row
-    return _LogSumExp.apply(scale, skip_own, a, n.flatten(1), None) - constant / temperature
+    return scale, a, n.flatten(1), None, positive_scores
 
 
 class _UnitVectors(torch.autograd.Function):
@@ -839,90 +849,87 @@ class _UnitVectors(torch.autograd.Function):
         return (grad * scale).addcmul_(unit, -along * scale)
 
 
-class _LogSumExp(torch.autograd.Function):
-    """log Σ_j exp(s_ij) of every row i, in tiles of which none outlives its turn: the scores are made again backward.
+class _BankInfoNCE(torch.autograd.Function):
+    """log(1 + Σ_j exp(s_ij − p_i)) of every anchor i, for scores s against a bank and p of the positive.
 
-    Without weights s_ij = scale · a_i·n_j of ``[B, F]`` and ``[N, F]``. With weights ``[B, T]``, s_ij is −scale times the
-    largest w_t (1 − a_it·n_jt) of ``[B, T, D]`` and ``[N, T, D]`` or ``[N, 1, D]``. ``skip_own`` leaves out i = j.
+    Scores exist for a few anchors at a time. Without token weights s_ij = scale · a_i·n_j of ``[B, F]`` and ``[N, F]``; with
+    ``w`` ``[B, T]``, −scale times the largest w_t (1 − a_it·n_jt) of ``[B, T, D]`` and ``[N, T, D]`` or ``[N, 1, D]``.
+    ``skip_own`` leaves out j = i. With ``factors`` ``[B]`` the result is Σ_i factor_i · loss_i, whose gradient, but for one
+    number, is known as soon as the scores are and is made with them; without, ``[B]``, and the scores are made again.
     """
 
     @staticmethod
-    def forward(ctx, scale, skip_own, a, n, w):
-        log_sum = a.new_full((len(a),), -math.inf)
-        with _full_precision(a.device):
-            for rows, columns in _tiles(a, n, w):
-                s, _ = _scores(scale, skip_own, rows, columns, a, n, w)
-                log_sum[rows] = torch.logaddexp(log_sum[rows], _logsumexp_(s))
-        ctx.options = scale, skip_own
-        ctx.save_for_backward(a, n, w, log_sum)
-        return log_sum
+    def forward(ctx, now, skip_own, scale, a, n, w, p, factors):
+        ctx.options, needs = (skip_own, scale), ctx.needs_input_grad[3:]
+        if factors is None:
+            loss, _ = _bank_info_nce(skip_own, scale, a, n, w, p, None, ())
+            ctx.save_for_backward(a, n, w, p)
+            return loss
+        loss, grads = _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs if now else ())
+        ctx.save_for_backward(*grads, loss if needs[-1] else None)
+        return (loss * factors).sum()
 
     @staticmethod
     def backward(ctx, g):
         _refuse_second_order()
-        scale, skip_own = ctx.options
-        a, n, w, log_sum = ctx.saved_tensors
-        shift = torch.where(log_sum == -math.inf, torch.zeros_like(log_sum), log_sum)  # a batch of one has no others
-        grads = [torch.zeros_like(x) if need else None for x, need in zip((a, n, w), ctx.needs_input_grad[2:])]
-        with _full_precision(a.device):
-            for rows, columns in _tiles(a, n, w):
-                s, d = _scores(scale, skip_own, rows, columns, a, n, w)
-                p = s.sub_(shift[rows].unsqueeze(1)).exp_()
-                if w is None:
-                    if grads[0] is not None:
-                        grads[0][rows].addmm_(p, n[columns])
-                    if grads[1] is not None:
-                        grads[1][columns].addmm_(p.T, a[rows] * (scale * g[rows]).unsqueeze(1))
-                else:
-                    _add_max_gradients(grads, rows, columns, a, n, w, d, p.mul_((-scale * g[rows]).unsqueeze(1)))
-        if w is None and grads[0] is not None:
-            grads[0].mul_((scale * g).unsqueeze(1))
-        return (None, None, *grads)
+        if g.ndim:
+            _, grads = _bank_info_nce(*ctx.options, *ctx.saved_tensors, g, ctx.needs_input_grad[3:])
+            return (None, None, None, *grads, None)
+        return (None, None, None, *(None if x is None else x * g for x in ctx.saved_tensors))
 
 
-def _tiles(a: Tensor, n: Tensor, w: Optional[Tensor]) -> Iterator[Tuple[slice, slice]]:
-    """Slices over anchors and over the bank whose scores (per token, for a maximum over tokens) are TILE numbers."""
-    per_pair = 1 if w is None else w.shape[1]
-    height = min(len(a), max(1, math.isqrt(TILE_ELEMENTS // per_pair) // 4))
-    width = max(1, TILE_ELEMENTS // (height * per_pair))
-    for column in range(0, len(n), width):
-        for row in range(0, len(a), height):
-            yield slice(row, min(row + height, len(a))), slice(column, min(column + width, len(n)))
+def _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs) -> Tuple[Tensor, List[Optional[Tensor]]]:
+    """Losses, and the gradients of Σ factor · loss for those of a, n, w and p that need one."""
+    loss = torch.empty_like(p)
+    grads = [torch.zeros_like(x) if need else None for x, need in zip((a, n, w, p), needs)]
+    tokens = 1 if w is None else w.shape[1]
+    step = max(1 if w is not None else BANK_ROWS, TILE_ELEMENTS // (len(n) * tokens))
+    scratch = None if _is_compiling() or w is not None else a.new_empty(min(step, len(a)), len(n))
+    with _full_precision(a.device):
+        for start in range(0, len(a), step):
+            rows = slice(start, min(start + step, len(a)))
+            if w is None:
+                out = None if scratch is None else scratch[: rows.stop - start]
+                s = torch.mm(a[rows] * scale, n.T, out=out)
+            else:
+                d = 1.0 - torch.einsum("btd,ntd->bnt", a[rows], n.expand(-1, tokens, -1))
+                s = (d * w[rows].unsqueeze(1)).amax(-1).mul_(-scale)
+            if skip_own:
+                s.diagonal(start).fill_(-math.inf)
+            top = s.amax(1, keepdim=True)
+            top = torch.where(top == -math.inf, torch.zeros_like(top), top)  # a batch of one has no others
+            total = s.sub_(top).exp_().sum(1)
+            excess = total.log() + top.squeeze(1) - p[rows]
+            loss[rows] = F.softplus(excess)
+            if not any(needs):
+                continue
+            slope = factors[rows] * excess.sigmoid()  # that of the log of the sum; s / total are its shares
+            share = (slope * scale / torch.where(total > 0, total, torch.ones_like(total))).unsqueeze(1)
+            if grads[3] is not None:
+                grads[3][rows] = -slope
+            if w is not None:
+                _add_max_gradients(grads, rows, a, n, w, d, s.mul_(-share))
+                continue
+            if grads[0] is not None:
+                grads[0][rows] = torch.mm(s, n).mul_(share)
+            if grads[1] is not None:
+                grads[1].addmm_(s.T, a[rows] * share)
+    return loss, grads
 
 
-def _scores(scale, skip_own, rows, columns, a, n, w) -> Tuple[Tensor, Optional[Tensor]]:
-    """A tile of scores and, with weights, the unweighted distances ``[B, N, T]`` that it was made of."""
-    d = None
-    if w is None:
-        s = (a[rows] * scale) @ n[columns].T
-    else:
-        d = 1.0 - torch.einsum("btd,ntd->bnt", a[rows], n[columns].expand(-1, a.shape[1], -1))
-        s = (d * w[rows].unsqueeze(1)).amax(-1).mul_(-scale)
-    if skip_own:
-        s.diagonal(rows.start - columns.start).fill_(-math.inf)
-    return s, d
-
-
-def _logsumexp_(s: Tensor) -> Tensor:
-    """torch.logsumexp(s, 1) in the memory of s."""
-    top = s.amax(1, keepdim=True)
-    top = torch.where(top == -math.inf, torch.zeros_like(top), top)
-    return s.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))
-
-
-def _add_max_gradients(grads, rows, columns, a, n, w, d, g) -> None:
-    """Adds those of Σ g · max_t(w d) for a tile; tokens that share the maximum share its gradient."""
+def _add_max_gradients(grads, rows, a, n, w, d, g) -> None:
+    """Adds those of Σ g · max_t(w d) for some anchors; tokens that share the maximum share its gradient."""
     weighted = d * w[rows].unsqueeze(1)
     share = (weighted == weighted.amax(-1, keepdim=True)).to(d.dtype)
     share *= (g / share.sum(-1)).unsqueeze(-1)
     if grads[2] is not None:
-        grads[2][rows] += (share * d).sum(1)
+        grads[2][rows] = (share * d).sum(1)
     share *= -w[rows].unsqueeze(1)  # from d to the cosines
     if grads[0] is not None:
-        grads[0][rows] += torch.einsum("bnt,ntd->btd", share, n[columns].expand(-1, a.shape[1], -1))
+        grads[0][rows] = torch.einsum("bnt,ntd->btd", share, n.expand(-1, a.shape[1], -1))
     if grads[1] is not None:
         step = torch.einsum("bnt,btd->ntd", share, a[rows])
-        grads[1][columns] += step if n.shape[1] > 1 else step.sum(1, keepdim=True)
+        grads[1] += step if n.shape[1] > 1 else step.sum(1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1128,7 +1135,7 @@ def _check_labels(y: Union[Tensor, float], batch: int, device: torch.device) -> 
 
 
 def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tensor]:
-    """``[B, ..., D]``, ``[B, K, ..., D]`` or a sequence of ``[B, ..., D]`` as a list of views shaped like the anchor."""
+    """The references that the negatives are: one tensor ``[B, ..., D]`` or ``[B, K, ..., D]``, or several of the first."""
     if isinstance(negatives, Tensor):
         _check_tensor(name, negatives)
         if negatives.ndim == anchor.ndim + 1:
@@ -1151,7 +1158,7 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
     named: Dict[str, Tensor] = {"the anchor": anchor}
     named.update({name if len(items) == 1 else f"{name}[{i}]": x for i, x in enumerate(items)})
     _check_embeddings(**named)
-    return items
+    return [negatives] if isinstance(negatives, Tensor) else items
 
 
 def _shared_bank(negatives: Negatives, anchor: Tensor) -> Optional[Tensor]:
