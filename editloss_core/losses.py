@@ -71,7 +71,7 @@ DISTANCES = ("cos", "l2")
 MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
-BLOCK_ELEMENTS = 1 << 18  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
+BLOCK_ELEMENTS = 1 << 19  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
 TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
 BANK_ROWS = 256  # … unless those of so many anchors are more: fewer would make poor matrix products
 
@@ -200,7 +200,7 @@ class _TokenDistances(torch.autograd.Function):
 def _cosine_gradients(work, a, rs, slopes, to_a, to_rs) -> None:
     """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
     own = sum(slope[0] for slope in slopes.values())
-    for block in work.blocks:
+    for block in reversed(work.blocks):
         x, total = work.load("anchor", a, block), None
         if to_a is not None:
             total = torch.mul(x, own[block].unsqueeze(-1), out=work.target("total", to_a, block))
@@ -217,7 +217,7 @@ def _cosine_gradients(work, a, rs, slopes, to_a, to_rs) -> None:
 
 def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
     """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
-    for block in work.blocks:
+    for block in reversed(work.blocks):
         x, total = work.load("anchor", a, block), None
         for j, slope in slopes.items():
             slope = slope[block].unsqueeze(-1)
@@ -237,8 +237,9 @@ def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
 class _Blocks:
     """The pieces in which rows ``[B, T, D]`` are worked through, and memory of a piece's size that is used again.
 
-    With ``out=`` into that memory, every pass but the first reads from the cache. A compiler does all this by itself: for
-    it there is one block and no memory.
+    With ``out=`` into that memory, every pass but the first reads from the cache; backward takes the blocks in reverse,
+    because the last of the forward pass may still be there. A compiler does all this by itself: for it there is one block
+    and no memory.
     """
 
     def __init__(self, rows: Tensor, dtype: torch.dtype):
@@ -257,7 +258,8 @@ class _Blocks:
         if self.compiling:
             return None
         if name not in self.memory:
-            self.memory[name] = torch.empty(shape, dtype=self.dtype, device=self.rows.device)
+            largest = self.rows[self.blocks[0]].shape
+            self.memory[name] = torch.empty(largest, dtype=self.dtype, device=self.rows.device)
         return self.memory[name][: shape[0], : shape[1]]
 
     def load(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Tensor:
@@ -269,7 +271,8 @@ class _Blocks:
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Σ x·y over the features. One order of adding for all, so that Σ x·y = Σ x·x where y equals x."""
-        return torch.mul(x, y, out=self.scratch("product", x.shape)).sum(-1)
+        out = self.scratch("product", x.shape)
+        return (torch.square(x, out=out) if x is y else torch.mul(x, y, out=out)).sum(-1)
 
     def target(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Optional[Tensor]:
         """Where to compute what :meth:`store` puts into ``rows``: there, if they have the dtype of the computation."""
@@ -286,6 +289,7 @@ def _blocks(batch: int, tokens: int, dim: int, limit: Optional[int] = None) -> I
     limit = limit or BLOCK_ELEMENTS
     if tokens * dim >= limit:
         step = max(1, limit // dim)
+        step = math.ceil(tokens / math.ceil(tokens / step))  # equal pieces
         for b in range(batch):
             for t in range(0, tokens, step):
                 yield slice(b, b + 1), slice(t, t + step)
