@@ -41,6 +41,10 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--only", default=",".join(SECTIONS), help="comma-separated sections (default: all)")
 parser.add_argument("--shape", default="8,1024,768", help="of the four tensors of the task losses")
 parser.add_argument("--rounds", type=int, default=15, help="rounds of the task losses (default: 15)")
+parser.add_argument("--threads", type=int, default=0, help="of torch (default: as torch has it)")
+parser.add_argument(
+    "--cpu-time", action="store_true", help="CPU seconds of the process, for one thread on a machine that others use"
+)
 parser.add_argument("--large", action="store_true", help="also InfoNCE of 65,536 x 256, which takes minutes")
 parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "losses.md"), help="'' writes no file")
 parser.add_argument("--measure", default="", help=argparse.SUPPRESS)  # one candidate in a process of its own
@@ -180,9 +184,9 @@ def step(function, inputs):
 
 def seconds(candidates: dict, inputs, rounds: int) -> dict[str, float]:
     """Fastest of the rounds."""
-    names = {"step": step, "inputs": inputs}
+    options = {"num_threads": torch.get_num_threads(), "timer": clock()}
     timers = {
-        name: Timer("step(function, inputs)", globals={**names, "function": f}, num_threads=torch.get_num_threads())
+        name: Timer("step(function, inputs)", globals={"step": step, "inputs": inputs, "function": f}, **options)
         for name, f in candidates.items()
     }
     found: dict[str, list[float]] = {name: [] for name in timers}
@@ -190,6 +194,10 @@ def seconds(candidates: dict, inputs, rounds: int) -> dict[str, float]:
         for name, timer in timers.items():
             found[name].append(timer.timeit(1).mean)
     return {name: min(times) for name, times in found.items()}
+
+
+def clock():
+    return time.process_time if ARGS.cpu_time else time.perf_counter
 
 
 def errors(function, inputs, reference) -> tuple[float, float]:
@@ -210,6 +218,7 @@ def status(key: str) -> float:
 def measured(section: str, name: str, *shape: int, dtype: str = "fp32") -> dict:
     """Seconds and peak MiB of one call in a process of its own, or what it raised."""
     command = [sys.executable, __file__, "--measure", json.dumps([section, name, shape, dtype])]
+    command += ["--threads", str(torch.get_num_threads())] + ["--cpu-time"] * ARGS.cpu_time
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"raised": (done.stderr.strip().splitlines() or ["killed"])[-1]}
@@ -227,9 +236,9 @@ def measure_here(section: str, name: str, shape, dtype: str) -> None:
         for x in inputs if section == "info_nce" else inputs[:1]:
             x.requires_grad_()
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        before, began = status("VmRSS"), time.perf_counter()
+        before, began = status("VmRSS"), clock()()
         function(*inputs).backward()
-        took, peak = time.perf_counter() - began, status("VmHWM") - before
+        took, peak = clock()() - began, status("VmHWM") - before
     print(json.dumps({"seconds": took, "mib": peak}))
 
 
@@ -391,8 +400,9 @@ def peers(args) -> list[str]:
     return lines + table(f"| | {' | '.join(made)} |", rows)
 
 
-def main() -> None:
-    args = parser.parse_args()
+def main(args) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.measure:
         measure_here(*json.loads(args.measure))
         return
@@ -401,7 +411,8 @@ def main() -> None:
         "# The losses beside their peers",
         "",
         f"`python benchmarks/losses.py{' --large' if args.large else ''}` on a CPU ({torch.backends.cpu.get_cpu_capability()}), "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}.",
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+        + (", CPU seconds of the process (other people were using the machine)." if args.cpu_time else "."),
         "",
     ]
     for section in SECTIONS:
@@ -414,4 +425,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ARGS = parser.parse_args()
+    main(ARGS)
