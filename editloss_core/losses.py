@@ -71,7 +71,9 @@ DISTANCES = ("cos", "l2")
 MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
-BLOCK_ELEMENTS = 1 << 20  # numbers per block: large enough to hide Python, small enough to bound the temporaries
+BLOCK_ELEMENTS = 1 << 19  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
+TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
+BANK_ROWS = 256  # … unless those of so many anchors are more: fewer would make poor matrix products
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +109,12 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         came = "an empty one" if isinstance(references, (list, tuple)) else type(references).__name__
         raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
+    return _distances(anchor, references, dist)
+
+
+def _distances(anchor: Tensor, references: Sequence[Tensor], dist: str) -> List[Tensor]:
+    """:func:`token_distances` of what is checked already; a reference ``[B, K, ..., D]`` stands for K."""
+    if not _is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
         for i, x in enumerate((anchor, *references)):
             if x.is_inference():
                 name = "anchor" if i == 0 else f"references[{i - 1}]"
@@ -119,85 +126,177 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
 
 
 class _TokenDistances(torch.autograd.Function):
-    """d_j = dist(anchor, reference_j) per token.
+    """d_j = dist(anchor, reference_j) per token; a reference ``[B, K, ..., D]`` counts as K of them.
 
-    Saved for backward: the inputs themselves and, per token, the squared norms and the dot products.
+    Saved for backward: the inputs themselves and, per token, the squared norms and the distances.
     """
 
     @staticmethod
     def forward(ctx, dist, anchor, *references):
-        dtype = _compute_dtype(anchor, *references)
-        shape = anchor.shape[:-1]
-        a3 = _as_rows(anchor)
-        rows = a3.shape[:2]
-        r3 = [_as_rows(r) for r in references]
-        outputs = [torch.empty(rows, dtype=dtype, device=anchor.device) for _ in references]
-        cosine = dist == "cos"
-        norms = [torch.empty_like(outputs[0]) for _ in range(1 + len(references))] if cosine else []
-        for block in _blocks(*a3.shape):
-            a = a3[block].to(dtype).contiguous()
-            if cosine:
-                aa = a.square().sum(-1)
-                norms[0][block] = aa
-            for j, reference in enumerate(r3):
-                r = reference[block].to(dtype).contiguous()
-                if cosine:
-                    rr = r.square().sum(-1)
-                    norms[1 + j][block] = rr
-                    outputs[j][block] = 1.0 - _cosine((a * r).sum(-1), aa, rr)
+        a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
+        work = _Blocks(a, _compute_dtype(anchor, *references))
+        sums = [work.per_token() for _ in rs]
+        squares = [work.per_token() for _ in (a, *rs)] if dist == "cos" else []
+        for block in work.blocks:
+            x = work.load("anchor", a, block)
+            if squares:
+                squares[0][block] = work.dot(x, x)
+            for j in range(len(rs)):
+                r = work.load("reference", rs[j], block)
+                if squares:
+                    squares[1 + j][block] = work.dot(r, r)
+                    sums[j][block] = work.dot(x, r)
                 else:
-                    outputs[j][block] = _norm_of(a - r, dist)
-        ctx.dist = dist
-        ctx.save_for_backward(anchor, *references, *norms, *(outputs if dist in ("cos", "euclidean") else ()))
+                    diff = torch.sub(x, r, out=work.scratch("product", x.shape))
+                    sums[j][block] = (diff.abs_() if dist == "l1" else diff.square_()).sum(-1)
+        if dist == "cos":
+            sums = [1.0 - _cosine(dot, squares[0], rr) for dot, rr in zip(sums, squares[1:])]
+        elif dist == "euclidean":
+            sums = [s.sqrt_() for s in sums]
+        ctx.dist, ctx.inputs = dist, 1 + len(references)
+        ctx.save_for_backward(anchor, *references, *squares, *(sums if dist in ("cos", "euclidean") else ()))
         ctx.set_materialize_grads(False)
-        return tuple(d.view(shape) for d in outputs)
+        return tuple(d.view(anchor.shape[:-1]) for d in sums)
 
     @staticmethod
     def backward(ctx, *grads):
         _refuse_second_order()
-        count = len(grads)
-        anchor, *saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
-        references, scalars = saved[:count], saved[count:]
-        needs_anchor, needs_reference = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
-        dtype = _compute_dtype(anchor, *references)
-        a3, r3 = _as_rows(anchor), [_as_rows(r) for r in references]
-        g2 = [None if g is None else g.reshape(a3.shape[:2]) for g in grads]
-        grad_anchor = torch.empty_like(a3, memory_format=torch.contiguous_format) if needs_anchor else None
-        grad_refs = [
-            torch.empty_like(r, memory_format=torch.contiguous_format) if need else None
-            for r, need in zip(r3, needs_reference)
+        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
+        (anchor, *references), scalars = saved[: ctx.inputs], saved[ctx.inputs :]
+        a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
+        results = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+            for x, need in zip((anchor, *references), ctx.needs_input_grad[1:])
         ]
-        for block in _blocks(*a3.shape):
-            a = a3[block].to(dtype)
-            at_block = [s[block] for s in scalars]
-            total = torch.zeros_like(a) if needs_anchor else None
-            for j in range(count):
-                if g2[j] is None or not (needs_anchor or needs_reference[j]):
-                    if grad_refs[j] is not None:
-                        grad_refs[j][block] = 0
-                    continue
-                r = r3[j][block].to(dtype)
-                g = g2[j][block]
-                if ctx.dist == "cos":
-                    own_a, cross_a, own_r, cross_r = _cosine_coefficients(
-                        g, 1.0 - at_block[1 + count + j], at_block[0], at_block[1 + j]
-                    )
-                    if needs_anchor:
-                        total.addcmul_(r, cross_a.unsqueeze(-1)).addcmul_(a, own_a.unsqueeze(-1))
-                    if needs_reference[j]:
-                        grad_refs[j][block] = (a * cross_r.unsqueeze(-1)).addcmul_(r, own_r.unsqueeze(-1))
+        to_a = None if results[0] is None else _as_rows(results[0])
+        to_rs: List[Optional[Tensor]] = []
+        for result, reference in zip(results[1:], references):
+            pieces = _rows_of_each([reference if result is None else result], anchor.ndim)
+            to_rs += pieces if result is not None else [None] * len(pieces)
+        used = [j for j, g in enumerate(grads) if g is not None]
+        for j, to_r in enumerate(to_rs):
+            if to_r is not None and j not in used:
+                to_r.zero_()
+        if to_a is not None and not used:
+            to_a.zero_()
+        if not used:
+            return (None, *results)
+        g = {j: grads[j].reshape(a.shape[:2]) for j in used}
+        work = _Blocks(a, _compute_dtype(anchor, *references))
+        if ctx.dist == "cos":
+            squares, distances = scalars[: 1 + len(rs)], scalars[1 + len(rs) :]
+            slopes = {j: _cosine_slopes(g[j], 1.0 - distances[j], squares[0], squares[1 + j]) for j in used}
+            _cosine_gradients(work, a, rs, slopes, to_a, to_rs)
+        else:
+            if ctx.dist == "l2":
+                g = {j: 2.0 * g[j] for j in used}
+            elif ctx.dist == "euclidean":
+                # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
+                g = {j: g[j] / scalars[j].clamp_min(1e-18) for j in used}
+            _difference_gradients(work, a, rs, g, to_a, to_rs, signs=ctx.dist == "l1")
+        return (None, *results)
+
+
+def _cosine_gradients(work, a, rs, slopes, to_a, to_rs) -> None:
+    """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
+    own = sum(slope[0] for slope in slopes.values())
+    for block in reversed(work.blocks):
+        x, total = work.load("anchor", a, block), None
+        if to_a is not None:
+            total = torch.mul(x, own[block].unsqueeze(-1), out=work.target("total", to_a, block))
+        for j, (_, cross_a, own_r, cross_r) in slopes.items():
+            r = work.load("reference", rs[j], block)
+            if to_a is not None:
+                total.addcmul_(r, cross_a[block].unsqueeze(-1))
+            if to_rs[j] is not None:
+                part = torch.mul(r, own_r[block].unsqueeze(-1), out=work.target("product", to_rs[j], block))
+                work.store(part.addcmul_(x, cross_r[block].unsqueeze(-1)), to_rs[j], block)
+        if to_a is not None:
+            work.store(total, to_a, block)
+
+
+def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
+    """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
+    for block in reversed(work.blocks):
+        x, total = work.load("anchor", a, block), None
+        for j, slope in slopes.items():
+            slope = slope[block].unsqueeze(-1)
+            step = torch.sub(x, work.load("reference", rs[j], block), out=work.scratch("product", x.shape))
+            step = step.sign_() if signs else step
+            if to_a is not None:
+                if total is None:
+                    total = torch.mul(step, slope, out=work.target("total", to_a, block))
                 else:
-                    step = _norm_gradient(a - r, g, ctx.dist, at_block[j] if at_block else None)
-                    if needs_anchor:
-                        total += step
-                    if needs_reference[j]:
-                        grad_refs[j][block] = -step
-            if needs_anchor:
-                grad_anchor[block] = total
-        if needs_anchor:
-            grad_anchor = grad_anchor.view(anchor.shape)
-        grad_refs = [None if g is None else g.view(r.shape) for g, r in zip(grad_refs, references)]
-        return (None, grad_anchor, *grad_refs)
+                    total.addcmul_(step, slope)
+            if to_rs[j] is not None:
+                work.store(torch.mul(step, -slope, out=work.target("part", to_rs[j], block)), to_rs[j], block)
+        if to_a is not None:
+            work.store(total, to_a, block)
+
+
+class _Blocks:
+    """The pieces in which rows ``[B, T, D]`` are worked through, and memory of a piece's size that is used again.
+
+    With ``out=`` into that memory, every pass but the first reads from the cache; backward takes the blocks in reverse,
+    because the last of the forward pass may still be there. A compiler does all this by itself: for it there is one block
+    and no memory.
+    """
+
+    def __init__(self, rows: Tensor, dtype: torch.dtype):
+        self.rows, self.dtype, self.compiling = rows, dtype, _is_compiling()
+        self.memory: Dict[str, Tensor] = {}
+        if self.compiling:
+            self.blocks = [(slice(None), slice(None))]
+        else:
+            self.blocks = list(_blocks(*rows.shape, BLOCK_ELEMENTS * (1 if rows.device.type == "cpu" else 16)))
+
+    def per_token(self) -> Tensor:
+        return torch.empty(self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
+
+    def scratch(self, name: str, shape: torch.Size) -> Optional[Tensor]:
+        """Memory for a block of ``shape`` (no block is larger than the first one)."""
+        if self.compiling:
+            return None
+        if name not in self.memory:
+            largest = self.rows[self.blocks[0]].shape
+            self.memory[name] = torch.empty(largest, dtype=self.dtype, device=self.rows.device)
+        return self.memory[name][: shape[0], : shape[1]]
+
+    def load(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Tensor:
+        """A block in the dtype of the computation with its features side by side: a view if it is so already."""
+        x = rows[block]
+        if x.dtype == self.dtype and (self.compiling or x.stride(-1) == 1):
+            return x
+        return x.to(self.dtype) if self.compiling else self.scratch(name, x.shape).copy_(x)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Σ x·y over the features. One order of adding for all, so that Σ x·y = Σ x·x where y equals x."""
+        out = self.scratch("product", x.shape)
+        return (torch.square(x, out=out) if x is y else torch.mul(x, y, out=out)).sum(-1)
+
+    def target(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Optional[Tensor]:
+        """Where to compute what :meth:`store` puts into ``rows``: there, if they have the dtype of the computation."""
+        x = rows[block]
+        return x if x.dtype == self.dtype and not self.compiling else self.scratch(name, x.shape)
+
+    def store(self, value: Tensor, rows: Tensor, block: Tuple[slice, slice]) -> None:
+        if rows.dtype != self.dtype or self.compiling:
+            rows[block] = value
+
+
+def _blocks(batch: int, tokens: int, dim: int, limit: Optional[int] = None) -> Iterator[Tuple[slice, slice]]:
+    """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers, the first one being the largest."""
+    limit = limit or BLOCK_ELEMENTS
+    if tokens * dim >= limit:
+        step = max(1, limit // dim)
+        step = math.ceil(tokens / math.ceil(tokens / step))  # equal pieces
+        for b in range(batch):
+            for t in range(0, tokens, step):
+                yield slice(b, b + 1), slice(t, t + step)
+    else:
+        step = max(1, limit // (tokens * dim))
+        for b in range(0, batch, step):
+            yield slice(b, b + step), slice(None)
 
 
 def _refuse_second_order() -> None:
@@ -210,17 +309,9 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _blocks(batch: int, tokens: int, dim: int) -> Iterator[Tuple[slice, slice]]:
-    """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers."""
-    if tokens * dim >= BLOCK_ELEMENTS:
-        step = max(1, BLOCK_ELEMENTS // dim)
-        for b in range(batch):
-            for t in range(0, tokens, step):
-                yield slice(b, b + 1), slice(t, t + step)
-    else:
-        step = max(1, BLOCK_ELEMENTS // (tokens * dim))
-        for b in range(0, batch, step):
-            yield slice(b, b + step), slice(None)
+def _rows_of_each(references: Sequence[Tensor], ndim: int) -> List[Tensor]:
+    """All references as rows, K views for one that has a dimension more."""
+    return [_as_rows(x) for r in references for x in (r.unbind(1) if r.ndim > ndim else (r,))]
 
 
 def _cosine(dot: Tensor, aa: Tensor, rr: Tensor) -> Tensor:
@@ -229,7 +320,7 @@ def _cosine(dot: Tensor, aa: Tensor, rr: Tensor) -> Tensor:
     return (dot / aa * (aa / rr).sqrt()).clamp(-1.0, 1.0)
 
 
-def _cosine_coefficients(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
+def _cosine_slopes(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
     """∂(1 − cos) is linear in the two vectors: grad_a = own_a · a + cross_a · r, grad_r = own_r · r + cross_r · a.
 
     Below MIN_NORM the own part vanishes (the clamped norm is a constant) and the cross part fades with ‖x‖ / MIN_NORM.
@@ -244,22 +335,6 @@ def _cosine_coefficients(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> T
 
 def _fade(squared_norm: Tensor) -> Tensor:
     return (squared_norm.sqrt() / MIN_NORM).clamp_max(1.0)
-
-
-def _norm_of(diff: Tensor, dist: str) -> Tensor:
-    if dist == "l1":
-        return diff.abs().sum(-1)
-    squared = diff.square().sum(-1)
-    return squared.sqrt() if dist == "euclidean" else squared
-
-
-def _norm_gradient(diff: Tensor, g: Tensor, dist: str, distance: Optional[Tensor]) -> Tensor:
-    if dist == "l1":
-        return diff.sign() * g.unsqueeze(-1)
-    if dist == "l2":
-        return diff * (2.0 * g).unsqueeze(-1)
-    # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
-    return diff * (g / distance.clamp_min(1e-18)).unsqueeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,7 +527,7 @@ def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]
 def _aggregated_distances(
     anchor: Tensor, references: Sequence[Tensor], dist: str, agg: str, token_weights: Optional[Tensor]
 ) -> List[Tensor]:
-    return [_aggregate(d, agg, token_weights) for d in token_distances(anchor, references, dist)]
+    return [_aggregate(d, agg, token_weights) for d in _distances(anchor, references, dist)]
 
 
 def _ranking(
@@ -475,7 +550,8 @@ def _ranking(
     _check_number("smooth", smooth, minimum=0.0)
     fraction = margin_fraction(margin)
     if isinstance(margin, Tensor):
-        _check_margin_tensor(margin, torch.Size([anchor.shape[0], len(negatives)]), anchor.device)
+        count = sum(n.shape[1] if n.ndim > anchor.ndim else 1 for n in negatives)
+        _check_margin_tensor(margin, torch.Size([anchor.shape[0], count]), anchor.device)
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
     d_pos, *d_neg = _aggregated_distances(anchor, [positive, *negatives], dist, agg, token_weights)
     if fraction is not None:
@@ -716,42 +792,44 @@ def info_nce_loss(
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
 
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
-    if bank is not None:
-        # The anchor is used twice below: its two gradients must not be rounded to half precision before they are added.
-        anchor = anchor.to(_compute_dtype(anchor, positive, bank))
-    if negatives is None:
-        logits = _bank_distances(anchor, bank, agg, token_weights) / -temperature
-        target = torch.arange(len(logits), device=logits.device)
-        return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
-    own = [] if bank is not None else _negative_list("negatives", negatives, anchor)
-    distances = _aggregated_distances(anchor, [positive, *own], "cos", agg, token_weights)
     if bank is None:
-        d_neg = torch.stack(distances[1:], 1)
-    else:
-        d_neg = _bank_distances(anchor, bank, agg, token_weights)
-    return info_nce_on_distances(distances[0], d_neg, temperature, reduction, sample_weights)
+        references = [positive, *_negative_list("negatives", negatives, anchor)]
+        d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
+        return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
+    # What is used twice below must not have its two gradients rounded to half precision before they are added.
+    dtype = _compute_dtype(anchor, positive, bank)
+    anchor, positive = anchor.to(dtype), positive.to(dtype)
+    (d_pos,) = _aggregated_distances(anchor, [positive], "cos", agg, token_weights)
+    bank = positive if negatives is None else bank.to(dtype)
+    parts = _bank_parts(anchor, bank, d_pos, 1.0 / temperature, agg, token_weights)
+    if reduction == "none":
+        return _reduce(_BankInfoNCE.apply(False, negatives is None, *parts, None), reduction, sample_weights)
+    factors = torch.full_like(d_pos, 1.0 / len(d_pos) if reduction == "mean" else 1.0)
+    if sample_weights is not None:
+        factors = factors * sample_weights.to(dtype)
+    return _BankInfoNCE.apply(torch.is_grad_enabled(), negatives is None, *parts, factors)
 
 
-def _bank_distances(anchor: Tensor, bank: Tensor, agg: str, token_weights: Optional[Tensor]) -> Tensor:
-    """Aggregated cosine distance of every anchor to every row of the bank, ``[B, N]``."""
-    dtype = _compute_dtype(anchor, bank)
-    a, n = (_as_rows(_UnitVectors.apply(x.to(dtype))) for x in (anchor, bank))
-    weights = None if token_weights is None else token_weights.flatten(1).to(dtype)
-    with _full_precision(anchor.device):
-        if n.shape[1] == 1 and a.shape[1] > 1:  # [N, D] against tokens
-            cosines = torch.einsum("btd,nd->bnt", a, n[:, 0])
-        elif agg == "max":
-            cosines = torch.einsum("btd,ntd->bnt", a, n)
-        else:  # the sum over tokens is one matrix product: no [B, N, T] is made
-            if weights is None:
-                total, weighted = a.new_full((len(a), 1), float(a.shape[1])), a
-            else:
-                total, weighted = weights.sum(1, keepdim=True), a * weights.unsqueeze(-1)
-            summed = total - weighted.flatten(1) @ n.flatten(1).T
-            return summed if agg == "sum" else summed / torch.where(total > 0, total, torch.ones_like(total))
-    if weights is not None:
-        weights = weights.unsqueeze(1).expand_as(cosines).flatten(0, 1)
-    return _aggregate((1.0 - cosines).flatten(0, 1), agg, weights).view(cosines.shape[:2])
+def _bank_parts(anchor, bank, d_pos, scale: float, agg: str, token_weights: Optional[Tensor]) -> tuple:
+    """What :class:`_BankInfoNCE` takes: scale, features of anchors and bank, token weights or None, positive scores."""
+    a, n = (_as_rows(_UnitVectors.apply(x)) for x in (anchor, bank))
+    tokens = a.shape[1]
+    w = None if token_weights is None else token_weights.flatten(1).to(a.dtype)
+    if agg == "max" and tokens > 1:
+        return scale, a, n, a.new_ones(a.shape[:2]) if w is None else w, d_pos * -scale
+    # The sum over tokens is one product: Σ_t w_t (1 − cos_t) = Σ_t w_t − (w·a)·n over all features of all tokens.
+    constant = float(tokens)
+    if w is not None:
+        constant = w.sum(1)
+        if agg == "mean":
+            total = torch.where(constant > 0, constant, torch.ones_like(constant))
+            w, constant = w / total.unsqueeze(1), constant / total
+        a = a * w.unsqueeze(-1)
+    positive_scores = (constant - d_pos) * scale if w is not None or agg != "mean" else (1.0 - d_pos) * scale
+    if w is None and agg == "mean":
+        scale = scale / tokens
+    a = a.sum(1) if n.shape[1] < tokens else a.flatten(1)  # [N, D]: every token meets the same row
+    return scale, a, n.flatten(1), None, positive_scores
 
 
 class _UnitVectors(torch.autograd.Function):
@@ -771,7 +849,91 @@ class _UnitVectors(torch.autograd.Function):
         floor = MIN_NORM**2
         along = (grad * unit).sum(-1, keepdim=True)
         along = torch.where(squared < floor, torch.zeros_like(along), along)
-        return (grad - unit * along) * (squared.clamp_min(floor).rsqrt() * _fade(squared))
+        scale = squared.clamp_min(floor).rsqrt() * _fade(squared)
+        return (grad * scale).addcmul_(unit, -along * scale)
+
+
+class _BankInfoNCE(torch.autograd.Function):
+    """log(1 + Σ_j exp(s_ij − p_i)) of every anchor i, for scores s against a bank and p of the positive.
+
+    Scores exist for a few anchors at a time. Without token weights s_ij = scale · a_i·n_j of ``[B, F]`` and ``[N, F]``; with
+    ``w`` ``[B, T]``, −scale times the largest w_t (1 − a_it·n_jt) of ``[B, T, D]`` and ``[N, T, D]`` or ``[N, 1, D]``.
+    ``skip_own`` leaves out j = i. With ``factors`` ``[B]`` the result is Σ_i factor_i · loss_i, whose gradient, but for one
+    number, is known as soon as the scores are and is made with them; without, ``[B]``, and the scores are made again.
+    """
+
+    @staticmethod
+    def forward(ctx, now, skip_own, scale, a, n, w, p, factors):
+        ctx.options, needs = (skip_own, scale), ctx.needs_input_grad[3:]
+        if factors is None:
+            loss, _ = _bank_info_nce(skip_own, scale, a, n, w, p, None, ())
+            ctx.save_for_backward(a, n, w, p)
+            return loss
+        loss, grads = _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs if now else ())
+        ctx.save_for_backward(*grads, loss if needs[-1] else None)
+        return (loss * factors).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        _refuse_second_order()
+        if g.ndim:
+            _, grads = _bank_info_nce(*ctx.options, *ctx.saved_tensors, g, ctx.needs_input_grad[3:])
+            return (None, None, None, *grads, None)
+        return (None, None, None, *(None if x is None else x * g for x in ctx.saved_tensors))
+
+
+def _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs) -> Tuple[Tensor, List[Optional[Tensor]]]:
+    """Losses, and the gradients of Σ factor · loss for those of a, n, w and p that need one."""
+    loss = torch.empty_like(p)
+    grads = [torch.zeros_like(x) if need else None for x, need in zip((a, n, w, p), needs)]
+    tokens = 1 if w is None else w.shape[1]
+    step = max(1 if w is not None else BANK_ROWS, TILE_ELEMENTS // (len(n) * tokens))
+    scratch = None if _is_compiling() or w is not None else a.new_empty(min(step, len(a)), len(n))
+    with _full_precision(a.device):
+        for start in range(0, len(a), step):
+            rows = slice(start, min(start + step, len(a)))
+            if w is None:
+                out = None if scratch is None else scratch[: rows.stop - start]
+                s = torch.mm(a[rows] * scale, n.T, out=out)
+            else:
+                d = 1.0 - torch.einsum("btd,ntd->bnt", a[rows], n.expand(-1, tokens, -1))
+                s = (d * w[rows].unsqueeze(1)).amax(-1).mul_(-scale)
+            if skip_own:
+                s.diagonal(start).fill_(-math.inf)
+            top = s.amax(1, keepdim=True)
+            top = torch.where(top == -math.inf, torch.zeros_like(top), top)  # a batch of one has no others
+            total = s.sub_(top).exp_().sum(1)
+            excess = total.log() + top.squeeze(1) - p[rows]
+            loss[rows] = F.softplus(excess)
+            if not any(needs):
+                continue
+            slope = factors[rows] * excess.sigmoid()  # that of the log of the sum; s / total are its shares
+            share = (slope * scale / torch.where(total > 0, total, torch.ones_like(total))).unsqueeze(1)
+            if grads[3] is not None:
+                grads[3][rows] = -slope
+            if w is not None:
+                _add_max_gradients(grads, rows, a, n, w, d, s.mul_(-share))
+                continue
+            if grads[0] is not None:
+                grads[0][rows] = torch.mm(s, n).mul_(share)
+            if grads[1] is not None:
+                grads[1].addmm_(s.T, a[rows] * share)
+    return loss, grads
+
+
+def _add_max_gradients(grads, rows, a, n, w, d, g) -> None:
+    """Adds those of Σ g · max_t(w d) for some anchors; tokens that share the maximum share its gradient."""
+    weighted = d * w[rows].unsqueeze(1)
+    share = (weighted == weighted.amax(-1, keepdim=True)).to(d.dtype)
+    share *= (g / share.sum(-1)).unsqueeze(-1)
+    if grads[2] is not None:
+        grads[2][rows] = (share * d).sum(1)
+    share *= -w[rows].unsqueeze(1)  # from d to the cosines
+    if grads[0] is not None:
+        grads[0][rows] = torch.einsum("bnt,ntd->btd", share, n.expand(-1, a.shape[1], -1))
+    if grads[1] is not None:
+        step = torch.einsum("bnt,btd->ntd", share, a[rows])
+        grads[1] += step if n.shape[1] > 1 else step.sum(1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -883,11 +1045,11 @@ def _shape(x: Tensor) -> str:
 
 def _on_cpu(x: Tensor) -> bool:
     """Whether values may be looked at without stalling a GPU (or breaking a compiled graph)."""
-    return x.device.type == "cpu" and not (hasattr(torch, "compiler") and _is_compiling())
+    return x.device.type == "cpu" and not _is_compiling()
 
 
 def _is_compiling() -> bool:
-    probe = getattr(torch.compiler, "is_compiling", None)
+    probe = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # torch 2.0 has none
     return bool(probe is not None and probe())
 
 
@@ -977,7 +1139,7 @@ def _check_labels(y: Union[Tensor, float], batch: int, device: torch.device) -> 
 
 
 def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tensor]:
-    """``[B, ..., D]``, ``[B, K, ..., D]`` or a sequence of ``[B, ..., D]`` as a list of views shaped like the anchor."""
+    """The references that the negatives are: one tensor ``[B, ..., D]`` or ``[B, K, ..., D]``, or several of the first."""
     if isinstance(negatives, Tensor):
         _check_tensor(name, negatives)
         if negatives.ndim == anchor.ndim + 1:
@@ -1000,7 +1162,7 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
     named: Dict[str, Tensor] = {"the anchor": anchor}
     named.update({name if len(items) == 1 else f"{name}[{i}]": x for i, x in enumerate(items)})
     _check_embeddings(**named)
-    return items
+    return [negatives] if isinstance(negatives, Tensor) else items
 
 
 def _shared_bank(negatives: Negatives, anchor: Tensor) -> Optional[Tensor]:
