@@ -12,36 +12,59 @@ from typing import Iterator, Sequence
 import torch
 
 MIB = 1 << 20
+STAGE = "stage: "
 
 
 @dataclass
 class Peak:
-    """Bytes above those at the start; ``end`` is what was still held then."""
+    """Bytes above those at the start: at the fullest, and at the fullest of each stage that :meth:`enter` began."""
 
+    device: torch.device
     most: int = 0
-    end: int = 0
+    stages: dict[str, int] = field(default_factory=dict)
+    _stage: str = ""
+
+    def enter(self, stage: str) -> None:
+        if self.device.type == "cuda":
+            self._close()
+        else:
+            with torch.profiler.record_function(STAGE + stage):
+                pass
+        self._stage = stage
+
+    def _close(self) -> None:
+        torch.cuda.synchronize()
+        self._count(self._stage, torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+
+    def _count(self, stage: str, held: int) -> None:
+        self.most = max(self.most, held)
+        self.stages[stage] = max(self.stages.get(stage, 0), held)
 
 
 @contextmanager
 def memory(device: torch.device) -> Iterator[Peak]:
     """What a block allocates through torch at its fullest: every allocation counted on a CPU, the allocator's own on CUDA."""
-    peak = Peak()
+    peak = Peak(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
         start = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         yield peak
-        torch.cuda.synchronize()
-        peak.most, peak.end = torch.cuda.max_memory_allocated() - start, torch.cuda.memory_allocated() - start
+        peak._close()
+        peak.most -= start
+        peak.stages = {stage: held - start for stage, held in peak.stages.items()}
         return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield peak
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak.most = max(peak.most, held)
-    peak.end = held
+    held, stage = 0, ""
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak._count(stage, held)
+        elif event.name().startswith(STAGE):
+            stage = event.name()[len(STAGE) :]
+            peak._count(stage, held)
 
 
 @dataclass
