@@ -155,7 +155,9 @@ class LoRALayer(nn.Module):
         self.scale, self.dropout = settings.alpha / settings.rank, settings.dropout
 
     def forward(self, x: Tensor, answer: Tensor) -> Tensor:
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.down.to(x))
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        hidden = F.linear(x, self.down.to(x))
         up = self.up.to(x)
         if not hidden.dtype == up.dtype == answer.dtype:
             return answer + F.linear(self.scale * hidden, up).to(answer.dtype)
