@@ -301,17 +301,25 @@ class Picture(NamedTuple):
 
 
 _truncation = Lock()
+_strict: list[bool] = []  # one entry for each thread that reads; the first knows how the flag was
 
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Other programs in the process may have told Pillow to fill cut-off files with grey."""
+    """Other programs in the process may have told Pillow to fill cut-off files with grey.
+
+    The flag is the process', so that threads which read at the same time share the change, and the last one takes it back.
+    """
     with _truncation:
-        previous, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = previous
+        _strict.append(_strict[0] if _strict else ImageFile.LOAD_TRUNCATED_IMAGES)
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        with _truncation:
+            previous = _strict.pop()
+            if not _strict:
+                ImageFile.LOAD_TRUNCATED_IMAGES = previous
 
 
 def read_picture(path: Path, mask: bool = False) -> Picture:

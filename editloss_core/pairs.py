@@ -16,6 +16,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
+from .ahead import ahead
 from .encoders.base import hash_tensors
 from .pair_files import (
     MULTIPLE,
@@ -380,14 +381,15 @@ def _checked(
     which are looked at as well."""
     sizes, contents, transparent, unequal = [], [], [], []
     folder, description = (layout.root, layout.description) if layout else (None, "")
-    for done, pair in enumerate(pairs):
-        before, after, content, clear = _inspect(pair, folder, min_size, findings)
-        sizes.append(tuple(map(min, before, after)))
-        contents.append(content)
-        transparent += [pair.name] if clear else []
-        unequal += [f"{pair.name} ({times(before)}, {times(after)})"] if before != after else []
-        if progress is not None:
-            progress(done + 1, len(pairs))
+    with ahead(lambda pair: _inspect(pair, folder, min_size), pairs) as inspected:
+        for done, (pair, (before, after, content, clear, wrong)) in enumerate(zip(pairs, inspected)):
+            findings += wrong
+            sizes.append(tuple(map(min, before, after)))
+            contents.append(content)
+            transparent += [pair.name] if clear else []
+            unequal += [f"{pair.name} ({times(before)}, {times(after)})"] if before != after else []
+            if progress is not None:
+                progress(done + 1, len(pairs))
     for path in partial:
         _try_pixels(path, False, layout.name(path), findings)
     if findings:
@@ -421,9 +423,10 @@ def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding])
 
 
 def _inspect(
-    pair: Pair, folder: Optional[Path], min_size: int, findings: list[Finding]
-) -> tuple[Size, Size, str, bool]:
-    """(size before, size after, content, transparency) of a pair; what is wrong with it goes to ``findings``."""
+    pair: Pair, folder: Optional[Path], min_size: int
+) -> tuple[Size, Size, str, bool, list[Finding]]:
+    """(size before, size after, content, transparency) of a pair, and what is wrong with it."""
+    findings: list[Finding] = []
     sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
     labels = {part: _called(pair, part, folder) for part, s in sources.items() if s is not None}
     found = {part: _try_pixels(sources[part], part == "mask", labels[part], findings) for part in labels}
@@ -449,4 +452,4 @@ def _inspect(
             findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
     content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items() if p is not None))
     transparent = any(p.transparent for part, p in found.items() if p is not None and part != "mask")
-    return sizes.get("before", (0, 0)), sizes.get("after", (0, 0)), content, transparent
+    return sizes.get("before", (0, 0)), sizes.get("after", (0, 0)), content, transparent, findings

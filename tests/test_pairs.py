@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from editloss_core import pair_files
 from editloss_core.pair_files import KINDS, Box, cover, same_proportions
 from editloss_core.pairs import MULTIPLE, Pair, PairProblems, PairSet, bucket_size, find_pairs, folder_state, load
 
@@ -477,6 +479,22 @@ def test_a_program_that_tolerates_cut_off_files_changes_nothing(tmp_path, monkey
     truncate(three(tmp_path) / "before" / "chair.png")
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     assert problems(tmp_path).findings[0].files == ("before/chair.png",)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_a_cut_off_file_is_one_also_while_other_threads_read(tmp_path, monkeypatch):
+    """Pillow's flag is the process': a reader that is done must not take it back under one that is not."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pair_files._whole_files_only():
+        with ThreadPoolExecutor(1) as pool, pair_files._whole_files_only():
+            assert pool.submit(lambda: ImageFile.LOAD_TRUNCATED_IMAGES).result(30) is False
+
+            def another():
+                with pair_files._whole_files_only():
+                    pass
+
+            pool.submit(another).result(30)  # would wait for ever if only one could read
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 

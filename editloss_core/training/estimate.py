@@ -18,7 +18,11 @@ from .prepare import Prepared
 HALO = 4  # latents around the crop that are decoded too and cut off, so that the crop's border looks as in the whole
 
 Decode = Callable[[Tensor], Tensor]
-"""Latents in model space ``[B, C, h, w]`` → pictures ``[B, H, W, 3]`` in 0…1, differentiable."""
+"""Latents in model space ``[B, C, h, w]`` → pictures ``[B, H, W, 3]`` in 0…1, differentiable.
+
+One that checkpoints its own blocks says so by a true attribute ``checkpointing``; it is not checkpointed as a whole as well,
+which would compute it a third time.
+"""
 
 
 class EstimateObjective:
@@ -26,7 +30,7 @@ class EstimateObjective:
 
     Embeddings of gt, src and overlay come from the preparation and are constants. An encoder that reads the model's
     latents gets x̂0 as it is; for the others the pair's crop of x̂0 is decoded once, and shared. Decoder and encoders are
-    checkpointed: they keep nothing but their inputs until the backward pass.
+    checkpointed: they keep little but their inputs until the backward pass.
 
     Args:
         objective: terms whose anchor is ``pred``.
@@ -68,14 +72,17 @@ class EstimateObjective:
         t: Tensor,
         sample_weights: Optional[Tensor] = None,
         details: bool = False,
+        once: bool = False,
     ) -> Optional[ObjectiveReport]:
         """The terms that count at these noise levels; None if none does.
 
         Args:
             x0: estimates ``[B, C, h, w]``, with their graph.
             indices: of the pairs that they belong to, of one bucket.
-            t: ``[B]`` noise levels.
+            t: ``[B]`` noise levels; on the CPU, no gate has to wait for the device.
             sample_weights, details: see :meth:`EditObjective.evaluate`.
+            once: the backward pass follows at once, and only once: the encoder that it meets first is not checkpointed, since
+                all that it would free is computed again before anything else is.
         """
         counting = self.objective.at(t)
         if not counting.terms:
@@ -83,14 +90,17 @@ class EstimateObjective:
         embeddings = self.prepared.embeddings(indices, counting.encoders).to(self.device)
         pictures = [name for name in counting.encoders if not self.prepared.reads_latents(name)]
         pixels = self._decode(gradient_where(counting.counts(t, pictures), x0), indices) if pictures else None
-        for name in counting.encoders:
+        order = sorted(counting.encoders, key=pictures.__contains__)  # those of pictures are the larger ones, and come last
+        for name in order:
             encoder, counts = self.encoders[name], counting.counts(t, (name,))
+            keep = once and name == order[-1]
             if name in pictures:
-                pred = self._run(encoder, gradient_where(counts, pixels))
+                pred = self._run(encoder, gradient_where(counts, pixels), keep)
             else:
-                pred = self._run(encoder.from_latents, self.prepared.vae.unscaled(gradient_where(counts, x0)))
+                z = self.prepared.vae.unscaled(gradient_where(counts, x0))
+                pred = self._run(encoder.from_latents, z, keep)
             embeddings = embeddings.with_embedding("pred", encoder.info, pred.to(self.device))
-        return counting.evaluate(embeddings, details, t, sample_weights)
+        return counting.evaluate(embeddings, details, t.to(self.device), sample_weights)
 
     def without_gates(self) -> EstimateObjective:
         """The same with every term at every noise level, for outputs that are done."""
@@ -107,7 +117,7 @@ class EstimateObjective:
             rows = _with_halo(crop.top // factor, crop.height // factor, z.shape[1])
             columns = _with_halo(crop.left // factor, crop.width // factor, z.shape[2])
             window = z[None, :, rows[0] : rows[1], columns[0] : columns[1]]
-            pixels = self._run(self.decode, window)
+            pixels = self._run(self.decode, window, getattr(self.decode, "checkpointing", False))
             expected = [1, factor * window.shape[2], factor * window.shape[3], 3]
             if list(pixels.shape) != expected:
                 raise ValueError(
@@ -117,12 +127,14 @@ class EstimateObjective:
             parts.append(pixels[:, top : top + crop.height, left : left + crop.width])
         return torch.cat(parts)
 
-    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, keep: bool) -> Tensor:
+        """``function(x)``; unless ``keep``, what it computes on the way is not kept for the backward pass."""
+
         def run(x: Tensor) -> Tensor:  # the backward pass comes through here again, and must see the same LoRA
             with self.frozen():
                 return function(x)
 
-        return checkpoint(run, x, use_reentrant=False) if torch.is_grad_enabled() else run(x)
+        return run(x) if keep or not torch.is_grad_enabled() else checkpoint(run, x, use_reentrant=False)
 
 
 def _with_halo(start: int, length: int, whole: int) -> tuple[int, int]:

@@ -72,12 +72,12 @@ def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tu
 
 
 def check_losses(parts: Sequence[Part], names: Sequence[str], t: Tensor, where: str) -> None:
-    """NonFinite unless every loss is finite: one look at all of them, and only if something is wrong, which.
+    """NonFinite unless every loss is finite: one wait for the device, and only if something is wrong, which.
 
     Args:
         where: the run is, in words: ``"step 7"``.
     """
-    if all(bool(part.weighted.isfinite().all()) for part in parts):
+    if torch.stack([part.weighted.detach().float() for part in parts]).isfinite().all():
         return
     for part in parts:
         for i, value in enumerate(part.weighted):
@@ -114,7 +114,7 @@ def lora_gradient_norm(lora: LoRA, samples: Sequence[Sample], where: str) -> flo
     sample with the largest loss is named, which is a guess if there are several.
     """
     gradients = [p.grad for p in lora.parameters() if p.grad is not None]
-    norm = torch.stack([g.float().norm() for g in gradients]).norm().item() if gradients else 0.0
+    norm = torch.stack(torch._foreach_norm(gradients)).norm().item() if gradients else 0.0  # one launch, not one each
     if math.isfinite(norm):
         return norm
     names = [

@@ -141,7 +141,7 @@ def _some(names, most: int = 6) -> str:
 
 
 class LoRALayer(nn.Module):
-    """The bypass of one layer: x ``[..., in]`` → (alpha / rank) · B A dropout(x) ``[..., out]``.
+    """The bypass of one layer: x ``[..., in]`` and the base's answer ``[..., out]`` → answer + (alpha / rank) · B A dropout(x).
 
     Parameters are float32; the products are done in x's dtype on x's device.
     """
@@ -154,9 +154,16 @@ class LoRALayer(nn.Module):
         self.up = nn.Parameter(torch.zeros(outputs, settings.rank))  # B: the bypass starts as exactly 0
         self.scale, self.dropout = settings.alpha / settings.rank, settings.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
-        return F.linear(self.scale * F.linear(x, self.down.to(x)), self.up.to(x))
+    def forward(self, x: Tensor, answer: Tensor) -> Tensor:
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        hidden = F.linear(x, self.down.to(x))
+        up = self.up.to(x)
+        if not hidden.dtype == up.dtype == answer.dtype:
+            return answer + F.linear(self.scale * hidden, up).to(answer.dtype)
+        # Product, scale and sum in one: no tensor of the answer's size in between, and in bf16 one rounding less.
+        rows, hidden = answer.reshape(-1, answer.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        return torch.addmm(rows, hidden, up.t(), alpha=self.scale).view_as(answer)
 
 
 class LoRA(nn.Module):
@@ -222,7 +229,7 @@ class LoRA(nn.Module):
             if self._disabled:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
-            return output + layer(x).to(output.dtype)
+            return layer(x, output)
 
         return add
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ahead import ahead
 from ..embeddings import EmbeddingSet
 from ..encoders.base import Encoder, EncoderInfo, Progress, Region, hash_tensors
 from ..encoders.vae import VAEEncoder
@@ -187,7 +188,7 @@ def prepare(
 
     gt is the after, src the before picture. An encoder that reads the latents of ``vae`` gets them whole; every other one
     gets a crop of the pictures, so that training need decode no more than that. The work goes model by model, so that
-    no two have to be in memory together.
+    no two have to be in memory together; the pictures of the next pairs are read while a model works.
 
     Args:
         pairs: what to prepare.
@@ -253,28 +254,32 @@ class _Work:
             return [i for i in everywhere if found[at][i] is None]
 
         problems: list[Finding] = []
-        for i in missing(("masks", "")):
-            known = len(problems)
-            mask = self._mask(i, problems)
-            if len(problems) == known:
-                tensors = {} if mask is None else {"mask": mask}
-                found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
-            self._step(1)
+        todo = missing(("masks", ""))
+        with ahead(self._mask, todo) as made:
+            for i, (mask, wrong) in zip(todo, made):
+                problems += wrong
+                if not wrong:
+                    tensors = {} if mask is None else {"mask": mask}
+                    found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
+                self._step(1)
         if problems:
             raise self.pairs.problems(problems)
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
-        for i in missing(("latents", "")):
-            images = self.pairs.load(i)
-            z = self._encode(torch.stack([images.after, images.before]), i)
-            self._step(2)
-            found["latents", ""][i] = self.cache.put("latents", keys["latents", ""][i], {"gt": z[0], "src": z[1]})
+        todo = missing(("latents", ""))
+        with ahead(self._both, todo) as read:
+            for i, images in zip(todo, read):
+                z = self._encode(images, i)
+                self._step(2)
+                found["latents", ""][i] = self.cache.put("latents", keys["latents", ""][i], {"gt": z[0], "src": z[1]})
         for name, encoder in encoders.items():
-            at = "embeddings", name
-            for i in missing(at):
-                z = found["latents", ""][i].tensors if name in of_latents else None
-                tensors, layout = self._embed(encoder, i, masks[i], crops[i], z)
-                found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
+            at, todo = ("embeddings", name), missing(("embeddings", name))
+            reads_latents = name in of_latents
+            with ahead(lambda i: self._pictures(i, masks[i], None if reads_latents else crops[i]), todo) as read:
+                for i, pictures in zip(todo, read):
+                    z = found["latents", ""][i].tensors if reads_latents else None
+                    tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
+                    found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
         self.cache.prune()
         return Prepared(
             pairs=self.pairs,
@@ -296,8 +301,28 @@ class _Work:
         if self.progress is not None:
             self.progress(self.done, self.total)
 
-    def _mask(self, index: int, problems: list[Finding]) -> Optional[Tensor]:
-        """The edit region in steps of 1/255 as uint8 ``[H, W]``, or None."""
+    # What comes from files and needs no model: read ahead, in threads that change nothing of this object.
+
+    def _both(self, index: int) -> Tensor:
+        """After and before ``[2, H, W, 3]``."""
+        images = self.pairs.load(index)
+        return torch.stack([images.after, images.before])
+
+    def _pictures(self, index: int, mask: Optional[Tensor], crop: Optional[Crop]) -> Optional[Tensor]:
+        """What an encoder gets of a pair: after, before and overlays ``[2 + K, h, w, 3]`` inside the crop; without one the
+        overlays alone, whole, or None if there are none."""
+        if crop is None and self.overlay is None:
+            return None
+        images = self.pairs.load(index)
+        overlays = self._overlays(images, mask, index) if self.overlay else None
+        if crop is None:
+            return overlays
+        pictures = [images.after[None], images.before[None]] + ([] if overlays is None else [overlays])
+        return crop(torch.cat(pictures).movedim(-1, 1)).movedim(1, -1)
+
+    def _mask(self, index: int) -> tuple[Optional[Tensor], list[Finding]]:
+        """The edit region in steps of 1/255 as uint8 ``[H, W]``, or None; and what is wrong."""
+        problems: list[Finding] = []
         images = self.pairs.load(index)
         mask, where = images.mask, "inside its mask "
         both = self.pairs.called(index, "before"), self.pairs.called(index, "after")
@@ -311,13 +336,12 @@ class _Work:
             problem = Finding("mask empty", (self.pairs.called(index, "mask"),), detail)
             if images.mask is None:
                 problem = Finding("no edit", both, "no difference that a mask could be estimated from; paint a mask")
-            problems.append(problem)
-            return None
+            return None, [problem]
         change = (images.before - images.after).abs().amax(-1)
         most = (change if mask is None else change * (mask > 0)).amax().item()
         if most <= SAME_PIXEL:
             problems.append(Finding("no edit", both, f"{where}the pictures differ by at most {most * 255:.1f} of 255"))
-        return None if mask is None else (mask * 255).round().to(torch.uint8)
+        return None if mask is None else (mask * 255).round().to(torch.uint8), problems
 
     def _encode(self, images: Tensor, index: int) -> Tensor:
         """Latents ``[B, C, h, w]`` in float32 on the CPU."""
@@ -372,17 +396,20 @@ class _Work:
         return x
 
     def _embed(
-        self, encoder: Encoder, index: int, mask: Optional[Tensor], crop: Crop, z: Optional[Mapping[str, Tensor]]
+        self, encoder: Encoder, index: int, crop: Crop, z: Optional[Mapping[str, Tensor]], pictures: Optional[Tensor]
     ) -> tuple[dict[str, Tensor], _Layout]:
-        """Role → embedding of one pair; overlay ``[K, ...]``. ``z``: its latents, if the encoder reads them."""
-        images = self.pairs.load(index) if z is None or self.overlay else None
-        overlays = self._overlays(images, mask, index) if self.overlay else None
+        """Role → embedding of one pair; overlay ``[K, ...]``.
+
+        Args:
+            z: its latents, if the encoder reads them.
+            pictures: see :meth:`_pictures`.
+        """
         height, width = size = self.pairs.targets[index] if z is not None else (crop.height, crop.width)
         what = f"embeddings by {encoder.info.name!r}"
         smaller = f"a resolution of the pairs below {self.pairs.resolution}"
         if z is not None:
             latents = [z["gt"][None], z["src"][None]]
-            latents += [] if overlays is None else [self._encode(overlays, index)]
+            latents += [] if pictures is None else [self._encode(pictures, index)]
             helps = f"{smaller}, or an encoder of pictures, which sees a crop"
 
             def embed(part: Tensor) -> Tensor:
@@ -390,17 +417,15 @@ class _Work:
 
             x = self._batches(embed, torch.cat(latents), index, what, size, helps, self._step)
         else:
-            pictures = [images.after[None], images.before[None]] + ([] if overlays is None else [overlays])
-            seen = crop(torch.cat(pictures).movedim(-1, 1)).movedim(1, -1)
             helps = f"a crop below {max(size)}, {smaller}, or a smaller encoder"
 
             def embed(part: Tensor) -> Tensor:
                 return encoder.embed(part, len(part))
 
-            x = self._batches(embed, seen, index, what, size, helps, self._step)
+            x = self._batches(embed, pictures, index, what, size, helps, self._step)
         x = self._finite(x, index, what)
         roles = {"gt": x[0], "src": x[1]}
-        if overlays is not None:
+        if self.overlay:
             roles["overlay"] = x[2:]
         return roles, _Layout(encoder.grid(height, width), encoder.region(height, width))
 

@@ -381,8 +381,9 @@ class Trainer:
         generator = generator_for(settings.seed, "training", number)
         x0 = self.prepared.after(indices).to(device)
         references = [self.prepared.before(indices).to(device)]
-        masks = self.prepared.latent_masks(indices)
-        t = settings.timesteps.draw(len(indices), token_count(x0), generator).to(device)
+        masks = self.prepared.latent_masks(indices) if settings.edit_weight != 1.0 else None
+        levels = settings.timesteps.draw(len(indices), token_count(x0), generator)
+        t = levels.to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         x_t = add_noise(x0, noise, t)
 
@@ -391,6 +392,7 @@ class Trainer:
             predicted = self.denoiser(x_t, t, references, [self.conditioning[i] for i in indices])
         output = predicted.detach().requires_grad_(True)
         masks = None if masks is None else masks.to(device)
+        measured = every(settings.gradients_every, self.step)
 
         def losses() -> list[Part]:
             velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight)
@@ -398,7 +400,7 @@ class Trainer:
             if self.objective is not None and every(settings.objective_every, self.step):
                 self._memory.enter("objective")
                 weights = estimate_weights(t, settings.estimate_weighting, settings.estimate_cap)
-                report = self.objective(estimate(x_t, t, output), indices, t, weights)
+                report = self.objective(estimate(x_t, t, output), indices, levels, weights, once=not measured)
                 parts += parts_of(report) if report is not None else []
             return parts
 
@@ -407,25 +409,22 @@ class Trainer:
         where = f"step {self.step + 1}"
         check_losses(parts, names, t, where)
 
-        measured = every(settings.gradients_every, self.step)
         gradient, norms = output_gradient(parts, output, measured)
         if not gradient.isfinite().all():
             blame(losses(), output, gradient, names, t, where)
         self._memory.enter("backward")
         predicted.backward(gradient / settings.accumulation)
 
-        table = torch.stack([torch.stack([p.raw.detach().float(), p.weighted.detach().float()]) for p in parts])
-        values, levels = table.tolist(), t.tolist()  # one wait for the device
+        values = _table(parts).tolist()  # one wait for the device
         samples = []
-        for i, name in enumerate(names):
+        for i, (name, level) in enumerate(zip(names, levels.tolist())):
             terms = {}
             for k, part in enumerate(parts):
-                if part.counts is not None and not part.counts[i]:
-                    continue  # outside the gate: of no weight, and so of no word in means over noise levels
-                raw, weighted = values[k][0][i], values[k][1][i]
-                opened = None if part.open is None else part.open[i].item()
-                terms[part.name] = TermSample(raw, weighted, opened, norms[k][i] if measured else None)
-            samples.append(Sample(name, levels[i], terms))
+                raw, weighted, opened, counts = (column[i] for column in values[k])
+                if counts:  # else outside the gate: of no weight, and so of no word in means over noise levels
+                    opened = None if part.open is None else opened
+                    terms[part.name] = TermSample(raw, weighted, opened, norms[k][i] if measured else None)
+            samples.append(Sample(name, level, terms))
         return sum(sum(row[1]) for row in values) / len(indices), samples
 
     def _batch(self, number: int) -> list[int]:
@@ -448,6 +447,17 @@ class Trainer:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(generator_for(self.settings.seed, "dropout", number).initial_seed())
             yield
+
+
+def _table(parts: Sequence[Part]) -> Tensor:
+    """raw, weighted, open and counts of each part, ``[parts, 4, B]``; 1 where a part has none."""
+    ones = torch.ones_like(parts[0].raw, dtype=torch.float32)
+    return torch.stack(
+        [
+            torch.stack([ones if v is None else v.detach().to(ones) for v in (p.raw, p.weighted, p.open, p.counts)])
+            for p in parts
+        ]
+    )
 
 
 def resumable(path: Path, lora: LoRA, settings: TrainingSettings) -> Checkpoint:

@@ -17,6 +17,7 @@ from small import (
     trainer,
 )
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from editloss_core.encoders.base import freeze
 from editloss_core.objective import EditObjective
@@ -198,3 +199,47 @@ def test_only_one_sample_s_decoding_is_in_memory():
     decoder.layers[3].register_forward_hook(lambda *_: alive.append(sum(not s.expired() for s in storages)))
     report.total.backward()
     assert alive == [3, 3, 3, 3]
+
+
+def test_a_decoder_that_checkpoints_itself_is_computed_no_third_time():
+    prepared, decoder = prepared_pairs(), WideDecoder().requires_grad_(False)
+    calls = []
+
+    class Own:
+        checkpointing = True
+
+        def __call__(self, z):
+            calls.append(len(z))
+            return checkpoint(decoder, z, use_reentrant=False)
+
+    found = []
+    for decode in (Own(), decoder):
+        x0 = estimates(prepared, [0, 1])
+        report = EstimateObjective(ON_PICTURES, encoders(), prepared, decode)(x0, [0, 1], torch.ones(2))
+        found.append((report.total, torch.autograd.grad(report.total, x0)[0]))
+    assert calls == [1, 1]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_the_encoder_that_the_backward_pass_meets_first_is_computed_once():
+    """And the others twice, so that no two keep their activations at a time."""
+    prepared, found = prepared_pairs(), []
+    for once in (False, True):
+        nearest, other = Patches(), Patches()
+        other.info = replace(other.info, name="others/grid")
+        both = replace(
+            prepared,
+            encoders={**prepared.encoders, other.info.name: other.info},
+            _embeddings={**prepared._embeddings, other.info.name: prepared._embeddings[PATCHES]},
+            _layouts={**prepared._layouts, other.info.name: prepared._layouts[PATCHES]},
+        )
+        terms = EditObjective((replace(GEOMETRY, encoder=other.info.name, name="other"), GEOMETRY, NO_EDIT))
+        own = {**encoders(), PATCHES: nearest, other.info.name: other}
+        x0 = estimates(prepared, [0, 1])
+        report = EstimateObjective(terms, own, both, WideDecoder().requires_grad_(False))(
+            x0, [0, 1], torch.ones(2), once=once
+        )
+        gradient = torch.autograd.grad(report.total, x0)[0]
+        found.append((report.total, gradient, nearest.calls, other.calls))
+    assert found[0][2:] == (2, 2) and found[1][2:] == (1, 2)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

@@ -156,6 +156,44 @@ def test_bypass_equals_the_merged_weight(dtype):
     assert (found.double() - net(x).double()).abs().max() > 0.1
 
 
+class Odd(nn.Linear):
+    """A linear layer whose answer is of another dtype than its input, or not contiguous."""
+
+    dtype, strided = None, False
+
+    def forward(self, x):
+        answer = super().forward(x).to(self.dtype or x.dtype)
+        return answer.movedim(0, -1).contiguous().movedim(-1, 0) if self.strided else answer
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 5, 6), (0, 6)])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "answer", "autocast"),
+    [(torch.float32, None, False), (torch.bfloat16, None, False), (torch.bfloat16, torch.float32, False),
+     (torch.float32, torch.bfloat16, False), (torch.float32, None, True), (torch.float32, torch.float32, True)],
+)  # fmt: skip
+def test_answers_of_any_shape_and_dtype(shape, strided, dtype, answer, autocast):
+    layer = Odd(6, 4).to(dtype).requires_grad_(False)
+    layer.dtype, layer.strided = answer, strided
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    net = nn.Sequential(layer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        base = net(x)
+        lora = trained(net).attach()
+        found = net(x)
+    (part,) = lora.layers
+    down, up = part.down.double(), part.up.double()
+    assert found.shape == base.shape and found.dtype == base.dtype
+    tolerance = 5e-2 if autocast or torch.bfloat16 in (dtype, base.dtype) else 1e-5
+    expected = base.double() + 5 / 3 * x.double() @ down.T @ up.T
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+    found.sum().backward()
+    rows = x.detach().double().reshape(-1, 6)
+    expected = 5 / 3 * up.T @ torch.ones(len(rows), 4, dtype=torch.float64).T @ rows
+    torch.testing.assert_close(part.down.grad.double(), expected.detach(), atol=4 * tolerance, rtol=4 * tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_start_changes_nothing(dtype):
     net = Net(dtype)

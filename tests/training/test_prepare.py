@@ -486,6 +486,43 @@ def test_what_was_done_before_a_cancel_is_kept(tmp_path, after):
     assert {n: d for n, d in files(tmp_path).items() if n in kept} == kept
 
 
+def test_a_file_that_is_gone_is_named_and_what_came_before_it_is_kept(tmp_path):
+    """The third pair's file is gone when it is read: what came before it is kept, and nothing goes on."""
+    write_folder(stool_pairs(6, 0), tmp_path / "pairs")
+    pairs = find_pairs(tmp_path / "pairs", resolution=64)
+    codec, encoder = vae(), Raw("global")
+    prepare(pairs, codec, {}, tmp_path / "cache", crop=48)
+    pairs[2].after.unlink()
+    with pytest.raises(ValueError, match=f"after/{pairs[2].after.name}"):
+        prepare(pairs, codec, named(encoder), tmp_path / "cache", crop=48)
+    assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 2
+    assert not [t for t in threading.enumerate() if t.name.startswith("editloss-ahead")]
+
+
+def test_the_next_pictures_are_loaded_before_the_encoder_is_done(tmp_path, monkeypatch):
+    pairs, loaded, seen = scene(6), [], []
+    load = type(pairs).load
+
+    def watched(self, index):
+        loaded.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(type(pairs), "load", watched)
+
+    class Slow(Raw):
+        """Waits for the reader: it would wait in vain if pictures were loaded by turns with encoding."""
+
+        def features(self, pixels):
+            deadline = time.monotonic() + 30
+            while len(loaded) < 6 + 6 + 2 and time.monotonic() < deadline:  # for masks and latents, and now of two pairs
+                time.sleep(0.001)
+            seen.append(len(loaded))
+            return super().features(pixels)
+
+    run(None, pairs, encoders=named(Slow("global")), overlay=None)
+    assert seen[0] >= 14
+
+
 # --- pruning ---------------------------------------------------------------------------------------------------------
 
 DAY = 24 * 3600.0
