@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from editloss_core.encoders.timm_net import TimmEncoder
 from editloss_core.encoders.vae import VAEEncoder
-from editloss_core.pairs import PairSet, find_pairs
+from editloss_core.pairs import find_pairs
 from editloss_core.training import prepare as preparing
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -37,7 +37,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--pairs", type=int, default=1000)
 parser.add_argument("--pixels", type=int, default=384, help="side of the files (default: 384)")
 parser.add_argument("--resolution", type=int, default=256, help="that pairs are prepared at (default: 256)")
-parser.add_argument("--crop", type=int, default=128, help="side of what the encoder sees; half, as by default (default: 128)")
+parser.add_argument(
+    "--crop", type=int, default=128, help="side of what the encoder sees; half, as by default (default: 128)"
+)
 parser.add_argument("--blocks", type=int, default=10, help="parts of the pairs, prepared in turns (default: 10)")
 parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="a timm name (default: tf_efficientnet_lite0)")
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the encoder")
@@ -71,7 +73,9 @@ def write_pairs(folder: Path, count: int, pixels: int) -> None:
     rng = np.random.default_rng(0)
     for i in tqdm(range(count), desc="files", disable=None):
         soft = [
-            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((pixels, pixels), Image.Resampling.BICUBIC)
+            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+                (pixels, pixels), Image.Resampling.BICUBIC
+            )
             for _ in range(2)
         ]
         soft[0].save(folder / "before" / f"{i:04}.jpg", quality=92)
@@ -124,7 +128,9 @@ def main() -> None:
     for way in ways:
         share = sum(b for _, b in took[way]) / sum(w for w, _ in took[way])
         ratio = statistics.median(mine[0] / other[0] for mine, other in zip(took[way], took[ONE_BY_ONE]))
-        lines.append(f"| {way} | {share:.0%} | {ratio:.2f} × | {1000 * sum(w for w, _ in took[way]) / args.pairs:.0f} |")
+        lines.append(
+            f"| {way} | {share:.0%} | {ratio:.2f} × | {1000 * sum(w for w, _ in took[way]) / args.pairs:.0f} |"
+        )
     text = "\n".join([*lines, "", "The embeddings of both ways are equal to the last bit."]) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "caching.md").write_text(text, encoding="utf-8")

@@ -51,7 +51,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--size", choices=("small", "flux"), default="small")
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 parser.add_argument("--dtypes", default="", help="comma-separated fp32, bf16 (default: both for small, bf16 for flux)")
-parser.add_argument("--pixels", type=int, default=0, help="side of the pictures (default: 256 for small, 1024 for flux)")
+parser.add_argument(
+    "--pixels", type=int, default=0, help="side of the pictures (default: 256 for small, 1024 for flux)"
+)
 parser.add_argument("--batch", type=int, default=1, help="pairs per step (default: 1)")
 parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--alpha", type=float, default=24.0)
@@ -73,7 +75,9 @@ class FluxDenoiser:
         ids = []
         for index, part in enumerate(parts):
             rows, columns = (torch.arange(side // 2, device=self.device) for side in part.shape[2:])
-            ids.append(torch.stack(torch.meshgrid(torch.tensor(index, device=self.device), rows, columns, indexing="ij"), -1))
+            ids.append(
+                torch.stack(torch.meshgrid(torch.tensor(index, device=self.device), rows, columns, indexing="ij"), -1)
+            )
         answer = self.module(
             hidden_states=torch.cat([_packed(part) for part in parts], 1).to(self.dtype),
             encoder_hidden_states=self.words.expand(batch, -1, -1),
@@ -122,21 +126,27 @@ class Theirs:
         module = copy.deepcopy(network)
         size = ours.settings
         module.add_adapter(
-            LoraConfig(r=size.rank, lora_alpha=size.alpha, target_modules=list(ours.targets), init_lora_weights="gaussian")
+            LoraConfig(
+                r=size.rank, lora_alpha=size.alpha, target_modules=list(ours.targets), init_lora_weights="gaussian"
+            )
         )
         self.layers = {}
         with torch.no_grad():
             for name, layer in zip(ours.targets, ours.layers):
                 part = module.get_submodule(name)
                 down, up = part.lora_A["default"].weight, part.lora_B["default"].weight
-                down.data, up.data = (w.detach().to(device=denoiser.device, dtype=adapters, copy=True) for w in (layer.down, layer.up))
+                down.data, up.data = (
+                    w.detach().to(device=denoiser.device, dtype=adapters, copy=True) for w in (layer.down, layer.up)
+                )
                 self.layers[name] = down, up
         module.train()
         if any(isinstance(m, nn.Module) and getattr(m, "gradient_checkpointing", False) for m in network.modules()):
             module.enable_gradient_checkpointing()
         self.denoiser = FluxDenoiser(module, denoiser.device, denoiser.words, denoiser.pooled)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
 
     def step(self, number: int, indices: Sequence[int]) -> float:
         """The optimiser step ``number`` on the pairs, noise and noise levels of our trainer's."""

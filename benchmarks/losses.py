@@ -78,9 +78,7 @@ def torchs_own(pred, gt, src, overlay, geometry="cos"):
         return (1 - F.cosine_similarity(a, b, dim=-1)).mean(1)
 
     def triplet(negative):
-        return F.triplet_margin_with_distance_loss(
-            pred, gt, negative, distance_function=distance, margin=MARGIN
-        )
+        return F.triplet_margin_with_distance_loss(pred, gt, negative, distance_function=distance, margin=MARGIN)
 
     match = (
         F.mse_loss(pred, gt, reduction="sum") / pred.shape[:-1].numel()
@@ -398,7 +396,7 @@ def peers(args) -> list[str]:
         rows.append(f"| {name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     lines = ["## What the peers can be given", ""]
-    lines += ["The loss that each gives, or why it gives none. \"rounded\": the loss itself is a bf16 number.", ""]
+    lines += ['The loss that each gives, or why it gives none. "rounded": the loss itself is a bf16 number.', ""]
     return lines + table(f"| | {' | '.join(made)} |", rows)
 
 

@@ -22,7 +22,18 @@ from step_tools import machine
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("matplotlib", "timm", "open_clip", "jinja2", "scipy", "transformers", "diffusers", "torchvision", "PIL", "numpy")
+HEAVY = (
+    "matplotlib",
+    "timm",
+    "open_clip",
+    "jinja2",
+    "scipy",
+    "transformers",
+    "diffusers",
+    "torchvision",
+    "PIL",
+    "numpy",
+)
 
 CORE = """
 import json, sys, time
@@ -59,13 +70,17 @@ print(json.dumps({**took, "nodes": len(added), "new": new}))
 """
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--comfyui", default="", help="ComfyUI's folder (default: COMFYUI_PATH; without one, the core alone)")
+parser.add_argument(
+    "--comfyui", default="", help="ComfyUI's folder (default: COMFYUI_PATH; without one, the core alone)"
+)
 parser.add_argument("--repeats", type=int, default=9, help="processes of each (default: 9)")
 
 
 def measured(code: str, *arguments: str) -> dict:
     env = {**os.environ, "PYTHONPATH": str(ROOT) if code is CORE else ""}
-    done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, cwd=ROOT.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, cwd=ROOT.parent
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -50,12 +50,18 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--comfyui", default="", help="ComfyUI's folder (default: COMFYUI_PATH)")
 parser.add_argument("--size", choices=("demo", "kontext"), default="demo")
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-parser.add_argument("--dtypes", default="bf16,fp8", help="of kontext's weights: comma-separated fp32, bf16, fp8 (default: both)")
+parser.add_argument(
+    "--dtypes", default="bf16,fp8", help="of kontext's weights: comma-separated fp32, bf16, fp8 (default: both)"
+)
 parser.add_argument("--pixels", type=int, default=1024, help="side of kontext's pictures (default: 1024)")
 parser.add_argument("--crop", type=int, default=512, help="side of kontext's decoded crop (default: 512)")
 parser.add_argument("--blocks", default="19,38", help="kontext's double and single blocks; fewer to try the script")
-parser.add_argument("--encoder", default="", help="a timm name (default: tf_efficientnet_lite0, vit_large_patch14_dinov2)")
-parser.add_argument("--batch", type=int, default=0, help="pairs per step (default: 6 for demo as in its workflow, 1 for kontext)")
+parser.add_argument(
+    "--encoder", default="", help="a timm name (default: tf_efficientnet_lite0, vit_large_patch14_dinov2)"
+)
+parser.add_argument(
+    "--batch", type=int, default=0, help="pairs per step (default: 6 for demo as in its workflow, 1 for kontext)"
+)
 parser.add_argument("--steps", type=int, default=6, help="counted steps of a run (default: 6)")
 parser.add_argument("--rounds", type=int, default=5, help="runs of each (default: 5)")
 parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
@@ -190,7 +196,9 @@ def autoencoder():
 def noise_pairs(pack, pixels: int):
     """Two pairs of soft noise, a quarter of each edited."""
     g = torch.Generator().manual_seed(0)
-    soft = torch.nn.functional.interpolate(torch.rand(4, 3, 16, 16, generator=g), size=pixels, mode="bilinear").movedim(1, -1)
+    soft = torch.nn.functional.interpolate(torch.rand(4, 3, 16, 16, generator=g), size=pixels, mode="bilinear").movedim(
+        1, -1
+    )
     mask = torch.zeros(2, pixels, pixels)
     mask[:, pixels // 4 : 3 * pixels // 4, pixels // 4 : 3 * pixels // 4] = 1.0
     before = soft[:2]
@@ -211,9 +219,18 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
     if large:
         double, single = (int(v) for v in args.blocks.split(","))
         config = {**KONTEXT, "depth": double, "depth_single_blocks": single}
-        patcher, vae, pairs, crop = flux(config, DTYPES[dtype], device), autoencoder(), noise_pairs(pack, args.pixels), args.crop
-        encoder = timm_net.TimmEncoder(args.encoder or "vit_large_patch14_dinov2", image_size=518, random_seed=0, device=device)
-        words = [[torch.randn(1, 512, config["context_in_dim"]), {"pooled_output": torch.randn(1, config["vec_in_dim"])}]]
+        patcher, vae, pairs, crop = (
+            flux(config, DTYPES[dtype], device),
+            autoencoder(),
+            noise_pairs(pack, args.pixels),
+            args.crop,
+        )
+        encoder = timm_net.TimmEncoder(
+            args.encoder or "vit_large_patch14_dinov2", image_size=518, random_seed=0, device=device
+        )
+        words = [
+            [torch.randn(1, 512, config["context_in_dim"]), {"pooled_output": torch.randn(1, config["vec_in_dim"])}]
+        ]
         conditioning = [words] * len(pairs)
     else:
         patcher, vae, clip = demo.small_flux(), comfy.sd.VAE(sd=demo.model.load_autoencoder()), demo.SmallTextEncoder()
@@ -229,7 +246,10 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
         PLAIN: None,
         LATENTS: mix,
         PICTURES: objectives.EditObjective(
-            (*mix.terms, *(objectives.replace(t, name=f"{t.name}, pictures") for t in objectives.recommended(of_pictures).terms))
+            (
+                *mix.terms,
+                *(objectives.replace(t, name=f"{t.name}, pictures") for t in objectives.recommended(of_pictures).terms),
+            )
         ),
     }
 
@@ -302,11 +322,19 @@ def main() -> None:
         for case in found.values():
             case.run(args.steps, with_memory=True)
         seconds = statistics.median(found[PLAIN].seconds)
-        lines += ["", f"Weights in {dtype}; a plain step takes {seconds:.3f} s.", "", head, "|" + "---|" * (len(COLUMNS) + 4)]
+        lines += [
+            "",
+            f"Weights in {dtype}; a plain step takes {seconds:.3f} s.",
+            "",
+            head,
+            "|" + "---|" * (len(COLUMNS) + 4),
+        ]
         lines += rows(found)
         print("\n".join(lines[-6:]), flush=True)
         del found
-    shape = "pictures of 128², decoded whole" if args.size == "demo" else f"pictures of {args.pixels}², crop {args.crop}²"
+    shape = (
+        "pictures of 128², decoded whole" if args.size == "demo" else f"pictures of {args.pixels}², crop {args.crop}²"
+    )
     title = [
         f"# A training step, {args.size} size",
         "",
