@@ -189,8 +189,13 @@ def autoencoder():
     from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
 
     torch.manual_seed(0)
-    parts = {"encoder": Encoder(**AUTOENCODER), "decoder": Decoder(**AUTOENCODER)}
-    return comfy.sd.VAE(sd={f"{k}.{name}": v for k, part in parts.items() for name, v in part.state_dict().items()})
+    sd = {}
+    for kind, part in (("encoder", Encoder(**AUTOENCODER)), ("decoder", Decoder(**AUTOENCODER))):
+        for name, p in part.state_dict().items():  # ComfyUI's layers start with whatever was in memory
+            wide = p.ndim > 1
+            plain = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+            sd[f"{kind}.{name}"] = torch.randn(p.shape) / p[0].numel() ** 0.5 if wide else plain
+    return comfy.sd.VAE(sd=sd)
 
 
 def noise_pairs(pack, pixels: int):
