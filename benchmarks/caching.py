@@ -2,9 +2,10 @@
 
     python benchmarks/caching.py
 
-Generated JPEG and PNG files, an image encoder with random weights (timm's tf_efficientnet_lite0), one thread of torch for it, so
-that the other cores are free as they are beside a GPU. Each way prepares every pair anew, in blocks that take turns, and the
-embeddings must be equal to the last bit. Busy is the share of the wall time of embedding in which the encoder works. Writes
+Generated JPEG and PNG files and two encoders: a network with random weights on one thread of torch (timm's
+tf_efficientnet_lite0), and one that computes next to nothing and sleeps for --elsewhere milliseconds, which stands for a device
+that takes no processor time; on a CUDA device the network alone. Each way prepares every pair anew, in blocks that take turns, and
+the embeddings must be equal to the last bit. Busy is the share of the wall time of embedding in which the encoder works. Writes
 benchmarks/results/caching.md.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -25,23 +27,23 @@ from step_tools import machine
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess
 from editloss_core.encoders.timm_net import TimmEncoder
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.pairs import find_pairs
 from editloss_core.training import prepare as preparing
 
 RESULTS = Path(__file__).resolve().parent / "results"
-AHEAD, ONE_BY_ONE = "read ahead", "one after the other"
+AHEAD, ONE_BY_ONE = "ahead", "when they are needed"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pairs", type=int, default=1000)
-parser.add_argument("--pixels", type=int, default=384, help="side of the files (default: 384)")
-parser.add_argument("--resolution", type=int, default=256, help="that pairs are prepared at (default: 256)")
-parser.add_argument(
-    "--crop", type=int, default=128, help="side of what the encoder sees; half, as by default (default: 128)"
-)
+parser.add_argument("--pixels", type=int, default=256, help="side of the files (default: 256)")
+parser.add_argument("--resolution", type=int, default=192, help="that pairs are prepared at (default: 192)")
+parser.add_argument("--crop", type=int, default=96, help="side of what the encoder sees; half, as by default (default: 96)")
 parser.add_argument("--blocks", type=int, default=10, help="parts of the pairs, prepared in turns (default: 10)")
 parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="a timm name (default: tf_efficientnet_lite0)")
+parser.add_argument("--elsewhere", type=float, default=30.0, help="milliseconds per pair of the encoder that sleeps (default: 30)")
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the encoder")
 
 
@@ -49,6 +51,18 @@ parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of
 def one_by_one(read, keys, workers=0):
     """In place of editloss_core.ahead.ahead: nothing is read before it is asked for."""
     yield map(read, keys)
+
+
+class Elsewhere(PixelEncoder):
+    """Means of 8×8 pixels, after a while without processor time."""
+
+    def __init__(self, seconds: float):
+        self.seconds, info = seconds, EncoderInfo("elsewhere/grid", "", "elsewhere", "grid")
+        super().__init__(info, Preprocess(0, 0, multiple=8), torch.device("cpu"))
+
+    def features(self, pixels):
+        time.sleep(self.seconds)
+        return F.avg_pool2d(pixels, 8)
 
 
 class Busy:
@@ -73,9 +87,7 @@ def write_pairs(folder: Path, count: int, pixels: int) -> None:
     rng = np.random.default_rng(0)
     for i in tqdm(range(count), desc="files", disable=None):
         soft = [
-            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
-                (pixels, pixels), Image.Resampling.BICUBIC
-            )
+            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((pixels, pixels), Image.Resampling.BICUBIC)
             for _ in range(2)
         ]
         soft[0].save(folder / "before" / f"{i:04}.jpg", quality=92)
@@ -95,42 +107,47 @@ def main() -> None:
         return (mixing @ F.unfold(x, 8, stride=8)).unflatten(2, (x.shape[2] // 8, x.shape[3] // 8))
 
     vae = VAEEncoder(project, "projection", "0", 8)
-    encoder = TimmEncoder(args.encoder, layer=-1, image_size=-1, random_seed=0, device=args.device)
-    busy = encoder.forward = Busy(encoder.forward, args.device)
+    network = TimmEncoder(args.encoder, layer=-1, image_size=-1, random_seed=0, device=args.device)
+    encoders = {args.encoder: network}
+    if args.device == "cpu":
+        encoders[f"{args.elsewhere:g} ms elsewhere"] = Elsewhere(args.elsewhere / 1000)
     ways = {ONE_BY_ONE: one_by_one, AHEAD: preparing.ahead}
-    took = {way: [] for way in ways}
+    took = {(label, way): [] for label in encoders for way in ways}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_pairs(folder, args.pairs, args.pixels)
         pairs = find_pairs(folder, resolution=args.resolution, default_caption="edit")
         step = -(-len(pairs) // args.blocks)
         for block in tqdm(range(0, len(pairs), step), desc="blocks", disable=None):
-            part, made = pairs.subset(range(block, min(block + step, len(pairs)))), {}
-            for way, ahead in ways.items():
-                preparing.ahead = ahead
-                cache = folder / "cache" / way / str(block)
-                preparing.prepare(part, vae, {}, cache, crop=args.crop)  # masks and latents are there before
-                busy.seconds, began = 0.0, time.perf_counter()
-                made[way] = preparing.prepare(part, vae, {encoder.info.name: encoder}, cache, crop=args.crop)
-                took[way].append((time.perf_counter() - began, busy.seconds))
-            for i in range(len(part)):
-                a, b = (made[way].embeddings([i]).tensors for way in ways)
-                assert all(torch.equal(a[key], b[key]) for key in a), f"the embeddings of pair {i} differ"
+            part = pairs.subset(range(block, min(block + step, len(pairs))))
+            ready = folder / "ready" / str(block)
+            preparing.prepare(part, vae, {}, ready, crop=args.crop)  # masks and latents are there before
+            for label, encoder in encoders.items():
+                made = {}
+                for way, preparing.ahead in ways.items():
+                    cache = folder / "caches" / label / way / str(block)
+                    shutil.copytree(ready, cache)
+                    busy = Busy(type(encoder).forward.__get__(encoder), args.device)
+                    encoder.forward, began = busy, time.perf_counter()
+                    made[way] = preparing.prepare(part, vae, {encoder.info.name: encoder}, cache, crop=args.crop)
+                    took[label, way].append((time.perf_counter() - began, busy.seconds))
+                for i in range(len(part)):
+                    a, b = (made[way].embeddings([i]).tensors for way in ways)
+                    assert all(torch.equal(a[key], b[key]) for key in a), f"the embeddings of pair {i} differ"
     lines = [
         "# Caching the embeddings of pairs",
         "",
         f"{machine(torch.device(args.device))}, {os.cpu_count()} cores. {args.pairs} pairs of {args.pixels}² files at {args.resolution}², crop {args.crop}², "
-        f"{args.encoder}, in {args.blocks} blocks that take turns.",
+        f"in {args.blocks} blocks that take turns.",
         "",
-        "| | encoder busy | time | milliseconds a pair |",
-        "|---|---|---|---|",
+        "| encoder | pictures are read | encoder busy | time | milliseconds a pair |",
+        "|---|---|---|---|---|",
     ]
-    for way in ways:
-        share = sum(b for _, b in took[way]) / sum(w for w, _ in took[way])
-        ratio = statistics.median(mine[0] / other[0] for mine, other in zip(took[way], took[ONE_BY_ONE]))
-        lines.append(
-            f"| {way} | {share:.0%} | {ratio:.2f} × | {1000 * sum(w for w, _ in took[way]) / args.pairs:.0f} |"
-        )
+    for (label, way), blocks in took.items():
+        share = sum(b for _, b in blocks) / sum(w for w, _ in blocks)
+        ratio = statistics.median(mine[0] / other[0] for mine, other in zip(blocks, took[label, ONE_BY_ONE]))
+        each = 1000 * sum(w for w, _ in blocks) / args.pairs
+        lines.append(f"| {label} | {way} | {share:.0%} | {ratio:.2f} × | {each:.0f} |")
     text = "\n".join([*lines, "", "The embeddings of both ways are equal to the last bit."]) + "\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "caching.md").write_text(text, encoding="utf-8")
