@@ -40,10 +40,14 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--pairs", type=int, default=1000)
 parser.add_argument("--pixels", type=int, default=256, help="side of the files (default: 256)")
 parser.add_argument("--resolution", type=int, default=192, help="that pairs are prepared at (default: 192)")
-parser.add_argument("--crop", type=int, default=96, help="side of what the encoder sees; half, as by default (default: 96)")
+parser.add_argument(
+    "--crop", type=int, default=96, help="side of what the encoder sees; half, as by default (default: 96)"
+)
 parser.add_argument("--blocks", type=int, default=10, help="parts of the pairs, prepared in turns (default: 10)")
 parser.add_argument("--encoder", default="tf_efficientnet_lite0", help="a timm name (default: tf_efficientnet_lite0)")
-parser.add_argument("--elsewhere", type=float, default=30.0, help="milliseconds per pair of the encoder that sleeps (default: 30)")
+parser.add_argument(
+    "--elsewhere", type=float, default=30.0, help="milliseconds per pair of the encoder that sleeps (default: 30)"
+)
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the encoder")
 
 
@@ -87,7 +91,9 @@ def write_pairs(folder: Path, count: int, pixels: int) -> None:
     rng = np.random.default_rng(0)
     for i in tqdm(range(count), desc="files", disable=None):
         soft = [
-            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((pixels, pixels), Image.Resampling.BICUBIC)
+            Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+                (pixels, pixels), Image.Resampling.BICUBIC
+            )
             for _ in range(2)
         ]
         soft[0].save(folder / "before" / f"{i:04}.jpg", quality=92)

@@ -422,9 +422,7 @@ def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding])
         return None
 
 
-def _inspect(
-    pair: Pair, folder: Optional[Path], min_size: int
-) -> tuple[Size, Size, str, bool, list[Finding]]:
+def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, Size, str, bool, list[Finding]]:
     """(size before, size after, content, transparency) of a pair, and what is wrong with it."""
     findings: list[Finding] = []
     sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}

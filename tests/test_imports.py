@@ -8,7 +8,18 @@ from pathlib import Path
 import editloss_core
 
 ROOT = Path(editloss_core.__file__).parent
-LATER = ["matplotlib", "timm", "open_clip", "jinja2", "scipy", "transformers", "diffusers", "torchvision", "tqdm", "pandas"]
+LATER = [
+    "matplotlib",
+    "timm",
+    "open_clip",
+    "jinja2",
+    "scipy",
+    "transformers",
+    "diffusers",
+    "torchvision",
+    "tqdm",
+    "pandas",
+]
 # Programs of their own, that nothing imports.
 PROGRAMS = {"diagnostics.__main__", "demo.train", "demo.train_autoencoder"}
 

@@ -190,17 +190,6 @@ def test_signal_and_judge_side_by_side(tmp_path):
     assert "In 1 the signal points to no edit where the judge finds the output good." in html
 
 
-def test_judging_takes_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
-    used = []
-    monkeypatch.setattr(run_verdicts, "judge_picture", lambda *p: used.append(torch.get_num_threads()) or by_grey(*p))
-    torch.set_num_threads(2)
-    try:
-        judge_run(make_run(tmp_path / "run", [[FINE]]))
-        assert torch.get_num_threads() == 2 and set(used) == {1}
-    finally:
-        torch.set_num_threads(1)
-
-
 def test_without_an_objective_there_is_no_signal(tmp_path):
     folder = make_run(tmp_path / "run", [[]], objective=False)
     log = RunLog.read(folder)

@@ -301,6 +301,24 @@ def test_real_edits_get_no_nonsense():
     assert judged >= 3
 
 
+def test_judging_takes_one_thread_and_gives_the_others_back(monkeypatch):
+    from editloss_core.diagnostics import verdict
+
+    example, mask = pair(0)
+    used, decide = [], verdict._decide
+    monkeypatch.setattr(verdict, "_decide", lambda scores: used.append(torch.get_num_threads()) or decide(scores))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        judge(example.before, example.after, example.after, mask)
+        assert torch.get_num_threads() == 2 and set(used) == {1}
+        with pytest.raises(ValueError, match="before"):
+            judge(example.before[..., :1], example.after)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_codecs_doing_is_measured_on_the_picture_itself():
     """Noise is what JPEG cannot keep: there a change of the background has to be larger to be one."""
     example, mask = pair(0)

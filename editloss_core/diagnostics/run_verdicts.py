@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -326,32 +324,19 @@ def judge_run(
     work += [(None, "base", p) for p in (last.pictures if last else ())]
     outputs: dict[Optional[int], list[Output]] = {}
     known: dict[tuple, tuple[Optional[Verdict], str]] = {}
-    with _one_thread():
-        for done, (step, which, entry) in enumerate(work):
-            files = {("output" if part == which else part): folder / PICTURE_FOLDER / Path(name).name
-                     for part, name in entry.files.items() if part in (which, "before", "after", "mask")}  # fmt: skip
-            key = tuple(sorted(files.items()))
-            if key not in known:
-                known[key] = _judge(files, judge or judge_picture)
-            outputs.setdefault(step, []).append(
-                Output(entry.pair, entry.caption, step, files, *known[key], entry.signals.get(which, {}))
-            )
-            if progress:
-                progress(done + 1, len(work))
+    for done, (step, which, entry) in enumerate(work):
+        files = {("output" if part == which else part): folder / PICTURE_FOLDER / Path(name).name
+                 for part, name in entry.files.items() if part in (which, "before", "after", "mask")}  # fmt: skip
+        key = tuple(sorted(files.items()))
+        if key not in known:
+            known[key] = _judge(files, judge or judge_picture)
+        outputs.setdefault(step, []).append(
+            Output(entry.pair, entry.caption, step, files, *known[key], entry.signals.get(which, {}))
+        )
+        if progress:
+            progress(done + 1, len(work))
     validations = tuple(Judged(v.step, v, tuple(outputs.get(v.step, ()))) for v in log.validations)
     return RunVerdicts(folder, log, Judged(None, None, tuple(outputs.get(None, ()))), validations, cut_off)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The judge's many small tensors gain nothing from several threads, and on a busy machine lose: at 128 x 128 pixels a
-    picture took 4 s of two cores that others used as well, and 0.5 s of one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _judge(files: Mapping[str, Path], judge: Judge) -> tuple[Optional[Verdict], str]:

@@ -275,7 +275,9 @@ class _Work:
         for name, encoder in encoders.items():
             at, todo = ("embeddings", name), missing(("embeddings", name))
             reads_latents = name in of_latents
-            with ahead(lambda i: self._pictures(i, masks[i], None if reads_latents else crops[i]), todo) as read:
+            with ahead(
+                lambda i, whole=reads_latents: self._pictures(i, masks[i], None if whole else crops[i]), todo
+            ) as read:
                 for i, pictures in zip(todo, read):
                     z = found["latents", ""][i].tensors if reads_latents else None
                     tensors, layout = self._embed(encoder, i, crops[i], z, pictures)

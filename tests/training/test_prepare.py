@@ -514,7 +514,9 @@ def test_the_next_pictures_are_loaded_before_the_encoder_is_done(tmp_path, monke
 
         def features(self, pixels):
             deadline = time.monotonic() + 30
-            while len(loaded) < 6 + 6 + 2 and time.monotonic() < deadline:  # for masks and latents, and now of two pairs
+            while (
+                len(loaded) < 6 + 6 + 2 and time.monotonic() < deadline
+            ):  # for masks and latents, and now of two pairs
                 time.sleep(0.001)
             seen.append(len(loaded))
             return super().features(pixels)
