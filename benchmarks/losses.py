@@ -151,8 +151,8 @@ def clip_loss(a, p):
 def metric_learning(a, p):
     from pytorch_metric_learning.losses import NTXentLoss
 
-    labels = torch.arange(len(a))
-    return NTXentLoss(temperature=0.07)(a, labels, ref_emb=p, ref_labels=labels)
+    labels = torch.arange(len(a))  # two tensors: given one twice, it takes a and p for the same samples
+    return NTXentLoss(temperature=0.07)(a, labels, ref_emb=p, ref_labels=labels.clone())
 
 
 def plain_info_nce(a, p):
@@ -256,7 +256,9 @@ def tasks(args) -> list[str]:
         "Margins 0.25, weights 1, 0.5, 0.7, every hinge open, gradient for the prediction alone. The objective matches "
         "geometry by cosine, as the recommended mix does; the three public functions, one by one, by their default, squared "
         "L2. The ratios compare with the composition of the same geometry. The bound reads the four tensors and writes one. Memory is in tensors of one embedding's size; the gradient "
-        "is one of them. Unscaled fp16 gradients of this size are subnormal numbers: their error is the dtype's.",
+        "is one of them. Called one by one, the three functions read tensors 16 times, write three gradients, "
+        "and autograd adds these up: five times the traffic of the bound. "
+        "The objective and a compiler share it. Unscaled fp16 gradients of this size are subnormal numbers: their error is the dtype's.",
         "",
     ]
     for dtype in DTYPES:
@@ -318,7 +320,7 @@ def info_nce(args) -> list[str]:
         found: dict[str, list[dict]] = {name: [] for name in plans}
         for turn in range(3):
             for name, turns in plans.items():
-                if turn < turns and not (batch > 4096 and "metric" in name):  # lists of all pairs: beyond 24 GB
+                if turn < turns and not (batch > 4096 and "metric" in name):  # wants batch³ booleans
                     found[name].append(measured("info_nce", name, batch, 512))
         best = {name: min(r, key=lambda x: x.get("seconds", 1e9)) for name, r in found.items() if r}
         base = best["info-nce-pytorch"]
@@ -410,7 +412,7 @@ def main(args) -> None:
     lines = [
         "# The losses beside their peers",
         "",
-        f"`python benchmarks/losses.py{' --large' if args.large else ''}` on a CPU ({torch.backends.cpu.get_cpu_capability()}), "
+        f"`{' '.join(['python benchmarks/losses.py', *sys.argv[1:]])}` on a CPU ({torch.backends.cpu.get_cpu_capability()}), "
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
         + (", CPU seconds of the process (other people were using the machine)." if args.cpu_time else "."),
         "",
