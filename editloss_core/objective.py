@@ -238,11 +238,12 @@ class EditObjective:
             raise ValueError("objective: expected at least one term, got none")
         by_gate: dict[Optional[tuple[float, float]], list[LossTerm]] = {}
         for term in self.terms:
-            by_gate.setdefault(None if t is None else (term.t_min, term.t_max), []).append(term)
+            always = t is None or (term.t_min, term.t_max) == (0.0, 1.0)
+            by_gate.setdefault(None if always else (term.t_min, term.t_max), []).append(term)
         reports: dict[str, TermReport] = {}
-        for terms in by_gate.values():
+        for gate, terms in by_gate.items():
             weights, seen = sample_weights, embeddings
-            if t is not None:
+            if gate is not None:
                 inside = terms[0].gate(t)
                 weights = inside if weights is None else weights * inside.to(weights)
             if weights is not None:

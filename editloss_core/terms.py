@@ -60,7 +60,7 @@ class TermReport:
     @property
     def weighted(self) -> Tensor:
         """What the term adds to the total: its weight times the mean over the batch of sample weight · loss."""
-        if self.sample_weights is None:
+        if self.sample_weights is None and self.term.weight:
             return self.value * self.term.weight
         return self.weighted_per_sample.mean()
 
