@@ -57,13 +57,16 @@ def feather_mask(mask: Tensor, feather: float) -> Tensor:
 
 def blur(x: Tensor, sigma: float, radius: int) -> Tensor:
     """Separable Gaussian over [B, C, H, W], reflected at the borders."""
-    steps = torch.arange(-radius, radius + 1, device=x.device, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (steps / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(x.dtype)
-    channels = x.shape[1]
-    rows = kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), rows, groups=channels)
-    return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="reflect"), rows.transpose(-1, -2), groups=channels)
+    weights = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    for dim in (-1, -2):
+        length = x.shape[dim]
+        padded = F.pad(x, (radius, radius, 0, 0) if dim == -1 else (0, 0, radius, radius), mode="reflect")
+        x = padded.narrow(dim, radius, length) * (weights[0] / total)
+        for k in range(1, radius + 1):  # several times faster than a grouped convolution
+            both = padded.narrow(dim, radius - k, length) + padded.narrow(dim, radius + k, length)
+            x = x.add_(both, alpha=weights[k] / total)
+    return x
 
 
 def box_mean(x: Tensor, size: int) -> Tensor:
@@ -244,12 +247,12 @@ def _otsu(d: Tensor, bins: int = 256) -> float:
 def dilate(region: Tensor, radius: int) -> Tensor:
     """Growth of a boolean [B, 1, H, W] by a disc-like octagon of the given radius in pixels."""
     result = region.to(torch.float32)
-    for step in range(radius):  # a square and a diamond by turns
-        if step % 2:
-            result = F.max_pool2d(result, 3, stride=1, padding=1)
-        else:
-            rows = F.max_pool2d(result, (3, 1), stride=1, padding=(1, 0))
-            result = torch.maximum(rows, F.max_pool2d(result, (1, 3), stride=1, padding=(0, 1)))
+    square = radius // 2  # a diamond of the other half; their order makes no difference
+    for size, padding in (((2 * square + 1, 1), (square, 0)), ((1, 2 * square + 1), (0, square))):
+        result = F.max_pool2d(result, size, stride=1, padding=padding)
+    for _ in range(radius - square):
+        rows = F.max_pool2d(result, (3, 1), stride=1, padding=(1, 0))
+        result = torch.maximum(rows, F.max_pool2d(result, (1, 3), stride=1, padding=(0, 1)))
     return result > 0.5
 
 

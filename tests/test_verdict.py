@@ -322,13 +322,18 @@ def test_judging_takes_one_thread_and_gives_the_others_back(monkeypatch):
 def test_a_codecs_doing_is_measured_on_the_picture_itself():
     """Noise is what JPEG cannot keep: there a change of the background has to be larger to be one."""
     example, mask = pair(0)
-    calm = judge(example.before, example.after, example.after, mask)
-    noise = 0.5 * torch.rand(example.before.shape, generator=torch.Generator().manual_seed(0)) - 0.25
     outside = (mask < 0.5)[..., None]
+    noise = 1.6 * torch.rand(example.before.shape, generator=torch.Generator().manual_seed(0)) - 0.8
     noisy = [(t + noise * outside).clamp(0, 1) for t in (example.before, example.after)]
-    grainy = judge(noisy[0], noisy[1], noisy[1], mask)
-    assert 0 < calm.measures["codec"] < 0.03 < grainy.measures["codec"]
-    assert judge(noisy[0], jpeg(noisy[1], 50), noisy[1], mask).scores["collateral change"] <= 0.5
+    calm = judge(example.before, example.after, example.after, mask)
+    grainy = judge(noisy[0], jpeg(noisy[1], 50), noisy[1], mask)
+    assert grainy.measures["background"] > 0.05 and grainy.measures["codec"] > 0.05
+    assert grainy.scores["collateral change"] <= 0.5
+    assert calm.measures["codec"] is None and calm.measures["background"] < 0.05
+    stained = example.after.clone()
+    stained[:24, :24] = 1 - stained[:24, :24]
+    found = judge(example.before, stained, example.after, mask)
+    assert found.verdict == "collateral change" and 0 < found.measures["codec"] < 0.05
 
 
 def test_one_code_near_black_is_no_visible_distance():

@@ -40,6 +40,7 @@ from .measures import (
     codec_change,
     filled,
     ghost,
+    length,
     local_share,
     norm,
     progress_of,
@@ -72,7 +73,7 @@ MEASURES = {
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
     "background": "largest change of a neighbourhood outside the mask, in Oklab",
-    "codec": "the same that JPEG of quality 50 makes of the picture itself; less is no change",
+    "codec": "the same that JPEG of quality 50 makes of the picture itself; asked where the background is over its line",
 }
 
 
@@ -166,7 +167,7 @@ def _judge_by(whole: Whole) -> Verdict:
     crop = Crop.of(whole)
     lab_s, lab_x, lab_g = (blur(oklab(t), 1.0, 3) for t in (crop.s, crop.x, crop.g))
     regions = find_regions(lab_s, lab_g, crop.mask)
-    changed = crop.mask & ((lab_g - lab_s).norm(dim=1, keepdim=True) > VISIBLE)
+    changed = crop.mask & (length(lab_g - lab_s) > VISIBLE)
     old, new = regions.old * crop.mask, regions.new * crop.mask
     placed = float(new.sum()) > max(60.0, 0.08 * float(old.sum()))
     expected = Expected.of(crop, lab_x, lab_g, old, new, placed)
@@ -200,7 +201,7 @@ def _judge_by(whole: Whole) -> Verdict:
     whole_size = whole.s.shape[-2:]
     also = crop.in_whole(w, whole_size) > 0.25
     background, background_map = whole.background(also)
-    codec = codec_change(whole.pictures[2], whole.g, whole.mask)
+    codec = _codec(background, whole.pictures[2], whole.g, whole.mask)
     affine = expected.affine
     measures = {
         "unchanged": unchanged, "progress": progress, "residual": residual, "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
@@ -212,9 +213,7 @@ def _judge_by(whole: Whole) -> Verdict:
     }  # fmt: skip
     scores = _scores(measures, arrived)
     old_map = (local_share(off, towards, old * known)).clamp(0, 1)
-    unchanged_map = weight * (
-        1 - moved.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True).clamp_min(0.02)
-    ).clamp(0, 1)
+    unchanged_map = weight * (1 - length(moved) / length(wanted).clamp_min(0.02)).clamp(0, 1)
     maps = {
         "unchanged": crop.in_whole(unchanged_map, whole_size), "old object": crop.in_whole(old_map, whole_size),
         "shape": crop.in_whole(shape_map.clamp(0, 1), whole_size), "background": (background_map / 0.2).clamp(0, 1),
@@ -247,7 +246,7 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     slopes_s, slopes_x = (slopes(blur(t, 1.0, 3)) for t in (s, x))
     old_edges = share(slopes_x, slopes_s, core)
     background, background_map = whole.background() if masked else (None, torch.zeros(1, 1, *size))
-    codec = codec_change(whole.pictures[0], whole.s, whole.mask) if masked else None
+    codec = _codec(background, whole.pictures[0], whole.s, whole.mask)
     measures = dict.fromkeys(MEASURES)
     measures.update({"unchanged": unchanged, "old edges": old_edges, "background": background, "codec": codec})
     if not masked:
@@ -260,7 +259,7 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
         ]
     elif background is None:
         unanswered.append("collateral change: the mask leaves no surroundings to compare")
-    unchanged_map = inside * (1 - moved.norm(dim=1, keepdim=True) / 0.1).clamp(0, 1)
+    unchanged_map = inside * (1 - length(moved) / 0.1).clamp(0, 1)
     old_map = local_share(slopes_x, slopes_s, core).clamp(0, 1)
     maps = {
         "unchanged": crop.in_whole(unchanged_map, size),
@@ -350,6 +349,11 @@ def _redrawn(m: Mapping[str, Optional[float]]) -> float:
     (there, full), (line, gone) = PRESENT, ABSENT
     absent = 1 - _ramp(max(0.0, m["new there"]), line, gone)
     return min(_ramp(max(m["old left"], m["old edges"]), there, full), absent)
+
+
+def _codec(background: Optional[float], picture: Tensor, small: Tensor, mask: Tensor) -> Optional[float]:
+    over = background is not None and background > LINES["background"][0]
+    return codec_change(picture, small, mask) if over else None
 
 
 def _beyond_codec(background: Optional[float], codec: Optional[float]) -> Optional[float]:
