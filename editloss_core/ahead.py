@@ -13,7 +13,9 @@ from typing import TypeVar
 K = TypeVar("K")
 V = TypeVar("V")
 
-WORKERS = min(4, os.cpu_count() or 1)  # Pillow and torch let go of Python's lock while they decode and resize
+# Pillow lets go of Python's lock while it decodes and resizes. One core is left to the caller: on two of them one reader was
+# faster than two, beside an encoder on the CPU (benchmarks/caching.py).
+WORKERS = max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
 @contextmanager
