@@ -84,7 +84,7 @@ def page(run: RunVerdicts) -> str:
         left_out=_left_out(run, shown),
         has_signal=any(o.says for o in run.outputs),
         matrix=_matrix(run),
-        against=[c for f in FAILURES if (c := _against(run, f))],
+        against=[c for f in FAILURES if (c := _against(run, f))] if any(o.says for o in run.outputs) else [],
         terms=[
             {"name": name, "color": columns.style(name)["color"], "svg": run_charts.term(run.log, columns, name)}
             for name in (columns.losses if columns else ())
@@ -236,7 +236,7 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
             f"{failing.count} of {failing.n}" if failing.n else "–",
             f"{percent(low)} to {percent(high)}" if failing.n else "–",
             *(f"{percent(s.value)} ({s.count})" if s.count else "0" if s.n else "–" for s in shares),
-            "" if v.step is None else "there" if run.checkpoint(v.step) else "gone",
+            "" if v.step is None else "there" if run.checkpoint(v.step) else "gone" if run.was_made(v.step) else "none made",
             *map(number, losses),
         ]
         rows.append({"cells": cells, "best": v is run.best})

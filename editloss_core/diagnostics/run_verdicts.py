@@ -209,14 +209,19 @@ class RunVerdicts:
         name, place = f"step_{step:06d}.safetensors", self.folder / CHECKPOINT_FOLDER
         return next((path for path in (place / name, place / SET_ASIDE / name) if path.is_file()), None)
 
+    def was_made(self, step: int) -> bool:
+        """Whether the settings asked for a checkpoint at this step; taken for granted where the log does not say."""
+        every = self.settings.get("checkpoint_every")
+        return every is None or step == self.settings.get("steps") or bool(every and step % every == 0)
+
     def where(self, step: int) -> str:
         """The file of a step's checkpoint, or why there is none, in words that go on from "is"."""
         path = self.checkpoint(step)
         if path:
             return path.relative_to(self.folder).as_posix()
         settings = {**TrainingSettings().as_dict(), **self.settings}
-        every = settings["checkpoint_every"]
-        if self.settings and (not every or step % every) and step != settings["steps"]:
+        if not self.was_made(step):
+            every = settings["checkpoint_every"]
             return f"not there: none was made at this step (checkpoint_every {every}, validate_every {settings['validate_every']})"
         return f"not there any more: a run keeps its last {settings['keep']} (keep in Run Options)"
 
@@ -233,7 +238,8 @@ class RunVerdicts:
             ]
         rates = {v.failing.value for v in self.validations if v.failing.n}
         if not self.alike:
-            said = [f"Step {best.step} fails least: {best.failing}."]
+            alone = len(self.validations) == 1
+            said = [f"Step {best.step} {'is the only one that was watched; failing' if alone else 'fails least'}: {best.failing}."]
         else:
             said = [f"Every step fails as often: {best.failing}. Step {best.step} has the lowest loss of them."]
         if self.base.failing.n and best.failing.value >= self.base.failing.value:
