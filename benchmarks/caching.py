@@ -155,8 +155,17 @@ def main() -> None:
         lines.append(
             f"| {label} | {way} | {work / whole:.0%} | {ratio:.2f} × | {1000 * whole / args.pairs:.0f} | {processor / whole:.2f} |"
         )
-    text = "\n".join([*lines, "", "The embeddings of both ways are equal to the last bit. Where the process "
-        "gets no more than one core, reading ahead of an encoder on the CPU cannot save time."]) + "\n"
+    text = (
+        "\n".join(
+            [
+                *lines,
+                "",
+                "The embeddings of both ways are equal to the last bit. Where the process "
+                "gets no more than one core, reading ahead of an encoder on the CPU cannot save time.",
+            ]
+        )
+        + "\n"
+    )
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "caching.md").write_text(text, encoding="utf-8")
     print(text)

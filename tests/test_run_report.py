@@ -402,7 +402,9 @@ def test_the_command_line(tmp_path, capsys):
     folder = make_run(tmp_path / "run", [[FINE, BAD]])
     assert run_report.main([str(folder), "--out", str(tmp_path / "page.html")]) == 0
     out = capsys.readouterr().out
-    assert "Step 10 is the only one that was watched; failing: 1 of 2 (50 %" in out and out.rstrip().endswith("page.html")
+    assert "Step 10 is the only one that was watched; failing: 1 of 2 (50 %" in out and out.rstrip().endswith(
+        "page.html"
+    )
     assert run_report.main([str(tmp_path / "nowhere")]) == 2
     assert "expected a folder that a training run has written" in capsys.readouterr().err
 

@@ -236,7 +236,13 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
             f"{failing.count} of {failing.n}" if failing.n else "–",
             f"{percent(low)} to {percent(high)}" if failing.n else "–",
             *(f"{percent(s.value)} ({s.count})" if s.count else "0" if s.n else "–" for s in shares),
-            "" if v.step is None else "there" if run.checkpoint(v.step) else "gone" if run.was_made(v.step) else "none made",
+            ""
+            if v.step is None
+            else "there"
+            if run.checkpoint(v.step)
+            else "gone"
+            if run.was_made(v.step)
+            else "none made",
             *map(number, losses),
         ]
         rows.append({"cells": cells, "best": v is run.best})

@@ -239,7 +239,9 @@ class RunVerdicts:
         rates = {v.failing.value for v in self.validations if v.failing.n}
         if not self.alike:
             alone = len(self.validations) == 1
-            said = [f"Step {best.step} {'is the only one that was watched; failing' if alone else 'fails least'}: {best.failing}."]
+            said = [
+                f"Step {best.step} {'is the only one that was watched; failing' if alone else 'fails least'}: {best.failing}."
+            ]
         else:
             said = [f"Every step fails as often: {best.failing}. Step {best.step} has the lowest loss of them."]
         if self.base.failing.n and best.failing.value >= self.base.failing.value:
