@@ -10,10 +10,10 @@ this order (``MEASURES`` has a line for each number):
    like the surroundings? (:mod:`.regions`)
 4. The new object is looked for in the output under shifts, turns and scalings (:mod:`.alignment`), so that a displaced object
    is not called a distorted one. What the output should be is then e: the background with the object where it was found.
-5. **no edit**: how near x is to s; or the old object is there, redrawn, and nothing of the new one. **overlay**: the least-squares share α of x ≈ e + α (s − e) where the old object was: in
-   colours; in the edges beside the new object, where |α| counts, since a ghost may be lighter or darker than what it is the
-   ghost of; and in the edges inside the new object. **distorted**: what is left of x − e inside the object, forgiving small
-   shifts; and how much the object is stretched.
+5. **no edit**: how near x is to s; or the old object is there, redrawn, and nothing of the new one. **overlay**: the
+   least-squares share α of x ≈ e + α (s − e) where the old object was: in colours; in the edges beside the new object, where
+   |α| counts, since a ghost may be lighter or darker than what it is the ghost of; and in the edges inside the new object.
+   **distorted**: what is left of x − e inside the object, forgiving small shifts; and how much the object is stretched.
 
 Each score is a measure on a scale on which 0.5 is the line between failure and none. The lines were fitted on one half of
 a set of rendered pairs, with other meshes and backgrounds than those on which the results are reported
@@ -188,12 +188,10 @@ def _judge_by(whole: Whole) -> Verdict:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = None
-    if (
-        placed
-    ):  # in its own place as well, where the search may have taken the old object for it; a thin one shows in its edges
+    if placed:
+        # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.
         edges_g = slopes(blur(g, 1.0, 3))
-        in_place = share(x - s, g - s, new), shares(edges_x, (edges_s, edges_g), new)[1]
-        new_there = max(share(x - s, e - s, w), *in_place)
+        new_there = max(share(x - s, e - s, w), share(x - s, g - s, new), shares(edges_x, (edges_s, edges_g), new)[1])
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
 
     progress, residual = progress_of(moved, wanted, weight)
@@ -204,7 +202,8 @@ def _judge_by(whole: Whole) -> Verdict:
     codec = _codec(background, whole.pictures[2], whole.g, whole.mask)
     affine = expected.affine
     measures = {
-        "unchanged": unchanged, "progress": progress, "residual": residual, "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
+        "unchanged": unchanged, "progress": progress, "residual": residual,
+        "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
         "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft,
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if affine is None else expected.similarity.displacement,
@@ -307,10 +306,8 @@ LINES = {
 SMALLEST = 16  # pixels of a mask
 BESIDE = 3  # pixels around the new object that belong to it
 NO_GHOST = 0.03  # share of the old object's edges
-PRESENT, ABSENT = (
-    (0.35, 0.9),
-    (0.2, 0.5),
-)  # share of the old object from which it is there; of the new one below which it is not
+PRESENT = (0.35, 0.9)  # line and full, as above: share of the old object from which it is there
+ABSENT = (0.2, 0.5)  # share of the new object below which it is not there, and from which it surely is
 ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
 
 
@@ -346,9 +343,7 @@ def _redrawn(m: Mapping[str, Optional[float]]) -> float:
     """The old object is there, if not pixel by pixel, and the new one is not."""
     if m["new there"] is None:
         return 0.0
-    (there, full), (line, gone) = PRESENT, ABSENT
-    absent = 1 - _ramp(max(0.0, m["new there"]), line, gone)
-    return min(_ramp(max(m["old left"], m["old edges"]), there, full), absent)
+    return min(_ramp(max(m["old left"], m["old edges"]), *PRESENT), 1 - _ramp(m["new there"], *ABSENT))
 
 
 def _codec(background: Optional[float], picture: Tensor, small: Tensor, mask: Tensor) -> Optional[float]:

@@ -90,9 +90,8 @@ class EstimateObjective:
         embeddings = self.prepared.embeddings(indices, counting.encoders).to(self.device)
         pictures = [name for name in counting.encoders if not self.prepared.reads_latents(name)]
         pixels = self._decode(gradient_where(counting.counts(t, pictures), x0), indices) if pictures else None
-        order = sorted(
-            counting.encoders, key=pictures.__contains__
-        )  # those of pictures are the larger ones, and come last
+        # Those of pictures are the larger ones, and come last.
+        order = sorted(counting.encoders, key=pictures.__contains__)
         for name in order:
             encoder, counts = self.encoders[name], counting.counts(t, (name,))
             keep = once and name == order[-1]
