@@ -26,6 +26,7 @@ OURS = FORMAT.rstrip("0123456789")  # of any version
 KINDS = ("masks", "latents", "embeddings")
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 LIMIT = 20_000_000_000  # bytes: about 2000 pairs at 1024² with embeddings of their latents
+GONE = (OSError, RuntimeError)  # safetensors opens a file twice, the second time through torch, which raises the latter
 RECENT = 24 * 3600.0  # seconds: what another run may be reading, or the held-out pairs of this one
 
 
@@ -131,7 +132,7 @@ def _is_ours(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
+    except (SafetensorError, *GONE):
         return False
     named = metadata.get("kind") == path.parent.name and metadata.get("key") == path.stem
     return named and metadata.get("format", "").startswith(OURS)
@@ -151,7 +152,7 @@ def _read(path: Path, kind: str, key: str) -> Optional[Entry]:
         if metadata.get("content") != _content(tensors, metadata):
             return None
         return Entry(tensors, json.loads(metadata["about"]))
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, *GONE, KeyError, ValueError):
         return None
 
 
