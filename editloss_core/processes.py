@@ -109,6 +109,21 @@ class Processes:
                 raise error
         return [value for _, value, _ in results]
 
+    def once(self, work: Callable[[], T], carried: tuple[type[Exception], ...] = ()) -> T:
+        """What ``work`` gives in process 0, in every process; exceptions of the ``carried`` kinds are raised in every one."""
+        if self.count == 1:
+            return work()
+        outcome: list[tuple[Optional[T], Optional[Exception]]] = []
+        if self.main:
+            try:
+                outcome = [(work(), None)]
+            except carried as error:
+                outcome = [(None, error)]
+        value, error = self.gather(outcome)[0]
+        if error is not None:
+            raise error
+        return value
+
     def gather(self, items: Sequence[T]) -> list[T]:
         """The items of all processes, which can be pickled, in the order of the processes."""
         if self.count == 1:
