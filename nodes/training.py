@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Iterable, Optional
 
 import comfy.model_management
@@ -12,7 +13,6 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..editloss_core.diagnostics import compare, curves, sheet
-from ..editloss_core.encoders.base import hash_module
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.pairs import Pair, PairSet
 from ..editloss_core.training.checkpoint import checkpoints
@@ -25,7 +25,7 @@ from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadat
 from . import folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
-from .comfy_model import check_shared, patchers_of, vae_encoder
+from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -166,15 +166,16 @@ class Train(io.ComfyNode):
 
 def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:
     """Caption → CONDITIONING on the CPU; the first one that the model cannot take is refused."""
-    known = {}
-    for pair in pairs:
-        if pair.caption not in known:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            with torch.no_grad():
-                entries = clip.encode_from_tokens_scheduled(clip.tokenize(pair.caption))
-            own = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
-            denoiser.check(own)
-            known[pair.caption] = own
+    known, captions = {}, list(dict.fromkeys(pair.caption for pair in pairs))
+    bar = ProgressBar(len(captions))
+    for caption in captions:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with torch.no_grad():
+            entries = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+        own = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
+        denoiser.check(own)
+        known[caption] = own
+        bar.update(1)
     return known
 
 
@@ -209,7 +210,7 @@ def _reads_pictures(train: Prepared) -> bool:
 
 def _info(model, decode: VAEDecoder, train: Prepared, options: TrainingOptions) -> dict[str, Any]:
     """What a run depends on beside its settings and pairs, for resume to tell what changed; it goes into the LoRA's header."""
-    decoder = hash_module(decode.vae.first_stage_model) if _reads_pictures(train) else ""
+    decoder = fingerprint(decode.vae.first_stage_model) if _reads_pictures(train) else ""
     return {
         "model": f"{type(model.model).__name__} in {str(model.model_dtype()).removeprefix('torch.')}",
         "guidance": options.guidance,
@@ -251,6 +252,7 @@ class Resume(io.ComfyNode):
                 io.Int.Input("step", default=0, min=0, max=1_000_000, optional=True, tooltip="Which checkpoint; 0 = the last one."),
             ],
             outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Kontext LoRA.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -266,12 +268,17 @@ class Resume(io.ComfyNode):
         found = _checkpoints(run)
         named = [path for path in found if path.stem == f"step_{step:06d}"]
         if step and not named:
-            there = ", ".join(str(int(p.stem.removeprefix("step_"))) for p in found)
+            there = ", ".join(map(_step, found))
             raise ValueError(f"step: {run} has no checkpoint of step {step}; it has {there}")
-        return io.NodeOutput(ResumePoint(run, named[0] if step else found[-1]))
+        chosen = named[0] if step else found[-1]
+        return io.NodeOutput(ResumePoint(run, chosen), ui=say(cls, f"{run}, step {_step(chosen)}"))
 
 
-def _checkpoints(run: str) -> list:
+def _step(checkpoint: Path) -> str:
+    return checkpoint.stem.removeprefix("step_").lstrip("0") or "0"
+
+
+def _checkpoints(run: str) -> list[Path]:
     return checkpoints(folders.run_folder(run) / CHECKPOINT_FOLDER)
 
 
