@@ -47,6 +47,7 @@ NO_PICTURES = (
     "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Kontext LoRA to 1 or more, and "
     "validate_every, previews and preview_steps in Run Options above 0."
 )
+SIDES = ("before", "base", "lora", "after")  # of a preview
 LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -353,7 +354,13 @@ class Compare(io.ComfyNode):
                 RunSocket.Input("run", tooltip="From Train Kontext LoRA, with held-out pairs."),
                 io.Int.Input("width", default=1280, min=320, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
-            outputs=[io.Image.Output(display_name="picture", tooltip="The rows as one picture.")],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The rows as one picture."),
+                io.Image.Output(display_name="before", is_output_list=True, tooltip="The before pictures, one by one."),
+                io.Image.Output(display_name="base", is_output_list=True, tooltip="What the base made of them: for Image Compare or Preview Image."),
+                io.Image.Output(display_name="lora", is_output_list=True, tooltip="What the LoRA made of them, from the same noise."),
+                io.Image.Output(display_name="after", is_output_list=True, tooltip="The after pictures, one by one."),
+            ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
@@ -361,13 +368,17 @@ class Compare(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, run, width=1280) -> io.NodeOutput:
-        if run.result.pictures:
-            picture = compare.grid(run.result.pictures, width=width)
-            return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+        rows = run.result.pictures
+        if rows:
+            picture = compare.grid(rows, width=width)
+            sides = ([getattr(row, name)[None] for row in rows] for name in SIDES)
+            return io.NodeOutput(picture, *sides, ui=ui.PreviewImage(picture, cls=cls))
         # A run that took hours is not to end in red because nobody looked on.
         picture = _written(NO_PICTURES, width)
         return io.NodeOutput(
-            picture, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, NO_PICTURES, [NO_PICTURES])}
+            picture,
+            *([picture] for _ in SIDES),
+            ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, NO_PICTURES, [NO_PICTURES])},
         )
 
 
