@@ -224,15 +224,15 @@ def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A frozen network where accelerate's configuration wants it: on this process' device, or its weights shared out.
 
     A LoRA stands beside the network and is the same in every process, so that a network which fits is not wrapped, and FSDP
-    shares out nothing but frozen weights. Make the LoRA first: wrappers inside change the names of layers.
+    and DeepSpeed's ZeRO-3 share out nothing but frozen weights. (ZeRO-1 and -2 share out what a frozen network does not
+    have: under them it is whole on each device.) Make the LoRA first: wrappers inside change the names of layers.
 
     Args:
-        module: without parameters that are trained; with FSDP, the layers are shared out as its ``fsdp_*`` settings say.
+        module: without parameters that are trained; FSDP and DeepSpeed take it apart as accelerate's configuration says.
         accelerator: with ``mixed_precision`` "bf16" the network runs under autocast, or with FSDP in that dtype.
 
     Raises:
-        ValueError: parameters that are trained; FSDP of the first kind; DeepSpeed and Megatron-LM, which take over the
-            optimiser and the backward pass.
+        ValueError: parameters that are trained; FSDP of the first kind; Megatron-LM.
     """
     check_accelerator(accelerator)
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -244,6 +244,12 @@ def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:
         from accelerate.utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, module)
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        if config.get("zero_optimization", {}).get("stage") != 3:
+            return module.to(accelerator.device)
+        config["train_micro_batch_size_per_gpu"] = 1  # has to be a number, and counts for its own backward pass only
+        return accelerator.prepare(module).module  # without the engine around, which wants that backward pass
     return accelerator.prepare_model(module)
 
 
@@ -252,11 +258,8 @@ def check_accelerator(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type.value
     if kind == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("fsdp_version: expected 2, got 1, whose wrappers hide the layers from the LoRA")
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"distributed_type: expected one process, several of MULTI_GPU or MULTI_CPU, or FSDP, got {kind}; FSDP with "
-            "fsdp_version 2 shares the frozen weights out as ZeRO-3 does"
-        )
+    if kind == "MEGATRON_LM":
+        raise ValueError(f"distributed_type: expected NO, MULTI_GPU, MULTI_CPU, FSDP or DEEPSPEED, got {kind}")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision: expected 'no' (the model's own dtype) or 'bf16', got {accelerator.mixed_precision!r}, which would "

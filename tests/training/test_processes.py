@@ -63,6 +63,13 @@ def finish(folder):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6)
 
 
+def test_deepspeed_shares_out_the_frozen_weights(tmp_path):
+    """Where DeepSpeed is installed; it is in no extra."""
+    pytest.importorskip("deepspeed")
+    done = launch("processes_deepspeed.py", tmp_path)
+    assert not done.returncode, done.stdout
+
+
 def test_a_process_that_dies_ends_the_run_and_says_where_the_checkpoint_is(tmp_path):
     folder = tmp_path / "my run"
     done = launch("processes_lost.py", folder, "SIGKILL")
@@ -136,7 +143,7 @@ def test_rows_are_everyones_and_equally_many(total, count):
     [
         ({"mixed_precision": "fp16"}, "mixed_precision: expected 'no'"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: expected 1, got 2"),
-        ({"distributed_type": DistributedType.DEEPSPEED}, "got DEEPSPEED; FSDP with fsdp_version 2"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, "FSDP or DEEPSPEED, got MEGATRON_LM"),
         ({"distributed_type": DistributedType.FSDP, "is_fsdp2": False}, "fsdp_version: expected 2, got 1"),
     ],
 )
