@@ -30,6 +30,7 @@ from small import (
     conditioning,
     encoders,
     parts,
+    pictures,
     prepared_pairs,
     settings,
     trainer,
@@ -38,6 +39,7 @@ from small import (
 
 from editloss_core import losses
 from editloss_core.objective import EditObjective, LossTerm
+from editloss_core.pairs import PairProblems, PairSet
 from editloss_core.processes import Processes
 from editloss_core.terms import TERMS
 from editloss_core.training import prepare as preparation
@@ -366,6 +368,21 @@ def preparing_is_shared_out(accelerator, folder):
         close(found.after(range(7)), whole.after(range(7)), 0, 0)
         for key, value in whole.embeddings(range(7)).tensors.items():
             close(found.embeddings(range(7)).tensors[key], value)
+
+
+@check
+def pairs_that_cannot_be_prepared_are_one_report(accelerator, folder):
+    before, after, mask = pictures(5, seed=4)
+    mask[[1, 4]] = (before[[1, 4]] == after[[1, 4]]).all(-1).float()  # where nothing was edited
+    found, (_, vae, _) = PairSet.from_images(before, after, mask, "edit", min_size=16), parts()
+    reports = []
+    for cache in (folder / "unedited", None):
+        try:
+            prepare(found, vae, encoders(), cache, accelerator=accelerator)
+        except PairProblems as error:
+            reports.append(str(error))
+    assert len(set(Processes(accelerator).gather(reports))) == 1 and len(reports) == 2, reports
+    assert "pair 2" in reports[0] and "pair 5" in reports[0], reports[0]
 
 
 @check
