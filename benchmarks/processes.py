@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -169,16 +170,19 @@ def work(options: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+def launch(processes: int, *arguments: str) -> tuple[str, float]:
+    """What a program in so many processes says, and the processor seconds that it takes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *launcher, *arguments]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-4000:]}")
-    return done
+    return done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def steps(options: argparse.Namespace, folder: Path) -> dict[int, list[dict]]:
@@ -193,20 +197,23 @@ def steps(options: argparse.Namespace, folder: Path) -> dict[int, list[dict]]:
     return found
 
 
-def throughput(options: argparse.Namespace, folder: Path) -> dict[int, list[float]]:
-    """Pictures per second, by number of processes."""
+def throughput(options: argparse.Namespace, folder: Path) -> dict[int, list[tuple[float, float]]]:
+    """Pictures per second and per second of processor time, by number of processes."""
     before, after, _ = generated(options.pairs, 256)
     for part, pictures in (("before", before), ("after", after)):
         (folder / "pairs" / part).mkdir(parents=True)
         for i, picture in enumerate(pictures):
             Image.fromarray((picture * 255).byte().numpy()).save(folder / "pairs" / part / f"{i}.jpg", quality=90)
-    found: dict[int, list[float]] = {1: [], 2: [], 3: []}
+    found: dict[int, list[tuple[float, float]]] = {1: [], 2: [], 3: []}
     for k in range(options.rounds):
         for processes, rates in found.items():
             out = folder / f"{processes}_{k}"
             command = ["-m", "editloss_core.embeddings", str(folder / "pairs"), "--encoder", ENCODER, "--out", str(out)]
-            said = launch(processes, *command, "--shard-pairs", "16", "--resolution", "256").stderr
-            rates.append(float(re.search(r"([\d.]+) pictures/s[ ;]", said.rpartition("pictures in")[2])[1]))
+            command += ["--shard-pairs", "16", "--resolution", "256"]
+            said, whole = launch(processes, *command)
+            _, start_up = launch(processes, *command)  # all is there: what is left is start-up and reading the folder
+            rate = float(re.search(r"([\d.]+) pictures/s[ ;]", said.rpartition("pictures in")[2])[1])
+            rates.append((rate, 2 * options.pairs / (whole - start_up)))
             assert (out / INDEX).is_file()
     return found
 
@@ -233,9 +240,13 @@ def main() -> None:
     if options.worker:
         return work(options)
     torch.set_num_threads(1)
+    load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found, rates = steps(options, folder), throughput(options, folder)
+        found = steps(options, folder)
+        load.append(os.getloadavg()[0])
+        rates = throughput(options, folder)
+    load.append(os.getloadavg()[0])
     one, two = ([statistics.median(run["seconds"]) for run in found[n]] for n in (1, 2))
     processor = {n: [run["processor"] for run in found[n]] for n in (1, 2)}
     first, sent = found[1][0], found[2][0]["sent"]
@@ -243,8 +254,10 @@ def main() -> None:
     lines = [
         "# Several processes",
         "",
-        f"{machine(torch.device('cpu'))} per process, {os.cpu_count()} cores; gloo on loopback; `python benchmarks/processes.py`. "
-        "Other work ran on the machine: see the spread.",
+        f"{machine(torch.device('cpu'))} per process, {os.cpu_count()} cores; gloo on loopback; `python benchmarks/processes.py`. Load "
+        f"average before, between and after the two parts: {', '.join(f'{v:.1f}' for v in load)}. Where it is above the number of "
+        "processes that were started, other work ran, and more processes get more of the machine: then the columns of processor time "
+        "tell, and those of wall time do not.",
         "",
         "## Measured",
         "",
@@ -268,9 +281,12 @@ def main() -> None:
         f"Embeddings of {2 * options.pairs} pictures of 256² (JPEG) by tf_efficientnet_lite0 at 224², one thread a process, in shards "
         "of 16 pairs; start-up not counted. Reading has a thread of its own in each process.",
         "",
-        "| processes | pictures a second |",
-        "|---|---|",
-        *(f"| {n} | {spread(values, digits=1)} |" for n, values in rates.items()),
+        "| processes | pictures a second | pictures a second of processor time |",
+        "|---|---|---|",
+        *(
+            f"| {n} | {spread([v for v, _ in values], digits=1)} | {spread([v for _, v in values], digits=1)} |"
+            for n, values in rates.items()
+        ),
         "",
         "## Arithmetic",
         "",

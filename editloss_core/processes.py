@@ -209,15 +209,20 @@ class Processes:
         fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
         watcher = threading.Thread(target=watch, name="editloss-last-words", daemon=True)
         watcher.start()
+        lost = False
         try:
             yield
+        except ProcessLost:
+            lost = True  # the launcher's SIGTERM is on its way, and must not come before this error is told
+            raise
         finally:
-            ended.set()
-            signal.set_wakeup_fd(fd)
-            signal.signal(signal.SIGTERM, before)
-            writing.close()
-            watcher.join()
-            reading.close()
+            if not lost:
+                ended.set()
+                signal.set_wakeup_fd(fd)
+                signal.signal(signal.SIGTERM, before)
+                writing.close()
+                watcher.join()
+                reading.close()
 
 
 def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:
