@@ -21,7 +21,7 @@ def test_the_code_runs():
 
 def test_the_two_commands_are_one_line_each():
     commands = re.findall(r"^python3 -m venv .*$", README, re.M)
-    assert len(commands) == 2 and "workflows/run.py" in commands[0] and commands[1].endswith("-m pytest")
+    assert len(commands) == 2 and "workflows/run.py" in commands[0] and commands[1].endswith("-m pytest -n 2")
 
 
 def test_linked_files_exist():
