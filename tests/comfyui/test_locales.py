@@ -1,7 +1,7 @@
 """Translations of the nodes: complete, served by ComfyUI, and shown by its frontend.
 
 After a change, put the words that the first test names into ``locales/LANGUAGE.json``, then
-EDITLOSS_UPDATE_LOCALES=1 python -m pytest tests/comfyui/test_locales.py
+EDITLOSS_UPDATE_LOCALES=1 python -m pytest tests/comfyui/test_locales.py -k translated
 """
 
 from __future__ import annotations
