@@ -80,10 +80,14 @@ def numbers(text: str) -> set[str]:
 
 @each_language
 def test_a_node_is_called_by_its_title(language):
-    """Where an English text names a node in full, the translation names it as its title bar does."""
+    """Where an English text names a node in full, the translation names it as its title bar does.
+
+    Titles of one word are left out: Compare is also a part of Image Compare, which is another node.
+    """
     groups = words(language)
+    titles = {title: translated for title, translated in groups["titles"].items() if " " in title}
     for english, translation in groups["texts"].items():
-        for title, translated in groups["titles"].items():
+        for title, translated in titles.items():
             if re.search(rf"(?<![\w:]){re.escape(title)}(?!\w)", english):
                 assert translated in translation, f"{english!r} names {title!r}, {translation!r} does not"
 
