@@ -46,7 +46,9 @@ def write(schema: Schema) -> None:
     nodes = []
     for name, node in sorted(schema.items()):
         lists = [
-            f'    "{key}": [' + ",".join(f"\n      {json.dumps(row, ensure_ascii=False)}" for row in node[key]) + "\n    ]"
+            f'    "{key}": ['
+            + ",".join(f"\n      {json.dumps(row, ensure_ascii=False)}" for row in node[key])
+            + "\n    ]"
             for key in ("inputs", "outputs")
         ]
         own = f'    "runs_by_itself": {json.dumps(node["runs_by_itself"])}'
@@ -101,7 +103,10 @@ def _compare_row(where: str, was: dict[str, Any], now: dict[str, Any], breaks: l
         a, b = was.get(key), now.get(key)
         if a == b and type(a) is type(b):
             continue
-        wider = {"min": lambda: b is None or (a is not None and b <= a), "max": lambda: b is None or (a is not None and b >= a)}
+        wider = {
+            "min": lambda: b is None or (a is not None and b <= a),
+            "max": lambda: b is None or (a is not None and b >= a),
+        }
         harmless = wider[key]() if key in wider else key == "in" and b == "optional"
         (fine if harmless else breaks).append(f"{where}: {key} {_said(a)} is now {_said(b)}")
     a, b = was.get("options"), now.get("options")
