@@ -44,6 +44,7 @@ class Encode(io.ComfyNode):
                 ),
             ],
             outputs=[EMBEDDINGS_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -60,7 +61,8 @@ class Encode(io.ComfyNode):
         result = (embeddings or EmbeddingSet()).with_images(
             encoder, images, batch_size, lambda done, total: bar.update_absolute(done, total)
         )
-        return io.NodeOutput(result if mask is None else result.with_mask(mask))
+        result = result if mask is None else result.with_mask(mask)
+        return io.NodeOutput(result, ui=say(cls, result.describe()))
 
 
 class SaveEmbeddings(io.ComfyNode):
@@ -87,7 +89,7 @@ class SaveEmbeddings(io.ComfyNode):
     @checked()
     def execute(cls, embeddings, file_name) -> io.NodeOutput:
         path = embeddings.save(folders.embedding_file_to_write(file_name))
-        return io.NodeOutput(embeddings, ui=say(cls, f"{path.name}: {len(embeddings.tensors)} tensors"))
+        return io.NodeOutput(embeddings, ui=say(cls, f"{path.name}\n{embeddings.describe()}"))
 
 
 class LoadEmbeddings(io.ComfyNode):
@@ -112,6 +114,7 @@ class LoadEmbeddings(io.ComfyNode):
                 _picture("src", "Refuse the file unless its before pictures are these."),
             ],
             outputs=[EMBEDDINGS_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -131,7 +134,8 @@ class LoadEmbeddings(io.ComfyNode):
     def execute(cls, file, encoder=None, gt=None, src=None) -> io.NodeOutput:
         path = folders.embedding_file_to_read(file)
         images = {role: batch[..., :3] for role, batch in (("gt", gt), ("src", src)) if batch is not None}
-        return io.NodeOutput(EmbeddingSet.load(path, [encoder] if encoder is not None else [], images))
+        loaded = EmbeddingSet.load(path, [encoder] if encoder is not None else [], images)
+        return io.NodeOutput(loaded, ui=say(cls, loaded.describe()))
 
 
 NODES = [Encode, SaveEmbeddings, LoadEmbeddings]
