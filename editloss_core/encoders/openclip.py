@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..extras import need
 from .base import (
     EncoderInfo,
     ImageSize,
@@ -80,6 +81,7 @@ class OpenCLIPEncoder(PixelEncoder):
         device: Union[str, torch.device, None] = None,
         random_seed: Optional[int] = None,
     ):
+        need("open_clip")
         import open_clip
 
         check_output(output)

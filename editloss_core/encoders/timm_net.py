@@ -9,6 +9,7 @@ from typing import Any, Mapping, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from ..extras import need
 from .base import (
     EncoderInfo,
     ImageSize,
@@ -68,6 +69,7 @@ class TimmEncoder(PixelEncoder):
         random_seed: Optional[int] = None,
         model_kwargs: Optional[Mapping[str, Any]] = None,
     ):
+        need("timm")
         import timm
 
         check_output(output)
