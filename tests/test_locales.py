@@ -80,12 +80,13 @@ def numbers(text: str) -> set[str]:
 
 @each_language
 def test_a_node_is_called_by_its_title(language):
-    """Where an English text names a node in full, the translation names it as its title bar does.
+    """Where an English text names a node, the translation names it as its title bar does; what a title has in brackets aside.
 
-    Titles of one word are left out: Compare is also a part of Image Compare, which is another node.
+    Titles of one word are left out: they are also parts of the titles of other packs' nodes.
     """
     groups = words(language)
-    titles = {title: translated for title, translated in groups["titles"].items() if " " in title}
+    titles = {e.partition(" (")[0]: re.split(r" ?[(（]", t)[0] for e, t in groups["titles"].items()}
+    titles = {title: translated for title, translated in titles.items() if " " in title}
     for english, translation in groups["texts"].items():
         for title, translated in titles.items():
             if re.search(rf"(?<![\w:]){re.escape(title)}(?!\w)", english):
