@@ -140,12 +140,13 @@ class FluxDenoiser:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def vae_encoder(vae: nn.Module, image_size: int = 0) -> VAEEncoder:
-    """Latents of diffusers' ``AutoencoderKL`` as the model takes them; the posterior's mean, as the pipeline takes it.
+def vae_encoder(vae: nn.Module, image_size: int = 0, scaled: bool = True) -> VAEEncoder:
+    """Latents of diffusers' ``AutoencoderKL``; the posterior's mean, as the pipeline takes it.
 
     Args:
         vae: on its device, frozen.
         image_size: side of the square that is encoded, in pixels; 0 keeps each picture's size.
+        scaled: as the model takes them; if not, as the autoencoder makes them, which is what losses on latents read.
     """
     channels = vae.config.latent_channels
     return VAEEncoder(
@@ -155,8 +156,8 @@ def vae_encoder(vae: nn.Module, image_size: int = 0) -> VAEEncoder:
         downscale=2 ** (len(vae.config.block_out_channels) - 1),
         device=vae.device,
         image_size=image_size,
-        shift=vae.config.shift_factor or 0.0,
-        scale=vae.config.scaling_factor,
+        shift=(vae.config.shift_factor or 0.0) if scaled else 0.0,
+        scale=vae.config.scaling_factor if scaled else 1.0,
     )
 
 

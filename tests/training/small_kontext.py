@@ -35,13 +35,12 @@ VAE = {
 
 
 def randomised(module: torch.nn.Module, seed: int, scale: float = 0.2) -> torch.nn.Module:
-    """Every weight takes part: modulations and norms are not at 0 or 1, and pictures are not all grey."""
+    """Every weight takes part, the same for a seed: modulations and norms are not at 0 or 1, and pictures are not all grey."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
-            fan_in = p[0].numel() if p.ndim > 1 else 1.0
-            spread = fan_in**-0.5 if p.ndim > 1 else scale
-            p.copy_(torch.randn(p.shape, generator=g) * spread + (p if p.ndim == 1 else 0.0))
+        for name, p in module.named_parameters():
+            spread = p[0].numel() ** -0.5 if p.ndim > 1 else scale
+            p.copy_(torch.randn(p.shape, generator=g) * spread + float(p.ndim == 1 and name.endswith("weight")))
     return module.eval()
 
 
