@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence
 
 from tqdm import tqdm
 
+from ..processes import ProcessLost
 from .gradients import NonFinite
 from .memory import OutOfMemory
 
@@ -98,9 +99,9 @@ def _train(path: Path, prog: str) -> int:
     try:
         result = run(plan, accelerator)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; set resume = \"last\" in [run] to go on", file=sys.stderr)
+        print(f'{prog}: interrupted; set resume = "last" in [run] to go on', file=sys.stderr)
         return INTERRUPTED
-    except (NonFinite, OutOfMemory) as error:
+    except (NonFinite, OutOfMemory, ProcessLost) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return STOPPED
     except ValueError as error:

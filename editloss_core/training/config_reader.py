@@ -33,6 +33,7 @@ from .config import (
     RunSection,
     TrainingConfig,
     ValidationSection,
+    keys_of,
 )
 from .diffusers_files import KontextFiles
 from .flow import Timesteps
@@ -176,7 +177,7 @@ class _Reader:
             check(made)
             return made
 
-        made = None if values is None else self.attempt((name,), make, values, SECTIONS[name])
+        made = None if values is None else self.attempt((name,), make, values, keys_of(kind))
         if made is not None:
             self.made[name] = made
 
@@ -208,7 +209,9 @@ class _Reader:
                 self.say((*at, "name"), f"{name!r} is taken by another encoder")
             if kind not in ENCODER_KINDS:
                 nearest = _nearest(str(kind), list(ENCODER_KINDS))
-                self.say((*at, "kind"), f"expected one of {', '.join(ENCODER_KINDS)}, got {_described(kind)}; {nearest}")
+                self.say(
+                    (*at, "kind"), f"expected one of {', '.join(ENCODER_KINDS)}, got {_described(kind)}; {nearest}"
+                )
                 continue
             values = self._values(table, ENCODER_KEYS[kind], at, ("name", "kind"))
             if values is not None and isinstance(name, str):
@@ -255,14 +258,22 @@ class _Reader:
         for text in alone or refused:
             key, _, rest = text.partition(": ")  # messages begin with the name of the setting
             known = key in keys
-            self.say((*at, key) if known else at, rest if known else text)
+            self.say(self._place(at, key) if known else at, rest if known else text)
         return None
+
+    def _place(self, at: tuple, key: str) -> tuple:
+        """Of a setting: some of the training settings stand in sections of their own."""
+        if at == ("training",) and key not in SECTIONS["training"]:
+            at = next((name,) for name, keys in SECTIONS.items() if key in keys)
+        return (*at, key)
 
     def say(self, at: tuple, text: str) -> None:
         place = ""
         for part in at:
             place += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if place else str(part)
-        line = self._lines.get(at) or next((self._lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self._lines), 0)
+        line = self._lines.get(at) or next(
+            (self._lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self._lines), 0
+        )
         self._said.append((line, f"{f'line {line}: ' if line else ''}{place}: {text}"))
 
 
@@ -403,7 +414,9 @@ def checkpoint_of(section: RunSection, base: Path) -> Optional[Path]:
     if not named:
         there = ", ".join(str(int(p.stem.removeprefix("step_"))) for p in found)
         wanted = "a checkpoint" if section.resume == LAST else f"a checkpoint of step {section.resume}"
-        raise ValueError(f"resume: expected {wanted} in {folder}, there is {f'one of step {there}' if there else 'none'}")
+        raise ValueError(
+            f"resume: expected {wanted} in {folder}, there is {f'one of step {there}' if there else 'none'}"
+        )
     return named[-1]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Optional
@@ -142,9 +143,11 @@ class KontextFiles:
         """A ``FluxKontextPipeline`` with text encoders and tokenizers alone."""
         from diffusers import FluxKontextPipeline
 
-        pipeline = FluxKontextPipeline.from_pretrained(
-            str(self.folder), transformer=None, vae=None, torch_dtype=DTYPES[self.dtype], local_files_only=True
-        )
+        with warnings.catch_warnings():  # the name that older versions know is deprecated in newer ones
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = FluxKontextPipeline.from_pretrained(
+                str(self.folder), transformer=None, vae=None, torch_dtype=DTYPES[self.dtype], local_files_only=True
+            )
         return pipeline.to(device)
 
     def load_vae(self, device: torch.device) -> nn.Module:

@@ -196,7 +196,8 @@ class LoRA(nn.Module):
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained
             self.layers = nn.ModuleList(
-                LoRALayer(*layer_features(part), settings, _generator(seed, name)) for name, part in self.targets.items()
+                LoRALayer(*layer_features(part), settings, _generator(seed, name))
+                for name, part in self.targets.items()
             )
 
     @property

@@ -55,7 +55,10 @@ OUTSIDE = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-BLOCKS = (("double_blocks", "transformer_blocks", DOUBLE_BLOCK), ("single_blocks", "single_transformer_blocks", SINGLE_BLOCK))
+BLOCKS = (
+    ("double_blocks", "transformer_blocks", DOUBLE_BLOCK),
+    ("single_blocks", "single_transformer_blocks", SINGLE_BLOCK),
+)
 SWAPPED = "final_layer.adaLN_modulation.1"  # its halves
 MLP_RATIO = 4  # rows of proj_mlp for each of to_q's, in every FLUX
 
@@ -217,7 +220,8 @@ def to_tensors(updates: Updates, dialect: str, dtype: Optional[torch.dtype] = No
 
 
 def from_tensors(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str] = {}  # noqa: B006
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str] = {},  # noqa: B006
 ) -> tuple[str, dict[str, Update]]:
     """(dialect, updates) of a file.
 
@@ -235,19 +239,25 @@ def from_tensors(
             f"{strange[0]!r}"
         )
     halves: dict[str, dict[str, Tensor]] = {}
-    endings = {suffix: half for pair in SUFFIXES.values() for half, suffix in zip(("down", "up"), pair)} | {"alpha": "alpha"}
+    endings = {suffix: half for pair in SUFFIXES.values() for half, suffix in zip(("down", "up"), pair)} | {
+        "alpha": "alpha"
+    }
     for key, value in state.items():
         name = key[len(PREFIXES[dialect]) :]
         ending = next((e for e in endings if name.endswith(f".{e}")), None)
         if ending is None:
-            raise ValueError(f"lora: expected a plain LoRA, got {key!r}, which is neither of its matrices nor its alpha")
+            raise ValueError(
+                f"lora: expected a plain LoRA, got {key!r}, which is neither of its matrices nor its alpha"
+            )
         halves.setdefault(name[: -len(ending) - 1], {})[endings[ending]] = value
     updates, header = {}, json.loads(metadata.get(ADAPTER_METADATA, "{}"))
     for layer, found in halves.items():
         if not {"down", "up"} <= found.keys() or found["down"].ndim != 2 or found["up"].ndim != 2:
             raise ValueError(f"lora: expected two matrices for {layer}, got {', '.join(sorted(found))}")
         if len(found["down"]) != found["up"].shape[1]:
-            raise ValueError(f"lora: the matrices of {layer} have ranks {len(found['down'])} and {found['up'].shape[1]}")
+            raise ValueError(
+                f"lora: the matrices of {layer} have ranks {len(found['down'])} and {found['up'].shape[1]}"
+            )
         alpha = float(found["alpha"]) if "alpha" in found else _alpha(header, layer, len(found["down"]))
         updates[layer] = Update(found["down"], found["up"], alpha)
     return dialect, updates

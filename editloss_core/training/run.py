@@ -14,6 +14,7 @@ from .. import encoders
 from ..encoders.base import Encoder, hash_module
 from ..encoders.vae import VAEEncoder
 from ..pairs import PairSet, find_pairs
+from ..processes import check_accelerator, place
 from .config import TimmSection, TrainingConfig, VAESection
 from .config_reader import checkpoint_of, kontext_files
 from .diffusers_files import DTYPES, KontextFiles, free_memory
@@ -67,13 +68,13 @@ class Plan:
 
     def describe(self, processes: int = 1) -> str:
         """The plan in a few lines. Memory is arithmetic, of one process that has the whole model."""
-        config, print_, model = self.config, self.footprint, self.config.model
+        config, footprint, model = self.config, self.footprint, self.config.model
         settings, largest = config.training, max(self.pairs.buckets, key=lambda size: size[0] * size[1])
-        parts = {"weights": print_.weight_bytes(model.dtype, model.quantization)}
-        parts |= print_.lora_bytes(settings.optimizer, bool(settings.ema))
+        parts = {"weights": footprint.weight_bytes(model.dtype, model.quantization)}
+        parts |= footprint.lora_bytes(settings.optimizer, bool(settings.ema))
         share = -(-settings.batch_size // processes)
         tokens = tokens_of(*largest)
-        parts["activations"] = print_.activation_bytes(tokens, share, model.dtype, model.gradient_checkpointing)
+        parts["activations"] = footprint.activation_bytes(tokens, share, model.dtype, model.gradient_checkpointing)
         kept = model.dtype if model.quantization == "none" else model.quantization
         buckets = ", ".join(f"{w}×{h}: {len(members)}" for (h, w), members in self.pairs.buckets.items())
         held = f"{len(self.held_out)} held out" if self.held_out is not None else "none held out"
@@ -82,9 +83,9 @@ class Plan:
         start = f"go on from {self.checkpoint.name}" if self.checkpoint else "begin anew"
         lines = [
             f"model       {self.files.transformer or self.files.folder}",
-            f"            {print_.parameters / 1e9:.3g} billion parameters in {kept}, {print_.blocks} blocks",
-            f"LoRA        {config.lora.layers}, rank {config.lora.rank}: {print_.layers} layers, "
-            f"{print_.trainable / 1e6:.3g} million parameters",
+            f"            {footprint.parameters:,} parameters in {kept}, {footprint.blocks} blocks",
+            f"LoRA        {config.lora.layers}, rank {config.lora.rank}: {footprint.layers} layers, "
+            f"{footprint.trainable:,} parameters",
             f"pairs       {len(self.pairs)} to train on ({buckets}), {held}",
             f"objective   {'; '.join(terms) or 'flow matching alone'}",
             f"training    {settings.steps} steps of {settings.batch_size} pairs{passes}, {settings.optimizer}, {start}",
@@ -138,7 +139,7 @@ def accelerator_for(plan: Plan) -> Any:
     """accelerate's ``Accelerator``, which takes processes, devices and sharding from what launched this one."""
     from accelerate import Accelerator
 
-    return Accelerator()
+    return Accelerator(log_with=list(plan.config.run.trackers) or None, project_dir=str(plan.folder))
 
 
 def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
@@ -153,28 +154,25 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
         ValueError: weights that do not fit, and what :func:`~.prepare.prepare` and :class:`~.trainer.Trainer` refuse.
         NonFinite, OutOfMemory: see :meth:`~.trainer.Trainer.run`.
     """
-    config, device = plan.config, accelerator.device
+    config, device, main = plan.config, accelerator.device, accelerator.is_main_process
+    check_accelerator(accelerator)
     faults = plan.files.faults_on(device)
     if faults:
         raise ValueError("; ".join(faults))
     vae = plan.files.load_vae(device)
-    latents = vae_encoder(vae)
     made = make_encoders(config, plan.base, vae, device)
-    # One process does the work and fills the cache; the others find it there.
-    with accelerator.main_process_first():
-        captions = _captions(plan, device, accelerator.is_main_process)
-        free_memory()
-        train, watched = (
-            _prepared(some, latents, made, plan, accelerator.is_main_process)
-            for some in (plan.pairs, plan.held_out)
-        )
-    transformer = plan.files.load_transformer(device)
-    small = plan.files.load_decoder(device)
-    trainer = make_trainer(plan, accelerator, transformer, VAEDecoder(small or vae), made, captions, train, watched)
+    with accelerator.main_process_first():  # which fills the cache; the others read it
+        captions = _captions(plan, device, main)
+    free_memory()
+    latents = vae_encoder(vae)
+    train, watched = (_prepared(some, latents, made, plan, accelerator) for some in (plan.pairs, plan.held_out))
+    trainer = make_trainer(
+        plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, captions, train, watched
+    )
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
     result = trainer.run()
-    if accelerator.is_main_process:
+    if main:
         for note in (*train.notes, *trainer.notes):
             say(f"note: {note}")
         dtype = DTYPES[config.run.lora_dtype]
@@ -214,20 +212,24 @@ def make_encoders(config: TrainingConfig, base: Path, vae: nn.Module, device: to
 def make_trainer(
     plan: Plan,
     accelerator: Any,
-    transformer: nn.Module,
     decode: VAEDecoder,
     made: Mapping[str, Encoder],
     captions: Mapping[str, Caption],
     train: Prepared,
     watched: Optional[Prepared],
 ) -> Trainer:
-    """The trainer of a plan, with everything that was loaded for it."""
+    """The trainer of a plan, with what was loaded and encoded for it; the transformer is loaded here."""
     config, model = plan.config, plan.config.model
+    # Weights that are shared out never are on one device together.
+    shared_out = getattr(accelerator, "is_fsdp2", False)
+    transformer = plan.files.load_transformer(torch.device("cpu") if shared_out else accelerator.device)
     denoiser = FluxDenoiser(transformer, model.guidance, model.gradient_checkpointing, accelerator.device)
+    lora = LoRA(transformer, config.lora, config.training.seed)
+    denoiser.module = place(transformer, accelerator)
     reads_pictures = not all(map(train.reads_latents, train.encoders))
     host = ConsoleHost(denoiser, config.validation.preview_guidance, config.training.steps, accelerator.is_main_process)
     return Trainer(
-        denoiser, LoRA(transformer, config.lora, config.training.seed), train,
+        denoiser, lora, train,
         [captions[pair.caption] for pair in plan.pairs], config.training,
         objective=config.objective, encoders=made, decode=decode,
         validation=watched, validation_conditioning=[captions[pair.caption] for pair in plan.held_out or ()],
@@ -238,6 +240,7 @@ def make_trainer(
             "decoder": hash_module(decode.vae) if reads_pictures else "",
         },
         resolution=config.pairs.resolution, checkpointing=model.gradient_checkpointing, host=host,
+        accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -251,16 +254,17 @@ def _captions(plan: Plan, device: torch.device, shown: bool) -> dict[str, Captio
 
 
 def _prepared(
-    pairs: Optional[PairSet], vae: VAEEncoder, made: Mapping[str, Encoder], plan: Plan, shown: bool
+    pairs: Optional[PairSet], vae: VAEEncoder, made: Mapping[str, Encoder], plan: Plan, accelerator: Any
 ) -> Optional[Prepared]:
     if pairs is None:
         return None
     terms = plan.config.objective.terms
     overlays = any("overlay" in (t.anchor, t.positive, t.negative, t.reference) for t in terms)
-    with _Bar("pictures", shown) as bar:
+    with _Bar("pictures", accelerator.is_main_process) as bar:
         return prepare(
             pairs, vae, made, plan.cache, crop=plan.config.estimate.crop,
             overlay=plan.config.overlay if overlays else None, progress=bar.update,
+            accelerator=accelerator,
         )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ CHECKS: dict[str, Callable[[], None]] = {"velocity_is_the_same": check_velocity_
 for _home in ("comfyui", "diffusers"):
     for _layers in LAYERS:
         _name = f"files_of_{_layers.replace(' + ', '_and_')}_trained_in_{_home}"
-        CHECKS[_name] = lambda h=_home, l=_layers: _files(h, l)
+        CHECKS[_name] = lambda home=_home, layers=_layers: _files(home, layers)
 
 
 def main() -> None:

@@ -94,7 +94,9 @@ def test_fuse_is_exact(layer):
     again = split({layer: found})  # and the zeros beside the diagonal are seen: the ranks are what they were
     assert list(again) == list(parts)
     for name, u in parts.items():
-        assert torch.equal(again[name].down, u.down) and torch.equal(again[name].up, u.up) and again[name].alpha == u.alpha
+        assert (
+            torch.equal(again[name].down, u.down) and torch.equal(again[name].up, u.up) and again[name].alpha == u.alpha
+        )
 
 
 @pytest.mark.parametrize("missing", range(4))
@@ -110,7 +112,9 @@ def test_parts_may_be_missing_and_have_other_ranks_and_alphas(missing):
     assert torch.allclose(delta(found), expected, atol=1e-5) and found.up.shape[0] == 7 * WIDTH
     again = split({"single_blocks.12.linear1": found})
     assert list(again) == list(parts)
-    assert all(torch.allclose(delta(again[n]), delta(u), atol=1e-5) and again[n].rank == u.rank for n, u in parts.items())
+    assert all(
+        torch.allclose(delta(again[n]), delta(u), atol=1e-5) and again[n].rank == u.rank for n, u in parts.items()
+    )
 
 
 def test_one_that_learnt_nothing_stays_whole():
@@ -122,11 +126,23 @@ def test_one_that_learnt_nothing_stays_whole():
 @pytest.mark.parametrize(
     ("function", "updates", "expected"),
     [
-        (split, {"double_blocks.0.img_attn.norm": update(6, 6)}, "no layer 'double_blocks.0.img_attn.norm' in ComfyUI's"),
-        (split, {"transformer_blocks.0.attn.to_q": update(6, 6)}, "no layer 'transformer_blocks.0.attn.to_q' in ComfyUI's"),
+        (
+            split,
+            {"double_blocks.0.img_attn.norm": update(6, 6)},
+            "no layer 'double_blocks.0.img_attn.norm' in ComfyUI's",
+        ),
+        (
+            split,
+            {"transformer_blocks.0.attn.to_q": update(6, 6)},
+            "no layer 'transformer_blocks.0.attn.to_q' in ComfyUI's",
+        ),
         (split, {"double_blocks.0.img_attn.qkv": update(7, 6)}, "7 outputs for 6 inputs"),
         (split, {"single_blocks.0.linear1": update(18, 6)}, "18 outputs for 6 inputs"),
-        (fuse, {"transformer_blocks.0.attn.to_w": update(6, 6)}, "no layer 'transformer_blocks.0.attn.to_w' in diffusers'"),
+        (
+            fuse,
+            {"transformer_blocks.0.attn.to_w": update(6, 6)},
+            "no layer 'transformer_blocks.0.attn.to_w' in diffusers'",
+        ),
         (fuse, {"transformer_blocks.0.attn.to_q": update(7, 6)}, "expected 6×6 for queries, keys and values, got 7×6"),
     ],
 )
@@ -157,7 +173,9 @@ def test_the_command_there_and_back_gives_the_same_file(dialect, tmp_path, capsy
     assert from_tensors(load_file(b))[0] == other
     assert convert_lora.main([str(b), str(c)]) == 0
     first, last = load_file(a), load_file(c)
-    assert first.keys() == last.keys() and all(torch.equal(first[k], last[k]) and first[k].dtype == last[k].dtype for k in first)
+    assert first.keys() == last.keys() and all(
+        torch.equal(first[k], last[k]) and first[k].dtype == last[k].dtype for k in first
+    )
     with safe_open(c, "pt") as file:
         assert file.metadata() == {"editloss_objective": "[]", "note": "kept"}
     assert convert_lora.main([str(a), str(b)]) == 2 and "exists already" in capsys.readouterr().err
@@ -182,7 +200,10 @@ def test_the_command_refuses_what_is_no_lora_of_flux(tmp_path, capsys):
 
 
 def test_alpha_comes_from_the_layer_else_from_diffusers_header_else_from_the_rank():
-    state = {"transformer.x_embedder.lora_A.weight": torch.zeros(4, 2), "transformer.x_embedder.lora_B.weight": torch.zeros(3, 4)}
+    state = {
+        "transformer.x_embedder.lora_A.weight": torch.zeros(4, 2),
+        "transformer.x_embedder.lora_B.weight": torch.zeros(3, 4),
+    }
 
     def alpha(header=None, **more):
         metadata = {} if header is None else {"lora_adapter_metadata": json.dumps(header)}
