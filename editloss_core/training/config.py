@@ -6,6 +6,8 @@ import json
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Iterator, Mapping, get_type_hints
 
+from ..encoders.base import Encoder
+from ..encoders.vae import VAEEncoder
 from ..negatives import OverlaySettings
 from ..objective import EditObjective, LossTerm
 from .flow import Timesteps
@@ -129,6 +131,26 @@ class OpenCLIPSection:
     weights: str
     output: str = "global"
     crop: bool = False
+
+
+def encoder_section(encoder: Encoder) -> VAESection | TimmSection | OpenCLIPSection:
+    """What makes an equal encoder elsewhere.
+
+    Raises:
+        ValueError: for one that only the program which made it has.
+    """
+    if isinstance(encoder, VAEEncoder):
+        size = encoder.preprocess
+        if size.height == size.width:
+            return VAESection(size.height)
+    arguments = encoder.arguments or {}
+    for section in (TimmSection, OpenCLIPSection):
+        wanted = {f.name for f in fields(section)}
+        if arguments.keys() == wanted and isinstance(arguments.get("image_size", 0), int):
+            return section(**arguments)
+    raise ValueError(
+        f"objective: the encoder {encoder.info.name!r} cannot be made outside this program; use VAE Latents, timm or OpenCLIP"
+    )
 
 
 ENCODER_KINDS = {"vae": VAESection, "timm": TimmSection, "openclip": OpenCLIPSection}

@@ -119,7 +119,7 @@ def _files(home: str, layers: str) -> None:
         patched, _ = comfy.sd.load_lora_for_models(nets.comfyui, None, state, 1.0, 0.0)
         assert_close(in_comfyui(patched), ours, 1e-5, "output with the file in ComfyUI")
     whole = pipeline(nets.diffusers)
-    whole.load_lora_weights(for_diffusers)
+    whole.load_lora_weights(for_diffusers.parent, weight_name=for_diffusers.name)
     assert_close(in_diffusers(whole.transformer), ours, 1e-5, "output with the file in diffusers")
     whole.unload_lora_weights()
 

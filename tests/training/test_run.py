@@ -113,7 +113,7 @@ def test_its_lora_loads_in_the_pipeline_and_changes_the_picture(base, finished):
         ).images  # fmt: skip
 
     before = sampled()
-    pipeline.load_lora_weights(finished[0] / "lora_diffusers.safetensors")
+    pipeline.load_lora_weights(finished[0], weight_name="lora_diffusers.safetensors")
     after = sampled()
     pipeline.set_adapters(pipeline.get_active_adapters(), 0.0)
     assert (after - before).abs().max() > 1e-3
