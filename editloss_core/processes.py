@@ -73,12 +73,17 @@ class Processes:
         process differentiates with respect to its own rows therefore has the gradient that it has in one process, and no
         communication is needed on the way back.
         """
-        if self.count == 1:
-            return own
-        start, stop = (min((self.rank + k) * len(own), total) for k in (0, 1))
+        return self.whole_of_each([own], total)[0]
+
+    def whole_of_each(self, own: Sequence[Tensor], total: int) -> list[Tensor]:
+        """:meth:`whole` of several tensors of one shape, in one message. Their graphs stay apart: 0 · NaN in one is no
+        NaN in another."""
+        if self.count == 1 or not own:
+            return list(own)
+        start, stop = (min((self.rank + k) * len(own[0]), total) for k in (0, 1))
         with self._collective():
-            others = self.accelerator.gather(own.detach())
-        return torch.cat([others[:start], own[: stop - start], others[stop:total]])
+            others = self.accelerator.gather(torch.stack([x.detach() for x in own], 1)).unbind(1)
+        return [torch.cat([y[:start], x[: stop - start].to(y), y[stop:total]]) for x, y in zip(own, others)]
 
     def each(self, count: int, work: Callable[[int], T], carried: tuple[type[Exception], ...] = ()) -> list[T]:
         """``[work(0), …, work(count − 1)]`` in every process, each of them computed in one.
@@ -103,6 +108,21 @@ class Processes:
             if error is not None:
                 raise error
         return [value for _, value, _ in results]
+
+    def once(self, work: Callable[[], T], carried: tuple[type[Exception], ...] = ()) -> T:
+        """What ``work`` gives in process 0, in every process; exceptions of the ``carried`` kinds are raised in every one."""
+        if self.count == 1:
+            return work()
+        outcome: list[tuple[Optional[T], Optional[Exception]]] = []
+        if self.main:
+            try:
+                outcome = [(work(), None)]
+            except carried as error:
+                outcome = [(None, error)]
+        value, error = self.gather(outcome)[0]
+        if error is not None:
+            raise error
+        return value
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """The items of all processes, which can be pickled, in the order of the processes."""
@@ -147,8 +167,8 @@ class Processes:
         except RuntimeError as error:  # torch has no class of its own for what gloo says
             first = str(error).strip().splitlines()[:1]
             raise ProcessLost(
-                f"Process {self.rank} of {self.count} got no answer: another process of this run has ended ({first[0] if first else error!r}). "
-                "The reason is in what that process wrote last"
+                f"Process {self.rank} of {self.count} got no answer: another process of this run has ended; the reason is in "
+                f"what that one wrote last. ({first[0] if first else error!r})"
             ) from error
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -159,11 +179,11 @@ class Processes:
             raise SystemExit(128 + signal.SIGTERM)
 
     @contextmanager
-    def last_words(self, words: Callable[[], str], grace: float = GRACE) -> Iterator[None]:
+    def last_words(self, words: Callable[[], str]) -> Iterator[None]:
         """While the block runs, a SIGTERM lets it end at its next :meth:`check`, and logs ``words()``.
 
         A launcher that has lost a process ends the others so. They may be waiting for the lost one where Python cannot be
-        interrupted; after ``grace`` seconds they are ended all the same. Only for several processes, and in the main thread.
+        interrupted; after :data:`GRACE` seconds they are ended all the same. Only for several processes, and in the main thread.
         """
         if self.count == 1 or threading.current_thread() is not threading.main_thread():
             yield
@@ -181,7 +201,7 @@ class Processes:
             if not signals:
                 return
             log.error("Process %d of %d was asked to end. %s", self.rank, self.count, words())
-            if not ended.wait(grace):
+            if not ended.wait(GRACE):
                 sys.stderr.flush()
                 os._exit(128 + signal.SIGTERM)
 

@@ -146,7 +146,7 @@ class EstimateObjective:
     def _of_whole_batch(self, reports: Sequence[TermReport], batch: int) -> list[TermReport]:
         """What the processes found of their samples, together: the losses, those of one's own with their graph."""
         columns = [v for r in reports for v in (r.per_sample, r.open, r.sample_weights) if v is not None]
-        whole = iter(self.processes.whole(torch.stack(columns, 1), batch).unbind(1))
+        whole = iter(self.processes.whole_of_each(columns, batch))
         made = []
         for r in reports:
             loss, opened, weights = (

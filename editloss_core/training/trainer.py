@@ -175,9 +175,8 @@ class Trainer:
         if settings.batch_size % self.processes.count:
             each = -(-settings.batch_size // self.processes.count)
             self.notes.append(
-                f"batch_size {settings.batch_size}: {self.processes.count} processes work on {each} pairs each, so that "
-                f"{each * self.processes.count - settings.batch_size} places stay empty; a multiple of {self.processes.count} "
-                "would use them"
+                f"batch_size {settings.batch_size}: in a step {self.processes.count} processes have time for {each} pairs each; "
+                f"a multiple of {self.processes.count} would use all of it"
             )
 
         def on_estimates(
@@ -297,8 +296,8 @@ class Trainer:
             if not self._updating and self.step > self._saved_step:
                 # What led to a NaN is saved, but none of the checkpoints before it, where it may not have begun, goes.
                 self._save(None if isinstance(error, NonFinite) else self.settings.keep)
-            if self._saved is not None and isinstance(error, (NonFinite, OutOfMemory, ProcessLost)):
-                error.args = (f"{error}\n{self._where_kept()}",)
+            if isinstance(error, (NonFinite, OutOfMemory, ProcessLost)):
+                error.args = (f"{error}\n{self._where_kept()}".rstrip(),)
             self.log.add(EventLog(self.step, "stopped", (f"{type(error).__name__}: {error}".rstrip(": "),)))
             raise
         finally:
@@ -326,9 +325,13 @@ class Trainer:
             self.processes.accelerator.log(scalars(log), step=log.step)
 
     def _where_kept(self) -> str:
-        if self._saved is None:
-            return "No checkpoint was written yet."
-        return f"What was learnt is kept in {self._saved.parent.name}/{self._saved.name}."
+        """The last checkpoint on disk: process 0 may not have written the one that it was about to."""
+        if self.folder is None:
+            return ""
+        found = checkpoints(self.folder / CHECKPOINT_FOLDER)
+        if not found:
+            return f"There is no checkpoint in {self.folder.name} yet."
+        return f"What was learnt is kept in {self.folder.name}/{found[-1].parent.name}/{found[-1].name}."
 
     def _identity(self) -> dict[str, str]:
         """What has to be the same in all processes, as texts that are."""
