@@ -89,10 +89,10 @@ def _train(path: Path, prog: str) -> int:
 
     try:
         plan = _plan(path)
+        accelerator = accelerator_for(plan)
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
-    accelerator = accelerator_for(plan)
     main_process = accelerator.is_main_process
     if main_process:
         print(plan.describe(accelerator.num_processes), flush=True)

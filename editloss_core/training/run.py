@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
@@ -136,10 +137,21 @@ def load_pairs(
 
 
 def accelerator_for(plan: Plan) -> Any:
-    """accelerate's ``Accelerator``, which takes processes, devices and sharding from what launched this one."""
+    """accelerate's ``Accelerator``, which takes processes, devices and sharding from what launched this one.
+
+    Raises:
+        ValueError: a configuration of accelerate in which the processes do not see one another.
+    """
     from accelerate import Accelerator
 
-    return Accelerator(log_with=list(plan.config.run.trackers) or None, project_dir=str(plan.folder))
+    accelerator = Accelerator(log_with=list(plan.config.run.trackers) or None, project_dir=str(plan.folder))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # each would train for itself, and write over the others
+        raise ValueError(
+            f"processes: {launched} were launched, and accelerate sees {accelerator.num_processes}; its configuration does not "
+            "fit these devices (FSDP needs GPUs; several processes on CPUs are MULTI_CPU)"
+        )
+    return accelerator
 
 
 def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
