@@ -244,7 +244,9 @@ def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:
         from accelerate.utils import fsdp2_prepare_model
 
         return fsdp2_prepare_model(accelerator, module)
-    return accelerator.prepare_model(module)
+    return accelerator.prepare_model(
+        module, evaluation_mode=True
+    )  # else it is wrapped on CPUs, where DDP refuses frozen ones
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,32 @@ def test_the_same_seed_gives_the_same_file_and_so_does_a_run_that_was_stopped(ba
     other = load_file(base / "runs" / "c" / "checkpoints" / "step_000002.safetensors")
     last = load_file(base / "runs" / "c" / "checkpoints" / "step_000004.safetensors")
     assert any(not torch.equal(other[k], last[k]) for k in other if k.startswith("lora/"))
+
+
+def test_two_processes_give_the_same_file_and_may_share_the_weights(base, finished):
+    """torchrun on loopback, as accelerate launch does it on CPUs; FSDP's gradients are compared in the processes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(Path(__file__).with_name("kontext_processes.py")), str(base / "kontext"), write(base, config("two")),
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("status 0, gradients") == 2 and done.stdout.count("4 steps of 2 pairs") == 1
+    one, two = (load_file(folder / "lora.safetensors") for folder in (finished[0], base / "runs" / "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], rtol=0, atol=1e-6) for k in one)
+
+
+def pythonpath():
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def test_processes_that_do_not_see_one_another_are_refused(base, capsys, monkeypatch):
+    """Each would train for itself, and write over the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 1)
+    assert main([write(base, config("alone"))]) == 2
+    assert "processes: 2 were launched, and accelerate sees 1" in capsys.readouterr().err
 
 
 def test_another_run_in_the_same_folder_is_refused(base, finished, capsys):
