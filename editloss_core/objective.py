@@ -122,6 +122,24 @@ class LossTerm:
         """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""
         return (t >= self.t_min) & (t <= self.t_max)
 
+    def describe(self) -> str:
+        """The term in one line, with its margin or temperature and what differs from the defaults of its kind.
+
+        >>> LossTerm("triplet", "dino", weight=0.5, negative="overlay", t_max=0.8).describe()
+        '0.5 × triplet (negative overlay, margin 0.2, t 0…0.8)'
+        """
+        usual = {f.name: f.default for f in fields(self)[4:]} | TERMS[self.kind].defaults
+        always = {"margin", "temperature"} & TERMS[self.kind].defaults.keys()
+        notes = []
+        for name in usual:
+            value = getattr(self, name)
+            if name not in ("t_min", "t_max") and (name in always or value != usual[name]):
+                notes.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+        if (self.t_min, self.t_max) != (0.0, 1.0):
+            notes.append(f"t {self.t_min:g}…{self.t_max:g}")
+        line = f"{self.weight:g} × {self.name}"
+        return f"{line} ({', '.join(notes)})" if notes else line
+
 
 def _plain(values: Optional[Tensor]):
     """A tensor as numbers in lists, with None for what JSON cannot hold."""
@@ -211,6 +229,11 @@ class EditObjective:
         """Names of the encoders that the terms read, each once, in order."""
         return tuple(dict.fromkeys(t.encoder for t in self.terms))
 
+    def describe(self) -> str:
+        """A line per term; encoders are named where there are several."""
+        several = len(self.encoders) > 1
+        return "\n".join(f"{t.describe()}{f' on {t.encoder}' if several else ''}" for t in self.terms)
+
     def at(self, t: Tensor) -> EditObjective:
         """The terms that count for at least one of the noise levels ``[B]``: what a trainer has to compute."""
         return EditObjective(tuple(term for term in self.terms if bool(term.gate(t).any())))
@@ -271,6 +294,8 @@ def gradient_where(counts: Tensor, x: Tensor) -> Tensor:
 
     The others' is 0 whatever comes back: a factor of 0 would let NaN through.
     """
+    if counts.device.type == "cpu" and bool(counts.all()):  # elsewhere the question would cost a wait
+        return x
     return torch.where(counts.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), x, x.detach())
 
 

@@ -20,6 +20,7 @@ import comfy.ops
 import comfy.sampler_helpers
 import torch
 from comfy.quant_ops import QuantizedTensor
+from comfy.utils import ProgressBar
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -40,6 +41,12 @@ from ..editloss_core.training.out_of_place import OutOfPlace
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
 PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
+
+
+def fingerprint(module: nn.Module, *texts: str) -> str:
+    """:func:`hash_module` with the node's progress bar, which its cancel button stops."""
+    bar = ProgressBar(1)
+    return hash_module(module, *texts, progress=lambda done, total: bar.update_absolute(done, total))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +284,7 @@ def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
     encoder = VAEEncoder(
         encode,
         name=f"vae/{kind.lower()}-{vae.latent_channels}ch",
-        fingerprint=hash_module(vae.first_stage_model, kind, str(vae.vae_dtype)),
+        fingerprint=fingerprint(vae.first_stage_model, kind, str(vae.vae_dtype)),
         downscale=vae.downscale_ratio,
         device=vae.device,
         image_size=image_size,
@@ -333,7 +340,7 @@ class ClipVisionEncoder(PixelEncoder):
         info = EncoderInfo(
             name=f"clip_vision/{kind.lower()}-{size}{'' if layer == 'last' else f'/{layer}'}/{output}",
             preprocessing=described,
-            fingerprint=hash_module(clip_vision.model, kind, described, output, layer),
+            fingerprint=fingerprint(clip_vision.model, kind, described, output, layer),
             output=output,
         )
         super().__init__(info, preprocess, clip_vision.load_device)
@@ -470,7 +477,7 @@ def diffusion_encoder(
         module,
         select,
         name=f"diffusion/{kind.lower()}/{block}",
-        fingerprint=hash_module(net, kind, hash_tensors(_tensors_of(conditioning)), patches),
+        fingerprint=fingerprint(net, kind, hash_tensors(_tensors_of(conditioning)), patches),
         t=noise_level,
         seed=seed,
         patch=patch,

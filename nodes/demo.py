@@ -20,6 +20,7 @@ from ..editloss_core.training.validation import PreviewRow
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder
 from .comfy_model import vae_encoder
+from .notices import say
 from .sockets import PairsSocket
 
 CATEGORY = "EditLoss/demo"
@@ -70,6 +71,7 @@ class DemoModel(io.ComfyNode):
                 ),
                 io.Vae.Output(display_name="vae", tooltip="16 channels, 8 pixels per latent."),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -77,7 +79,10 @@ class DemoModel(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         with torch.inference_mode(False):
             vae = comfy.sd.VAE(sd=model.load_autoencoder())
-        return io.NodeOutput(small_flux(), SmallTextEncoder(), vae)
+        flux = small_flux()
+        millions = sum(p.numel() for p in flux.model.diffusion_model.parameters()) / 1e6
+        text = f"{millions:.1f} million parameters, {scenes.SIZE} pixels. It replaces, removes and recolours; it knows no stool."
+        return io.NodeOutput(flux, SmallTextEncoder(), vae, ui=say(cls, text))
 
 
 def pair_set(examples: list[scenes.Example]) -> PairSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..editloss_core.embeddings import EmbeddingSet
+from ..editloss_core.embeddings import INDEX, EmbeddingSet, load_shards
 from . import folders
 from .checks import checked
 from .notices import say
@@ -44,6 +44,7 @@ class Encode(io.ComfyNode):
                 ),
             ],
             outputs=[EMBEDDINGS_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -60,7 +61,8 @@ class Encode(io.ComfyNode):
         result = (embeddings or EmbeddingSet()).with_images(
             encoder, images, batch_size, lambda done, total: bar.update_absolute(done, total)
         )
-        return io.NodeOutput(result if mask is None else result.with_mask(mask))
+        result = result if mask is None else result.with_mask(mask)
+        return io.NodeOutput(result, ui=say(cls, result.describe()))
 
 
 class SaveEmbeddings(io.ComfyNode):
@@ -87,7 +89,7 @@ class SaveEmbeddings(io.ComfyNode):
     @checked()
     def execute(cls, embeddings, file_name) -> io.NodeOutput:
         path = embeddings.save(folders.embedding_file_to_write(file_name))
-        return io.NodeOutput(embeddings, ui=say(cls, f"{path.name}: {len(embeddings.tensors)} tensors"))
+        return io.NodeOutput(embeddings, ui=say(cls, f"{path.name}\n{embeddings.describe()}"))
 
 
 class LoadEmbeddings(io.ComfyNode):
@@ -103,7 +105,7 @@ class LoadEmbeddings(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=folders.embedding_files() or [folders.NO_EMBEDDINGS],
-                    tooltip="A file written by Save Embeddings. Press R to refresh.",
+                    tooltip="A file written by Save Embeddings, or a folder of shards. Press R to refresh.",
                 ),
                 EncoderSocket.Input(
                     "encoder", optional=True, tooltip="Refuse the file unless it was made by this encoder."
@@ -112,6 +114,7 @@ class LoadEmbeddings(io.ComfyNode):
                 _picture("src", "Refuse the file unless its before pictures are these."),
             ],
             outputs=[EMBEDDINGS_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -131,7 +134,17 @@ class LoadEmbeddings(io.ComfyNode):
     def execute(cls, file, encoder=None, gt=None, src=None) -> io.NodeOutput:
         path = folders.embedding_file_to_read(file)
         images = {role: batch[..., :3] for role, batch in (("gt", gt), ("src", src)) if batch is not None}
-        return io.NodeOutput(EmbeddingSet.load(path, [encoder] if encoder is not None else [], images))
+        wanted = [encoder] if encoder is not None else []
+        if path.name == INDEX:
+            if images:
+                raise ValueError(
+                    f"{next(iter(images))}: expected nothing, {path.parent.name} is a folder of shards, which knows its pairs by "
+                    "their files and not by pictures; leave gt and src unconnected"
+                )
+            loaded = load_shards(path.parent, wanted)
+        else:
+            loaded = EmbeddingSet.load(path, wanted, images)
+        return io.NodeOutput(loaded, ui=say(cls, loaded.describe()))
 
 
 NODES = [Encode, SaveEmbeddings, LoadEmbeddings]

@@ -11,6 +11,7 @@ from ..editloss_core.encoders.base import Encoder
 from . import comfy_model
 from .checks import checked
 from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path
+from .notices import say
 from .sockets import EncoderSocket
 
 CATEGORY = "EditLoss/encoders"
@@ -51,10 +52,20 @@ def _name_input() -> io.String.Input:
     )  # fmt: skip
 
 
-def _named(encoder: Encoder, name: str) -> io.NodeOutput:
+def _answer(cls, encoder: Encoder, name: str) -> io.NodeOutput:
+    """The encoder under its name, and what it does to a picture on the node."""
     if name.strip():
         encoder.info = replace(encoder.info, name=name.strip())
-    return io.NodeOutput(encoder)
+    return io.NodeOutput(encoder, ui=say(cls, f"{encoder.info.name}\n{encoder.info.preprocessing}"))
+
+
+def _state_of_weights(weights: str) -> str | float:
+    """Another file under the same name is another encoder."""
+    try:
+        status = encoder_weights_path(weights).stat()
+    except (TypeError, ValueError, OSError):  # linked, so not known yet, or no such file: execute says why
+        return float("nan")
+    return f"{status.st_mtime_ns} {status.st_size}"
 
 
 ENCODER_OUTPUT = EncoderSocket.Output(display_name="encoder", tooltip="To Encode and to the losses that shall read it.")
@@ -80,7 +91,12 @@ class OpenCLIP(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, weights, **_) -> str | float:
+        return _state_of_weights(weights)
 
     @classmethod
     @checked("weights")
@@ -88,7 +104,7 @@ class OpenCLIP(io.ComfyNode):
         path = encoder_weights_path(weights)
         with torch.inference_mode(False):
             encoder = comfy_model.ManagedOpenCLIP(architecture.strip(), path, output=output, crop=crop)
-        return _named(encoder, name)
+        return _answer(cls, encoder, name)
 
 
 class Timm(io.ComfyNode):
@@ -117,7 +133,12 @@ class Timm(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, weights, **_) -> str | float:
+        return _state_of_weights(weights)
 
     @classmethod
     @checked("weights")
@@ -127,7 +148,7 @@ class Timm(io.ComfyNode):
             encoder = comfy_model.ManagedTimm(
                 model_name.strip(), path, output=output, layer=layer, image_size=image_size, crop=crop
             )
-        return _named(encoder, name)
+        return _answer(cls, encoder, name)
 
 
 class VAELatents(io.ComfyNode):
@@ -144,12 +165,13 @@ class VAELatents(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     @checked()
     def execute(cls, vae, image_size=0, name="") -> io.NodeOutput:
-        return _named(comfy_model.vae_encoder(vae, image_size), name)
+        return _answer(cls, comfy_model.vae_encoder(vae, image_size), name)
 
 
 class ClipVision(io.ComfyNode):
@@ -171,12 +193,13 @@ class ClipVision(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     @checked()
     def execute(cls, clip_vision, output, layer, crop=False, name="") -> io.NodeOutput:
-        return _named(comfy_model.ClipVisionEncoder(clip_vision, output, layer, crop), name)
+        return _answer(cls, comfy_model.ClipVisionEncoder(clip_vision, output, layer, crop), name)
 
 
 class DiffusionFeatures(io.ComfyNode):
@@ -206,6 +229,7 @@ class DiffusionFeatures(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -216,7 +240,7 @@ class DiffusionFeatures(io.ComfyNode):
         encoder = comfy_model.diffusion_encoder(
             model, vae, conditioning, block.strip(), noise_level, seed, output, image_size
         )
-        return _named(encoder, name)
+        return _answer(cls, encoder, name)
 
 
 NODES = [OpenCLIP, Timm, VAELatents, ClipVision, DiffusionFeatures]

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..editloss_core import losses
 from ..editloss_core.objective import PRESETS, TERMS, TOKEN_WEIGHTS, LossTerm, recommended
 from .checks import checked
+from .notices import say
 from .sockets import EncoderSocket, ObjectiveSocket, WiredObjective
 
 CATEGORY = "EditLoss/losses"
@@ -85,6 +86,11 @@ def _setting_input(name: str, default, kind: str) -> list:
     return [io.Combo.Input(name, options=options, default=default, tooltip=ROLE_TOOLTIPS[name])]
 
 
+def objective_output(cls, objective: WiredObjective) -> io.NodeOutput:
+    """The objective, and its terms on the node."""
+    return io.NodeOutput(objective, ui=say(cls, objective.objective.describe()))
+
+
 class LossNode(io.ComfyNode):
     """Builds the schema from the table of terms; a subclass names its kind and what a person reads."""
 
@@ -128,6 +134,7 @@ class LossNode(io.ComfyNode):
                 ),
             ],
             outputs=[OBJECTIVE_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -141,7 +148,7 @@ class LossNode(io.ComfyNode):
         if label is not None:
             settings["label"] = int(label == "same")
         term = LossTerm(cls.KIND, encoder.info.name, weight=weight, **settings)
-        return io.NodeOutput((objective or WiredObjective()).with_term(term, encoder))
+        return objective_output(cls, (objective or WiredObjective()).with_term(term, encoder))
 
 
 class NoEditIdentity(LossNode):
@@ -228,6 +235,7 @@ class RecommendedMix(io.ComfyNode):
                 ),
             ],
             outputs=[OBJECTIVE_OUTPUT],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -238,7 +246,7 @@ class RecommendedMix(io.ComfyNode):
         wired = WiredObjective().with_encoder(encoder).with_encoder(geometry_encoder or encoder)
         geometry = (geometry_encoder or encoder).info.name
         objective = PRESETS[preset](encoder.info.name, geometry, geometry_dist)
-        return io.NodeOutput(WiredObjective(objective, wired.encoders))
+        return objective_output(cls, WiredObjective(objective, wired.encoders))
 
 
 NODES = [

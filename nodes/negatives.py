@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from comfy.utils import ProgressBar
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..editloss_core.hard_negatives import HardNegativeBuffer, dequantize_image, image_key, quantize_image
 from ..editloss_core.masks import check_pair, estimate_mask
@@ -14,6 +14,8 @@ from .checks import checked
 from .notices import say
 
 CATEGORY = "EditLoss/negatives"
+SHOWN = 8  # pictures on a node
+DIMMED = 0.25  # brightness of what a mask leaves out
 
 
 def _before_input(tooltip: str = "The before pictures.") -> io.Image.Input:
@@ -29,6 +31,14 @@ def _same_batch(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor
         )
     check_pair(before, after)
     return before, after
+
+
+def _first(cls, images: torch.Tensor, what: str, count: int = 0, note: str = "") -> dict:
+    """The first pictures on the node, and how many there are."""
+    count = count or len(images)
+    text = f"{count} {what}" if count <= SHOWN else f"{SHOWN} of {count} {what}"
+    shown = ui.PreviewImage(images[:SHOWN], cls=cls).as_dict()
+    return {**shown, **say(cls, f"{text}: {note}" if note else text)}
 
 
 def _estimate(
@@ -96,6 +106,7 @@ class OverlayNegative(io.ComfyNode):
                 io.Image.Output(display_name="overlay", tooltip="To Encode's overlay input. Pair by pair, K of each."),
                 io.Mask.Output(display_name="pasted", tooltip="What was pasted, one mask per overlay."),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -122,7 +133,7 @@ class OverlayNegative(io.ComfyNode):
         result = make_overlays(
             before, after, mask, mask_before, mask_after, settings, progress=lambda done, total: bar.update(1)
         )
-        return io.NodeOutput(result.images, result.masks)
+        return io.NodeOutput(result.images, result.masks, ui=_first(cls, result.images, "overlays"))
 
 
 class EstimateMask(io.ComfyNode):
@@ -150,6 +161,7 @@ class EstimateMask(io.ComfyNode):
                 ),
             ],
             outputs=[io.Mask.Output(display_name="edit_mask", tooltip="White = edited. To Encode and Overlay Negative.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -158,7 +170,10 @@ class EstimateMask(io.ComfyNode):
         before, after = _same_batch(before, after)
         hint = "For a faint edit set threshold by hand, for instance to 0.01."
         bar = ProgressBar(len(before))
-        return io.NodeOutput(_estimate(before, after, bar, hint, threshold, margin=grow, feather=feather))
+        masks = _estimate(before, after, bar, hint, threshold, margin=grow, feather=feather)
+        edited = after[:SHOWN] * (DIMMED + (1 - DIMMED) * masks[:SHOWN, ..., None].to(after))
+        shares = ", ".join(f"{share:.0%}" for share in masks[:SHOWN].mean((1, 2)).tolist())
+        return io.NodeOutput(masks, ui=_first(cls, edited, "masks", len(masks), f"{shares} of the picture"))
 
 
 def _buffer_input() -> io.String.Input:
@@ -224,6 +239,7 @@ class DrawHardNegative(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="hard_negative", tooltip="To Encode's hard_negative input. Pair by pair.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -259,7 +275,8 @@ class DrawHardNegative(io.ComfyNode):
             raise ValueError(
                 f"buffer: expected pictures of one size, {buffer!r} has {sorted(sizes)} (height, width) for these"
             )
-        return io.NodeOutput(torch.cat(drawn))
+        pictures = torch.cat(drawn)
+        return io.NodeOutput(pictures, ui=_first(cls, pictures, "hard negatives"))
 
 
 NODES = [OverlayNegative, EstimateMask, StoreHardNegative, DrawHardNegative]

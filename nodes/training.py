@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Iterable, Optional
 
 import comfy.model_management
@@ -12,7 +13,6 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..editloss_core.diagnostics import compare, curves, sheet
-from ..editloss_core.encoders.base import hash_module
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.files import replacing
 from ..editloss_core.pairs import Pair, PairSet
@@ -39,7 +39,7 @@ from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadat
 from . import folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
-from .comfy_model import check_shared, patchers_of, vae_encoder
+from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -65,6 +65,7 @@ CONFIG_HEADING = """\
 Train it: python -m editloss_core.training {file}  (look at it first: --check)
 On several GPUs or machines: accelerate launch -m editloss_core.training {file}
 On another machine, change the paths of model, pairs and encoders; relative ones are below this file's folder."""
+SIDES = ("before", "base", "lora", "after")  # of a preview
 LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -196,15 +197,16 @@ def _settings(
 
 def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:
     """Caption → CONDITIONING on the CPU; the first one that the model cannot take is refused."""
-    known = {}
-    for pair in pairs:
-        if pair.caption not in known:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            with torch.no_grad():
-                entries = clip.encode_from_tokens_scheduled(clip.tokenize(pair.caption))
-            own = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
-            denoiser.check(own)
-            known[pair.caption] = own
+    known, captions = {}, list(dict.fromkeys(pair.caption for pair in pairs))
+    bar = ProgressBar(len(captions))
+    for caption in captions:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with torch.no_grad():
+            entries = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
+        own = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
+        denoiser.check(own)
+        known[caption] = own
+        bar.update(1)
     return known
 
 
@@ -239,7 +241,7 @@ def _reads_pictures(train: Prepared) -> bool:
 
 def _info(model, decode: VAEDecoder, train: Prepared, options: TrainingOptions) -> dict[str, Any]:
     """What a run depends on beside its settings and pairs, for resume to tell what changed; it goes into the LoRA's header."""
-    decoder = hash_module(decode.vae.first_stage_model) if _reads_pictures(train) else ""
+    decoder = fingerprint(decode.vae.first_stage_model) if _reads_pictures(train) else ""
     return {
         "model": f"{type(model.model).__name__} in {str(model.model_dtype()).removeprefix('torch.')}",
         "guidance": options.guidance,
@@ -281,6 +283,7 @@ class Resume(io.ComfyNode):
                 io.Int.Input("step", default=0, min=0, max=1_000_000, optional=True, tooltip="Which checkpoint; 0 = the last one."),
             ],
             outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Kontext LoRA.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -296,12 +299,17 @@ class Resume(io.ComfyNode):
         found = _checkpoints(run)
         named = [path for path in found if path.stem == f"step_{step:06d}"]
         if step and not named:
-            there = ", ".join(str(int(p.stem.removeprefix("step_"))) for p in found)
+            there = ", ".join(map(_step, found))
             raise ValueError(f"step: {run} has no checkpoint of step {step}; it has {there}")
-        return io.NodeOutput(ResumePoint(run, named[0] if step else found[-1]))
+        chosen = named[0] if step else found[-1]
+        return io.NodeOutput(ResumePoint(run, chosen), ui=say(cls, f"{run}, step {_step(chosen)}"))
 
 
-def _checkpoints(run: str) -> list:
+def _step(checkpoint: Path) -> str:
+    return checkpoint.stem.removeprefix("step_").lstrip("0") or "0"
+
+
+def _checkpoints(run: str) -> list[Path]:
     return checkpoints(folders.run_folder(run) / CHECKPOINT_FOLDER)
 
 
@@ -458,7 +466,13 @@ class Compare(io.ComfyNode):
                 RunSocket.Input("run", tooltip="From Train Kontext LoRA, with held-out pairs."),
                 io.Int.Input("width", default=1280, min=320, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
-            outputs=[io.Image.Output(display_name="picture", tooltip="The rows as one picture.")],
+            outputs=[
+                io.Image.Output(display_name="picture", tooltip="The rows as one picture."),
+                io.Image.Output(display_name="before", is_output_list=True, tooltip="The before pictures, one by one."),
+                io.Image.Output(display_name="base", is_output_list=True, tooltip="What the base made of them: for Image Compare or Preview Image."),
+                io.Image.Output(display_name="lora", is_output_list=True, tooltip="What the LoRA made of them, from the same noise."),
+                io.Image.Output(display_name="after", is_output_list=True, tooltip="The after pictures, one by one."),
+            ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
@@ -466,13 +480,17 @@ class Compare(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, run, width=1280) -> io.NodeOutput:
-        if run.result.pictures:
-            picture = compare.grid(run.result.pictures, width=width)
-            return io.NodeOutput(picture, ui=ui.PreviewImage(picture, cls=cls))
+        rows = run.result.pictures
+        if rows:
+            picture = compare.grid(rows, width=width)
+            sides = ([getattr(row, name)[None] for row in rows] for name in SIDES)
+            return io.NodeOutput(picture, *sides, ui=ui.PreviewImage(picture, cls=cls))
         # A run that took hours is not to end in red because nobody looked on.
         picture = _written(NO_PICTURES, width)
         return io.NodeOutput(
-            picture, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, NO_PICTURES, [NO_PICTURES])}
+            picture,
+            *([picture] for _ in SIDES),
+            ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, NO_PICTURES, [NO_PICTURES])},
         )
 
 

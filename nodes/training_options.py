@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from fnmatch import fnmatchcase
 
 from comfy_api.latest import io
 
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from ..editloss_core.objective import EditObjective
-from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS
-from ..editloss_core.training.settings import OPTIMIZERS, SCHEDULES
+from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timesteps
+from ..editloss_core.training.lora import LoRASettings
+from ..editloss_core.training.settings import OPTIMIZERS, SCHEDULES, TrainingSettings
 from .checks import checked
+from .losses import objective_output
+from .notices import say
 from .sockets import ObjectiveSocket, OptionsSocket, TrainingOptions
 
 CATEGORY = "EditLoss/training"
@@ -30,13 +33,34 @@ def _schema(node_id: str, display_name: str, description: str, inputs: list) -> 
         outputs=[
             OptionsSocket.Output(display_name="options", tooltip="To Train Kontext LoRA, or to the next Options node.")
         ],
+        hidden=[io.Hidden.unique_id],
     )
 
 
-def _with(options: TrainingOptions | None, part: str, **values) -> io.NodeOutput:
+def _with(options: TrainingOptions | None, part: str, **values) -> TrainingOptions:
     """The options so far with some fields of one part changed."""
     options = options or TrainingOptions()
-    return io.NodeOutput(replace(options, **{part: {**getattr(options, part), **values}}))
+    return replace(options, **{part: {**getattr(options, part), **values}})
+
+
+def _answer(cls, options: TrainingOptions) -> io.NodeOutput:
+    """The options, and on the node what the chain so far changes in a run."""
+    own = {f.name: (getattr(options, f.name), f.default) for f in fields(options) if f.default is not MISSING}
+    overlay = {
+        f"overlay {name}": (value, getattr(OverlaySettings(), name)) for name, value in vars(options.overlay).items()
+    }
+    for part, usual in (("training", TrainingSettings()), ("timesteps", Timesteps()), ("lora", LoRASettings())):
+        own |= {name: (value, getattr(usual, name)) for name, value in getattr(options, part).items()}
+    del own["overlay"]
+    changed = {name: value for name, (value, usual) in {**own, **overlay}.items() if value != usual}
+    text = "\n".join(f"{name}: {_told(value)}" for name, value in changed.items())
+    return io.NodeOutput(options, ui=say(cls, text or "nothing changed: these are the defaults"))
+
+
+def _told(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_told, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class OptimizerOptions(io.ComfyNode):
@@ -58,7 +82,7 @@ class OptimizerOptions(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, options=None, **values) -> io.NodeOutput:
-        return _with(options, "training", **values)
+        return _answer(cls, _with(options, "training", **values))
 
 
 class NoiseOptions(io.ComfyNode):
@@ -86,8 +110,8 @@ class NoiseOptions(io.ComfyNode):
             raise ValueError(f"minimum_t: expected less than maximum_t ({maximum_t:g}), got {minimum_t:g}")
         options = _with(
             options, "timesteps", kind=distribution, mean=mean, std=std, minimum=minimum_t, maximum=maximum_t
-        ).args[0]
-        return _with(options, "training", velocity_weight=velocity_weight, edit_weight=edit_weight)
+        )
+        return _answer(cls, _with(options, "training", velocity_weight=velocity_weight, edit_weight=edit_weight))
 
 
 class ObjectiveOptions(io.ComfyNode):
@@ -119,10 +143,11 @@ class ObjectiveOptions(io.ComfyNode):
             crop=crop,
             overlay=OverlaySettings(kinds=kinds, opacity=(overlay_opacity, 1.0)),
         )
-        return _with(
+        options = _with(
             options, "training", objective_every=every, estimate_weighting=weighting, estimate_cap=weighting_cap,
             gradients_every=gradients_every,
         )  # fmt: skip
+        return _answer(cls, options)
 
 
 class LoRAOptions(io.ComfyNode):
@@ -139,7 +164,8 @@ class LoRAOptions(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, layers, dropout, options=None) -> io.NodeOutput:
-        return _with(options, "lora", dropout=dropout, **({"layers": layers} if layers.strip() else {}))
+        chosen = {"layers": layers} if layers.strip() else {}
+        return _answer(cls, _with(options, "lora", dropout=dropout, **chosen))
 
 
 class RunOptions(io.ComfyNode):
@@ -170,10 +196,11 @@ class RunOptions(io.ComfyNode):
             options or TrainingOptions(), guidance=guidance, preview_guidance=preview_guidance,
             checkpointing=gradient_checkpointing, reserve=memory_reserve,
         )  # fmt: skip
-        return _with(
+        options = _with(
             options, "training", checkpoint_every=checkpoint_every, keep=keep, validate_every=validate_every,
             previews=previews, preview_steps=preview_steps,
         )  # fmt: skip
+        return _answer(cls, options)
 
 
 class GateTerms(io.ComfyNode):
@@ -191,6 +218,7 @@ class GateTerms(io.ComfyNode):
                 io.Float.Input("t_max", default=0.8, min=0.0, max=1.0, step=0.05, tooltip="Highest noise level at which they count."),
             ],
             outputs=[ObjectiveSocket.Output(display_name="objective", tooltip="The same terms, gated.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -201,7 +229,7 @@ class GateTerms(io.ComfyNode):
         if not chosen:
             raise ValueError(f"terms: none is called {terms!r}; there are {', '.join(t.name for t in known) or 'none'}")
         gated = tuple(replace(t, t_min=t_min, t_max=t_max) if t in chosen else t for t in known)
-        return io.NodeOutput(replace(objective, objective=EditObjective(gated)))
+        return objective_output(cls, replace(objective, objective=EditObjective(gated)))
 
 
 NODES = [OptimizerOptions, NoiseOptions, ObjectiveOptions, LoRAOptions, RunOptions, GateTerms]

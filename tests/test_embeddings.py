@@ -240,6 +240,17 @@ def test_reading_what_is_not_there_says_what_is():
 # --- hashes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("grid", "2×3 tokens of 6 features"), ("tokens", "2×3 tokens of 6 features"), ("global", "6 features")],
+)
+def test_a_set_says_what_it_holds(output, said):
+    encoder = Patches(output)
+    held = full_set(encoder)[0].with_mask(torch.ones(1, 8, 12)).describe()
+    assert held == f"{encoder.info.name}: pred 2, gt 2, src 2, overlay 2×3, hard_negative 2×1; {said}\nwith a mask"
+    assert EmbeddingSet().describe() == ""
+
+
 def test_picture_hash_is_that_of_8_bit_pixels():
     a = pictures(2)
     saved = (a * 255).to(torch.uint8).float() / 255  # as a PNG file written by ComfyUI has it

@@ -44,7 +44,7 @@ def prepare(comfyui_input: Path, comfyui_models: Path) -> None:
         "output_distorted": _recompressed(_distorted(before, after), 60),
         "output_overlay": _recompressed(_overlaid(before, after), 60),
     }
-    pictures |= {f"room_{name}": pixels for name, pixels in _room_outputs("oak_chair").items()}
+    pictures |= {f"room_{name}": pixels for name, pixels in room_outputs("oak_chair").items()}
     comfyui_input.mkdir(parents=True, exist_ok=True)
     _write_pairs(comfyui_input / PAIRS)
     for name, pixels in pictures.items():
@@ -121,7 +121,7 @@ def _rendered(part: str, name: str) -> np.ndarray:
     return np.asarray(picture if picture.mode in ("RGB", "RGBA") else picture.convert("L"))
 
 
-def _room_outputs(name: str) -> dict[str, np.ndarray]:
+def room_outputs(name: str) -> dict[str, np.ndarray]:
     """Before, after and mask of a pair, and an output of every kind."""
     before, after, output, mask = (_rendered(f"edits/{part}", name) for part in ("before", "after", "output", "mask"))
     plate, new = _rendered("parts/plate", name), _rendered("parts/new", name)

@@ -218,6 +218,19 @@ class EmbeddingSet:
             )
         return self.tensors[role, encoder]
 
+    def describe(self) -> str:
+        """What the set holds: a line per encoder with the pictures of each role, grid or tokens, and width."""
+        lines = []
+        for encoder in self.encoders:
+            held = self._by(encoder)
+            pictures = {role: t.shape[: 2 if role in NEGATIVE_ROLES else 1] for role, t in held.items()}
+            counts = ", ".join(f"{role} {'×'.join(map(str, shape))}" for role, shape in pictures.items())
+            role, tensor = next(iter(held.items()))
+            *tokens, width = tensor.shape[len(pictures[role]) :]
+            of = f"{'×'.join(map(str, self.grids.get(encoder, tokens)))} tokens of " if tokens else ""
+            lines.append(f"{encoder}: {counts}; {of}{width} features")
+        return "\n".join(lines + ["with a mask"] * (self.mask is not None))
+
     def token_weights(self, encoder: str) -> Optional[Tensor]:
         """The edit mask at the encoder's token resolution: the share of each token's area inside the mask.
 

@@ -115,6 +115,7 @@ def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server
             plot=("EditLossPlotLosses", {"run": link("train", 4)}),
             compare=("EditLossCompare", {"run": link("train", 4)}),
             report=("EditLossRunReport", {"run": link("train", 4)}),
+            lora_alone=("PreviewImage", {"images": link("compare", 3)}),
             page=("PreviewAny", {"source": link("report", 2)}),
             judge=(
                 "EditLossDemoJudge",
@@ -136,6 +137,8 @@ def test_a_run_its_files_and_every_node_behind_it(client: Client, comfyui_server
     for node in ("plot", "compare", "report", "judge", "pairs", "stock_plot"):
         picture = pixels(client, outputs[node])
         assert picture.std() > 5, node
+    (shown,) = outputs["lora_alone"]["images"]
+    assert Image.open(io.BytesIO(client.download(shown))).size == (128, 128)
     by_level = json.loads(outputs["values"]["text"][0])
     assert len(by_level) == 5 and sum(bucket["samples"] for bucket in by_level) == 4 * 2
     assert "| base | 3 |" in outputs["judge"]["text"][0] and "source copied" in outputs["judge"]["text"][0]

@@ -1,0 +1,20 @@
+"""How the tests share two cores when they run in two processes (pytest -n 2)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads for all cores in each process would mostly wait for the other's. Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file stays in one process, for its fixtures; tests/comfyui, whose few tests take longest, comes first."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # it would start with the files of most tests
+    return LoadFileScheduling(config, log)
