@@ -39,8 +39,8 @@ class Export(io.ComfyNode):
             node_id="EditLossExportTraining",
             display_name="Export Training Config",
             category=CATEGORY,
-            description="Writes what this graph would train as a file for training without ComfyUI: on diffusers, on several GPUs or "
-            "machines. Trains nothing.",
+            description="Writes what this graph would train as a file for training without ComfyUI: on diffusers, on one GPU or "
+            "many. Trains nothing.",
             inputs=[
                 PairsSocket.Input("pairs", tooltip="From Load Pairs: the file names its folder."),
                 io.String.Input("name", default="my_edit", tooltip="Of the file and of the run: output/editloss/configs/NAME.toml. A name that is taken gets a number."),
