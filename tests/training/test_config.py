@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective, LossTerm, recommended
 from editloss_core.terms import TERMS
@@ -21,6 +22,7 @@ from editloss_core.training.config import (
     TrainingConfig,
     VAESection,
     ValidationSection,
+    encoder_section,
     to_toml,
 )
 from editloss_core.training.config_reader import ConfigError, checkpoint_of, parse_config, read_config
@@ -238,3 +240,24 @@ def test_the_recommended_mix_in_a_file():
     encoders = {"vae": VAESection(), "dino": FULL.encoders["dino"]}
     config = replace(FULL, objective=recommended("dino", "vae"), encoders=encoders)
     assert parsed(to_toml(config)) == config
+
+
+def test_the_section_of_an_encoder(tmp_path):
+    """What Export Training Config writes of the encoders that are wired to a graph's losses."""
+    from small import Patches, parts
+
+    vae = parts()[1]
+    assert encoder_section(vae) == VAESection(0)
+    small = VAEEncoder(vae.encode, "vae", "weights", 8, image_size=64)
+    assert encoder_section(small) == VAESection(64)
+    arguments = vars(FULL.encoders["dino"])
+    patches = Patches()
+    with pytest.raises(ValueError, match="'patches/grid' cannot be made outside this program; use VAE Latents"):
+        encoder_section(patches)
+    patches.arguments = arguments
+    assert encoder_section(patches) == FULL.encoders["dino"]
+    patches.arguments = vars(FULL.encoders["clip"])
+    assert encoder_section(patches) == FULL.encoders["clip"]
+    patches.arguments = {**arguments, "image_size": (64, 96)}
+    with pytest.raises(ValueError, match="cannot be made outside"):
+        encoder_section(patches)

@@ -243,6 +243,18 @@ def test_captions_are_the_pipelines_and_cached(files, pipeline, tmp_path):
     assert all(not t.is_inference() and t.device == CPU for t in again[PROMPT])
 
 
+def test_captions_that_were_of_no_use_for_long_are_pruned_like_all_else(files, tmp_path):
+    import os
+
+    from editloss_core.training.cache import TensorCache
+
+    encode_captions([PROMPT], lambda: files.load_text(CPU), files.text_fingerprint, tmp_path)
+    (path,) = (tmp_path / "captions").iterdir()
+    os.utime(path, (1, 1))
+    TensorCache(tmp_path).prune(limit=1)
+    assert not path.exists()
+
+
 def test_the_fingerprint_of_folders_sees_small_files_and_the_time_of_large_ones(tmp_path):
     import os
 

@@ -214,3 +214,14 @@ def test_encoders_of_pictures_and_a_folder_of_held_out_pairs(base, tmp_path):
     (validation,) = [e for e in entries if e["kind"] == "validation"]
     assert set(validation["terms"]) == {"no edit identity", "geometry match", "overlay avoidance"}
     assert not (base / "runs" / "pictures" / "report.html").exists()
+
+
+def test_help_names_the_exit_statuses_and_a_missing_package_what_to_install(base, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "accelerate launch -m editloss_core.training CONFIG.toml" in said and "130  interrupted" in said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffusers" else object())
+    assert main([write(base, config("never"))]) == 2
+    assert 'diffusers is not installed; pip install "comfyui-editloss[train]"' in capsys.readouterr().err
