@@ -25,12 +25,13 @@ from .log import StepLog, ValidationLog
 from .lora import LoRA
 from .lora_dialects import save_both
 from .prepare import Prepared, prepare
-from .trainer import Host, Trainer, TrainingResult, metadata
+from .trainer import Host, Trainer, TrainingResult, metadata, resumable
 from .validation import PreviewRow
 
 LORA_FILE = "lora.safetensors"  # in ComfyUI's keys; beside it lora_diffusers.safetensors
 GIB = 1 << 30
 Say = Callable[[str], None]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before any work
@@ -91,7 +92,7 @@ class Plan:
             f"objective   {'; '.join(terms) or 'flow matching alone'}",
             f"training    {settings.steps} steps of {settings.batch_size} pairs{passes}, {settings.optimizer}, {start}",
             f"run         {self.folder}",
-            f"memory      about {sum(parts.values()) / GIB:.1f} GiB at {tokens} tokens a sample, by arithmetic: "
+            f"memory      about {sum(parts.values()) / GIB:.1f} GiB with all weights at {tokens} tokens a sample, by arithmetic: "
             + ", ".join(f"{name} {size / GIB:.2g}" for name, size in parts.items()),
         ]
         if config.encoders:
@@ -104,12 +105,15 @@ def plan(config: TrainingConfig, base: Path, progress: Optional[Callable[[int, i
 
     Raises:
         PairProblems: everything that is wrong with the pairs.
-        ValueError: what does not fit together: layers that the model does not have, too few pairs, a missing checkpoint.
+        ValueError: what does not fit together: layers that the model does not have, too few pairs, another run's checkpoint.
     """
     pairs, held_out = load_pairs(config, base, progress)
     files = kontext_files(config.model, base)
-    footprint = Footprint.of(empty_transformer(files.config("transformer")), config.lora)
-    return Plan(config, base, files, pairs, held_out, footprint, checkpoint_of(config.run, base))
+    network = empty_transformer(files.config("transformer"))
+    footprint, checkpoint = Footprint.of(network, config.lora), checkpoint_of(config.run, base)
+    if checkpoint is not None:
+        resumable(checkpoint, LoRA(network, config.lora), config.training)
+    return Plan(config, base, files, pairs, held_out, footprint, checkpoint)
 
 
 def load_pairs(

@@ -163,6 +163,11 @@ def test_another_run_in_the_same_folder_is_refused(base, finished, capsys):
     assert "holds checkpoints of another run; resume it (resume = 'last')" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_lora_is_refused_before_any_work(base, finished, capsys):
+    assert main([write(base, replace(config("a", "last"), lora=LoRASettings(4, 3.0))), "--check"]) == 2
+    assert "its lora is {'rank': 2" in capsys.readouterr().err
+
+
 def test_check_prints_the_plan_and_trains_nothing(base, capsys):
     assert main([write(base, config("never")), "--check"]) == 0
     said = capsys.readouterr().out
@@ -170,7 +175,7 @@ def test_check_prints_the_plan_and_trains_nothing(base, capsys):
         "parameters in fp32, 3 blocks",
         "rank 2: 22 layers",
         "4 steps of 2 pairs",
-        "GiB at 544 tokens a sample",
+        "GiB with all weights at 544 tokens a sample",
     ):
         assert expected in said
     assert not (base / "runs" / "never").exists()
