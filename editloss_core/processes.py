@@ -255,7 +255,8 @@ def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:
             return module.to(accelerator.device)
         config["train_micro_batch_size_per_gpu"] = 1  # has to be a number, and counts for its own backward pass only
         return accelerator.prepare(module).module  # without the engine around, which wants that backward pass
-    return accelerator.prepare_model(module)
+    # Not for evaluation alone it would be wrapped on CPUs, where DDP refuses frozen parameters.
+    return accelerator.prepare_model(module, evaluation_mode=True)
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

@@ -17,6 +17,7 @@ EMBEDDING_FOLDER = Path("editloss") / "embeddings"
 NEGATIVE_FOLDER = Path("editloss") / "hard_negatives"
 RUN_FOLDER = Path("editloss") / "runs"
 CACHE_FOLDER = Path("editloss") / "cache"
+CONFIG_FOLDER = Path("editloss") / "configs"
 NO_RUNS = "(none yet: run Train Kontext LoRA, then press R)"
 
 # Letters of any script, digits and a few signs, per part. No dot first, so neither '..' nor a hidden file.
@@ -172,6 +173,17 @@ def cache_folder() -> Path:
 def new_run_folder(name: str) -> Path:
     """``output/editloss/runs/NAME``, or ``NAME_2`` and so on."""
     return _not_taken("name", folder_paths.get_output_directory(), RUN_FOLDER / _checked("name", name))[0]
+
+
+def config_root() -> Path:
+    """``output/editloss/configs``."""
+    return _inside("name", folder_paths.get_output_directory(), CONFIG_FOLDER)
+
+
+def new_config_file(name: str) -> Path:
+    """``output/editloss/configs/NAME.toml``, or ``NAME_2.toml`` and so on."""
+    wanted = CONFIG_FOLDER / _checked("name", name.strip().removesuffix(".toml"))
+    return _not_taken("name", folder_paths.get_output_directory(), wanted, ".toml")[0]
 
 
 def runs() -> list[str]:

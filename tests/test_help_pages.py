@@ -17,7 +17,7 @@ from editloss_core.objective import TERMS, LossTerm
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "web" / "docs"
-MOST_LINES = 40  # beside the rows of the table of inputs
+MOST_LINES = 42  # beside the rows of the table of inputs
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Node:
 
 
 class Source:
-    """The nodes of one file: names given to ``io.X.Input`` and ``io.X.Output``, through the helpers of that file."""
+    """The nodes of one file: names given to ``io.X.Input`` and ``io.X.Output``, through the helpers of that file and those that it
+    imports from its neighbours."""
 
     def __init__(self, path: Path):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -38,6 +39,9 @@ class Source:
         for n in tree.body:
             if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
                 self.helpers[n.targets[0].id] = n.value
+            elif isinstance(n, ast.ImportFrom) and n.level == 1 and path.with_name(f"{n.module}.py").is_file():
+                there = Source(path.with_name(f"{n.module}.py")).helpers
+                self.helpers.update({a.name: there[a.name] for a in n.names if a.name in there})
 
     def nodes(self) -> dict[str, Node]:
         found = {}
@@ -95,7 +99,8 @@ class Source:
                     names.add(named.value)
             elif isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in self.helpers:
                 inside = self._names(self.helpers[n.func.id], end)
-                names |= inside or {n.args[0].value}  # a helper that is handed the name
+                # or a helper that is handed the name
+                names |= inside or {a.value for a in n.args[:1] if isinstance(a, ast.Constant)}
             elif isinstance(n, ast.Name) and isinstance(self.helpers.get(n.id), ast.Call):
                 names |= self._names(self.helpers[n.id], end)
         return names
@@ -203,6 +208,22 @@ def test_reader_of_schemas_finds_what_helpers_and_tables_make():
 @each_node
 def test_title_is_the_display_name(node_id):
     assert page(node_id).splitlines()[0] == f"# {NODES[node_id].title}"
+
+
+@each_node
+def test_begins_with_what_it_does_in_two_sentences_and_its_picture(node_id):
+    """Paths are relative: ComfyUI's page looks for them below the folder of the pages, whatever the pack's folder is called."""
+    _, what, picture, _ = page(node_id).split("\n\n", 3)
+    assert 1 <= len(re.findall(r"[.!?](?=\s|$)", what)) <= 2
+    assert picture == f"![{NODES[node_id].title}, wired to its neighbours](pictures/{node_id}.webp)"
+    assert (DOCS / "pictures" / f"{node_id}.webp").is_file()
+
+
+def test_no_page_has_a_picture_that_is_not_there():
+    for path in DOCS.rglob("*.md"):
+        for target in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", path.read_text(encoding="utf-8")):
+            assert (DOCS / target).is_file(), f"{path.name}: {target}"
+    assert {path.stem for path in (DOCS / "pictures").glob("*.webp")} == set(NODES)
 
 
 @each_node

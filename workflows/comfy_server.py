@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,6 +142,7 @@ class ComfyServer:
             is made and removed at the end. The folders exist from construction on, so files can be put there
             before the server starts.
         front_end_root: another build of the frontend to serve.
+        env: variables of its environment beside this process's own.
         start_timeout: seconds to wait for the first answer.
 
     Raises:
@@ -153,10 +155,11 @@ class ComfyServer:
         base: Path | None = None,
         *,
         front_end_root: Path | None = None,
+        env: Mapping[str, str] | None = None,
         start_timeout: float = 180.0,
     ) -> None:
         self.comfyui = locate(comfyui)
-        self.front_end_root, self.start_timeout = front_end_root, start_timeout
+        self.front_end_root, self.start_timeout, self.env = front_end_root, start_timeout, dict(env or {})
         self._own_base = base is None
         self.base = Path(base or tempfile.mkdtemp(prefix="editloss-comfyui-")).resolve()
         self.log_file = self.base / "comfyui.log"
@@ -203,7 +206,7 @@ class ComfyServer:
             command.append("--cpu")
         if self.front_end_root is not None:
             command += ["--front-end-root", str(self.front_end_root)]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self.env}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.base, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -14,6 +14,7 @@ from typing import Optional
 
 from tqdm import tqdm
 
+from ..extras import need
 from ..files import replacing
 from . import folder as folders
 from . import verdict_sheet
@@ -46,12 +47,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
+        need("matplotlib")
         found = folders.scan(given.folder)
         _check_out(given.out, found)
         given.out.mkdir(parents=True, exist_ok=True)
         if not os.access(given.out, os.W_OK):
             raise PermissionError(f"--out: expected a folder to write to, got {given.out}")
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return UNUSABLE
 

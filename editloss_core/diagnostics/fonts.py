@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 
+from ..extras import need
+
 LATIN = "DejaVu Sans"
 # Beginnings of the families that systems bring along for Chinese, Japanese, Korean and other scripts: of several, the first.
 OTHERS = (
@@ -72,6 +74,7 @@ class Letters:
     """
 
     def __init__(self, size: int, bold: bool = False):
+        need("matplotlib")
         from matplotlib import font_manager
         from PIL import ImageFont
 

@@ -17,6 +17,7 @@ from typing import Any, Iterable, Mapping, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
+from ..extras import need
 from ..files import replacing
 from ..pair_files import read_picture
 from ..terms import TERMS
@@ -63,6 +64,7 @@ def write_page(run: RunVerdicts, out: Union[str, Path, None] = None) -> Path:
 
 def page(run: RunVerdicts) -> str:
     """The HTML: no script, nothing from elsewhere."""
+    need("jinja2")
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -409,9 +411,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             print(f"\rjudged {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     try:
+        need("jinja2", "matplotlib")
         run = judge_run(given.run_folder, progress)
         path = write_page(run, given.out)
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     print(text(run))

@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from ..extras import need
 from .fonts import quiet, use_families
 
 INK, MUTED, GOOD, WARN, BAD, LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", "#c62828", "#d7dce2"
@@ -48,6 +49,7 @@ class Sheet:
 
 def new_figure(width: int, *inches: float):
     """A figure of this size, ``width`` pixels wide."""
+    need("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..extras import need
 from ..objective import ObjectiveReport
 from .run_verdicts import GOOD
 from .sheet import BAD, INK, LINE, MUTED, Sheet, cut, new_figure, pixels, wrapped
@@ -41,6 +42,7 @@ def heat(picture: Tensor, values: Tensor) -> Tensor:
     Returns:
         ``[H, W, 3]`` in 0…1.
     """
+    need("matplotlib")
     from matplotlib import colormaps
 
     values = values.float().clamp(0, 1)[None, None]

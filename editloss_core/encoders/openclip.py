@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..extras import need
 from .base import (
     EncoderInfo,
     ImageSize,
@@ -80,6 +81,7 @@ class OpenCLIPEncoder(PixelEncoder):
         device: Union[str, torch.device, None] = None,
         random_seed: Optional[int] = None,
     ):
+        need("open_clip")
         import open_clip
 
         check_output(output)
@@ -100,6 +102,8 @@ class OpenCLIPEncoder(PixelEncoder):
         name = f"openclip/{architecture}/{output}"
         fingerprint = hash_module(self.network, name, preprocess.describe(), f"normalize={normalize}")
         super().__init__(EncoderInfo(name, preprocess.describe(), fingerprint, output), preprocess, device)
+        if weights is not None and not (pretrained_tag or normalize or image_size):
+            self.arguments = {"architecture": architecture, "weights": str(weights), "output": output, "crop": crop}
 
     def features(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.network.parameters()).dtype)

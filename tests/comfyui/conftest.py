@@ -95,16 +95,33 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Generator[
 
 @pytest.fixture(scope="session")
 def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """One ComfyUI with this pack, in a base directory of its own."""
-    from comfy_server import ComfyServer
+    """One ComfyUI with this pack, in a base directory of its own.
+
+    The pack is a copy of what the registry's archive would hold, so that every test here says that nothing is missing in
+    it. (Without git it is a link to the checkout.) No connection to another host is let through, and after the last test
+    nothing of the pack must have asked for one.
+    """
+    import archive
+    from comfy_server import PACK, ComfyServer
 
     base = tmp_path_factory.mktemp("comfyui")
+    pack = base / "custom_nodes" / PACK
+    archive.unpack(pack)
+    asked = base / "connections.jsonl"
+    guard = os.pathsep.join(filter(None, [str(HERE / "guard"), os.environ.get("PYTHONPATH")]))
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
     other_frontend = os.environ.get("COMFYUI_FRONTEND_ROOT")  # a comfyui_frontend_package/static of another version
-    with ComfyServer(base=base, front_end_root=Path(other_frontend) if other_frontend else None) as server:
+    with ComfyServer(
+        base=base,
+        front_end_root=Path(other_frontend) if other_frontend else None,
+        env={"PYTHONPATH": guard, "EDITLOSS_CONNECTIONS": str(asked), "HF_HUB_OFFLINE": "0"},
+    ) as server:
         yield server
+    lines = asked.read_text(encoding="utf-8").splitlines() if asked.is_file() else []
+    ours = [line for line in lines if any(str(pack.resolve()) in file for file in json.loads(line)["stack"])]
+    assert not ours, "the pack asked for a connection:\n" + "\n".join(ours)
 
 
 @pytest.fixture(scope="session")

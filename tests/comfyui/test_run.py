@@ -431,7 +431,7 @@ def test_the_server_writes_to_its_base_only(comfyui_server: ComfyServer, client:
     assert (comfyui_server.output_dir / "base" / ref["filename"]).is_file()
     assert client.download(ref).startswith(b"\x89PNG")
     assert not (comfyui_server.comfyui / "output" / "base").exists()
-    assert (comfyui_server.base / "custom_nodes" / "comfyui-editloss").resolve() == ROOT
+    assert (comfyui_server.base / "custom_nodes" / "comfyui-editloss" / "__init__.py").is_file()
 
 
 def test_a_server_that_dies_shows_its_log(tmp_path: Path) -> None:

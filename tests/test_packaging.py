@@ -1,0 +1,217 @@
+"""What pip, ComfyUI's managers and the registry read: pyproject.toml, requirements.txt, and a wheel of the core alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import editloss_core
+from editloss_core.extras import EXTRAS, need
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PICTURES = ROOT / "docs" / "registry"
+
+
+def listed(name: str) -> list[str]:
+    """The strings of ``name = […]`` in pyproject.toml. (Python 3.10 has no reader of TOML.)"""
+    (block,) = re.findall(rf"^{name} = \[\n(.*?)^\]", PYPROJECT, re.S | re.M)
+    return re.findall(r'^\s*"(.*)",', block, re.M)
+
+
+def said(name: str) -> str | None:
+    found = re.findall(rf'^{name} = "(.*)"$', PYPROJECT, re.M)
+    return found[0] if found else None
+
+
+# ---------------------------------------------------------------------------- what is installed
+
+
+def test_requirements_are_those_of_the_core_and_of_what_the_nodes_use():
+    """ComfyUI's managers install requirements.txt, pip reads pyproject.toml."""
+    wanted = [*listed("dependencies"), *listed("encoders"), *listed("reports")]
+    assert (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n") == [*wanted, ""]
+
+
+def test_the_two_commands_of_the_readme_install_everything():
+    assert listed("comfyui")[0] == "editloss[encoders,reports]" and listed("test")[0] == "editloss[comfyui]"
+
+
+def test_no_package_is_forced_to_a_version():
+    for requirement in [*listed("dependencies"), *listed("encoders"), *listed("reports")]:
+        assert re.fullmatch(r"[\w-]+>=[\d.]+", requirement), requirement
+    assert {r.split(">=")[0] for r in listed("dependencies")}.isdisjoint({"transformers", "diffusers", "torchvision"})
+
+
+def test_every_extra_that_an_error_names_brings_its_package():
+    distributions = metadata.packages_distributions()
+    for package, extra in EXTRAS.items():
+        named = {re.split(r"[>=;\[]", r)[0].lower().replace("_", "-") for r in listed(extra)}
+        assert {d.lower().replace("_", "-") for d in distributions[package]} & named, package
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match=r"timm is not installed: pip install 'editloss\[encoders\]'"):
+        need("timm")
+
+
+def test_a_package_that_is_there_but_broken_says_so_itself(monkeypatch, tmp_path):
+    (tmp_path / "jinja2.py").write_text("import a_package_that_is_not_there", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jinja2", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'a_package_that_is_not_there'"):
+        need("jinja2")
+
+
+# ---------------------------------------------------------------------------- what the registry reads
+
+
+def test_registry_metadata_has_the_registrys_forms():
+    """https://docs.comfy.org/registry/specifications"""
+    assert re.fullmatch(r"[a-z](?:[a-z0-9]|[-_.](?=[a-z0-9])){1,98}", said("name")) and "comfy" not in said("name")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", said("version")) and said("version") == editloss_core.__version__
+    assert re.fullmatch(r"[a-z0-9-]+", said("PublisherId")) and said("DisplayName")
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", said("requires-comfyui")) and said("requires-python") == ">=3.10"
+    assert 40 < len(said("description")) < 200
+    assert 'license = { file = "LICENSE" }' in PYPROJECT and (ROOT / "LICENSE").is_file()
+    systems = [c for c in listed("classifiers") if c.startswith("Operating System :: ")]
+    assert systems == ["Operating System :: OS Independent"]
+    assert f"\n## {said('version')}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_pictures_of_the_registry_have_its_sizes():
+    icon, banner = (Image.open(PICTURES / f"{name}.png") for name in ("icon", "banner"))
+    assert icon.width == icon.height <= 400
+    assert banner.width * 9 == banner.height * 21 and banner.width >= 1260
+    assert all(path.stat().st_size < 300_000 for path in PICTURES.glob("*.png"))
+
+
+def test_addresses_are_all_there_or_none():
+    """Nobody knows the repository's address before it is published."""
+    given = [said("Repository"), said("Icon"), said("Banner")]
+    assert given == [None] * 3 or all(a and a.startswith("https://") for a in given)
+    if given[0]:
+        assert given[1].endswith("/docs/registry/icon.png") and given[2].endswith("/docs/registry/banner.png")
+
+
+# ---------------------------------------------------------------------------- a wheel of the core alone
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A fresh folder with the wheel in it. The sources are copied first, since setuptools builds beside them."""
+    work = tmp_path_factory.mktemp("wheel")
+    source, wheels, target = work / "source", work / "wheels", work / "site"
+    shutil.copytree(ROOT / "editloss_core", source / "editloss_core", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    isolation = [] if _setuptools() < (69,) else ["--no-build-isolation"]
+    build = [*pip, "wheel", str(source), "--no-deps", *isolation, "--wheel-dir", str(wheels)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = wheels.glob("*.whl")
+    assert wheel.name == f"editloss-{editloss_core.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)  # what pip does with a wheel of this kind, without a second start of pip
+    return target
+
+
+def _setuptools() -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in re.findall(r"\d+", metadata.version("setuptools"))[:1])
+    except metadata.PackageNotFoundError:
+        return (0,)
+
+
+def run(installed: Path, folder: Path, *arguments: str, extras: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Python outside the checkout, with the wheel first, and without ComfyUI and what only other extras bring."""
+    missing = {"comfy", "comfy_api", "folder_paths", "transformers", "diffusers", "torchvision"}
+    missing |= {package for package, extra in EXTRAS.items() if extra not in extras}
+    hook = f"import sys\nsys.modules.update(dict.fromkeys({sorted(missing)!r}))\n"
+    (folder / "sitecustomize.py").write_text(hook, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(installed)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300)
+
+
+def test_wheel_holds_the_core_with_its_data_and_nothing_else(installed):
+    core = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "editloss_core").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    there = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    info = {name for name in there if name.startswith("editloss-")}
+    assert there - info == core and len(info) >= 4
+    assert {Path(name).suffix for name in core} == {".py", ".j2", ".safetensors"}
+
+
+def test_wheel_asks_for_what_the_core_needs(installed):
+    (file,) = installed.glob("editloss-*/METADATA")
+    wanted = re.findall(r"^Requires-Dist: (.*)$", file.read_text(encoding="utf-8"), re.M)
+    assert [w for w in wanted if "extra ==" not in w] == listed("dependencies")
+    for extra in set(EXTRAS.values()):
+        assert sorted(w.split(";")[0] for w in wanted if f'extra == "{extra}"' in w) == sorted(listed(extra))
+
+
+WITHOUT_EXTRAS = """
+import json
+import editloss_core.diagnostics.__main__, editloss_core.diagnostics.sheet, editloss_core.encoders
+{readme}
+said = {{"file": editloss_core.__file__, "loss": loss.item(), "finite": bool(z_pred.grad.isfinite().all())}}
+from editloss_core.demo.model import load_autoencoder, load_diffusion
+said["weights"] = [len(load_autoencoder()), len(load_diffusion())]
+for name, call in {{
+    "timm": lambda: editloss_core.encoders.TimmEncoder("vit_tiny_patch16_224"),
+    "open_clip": lambda: editloss_core.encoders.OpenCLIPEncoder("ViT-B-32"),
+    "matplotlib": lambda: editloss_core.diagnostics.sheet.new_figure(800, 4, 3),
+}}.items():
+    try:
+        call()
+    except ModuleNotFoundError as error:
+        said[name] = str(error)
+said["judging"] = editloss_core.diagnostics.__main__.main(["edits", "--out", "judged"])
+print(json.dumps(said))
+"""
+
+
+def test_core_works_without_comfyui_and_without_extras(installed, tmp_path):
+    (readme,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    code = WITHOUT_EXTRAS.format(readme=readme)
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    done = run(installed, tmp_path, "example.py")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert Path(said["file"]).is_relative_to(installed)
+    assert said["finite"] and said["loss"] > 0 and min(said["weights"]) > 20
+    for package, extra in (("timm", "encoders"), ("open_clip", "encoders"), ("matplotlib", "reports")):
+        assert f"{package} is not installed: pip install 'editloss[{extra}]'" in said[package]
+    assert said["judging"] == 2 and "pip install 'editloss[reports]'" in done.stderr
+    assert not (tmp_path / "judged").exists()
+
+
+def test_diagnostics_of_the_wheel_judge_a_folder(installed, tmp_path):
+    command = ("-m", "editloss_core.diagnostics")
+    told = run(installed, tmp_path, *command, "--help")
+    assert told.returncode == 0 and told.stdout.startswith("usage: python -m editloss_core.diagnostics")
+
+    for part in ("before", "after", "output"):
+        (tmp_path / "edits" / part).mkdir(parents=True)
+        shutil.copy(ROOT / "tests" / "pictures" / "edits" / part / "oak_chair.webp", tmp_path / "edits" / part)
+    judge = (*command, "edits", "--out", "judged", "--workers", "1")
+    done = run(installed, tmp_path, *judge, extras=("reports",))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "judged" / "verdicts.csv").read_text(encoding="utf-8").count("oak_chair") == 1
+    assert Image.open(tmp_path / "judged" / "sheet.png").width >= 640
