@@ -113,6 +113,11 @@ class LossTerm:
             if getattr(self, name) is not None:
                 losses._check_option(name, getattr(self, name), options)
 
+    @property
+    def across_batch(self) -> bool:
+        """Whether a sample's loss depends on the other samples of the batch."""
+        return self.negative == "in_batch"
+
     def gate(self, t: Tensor) -> Tensor:
         """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""
         return (t >= self.t_min) & (t <= self.t_max)

@@ -150,7 +150,9 @@ def find_pairs(
     for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions)):
         findings += [Finding(kind, (layout.name(path),)) for key, path in table.items() if key not in known]
     partial = [layout.before.get(k) or layout.after[k] for k in known if not (k in layout.before and k in layout.after)]
-    return _checked(pairs, findings, layout, partial, resolution, upscale, min_size, progress)
+    found = _checked(pairs, findings, layout, partial, resolution, upscale, min_size, progress)
+    control = Path(control_folder) if str(control_folder) else None
+    return replace(found, control_folder=control, default_caption=default_caption.strip())
 
 
 def folder_state(folder: Union[str, Path], control_folder: Union[str, Path] = "") -> str:
@@ -173,7 +175,7 @@ class PairSet:
         sizes: what every picture of a pair has at least, (height, width).
         contents: sha256 of a pair's files or tensors.
         resolution, upscale: see :func:`find_pairs`.
-        folder: where the pairs came from; None if from pictures.
+        folder, control_folder, default_caption: see :func:`find_pairs`; the folder is None if they came from pictures.
         layout: how they lay there, in words.
         notes: what a person should know though it is no mistake.
 
@@ -188,6 +190,8 @@ class PairSet:
     folder: Optional[Path] = None
     layout: str = ""
     notes: tuple[str, ...] = ()
+    control_folder: Optional[Path] = None
+    default_caption: str = ""
 
     @classmethod
     def from_images(

@@ -17,6 +17,7 @@ from . import (
     pairs,
     run_report,
     training,
+    training_export,
     training_options,
 )
 from .folders import register_model_folder
@@ -27,6 +28,6 @@ class EditLossExtension(ComfyExtension):
         register_model_folder()  # not in on_load, which ComfyUI 0.3.75 does not call
         rooms = (
             encoders, embeddings, negatives, losses, diagnostics, diagnose, encoder_audit, pair_audit, pairs, training,
-            training_options, run_report, demo,
+            training_export, training_options, run_report, demo,
         )  # fmt: skip
         return [node for room in rooms for node in room.NODES]

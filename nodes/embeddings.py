@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
-from ..editloss_core.embeddings import EmbeddingSet
+from ..editloss_core.embeddings import INDEX, EmbeddingSet, load_shards
 from . import folders
 from .checks import checked
 from .notices import say
@@ -105,7 +105,7 @@ class LoadEmbeddings(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=folders.embedding_files() or [folders.NO_EMBEDDINGS],
-                    tooltip="A file written by Save Embeddings. Press R to refresh.",
+                    tooltip="A file written by Save Embeddings, or a folder of shards. Press R to refresh.",
                 ),
                 EncoderSocket.Input(
                     "encoder", optional=True, tooltip="Refuse the file unless it was made by this encoder."
@@ -134,7 +134,16 @@ class LoadEmbeddings(io.ComfyNode):
     def execute(cls, file, encoder=None, gt=None, src=None) -> io.NodeOutput:
         path = folders.embedding_file_to_read(file)
         images = {role: batch[..., :3] for role, batch in (("gt", gt), ("src", src)) if batch is not None}
-        loaded = EmbeddingSet.load(path, [encoder] if encoder is not None else [], images)
+        wanted = [encoder] if encoder is not None else []
+        if path.name == INDEX:
+            if images:
+                raise ValueError(
+                    f"{next(iter(images))}: expected nothing, {path.parent.name} is a folder of shards, which knows its pairs by "
+                    "their files and not by pictures; leave gt and src unconnected"
+                )
+            loaded = load_shards(path.parent, wanted)
+        else:
+            loaded = EmbeddingSet.load(path, wanted, images)
         return io.NodeOutput(loaded, ui=say(cls, loaded.describe()))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..editloss_core.embeddings import INDEX
+
 ENCODER_FOLDER = "editloss_encoders"
 NO_WEIGHTS = f"(none yet: put a .safetensors file in models/{ENCODER_FOLDER}, then press R)"
 NO_EMBEDDINGS = "(none yet: run Save Embeddings, then press R)"
@@ -15,6 +17,7 @@ EMBEDDING_FOLDER = Path("editloss") / "embeddings"
 NEGATIVE_FOLDER = Path("editloss") / "hard_negatives"
 RUN_FOLDER = Path("editloss") / "runs"
 CACHE_FOLDER = Path("editloss") / "cache"
+CONFIG_FOLDER = Path("editloss") / "configs"
 NO_RUNS = "(none yet: run Train Kontext LoRA, then press R)"
 
 # Letters of any script, digits and a few signs, per part. No dot first, so neither '..' nor a hidden file.
@@ -112,23 +115,26 @@ def embedding_files() -> list[str]:
             base = _inside("file", root, EMBEDDING_FOLDER)
         except ValueError:  # the folder is a link that leads out: nothing is read there
             continue
-        files = (p.relative_to(base) for p in base.rglob("*.safetensors") if p.is_file())
-        found += [f"{name} [{place}]" for name in sorted(p.with_suffix("").as_posix() for p in files)]
+        sets = {p.parent for p in base.rglob(INDEX) if p.is_file() and p.parent != base}
+        files = {p.with_suffix("") for p in base.rglob("*.safetensors") if p.is_file() and p.parent not in sets}
+        found += [f"{name} [{place}]" for name in sorted(p.relative_to(base).as_posix() for p in files | sets)]
     return found
 
 
 def embedding_file_to_read(entry: str) -> Path:
-    """The file of an entry of :func:`embedding_files`; a bare name is looked up in output first."""
+    """The file of an entry of :func:`embedding_files`, or the index of a folder of shards; a bare name is looked up in output
+    first."""
     if entry in ("", NO_EMBEDDINGS):
         raise ValueError("file: there are no embeddings yet; run Save Embeddings first, then press R and choose them")
     match = re.fullmatch(r"(.*?)(?: \[(output|input)\])?", entry.strip(), re.S)
     name, place = match.group(1), match.group(2)
-    relative = EMBEDDING_FOLDER / f"{_checked('file', name)}.safetensors"
+    chosen = EMBEDDING_FOLDER / _checked("file", name)
     roots = _embedding_roots()
     for root in [roots[place]] if place else roots.values():
-        path = _inside("file", root, relative)
-        if path.is_file():
-            return path
+        for relative in (chosen.with_name(f"{chosen.name}.safetensors"), chosen / INDEX):
+            path = _inside("file", root, relative)
+            if path.is_file():
+                return path
     there = ", ".join(embedding_files()) or "none yet: run Save Embeddings first"
     raise ValueError(f"file: there are no embeddings called {_short(entry)}; there are {there}")
 
@@ -167,6 +173,17 @@ def cache_folder() -> Path:
 def new_run_folder(name: str) -> Path:
     """``output/editloss/runs/NAME``, or ``NAME_2`` and so on."""
     return _not_taken("name", folder_paths.get_output_directory(), RUN_FOLDER / _checked("name", name))[0]
+
+
+def config_root() -> Path:
+    """``output/editloss/configs``."""
+    return _inside("name", folder_paths.get_output_directory(), CONFIG_FOLDER)
+
+
+def new_config_file(name: str) -> Path:
+    """``output/editloss/configs/NAME.toml``, or ``NAME_2.toml`` and so on."""
+    wanted = CONFIG_FOLDER / _checked("name", name.strip().removesuffix(".toml"))
+    return _not_taken("name", folder_paths.get_output_directory(), wanted, ".toml")[0]
 
 
 def runs() -> list[str]:

@@ -51,6 +51,35 @@ SIDES = ("before", "base", "lora", "after")  # of a preview
 LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def settings_inputs() -> list[io.Input]:
+    """What Train Kontext LoRA and Export Training Config have in common, widgets first."""
+    return [
+        io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Optimiser steps. 500 to 2000 for a dozen pairs."),
+        io.Float.Input(
+            "learning_rate", default=1e-4, min=1e-6, max=10.0, step=1e-6,
+            tooltip="1e-4 is a good start. Prodigy (Optimizer Options) finds its own and wants 1.",
+        ),
+        io.Int.Input(
+            "batch_size", default=1, min=1, max=256,
+            tooltip="Pairs per pass. In-batch InfoNCE needs at least 2. Accumulation is in Optimizer Options.",
+        ),
+        io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA: 8 to 32 for one object."),
+        io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="The update is scaled by alpha / rank. Equal to rank is a good start."),
+        io.Combo.Input(
+            "layers", options=list(LAYER_PRESETS), default="attention + MLP",
+            tooltip="Which layers learn. attention is smallest; all adds modulation and embedders. LoRA Options takes patterns.",
+        ),
+        io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of everything random, and of which pairs are held out. The same seed gives the same LoRA on a CPU."),
+        io.Int.Input(
+            "hold_out", default=1, min=0, max=1000,
+            tooltip="Pairs that are not trained on but watched: their losses and pictures tell learning from memorising.",
+        ),
+        ObjectiveSocket.Input("objective", optional=True, tooltip="A chain of loss nodes or Recommended Mix. Open: flow matching alone."),
+        OptionsSocket.Input("options", optional=True, tooltip="From the Options nodes, chained in any order."),
+        PairsSocket.Input("held_out", optional=True, tooltip="Pairs to watch, in place of hold_out."),
+    ]  # fmt: skip
+
+
 class Train(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,29 +95,7 @@ class Train(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 PairsSocket.Input("pairs", tooltip="From Load Pairs or Make Pairs."),
                 io.String.Input("name", default="my_edit", tooltip="Of the run: output/editloss/runs/NAME. A name that is taken gets a number."),
-                io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Optimiser steps. 500 to 2000 for a dozen pairs."),
-                io.Float.Input(
-                    "learning_rate", default=1e-4, min=1e-6, max=10.0, step=1e-6,
-                    tooltip="1e-4 is a good start. Prodigy (Optimizer Options) finds its own and wants 1.",
-                ),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=256,
-                    tooltip="Pairs per pass. In-batch InfoNCE needs at least 2. Accumulation is in Optimizer Options.",
-                ),
-                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA: 8 to 32 for one object."),
-                io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="The update is scaled by alpha / rank. Equal to rank is a good start."),
-                io.Combo.Input(
-                    "layers", options=list(LAYER_PRESETS), default="attention + MLP",
-                    tooltip="Which layers learn. attention is smallest; all adds modulation and embedders. LoRA Options takes patterns.",
-                ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of everything random, and of which pairs are held out. The same seed gives the same LoRA on a CPU."),
-                io.Int.Input(
-                    "hold_out", default=1, min=0, max=1000,
-                    tooltip="Pairs that are not trained on but watched: their losses and pictures tell learning from memorising.",
-                ),
-                ObjectiveSocket.Input("objective", optional=True, tooltip="A chain of loss nodes or Recommended Mix. Open: flow matching alone."),
-                OptionsSocket.Input("options", optional=True, tooltip="From the Options nodes, chained in any order."),
-                PairsSocket.Input("held_out", optional=True, tooltip="Pairs to watch, in place of hold_out."),
+                *settings_inputs(),
                 io.Vae.Input(
                     "decoder", optional=True,
                     tooltip="A small VAE (TAEF1) that decodes estimates for losses on pictures, and previews: a fraction of the memory.",
@@ -113,13 +120,8 @@ class Train(io.ComfyNode):
         objective=None, options=None, held_out=None, decoder=None, resume=None,
     ) -> io.NodeOutput:  # fmt: skip
         options, objective = options or TrainingOptions(), objective or WiredObjective()
-        settings = TrainingSettings(
-            **{
-                "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
-                "timesteps": Timesteps(**options.timesteps), **options.training,
-            }
-        )  # fmt: skip
-        lora_settings = LoRASettings(**{"rank": rank, "alpha": alpha, "layers": layers, **options.lora})
+        widgets = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+        settings, lora_settings = settings_of(widgets, {"rank": rank, "alpha": alpha, "layers": layers}, options)
         check_objective(objective.objective, settings)
         folder = folders.run_folder(resume.run) if resume else folders.new_run_folder(name)
         if held_out is None and hold_out:
@@ -163,6 +165,16 @@ class Train(io.ComfyNode):
         )
         shown = say(cls, text, notes, curves.text(result.log))
         return io.NodeOutput(trained, tensors, result.log.loss_map(), result.steps, run, ui=shown)
+
+
+def settings_of(
+    training: dict[str, Any], lora: dict[str, Any], options: TrainingOptions
+) -> tuple[TrainingSettings, LoRASettings]:
+    """What the widgets say, and over it what the options nodes say."""
+    timesteps = Timesteps(**options.timesteps)
+    return TrainingSettings(**{**training, "timesteps": timesteps, **options.training}), LoRASettings(
+        **{**lora, **options.lora}
+    )
 
 
 def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:

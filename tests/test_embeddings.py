@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-from editloss_core import embeddings as module
 from editloss_core.embeddings import FORMAT, EmbeddingSet, StaleEmbeddings, check_role, hash_images
+from editloss_core.embeddings import sets as module
 from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, hash_tensors
 from editloss_core.files import replacing
 from editloss_core.objective import EditObjective, LossTerm

@@ -29,7 +29,8 @@ class Node:
 
 
 class Source:
-    """The nodes of one file: names given to ``io.X.Input`` and ``io.X.Output``, through the helpers of that file."""
+    """The nodes of one file: names given to ``io.X.Input`` and ``io.X.Output``, through the helpers of that file and those that it
+    imports from its neighbours."""
 
     def __init__(self, path: Path):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -38,6 +39,9 @@ class Source:
         for n in tree.body:
             if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
                 self.helpers[n.targets[0].id] = n.value
+            elif isinstance(n, ast.ImportFrom) and n.level == 1 and path.with_name(f"{n.module}.py").is_file():
+                there = Source(path.with_name(f"{n.module}.py")).helpers
+                self.helpers.update({a.name: there[a.name] for a in n.names if a.name in there})
 
     def nodes(self) -> dict[str, Node]:
         found = {}
@@ -95,7 +99,8 @@ class Source:
                     names.add(named.value)
             elif isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in self.helpers:
                 inside = self._names(self.helpers[n.func.id], end)
-                names |= inside or {n.args[0].value}  # a helper that is handed the name
+                # or a helper that is handed the name
+                names |= inside or {a.value for a in n.args[:1] if isinstance(a, ast.Constant)}
             elif isinstance(n, ast.Name) and isinstance(self.helpers.get(n.id), ast.Call):
                 names |= self._names(self.helpers[n.id], end)
         return names

@@ -19,9 +19,10 @@ LATER = [
     "torchvision",
     "tqdm",
     "pandas",
+    "accelerate",
 ]
 # Programs of their own, that nothing imports.
-PROGRAMS = {"diagnostics.__main__", "demo.train", "demo.train_autoencoder"}
+PROGRAMS = {"diagnostics.__main__", "embeddings.__main__", "demo.train", "demo.train_autoencoder"}
 
 
 def imported(code):

@@ -136,6 +136,20 @@ def test_a_default_caption_stands_in(tmp_path):
     assert [p.caption for p in found] == ["put a stool there", "put a stool there", "replace the sofa_2"]
 
 
+def test_a_set_of_a_folder_knows_how_to_be_found_again(tmp_path):
+    three(tmp_path)
+    folder, control = tmp_path / "after", tmp_path / "before"
+    found = find_pairs(folder, control, default_caption=" put a stool there ", resolution=128, upscale=True)
+    for part in (found, *found.split(1)):
+        again = find_pairs(
+            part.folder, part.control_folder, default_caption=part.default_caption, resolution=part.resolution,
+            upscale=part.upscale,
+        )  # fmt: skip
+        assert again.digest == found.digest and again.captions_digest == found.captions_digest
+        assert (part.folder, part.control_folder, part.default_caption) == (folder, control, "put a stool there")
+    assert find_pairs(tmp_path).control_folder is None
+
+
 def test_stems_are_matched_whatever_their_case_and_ending(tmp_path):
     three(tmp_path)
     (tmp_path / "before" / "chair.png").unlink()

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,15 @@ class Encoder(ABC):
     """Pictures ``[B, H, W, 3]`` in 0…1 → embeddings, differentiable with respect to the pictures.
 
     A subclass sets ``info`` and ``device`` and implements :meth:`forward` and :meth:`grid`.
+
+    Attributes:
+        arguments: with which its class makes an equal one elsewhere; None where that takes an object (ComfyUI's, or a
+            function), or random weights.
     """
 
     info: EncoderInfo
     device: torch.device
+    arguments: Optional[Mapping[str, Any]] = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

@@ -102,6 +102,8 @@ class OpenCLIPEncoder(PixelEncoder):
         name = f"openclip/{architecture}/{output}"
         fingerprint = hash_module(self.network, name, preprocess.describe(), f"normalize={normalize}")
         super().__init__(EncoderInfo(name, preprocess.describe(), fingerprint, output), preprocess, device)
+        if weights is not None and not (pretrained_tag or normalize or image_size):
+            self.arguments = {"architecture": architecture, "weights": str(weights), "output": output, "crop": crop}
 
     def features(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.network.parameters()).dtype)

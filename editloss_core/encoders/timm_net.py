@@ -100,6 +100,11 @@ class TimmEncoder(PixelEncoder):
             repr(sorted(model_kwargs.items())),
         )
         super().__init__(EncoderInfo(name, preprocess.describe(), fingerprint, output), preprocess, device)
+        if weights is not None and not model_kwargs:
+            self.arguments = {
+                "model_name": model_name, "weights": str(weights), "output": output, "layer": layer,
+                "image_size": image_size, "crop": crop,
+            }  # fmt: skip
 
     def features(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.network.parameters()).dtype)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = "editloss-prepared-1"
 OURS = FORMAT.rstrip("0123456789")  # of any version
-KINDS = ("masks", "latents", "embeddings")
+KINDS = ("masks", "latents", "embeddings", "captions")
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 LIMIT = 20_000_000_000  # bytes: about 2000 pairs at 1024² with embeddings of their latents
 GONE = (OSError, RuntimeError)  # safetensors opens a file twice, the second time through torch, which raises the latter

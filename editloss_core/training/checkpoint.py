@@ -62,7 +62,7 @@ class Checkpoint:
         }
         metadata["content"] = _content(tensors, metadata)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step_{self.step:06d}.safetensors"
+        path = checkpoint_path(folder, self.step)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
         if keep is not None:
@@ -103,6 +103,11 @@ class Checkpoint:
             average or None,
             json.loads(metadata["info"]),
         )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step_{step:06d}.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:

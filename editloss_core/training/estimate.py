@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..encoders.base import Encoder
-from ..objective import EditObjective, ObjectiveReport, gradient_where
+from ..objective import EditObjective, LossTerm, ObjectiveReport, gradient_where
+from ..processes import Processes
+from ..terms import TermReport
 from .prepare import Prepared
 
 HALO = 4  # latents around the crop that are decoded too and cut off, so that the crop's border looks as in the whole
@@ -39,6 +41,7 @@ class EstimateObjective:
         decode: decoder, needed if an encoder reads pictures.
         frozen: a context in which encoders run, for those that share the network that is trained: without its LoRA.
         device: where the constants are kept.
+        processes: that work on each batch together.
 
     Raises:
         ValueError: an encoder is missing, or a decoder is needed and there is none.
@@ -52,10 +55,12 @@ class EstimateObjective:
         decode: Optional[Decode] = None,
         frozen: Callable[[], ContextManager] = nullcontext,
         device: torch.device | str = "cpu",
+        processes: Optional[Processes] = None,
     ):
         self.objective, self.prepared, self.decode, self.frozen, self.device = (
             objective, prepared, decode, frozen, device,
         )  # fmt: skip
+        self.processes = processes or Processes()
         self.encoders = {name: encoders[name] for name in objective.encoders if name in encoders}
         missing = [name for name in objective.encoders if name not in encoders]
         if missing:
@@ -76,32 +81,79 @@ class EstimateObjective:
     ) -> Optional[ObjectiveReport]:
         """The terms that count at these noise levels; None if none does.
 
+        The report is of the whole batch in every process; its graph is that of the samples that this process works on, so
+        that the total has the gradient with respect to them that it has in one process. For terms that look across the
+        batch, embeddings are gathered; for the others, losses.
+
         Args:
-            x0: estimates ``[B, C, h, w]``, with their graph.
-            indices: of the pairs that they belong to, of one bucket.
-            t: ``[B]`` noise levels; on the CPU, no gate has to wait for the device.
-            sample_weights, details: see :meth:`EditObjective.evaluate`.
+            x0: estimates ``[rows, C, h, w]`` of the samples that this process works on, with their graph.
+            indices: of the pairs of the whole batch, of one bucket.
+            t: ``[B]`` their noise levels; on the CPU, no gate has to wait for the device.
+            sample_weights: ``[B]``, see :meth:`EditObjective.evaluate`.
+            details: see there.
             once: the backward pass follows at once, and only once: the encoder that it meets first is not checkpointed, since
                 all that it would free is computed again before anything else is.
         """
         counting = self.objective.at(t)
         if not counting.terms:
             return None
-        embeddings = self.prepared.embeddings(indices, counting.encoders).to(self.device)
+        batch, rows = len(indices), self.processes.rows(len(indices))
+        own = [indices[i] for i in rows]
         pictures = [name for name in counting.encoders if not self.prepared.reads_latents(name)]
-        pixels = self._decode(gradient_where(counting.counts(t, pictures), x0), indices) if pictures else None
+        pixels = self._decode(gradient_where(counting.counts(t, pictures)[rows], x0), own) if pictures else None
         # Those of pictures are the larger ones, and come last.
         order = sorted(counting.encoders, key=pictures.__contains__)
+        preds = {}
         for name in order:
-            encoder, counts = self.encoders[name], counting.counts(t, (name,))
+            encoder, counts = self.encoders[name], counting.counts(t, (name,))[rows]
             keep = once and name == order[-1]
             if name in pictures:
                 pred = self._run(encoder, gradient_where(counts, pixels), keep)
             else:
                 z = self.prepared.vae.unscaled(gradient_where(counts, x0))
                 pred = self._run(encoder.from_latents, z, keep)
-            embeddings = embeddings.with_embedding("pred", encoder.info, pred.to(self.device))
-        return counting.evaluate(embeddings, details, t.to(self.device), sample_weights)
+            preds[name] = pred.to(self.device)
+        if self.processes.count == 1:
+            return self._evaluate(counting.terms, preds, indices, t, sample_weights, details)
+        weights = None if sample_weights is None else sample_weights[rows]
+        alone = [term for term in counting.terms if not term.across_batch]
+        across = [term for term in counting.terms if term.across_batch]
+        found: list[TermReport] = []
+        if alone:
+            found += self._of_whole_batch(self._evaluate(alone, preds, own, t[rows], weights, details).terms, batch)
+        if across:
+            whole = {name: self.processes.whole(preds[name], batch) for name in EditObjective(across).encoders}
+            found += self._evaluate(across, whole, indices, t, sample_weights, details).terms
+        reports = {report.term.name: report for report in found}
+        in_order = tuple(reports[term.name] for term in counting.terms)
+        return ObjectiveReport(sum(report.weighted for report in in_order), in_order)
+
+    def _evaluate(
+        self,
+        terms: Sequence[LossTerm],
+        preds: Mapping[str, Tensor],
+        indices: Sequence[int],
+        t: Tensor,
+        sample_weights: Optional[Tensor],
+        details: bool,
+    ) -> ObjectiveReport:
+        objective = EditObjective(terms)
+        embeddings = self.prepared.embeddings(indices, objective.encoders).to(self.device)
+        for name in objective.encoders:
+            embeddings = embeddings.with_embedding("pred", self.encoders[name].info, preds[name])
+        return objective.evaluate(embeddings, details, t.to(self.device), sample_weights)
+
+    def _of_whole_batch(self, reports: Sequence[TermReport], batch: int) -> list[TermReport]:
+        """What the processes found of their samples, together: the losses, those of one's own with their graph."""
+        columns = [v for r in reports for v in (r.per_sample, r.open, r.sample_weights) if v is not None]
+        whole = iter(self.processes.whole_of_each(columns, batch))
+        made = []
+        for r in reports:
+            loss, opened, weights = (
+                None if v is None else next(whole) for v in (r.per_sample, r.open, r.sample_weights)
+            )
+            made.append(TermReport(r.term, loss.mean(), loss, {}, opened).counting(weights))
+        return made
 
     def without_gates(self) -> EstimateObjective:
         """The same with every term at every noise level, for outputs that are done."""

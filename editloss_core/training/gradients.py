@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objective import ObjectiveReport
+from ..processes import Processes
 from .log import Sample
 from .lora import LoRA
 
@@ -41,17 +42,18 @@ def parts_of(report: ObjectiveReport) -> list[Part]:
     ]
 
 
-def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tuple[Tensor, list[list[float]]]:
+def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tuple[Tensor, Tensor]:
     """d total / d v̂, the total being the sum of the parts' means over the batch.
 
     Args:
-        parts: with their graphs, which are used up.
-        output: v̂ ``[B, ...]``, a leaf.
+        parts: of the whole batch, with their graphs, which are used up.
+        output: v̂ ``[rows, ...]`` of the samples that this process works on, a leaf.
         measured: whether to differentiate part by part as well. The gradient is the same, bit for bit: the parts' sum would
             be rounded in another order, and a run that measures would not be the run that does not.
 
     Returns:
-        The gradient, and if measured the norm of each part's gradient per sample (of the sum over the batch), part by part.
+        The gradient, and the norm of each part's gradient per sample (of the sum over the batch) ``[rows, parts]``, with no
+        parts if not measured.
     """
     counted = [part.weighted if part.weighted.requires_grad else None for part in parts]
     total = sum(w.mean() for w in counted if w is not None)
@@ -59,7 +61,7 @@ def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tu
     if torch.is_tensor(total):
         whole = torch.autograd.grad(total, output, retain_graph=measured)[0]
     if not measured:
-        return whole, []
+        return whole, output.new_zeros(len(output), 0)
     norms = []
     for k, weighted in enumerate(counted):
         gradient = torch.zeros_like(output)
@@ -68,7 +70,7 @@ def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tu
             found = torch.autograd.grad(weighted.sum(), output, retain_graph=later, allow_unused=True)[0]
             gradient = gradient if found is None else found
         norms.append(gradient.flatten(1).norm(dim=1))
-    return whole, torch.stack(norms).tolist()
+    return whole, torch.stack(norms, 1)
 
 
 def check_losses(parts: Sequence[Part], names: Sequence[str], t: Tensor, where: str) -> None:
@@ -87,24 +89,35 @@ def check_losses(parts: Sequence[Part], names: Sequence[str], t: Tensor, where: 
 
 
 def blame(
-    parts: Sequence[Part], output: Tensor, whole: Tensor, names: Sequence[str], t: Tensor, where: str
+    parts: Sequence[Part],
+    output: Tensor,
+    finite: Sequence[bool],
+    names: Sequence[str],
+    t: Tensor,
+    where: str,
+    processes: Processes,
 ) -> NoReturn:
-    """The gradient ``whole`` at the model's output is not finite although the losses are: raise NonFinite for the term.
+    """The gradient at the model's output is not finite although the losses are: raise NonFinite for the term.
 
     Args:
-        parts: computed anew; the graphs of the first ones are used up.
+        parts: of the whole batch, computed anew; the graphs of the first ones are used up.
+        finite: whether the gradient of the total is, for each sample of the batch.
     """
-
-    def bad(gradient: Tensor) -> list[int]:
-        return [i for i, g in enumerate(gradient) if not g.isfinite().all()]
-
     for part in parts:
+        gradient = None
         if part.weighted.requires_grad:
             gradient = torch.autograd.grad(part.weighted.sum(), output, retain_graph=True, allow_unused=True)[0]
-            for i in [] if gradient is None else bad(gradient):
+        rows = finite_rows(torch.zeros_like(output) if gradient is None else gradient)
+        for i, fine in enumerate(processes.whole(rows, len(names)).tolist()):
+            if not fine:
                 raise NonFinite(_finding(where, f"the gradient of {part.name!r} is not finite", names[i], t[i].item()))
-    i = bad(whole)[0]
+    i = finite.index(False)
     raise NonFinite(_finding(where, "the gradient of the total is not finite", names[i], t[i].item()))
+
+
+def finite_rows(gradient: Tensor) -> Tensor:
+    """1 where all of a sample's gradient ``[B, ...]`` is finite, else 0; ``[B]`` in float32."""
+    return gradient.isfinite().flatten(1).all(1).float()
 
 
 def lora_gradient_norm(lora: LoRA, samples: Sequence[Sample], where: str) -> float:

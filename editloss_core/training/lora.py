@@ -90,7 +90,7 @@ def select_layers(module: nn.Module, layers: str) -> dict[str, nn.Module]:
     >>> list(select_layers(net, "*_mlp.*"))
     ['double_blocks.0.img_mlp.0']
     """
-    known = {name: part for name, part in module.named_modules() if _features(part) is not None}
+    known = {name: part for name, part in module.named_modules() if layer_features(part) is not None}
     if not known:
         raise ValueError(f"layers: {type(module).__name__} has no linear layers that a LoRA could be added to")
     chosen: set[str] = set()
@@ -123,7 +123,7 @@ def _patterns(layers: str) -> list[tuple[str, bool]]:
     return parsed
 
 
-def _features(part: nn.Module) -> Optional[tuple[int, int]]:
+def layer_features(part: nn.Module) -> Optional[tuple[int, int]]:
     """(in, out) of a linear layer of any make, None for everything else."""
     sizes = getattr(part, "in_features", None), getattr(part, "out_features", None)
     if all(isinstance(size, int) for size in sizes):  # quantised weights may be packed into another shape
@@ -196,7 +196,8 @@ class LoRA(nn.Module):
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained
             self.layers = nn.ModuleList(
-                LoRALayer(*_features(part), settings, _generator(seed, name)) for name, part in self.targets.items()
+                LoRALayer(*layer_features(part), settings, _generator(seed, name))
+                for name, part in self.targets.items()
             )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from ..encoders.vae import VAEEncoder
 from ..masks import estimate_mask
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import MULTIPLE, Finding, PairImages, PairSet
-from .cache import TensorCache
+from ..processes import Processes
+from .cache import Entry, TensorCache
 from .memory import DeviceOutOfMemory, OutOfMemory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 METHOD = "1"  # part of every key: count up when masks, crops or embeddings come to be made in another way
 WELL_COVERED = 0.98  # of the edit inside the crop; less gets a note
@@ -183,12 +187,14 @@ def prepare(
     estimate_missing_masks: bool = True,
     batch_size: int = 4,
     progress: Optional[Progress] = None,
+    accelerator: Optional[Accelerator] = None,
 ) -> Prepared:
     """Masks, latents, crops and embeddings of every pair, from the cache where they are there.
 
     gt is the after, src the before picture. An encoder that reads the latents of ``vae`` gets them whole; every other one
     gets a crop of the pictures, so that training need decode no more than that. The work goes model by model, so that
-    no two have to be in memory together; the pictures of the next pairs are read while a model works.
+    no two have to be in memory together; the pictures of the next pairs are read while a model works. Several processes
+    share out what is not in the cache and take the rest from there; what they do not find, they make themselves.
 
     Args:
         pairs: what to prepare.
@@ -203,7 +209,8 @@ def prepare(
         estimate_missing_masks: whether a pair without a mask gets one by :func:`~editloss_core.masks.estimate_mask`.
         batch_size: pictures per pass through a model; where memory is not enough for them, they go one at a time.
         progress: called with (done, total) over everything that is not in the cache; its exceptions end the work, and
-            what was done until then is kept.
+            what was done until then is kept. With several processes, the total is this one's share.
+        accelerator: of the processes that prepare together, all with the same arguments.
 
     Raises:
         PairProblems: pairs without a visible edit or with a mask that vanishes at their size, all in one report, before
@@ -216,14 +223,18 @@ def prepare(
     encoders = dict(encoders or {})
     _check_arguments(pairs, vae, encoders, crop, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # in this order: the first one turns gradients on
-        work = _Work(pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress)
+        processes = Processes(accelerator)
+        work = _Work(pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress, processes)
         return work.run(encoders)
 
 
 class _Work:
     """One call of :func:`prepare`."""
 
-    def __init__(self, pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress):
+    def __init__(
+        self, pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress, processes
+    ):
+        self.processes = processes
         self.pairs, self.vae, self.crop, self.overlay = pairs, vae, crop, overlay
         self.estimating, self.batch_size, self.progress = estimate_missing_masks, batch_size, progress
         self.cache = TensorCache(None if cache_folder is None else Path(cache_folder))
@@ -246,43 +257,51 @@ class _Work:
             settings = (encoder.info.fingerprint, seen, str(self.overlay), str(self.estimating))
             keys["embeddings", name] = [_key(b, *settings) for b in base]
         found = {at: [self.cache.get(at[0], key) for key in keys[at]] for at in keys}
+        self.processes.wait()  # all have looked before anyone adds to it, so that their shares fit together
         per_pair = 2 + (len(self.overlay.kinds) if self.overlay else 0)
         cost = {"masks": 1, "latents": 2, "embeddings": per_pair}
-        self.total = sum(cost[at[0]] * entries.count(None) for at, entries in found.items())
+        self.total = sum(cost[at[0]] * len(self._share(entries)) for at, entries in found.items())
 
-        def missing(at: tuple[str, str]) -> list[int]:
-            return [i for i in everywhere if found[at][i] is None]
+        def turns(at: tuple[str, str]) -> Iterator[Sequence[int]]:
+            for i, todo in enumerate(self._turns(at[0], keys[at], found[at])):
+                self.total += cost[at[0]] * len(todo) if i else 0  # the first is part of it already
+                yield todo
 
-        problems: list[Finding] = []
-        todo = missing(("masks", ""))
-        with ahead(self._mask, todo) as made:
-            for i, (mask, wrong) in zip(todo, made):
-                problems += wrong
-                if not wrong:
-                    tensors = {} if mask is None else {"mask": mask}
-                    found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
-                self._step(1)
+        problems: dict[int, list[Finding]] = {}
+        for todo in turns(("masks", "")):
+            with ahead(self._mask, todo) as made:
+                for i, (mask, wrong) in zip(todo, made):
+                    if wrong:
+                        problems[i] = wrong
+                    else:
+                        tensors = {} if mask is None else {"mask": mask}
+                        found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
+                    self._step(1)
         if problems:
-            raise self.pairs.problems(problems)
+            raise self.pairs.problems([finding for i in sorted(problems) for finding in problems[i]])
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
-        todo = missing(("latents", ""))
-        with ahead(self._both, todo) as read:
-            for i, images in zip(todo, read):
-                z = self._encode(images, i)
-                self._step(2)
-                found["latents", ""][i] = self.cache.put("latents", keys["latents", ""][i], {"gt": z[0], "src": z[1]})
+        for todo in turns(("latents", "")):
+            with ahead(self._both, todo) as read:
+                for i, images in zip(todo, read):
+                    z = self._encode(images, i)
+                    self._step(2)
+                    pair = {"gt": z[0], "src": z[1]}
+                    found["latents", ""][i] = self.cache.put("latents", keys["latents", ""][i], pair)
         for name, encoder in encoders.items():
-            at, todo = ("embeddings", name), missing(("embeddings", name))
-            reads_latents = name in of_latents
-            with ahead(
-                lambda i, whole=reads_latents: self._pictures(i, masks[i], None if whole else crops[i]), todo
-            ) as read:
-                for i, pictures in zip(todo, read):
-                    z = found["latents", ""][i].tensors if reads_latents else None
-                    tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
-                    found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
-        self.cache.prune()
+            at, reads_latents = ("embeddings", name), name in of_latents
+
+            def pictures_of(index: int, whole: bool = reads_latents) -> Optional[Tensor]:
+                return self._pictures(index, masks[index], None if whole else crops[index])
+
+            for todo in turns(at):
+                with ahead(pictures_of, todo) as read:
+                    for i, pictures in zip(todo, read):
+                        z = found["latents", ""][i].tensors if reads_latents else None
+                        tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
+                        found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
+        if self.processes.main:
+            self.cache.prune()
         return Prepared(
             pairs=self.pairs,
             crops=crops,
@@ -297,6 +316,20 @@ class _Work:
             _layouts={name: tuple(_layout(entry.about) for entry in found["embeddings", name]) for name in encoders},
             _of_latents=of_latents,
         )
+
+    def _share(self, entries: Sequence[Optional[Entry]]) -> Sequence[int]:
+        return self.processes.share([i for i, entry in enumerate(entries) if entry is None])
+
+    def _turns(self, kind: str, keys: Sequence[str], entries: list[Optional[Entry]]) -> Iterator[Sequence[int]]:
+        """The pairs to work on: this process' share of what is missing, and then what of the others' is not in the cache:
+        all of it without one, none as a rule with one."""
+        missing = [i for i, entry in enumerate(entries) if entry is None]
+        yield self._share(entries)
+        if self.processes.count > 1:
+            self.processes.wait()
+            for i in missing:
+                entries[i] = entries[i] or self.cache.get(kind, keys[i])
+            yield [i for i in missing if entries[i] is None]
 
     def _step(self, pictures: int) -> None:
         self.done += pictures

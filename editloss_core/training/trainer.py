@@ -7,14 +7,15 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..encoders.base import Encoder
+from ..encoders.base import Encoder, hash_tensors
 from ..objective import EditObjective, LossTerm
-from .checkpoint import Checkpoint, CheckpointError, checkpoints, tidy
+from ..processes import Processes, ProcessLost, check_accelerator
+from .checkpoint import Checkpoint, CheckpointError, checkpoint_path, checkpoints, tidy
 from .estimate import Decode, EstimateObjective
 from .flow import (
     Denoiser,
@@ -25,20 +26,36 @@ from .flow import (
     token_count,
     velocity_loss,
 )
-from .gradients import NonFinite, Part, blame, check_losses, lora_gradient_norm, output_gradient, parts_of
+from .gradients import (
+    NonFinite,
+    Part,
+    blame,
+    check_losses,
+    finite_rows,
+    lora_gradient_norm,
+    output_gradient,
+    parts_of,
+)
 from .log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from .lora import LoRA
 from .memory import DeviceOutOfMemory, OutOfMemory, StepMemory, advice
 from .prepare import Prepared
 from .settings import MovingAverage, TrainingSettings, check_objective, every
+from .trackers import scalars, start_trackers
 from .validation import PreviewRow, Validator, save_pictures
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINT_FOLDER = "checkpoints"
 _T = TypeVar("_T")
 
 
 class Host:
-    """What a trainer asks of the program around it. This one does nothing; a subclass overrides what it needs."""
+    """What a trainer asks of the program around it. This one does nothing; a subclass overrides what it needs.
+
+    Every process has one of its own, and all are asked and told the same.
+    """
 
     def check(self) -> None:
         """Called often; raises (anything) to stop. The run then keeps what was learnt and lets the exception through."""
@@ -76,7 +93,12 @@ class TrainingResult:
 
 
 class Trainer:
-    """Trains a LoRA.
+    """Trains a LoRA, in one process or in those of an ``accelerate.Accelerator``.
+
+    Several processes share each batch of ``settings.batch_size`` pairs, so that their number changes what a run takes and
+    not what it learns: pairs, noise, noise levels and in-batch negatives are those of the whole batch, and each process
+    has the same LoRA and optimiser at every step. (Only dropout draws in each process for itself.) The one gradient of a step
+    is summed over the processes when its passes are done. Process 0 alone writes; all have to see the same files.
 
     Args:
         denoiser: the model, frozen.
@@ -92,6 +114,8 @@ class Trainer:
         info: plain values to keep in checkpoints (which pairs, which model).
         resolution, checkpointing: only for the advice when memory runs out.
         host: the program around.
+        accelerator: whose processes train together, and whose trackers are told every step; the denoiser is on its device,
+            see :func:`~editloss_core.processes.place`.
 
     Raises:
         ValueError: what does not fit together, before any work.
@@ -115,7 +139,19 @@ class Trainer:
         resolution: Optional[int] = None,
         checkpointing: bool = False,
         host: Optional[Host] = None,
+        accelerator: Optional[Accelerator] = None,
     ):
+        self.processes = Processes(accelerator)
+        if accelerator is not None:
+            check_accelerator(accelerator)
+            device = torch.device(denoiser.device)
+            if device.type != accelerator.device.type or device.index not in (None, accelerator.device.index):
+                raise ValueError(f"denoiser: expected it on {accelerator.device}, it is on {device}")
+        if settings.batch_size < self.processes.count:
+            raise ValueError(
+                f"batch_size: expected at least one pair for each of {self.processes.count} processes, got "
+                f"{settings.batch_size} for all of them"
+            )
         for name, pairs, given in (
             ("conditioning", prepared, conditioning),
             ("validation_conditioning", validation or (), validation_conditioning),
@@ -136,19 +172,27 @@ class Trainer:
         self._advice = {"resolution": resolution, "rank": lora.settings.rank, "optimizer": settings.optimizer}
         self._checkpointing = checkpointing
         self.notes: list[str] = []  # what a person should know though it stops nothing
+        if settings.batch_size % self.processes.count:
+            each = -(-settings.batch_size // self.processes.count)
+            self.notes.append(
+                f"batch_size {settings.batch_size}: in a step {self.processes.count} processes have time for {each} pairs each; "
+                f"a multiple of {self.processes.count} would use all of it"
+            )
 
-        def on_estimates(pairs: Prepared, terms: Sequence[LossTerm]) -> Optional[EstimateObjective]:
+        def on_estimates(
+            pairs: Prepared, terms: Sequence[LossTerm], processes: Optional[Processes] = None
+        ) -> Optional[EstimateObjective]:
             if not terms:
                 return None
             return EstimateObjective(
-                EditObjective(terms), encoders or {}, pairs, decode, lora.disabled, denoiser.device
+                EditObjective(terms), encoders or {}, pairs, decode, lora.disabled, denoiser.device, processes
             )
 
         terms = objective.terms if objective else ()
-        alone = [term for term in terms if term.negative != "in_batch"]
-        in_batch = ", ".join(term.name for term in terms if term.negative == "in_batch")
+        alone = [term for term in terms if not term.across_batch]
+        in_batch = ", ".join(term.name for term in terms if term.across_batch)
         self._teaching = {term.name for term in terms if term.weight}
-        self.objective = on_estimates(prepared, terms)
+        self.objective = on_estimates(prepared, terms, self.processes)
         if in_batch and settings.batch_size == 1:
             self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
         self.validator = None
@@ -159,13 +203,13 @@ class Trainer:
                 )
             self.validator = Validator(
                 denoiser, lora, validation, validation_conditioning, settings, on_estimates(validation, alone), decode,
-                self.host.check,
+                self._check, self.processes,
             )  # fmt: skip
         lora.to(denoiser.device)
         self.optimizer = settings.make_optimizer(lora.parameters())
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.average = MovingAverage(settings.ema, lora.named_parameters()) if settings.ema else None
-        self.log = RunLog(folder)
+        self.log = RunLog(folder if self.processes.main else None)
         self.step = 0  # done
         self._saved: Optional[Path] = None
         self._saved_step = 0
@@ -200,24 +244,35 @@ class Trainer:
         self.step, self._saved, self._saved_step = saved.step, path, saved.step
         if self.folder is not None:
             self.log = RunLog.read(self.folder, saved.step)
+            if not self.processes.main:
+                self.log.folder = None
 
     def run(self) -> TrainingResult:
         """Train from the present step to the last one.
 
         Raises:
-            NonFinite, OutOfMemory: with what to do; what was learnt until then is in the last checkpoint.
+            NonFinite, OutOfMemory, ProcessLost: with what to do; what was learnt until then is in the last checkpoint.
+            ValueError: processes that do not have the same pairs, settings or weights.
             Whatever the host raises, after a checkpoint.
         """
+        with self.processes.last_words(self._where_kept):
+            return self._run()
+
+    def _run(self) -> TrainingResult:
         if self.folder is not None:
             if not self.step and checkpoints(self.folder / CHECKPOINT_FOLDER):
                 raise ValueError(
                     f"folder: {self.folder.name} holds checkpoints of another run; resume it or choose another name"
                 )
+        if self.processes.count > 1:
+            self.processes.agree(self._identity())  # after it, all have read what process 0 may move
+        if self.folder is not None and self.processes.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.step < self.settings.steps:  # else what came later stays: somebody wants the LoRA of this step
                 tidy(self.folder / CHECKPOINT_FOLDER, self.step)
                 self.log.rewrite()
         said = len(self.notes)
+        start_trackers(self.processes.accelerator, self.folder, self.info)
         self.log.add(EventLog(self.step, "resumed" if self.step else "started", tuple(self.notes), self.info))
         pictures: list[PreviewRow] = []
         self.lora.attach().train()
@@ -228,9 +283,9 @@ class Trainer:
                 with self._averaged():
                     pictures = self._guarded(self._pictures)
             while self.step < self.settings.steps:
-                self.host.check()
+                self._check()
                 log = self._guarded(self._step)
-                self.log.add(log)
+                self._record(log)
                 self.host.on_step(log, self.settings.steps)
                 last = self.step == self.settings.steps
                 if last or every(self.settings.checkpoint_every, self.step):
@@ -241,8 +296,8 @@ class Trainer:
             if not self._updating and self.step > self._saved_step:
                 # What led to a NaN is saved, but none of the checkpoints before it, where it may not have begun, goes.
                 self._save(None if isinstance(error, NonFinite) else self.settings.keep)
-            if self._saved is not None and isinstance(error, (NonFinite, OutOfMemory)):
-                error.args = (f"{error}\nWhat was learnt is kept in {self._saved.parent.name}/{self._saved.name}.",)
+            if isinstance(error, (NonFinite, OutOfMemory, ProcessLost)):
+                error.args = (f"{error}\n{self._where_kept()}".rstrip(),)
             self.log.add(EventLog(self.step, "stopped", (f"{type(error).__name__}: {error}".rstrip(": "),)))
             raise
         finally:
@@ -260,8 +315,34 @@ class Trainer:
         self.log.add(EventLog(self.step, "ended", tuple(self.notes[said:])))
         return TrainingResult(self.step, self.lora, self.log, pictures, self._saved)
 
+    def _check(self) -> None:
+        self.processes.check()
+        self.host.check()
+
+    def _record(self, log: StepLog | ValidationLog) -> None:
+        self.log.add(log)
+        if self.processes.accelerator is not None:
+            self.processes.accelerator.log(scalars(log), step=log.step)
+
+    def _where_kept(self) -> str:
+        """The last checkpoint on disk: process 0 may not have written the one that it was about to."""
+        if self.folder is None:
+            return ""
+        found = checkpoints(self.folder / CHECKPOINT_FOLDER)
+        if not found:
+            return f"There is no checkpoint in {self.folder.name} yet."
+        return f"What was learnt is kept in {self.folder.name}/{found[-1].parent.name}/{found[-1].name}."
+
+    def _identity(self) -> dict[str, str]:
+        """What has to be the same in all processes, as texts that are."""
+        values = {name: json.dumps(value, sort_keys=True) for name, value in self.info.items()}
+        return {**values, "step": str(self.step), "LoRA weights": hash_tensors(self.lora.named_parameters())}
+
     def _save(self, keep: Optional[int]) -> None:
         if self.folder is None:
+            return
+        if not self.processes.main:
+            self._saved, self._saved_step = checkpoint_path(self.folder / CHECKPOINT_FOLDER, self.step), self.step
             return
         state = Checkpoint(
             self.step,
@@ -285,9 +366,9 @@ class Trainer:
             self.host.before_step()
             log = self.validator.losses(self.step)
             pictures = self._pictures()
-        if self.folder is not None:  # before the line that names them
+        if self.folder is not None and self.processes.main:  # before the line that names them
             log = replace(log, pictures=save_pictures(self.folder, pictures))
-        self.log.add(log)
+        self._record(log)
         self.host.on_validation(log, pictures)
         return pictures
 
@@ -343,11 +424,12 @@ class Trainer:
         samples: list[Sample] = []
         losses = []
         for part in range(self.settings.accumulation):
-            self.host.check()
+            self._check()
             loss, rows = self._pass(self.step * self.settings.accumulation + part)
             losses.append(loss)
             samples += rows
         self._memory.enter("optimiser")
+        self.processes.add_up([p.grad for p in self.lora.parameters() if p.grad is not None])
         norm = lora_gradient_norm(self.lora, samples, f"step {self.step + 1}")
         if self.settings.clip:
             torch.nn.utils.clip_grad_norm_(self.lora.parameters(), self.settings.clip)
@@ -377,14 +459,17 @@ class Trainer:
         backward pass of the model begins.
         """
         settings, device = self.settings, self.denoiser.device
-        indices = self._batch(number)
+        batch = self._batch(number)
+        rows = self.processes.rows(len(batch))
+        indices = [batch[i] for i in rows]
         generator = generator_for(settings.seed, "training", number)
         x0 = self.prepared.after(indices).to(device)
         references = [self.prepared.before(indices).to(device)]
         masks = self.prepared.latent_masks(indices) if settings.edit_weight != 1.0 else None
-        levels = settings.timesteps.draw(len(indices), token_count(x0), generator)
-        t = levels.to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        # Drawn for the whole batch: what a sample gets does not depend on the process that works on it.
+        levels = settings.timesteps.draw(len(batch), token_count(x0), generator)
+        noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)
+        t, noise = levels[rows].to(device), noise[rows].to(device)
         x_t = add_noise(x0, noise, t)
 
         self._memory.enter("model")
@@ -396,26 +481,30 @@ class Trainer:
 
         def losses() -> list[Part]:
             velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight)
+            velocity = self.processes.whole(velocity, len(batch))
             parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
             if self.objective is not None and every(settings.objective_every, self.step):
                 self._memory.enter("objective")
-                weights = estimate_weights(t, settings.estimate_weighting, settings.estimate_cap)
-                report = self.objective(estimate(x_t, t, output), indices, levels, weights, once=not measured)
+                weights = estimate_weights(levels.to(device), settings.estimate_weighting, settings.estimate_cap)
+                report = self.objective(estimate(x_t, t, output), batch, levels, weights, once=not measured)
                 parts += parts_of(report) if report is not None else []
             return parts
 
         parts = losses()
-        names = [self.prepared.pairs[i].name for i in indices]
+        names = [self.prepared.pairs[i].name for i in batch]
         where = f"step {self.step + 1}"
-        check_losses(parts, names, t, where)
+        check_losses(parts, names, levels, where)
 
         gradient, norms = output_gradient(parts, output, measured)
-        if not gradient.isfinite().all():
-            blame(losses(), output, gradient, names, t, where)
+        found = self.processes.whole(torch.cat([norms, finite_rows(gradient)[:, None]], 1), len(batch))
+        found = found.tolist()  # a wait for the device
+        finite = [bool(row.pop()) for row in found]
+        if not all(finite):
+            blame(losses(), output, finite, names, levels, where, self.processes)
         self._memory.enter("backward")
         predicted.backward(gradient / settings.accumulation)
 
-        values = _table(parts).tolist()  # one wait for the device
+        values = _table(parts).tolist()
         samples = []
         for i, (name, level) in enumerate(zip(names, levels.tolist())):
             terms = {}
@@ -423,9 +512,9 @@ class Trainer:
                 raw, weighted, opened, counts = (column[i] for column in values[k])
                 if counts:  # else outside the gate: of no weight, and so of no word in means over noise levels
                     opened = None if part.open is None else opened
-                    terms[part.name] = TermSample(raw, weighted, opened, norms[k][i] if measured else None)
+                    terms[part.name] = TermSample(raw, weighted, opened, found[i][k] if measured else None)
             samples.append(Sample(name, level, terms))
-        return sum(sum(row[1]) for row in values) / len(indices), samples
+        return sum(sum(row[1]) for row in values) / len(batch), samples
 
     def _batch(self, number: int) -> list[int]:
         per_epoch = len(self._epoch(0))
@@ -445,7 +534,8 @@ class Trainer:
             return
         device = torch.device(self.denoiser.device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(generator_for(self.settings.seed, "dropout", number).initial_seed())
+            key = (self.settings.seed, "dropout", number, *([self.processes.rank] if self.processes.rank else []))
+            torch.manual_seed(generator_for(*key).initial_seed())
             yield
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..processes import Processes
 from ..terms import TERMS
 from .estimate import Decode, EstimateObjective
 from .flow import Denoiser, add_noise, estimate, generator_for, sample, velocity_loss
-from .gradients import Part, check_losses, parts_of
+from .gradients import NonFinite, Part, check_losses, parts_of
 from .log import VELOCITY, PictureLog, ValidationLog
 from .lora import LoRA
 from .prepare import Prepared
@@ -84,7 +85,7 @@ def _keep(place: Path, pair: str, part: str, picture: Tensor) -> str:
 class Validator:
     """Paired velocity loss, the objective's terms, and sampled pictures of held-out pairs.
 
-    Everything without the LoRA is computed once.
+    Everything without the LoRA is computed once. Several processes share out the pairs, and all have all results.
 
     Args:
         denoiser, lora: as in the trainer.
@@ -94,6 +95,7 @@ class Validator:
         objective: of these pairs, or None.
         decode: for pictures; without it there are none.
         check: called between model calls; raises to stop.
+        processes: that validate together.
     """
 
     def __init__(
@@ -106,7 +108,9 @@ class Validator:
         objective: Optional[EstimateObjective] = None,
         decode: Optional[Decode] = None,
         check: Callable[[], None] = lambda: None,
+        processes: Optional[Processes] = None,
     ):
+        self.processes = processes or Processes()
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.objective, self.decode, self.check = settings, objective, decode, check
         self._base_losses: Optional[tuple[dict[float, float], dict[str, float]]] = None
@@ -140,28 +144,35 @@ class Validator:
         )
 
     def _losses(self, where: str) -> tuple[dict[float, float], dict[str, float]]:
-        velocity: dict[float, list[float]] = {t: [] for t in NOISE_LEVELS}
+        pairs = self.processes.each(len(self.prepared), lambda index: self._losses_of(index, where), (NonFinite,))
         terms: dict[str, list[float]] = {}
-        for index in range(len(self.prepared)):
-            x0 = self._to(self.prepared.after([index]))
-            references = [self._to(self.prepared.before([index]))]
-            masks = self.prepared.latent_masks([index])
-            for level in NOISE_LEVELS:
-                self.check()
-                noise = self._to(self._noise(index, x0, level))
-                t = torch.full((1,), level, device=x0.device)
-                x_t = add_noise(x0, noise, t)
-                v = self.denoiser(x_t, t, references, [self.conditioning[index]])
-                loss = velocity_loss(
-                    v, noise - x0, None if masks is None else self._to(masks), self.settings.edit_weight
-                )
-                report = self.objective and self.objective(estimate(x_t, t, v), [index], t)
-                parts = [Part(VELOCITY, loss, loss), *(parts_of(report) if report else ())]
-                check_losses(parts, [self.prepared.pairs[index].name], t, where)
-                velocity[level].append(loss.item())
-                for term in report.terms if report else ():
-                    terms.setdefault(term.term.name, []).append(term.value.item())
-        return {t: _mean(values) for t, values in velocity.items()}, {n: _mean(v) for n, v in terms.items()}
+        for _, found in pairs:
+            for name, values in found.items():
+                terms.setdefault(name, []).extend(values)
+        velocity = {t: _mean(of_pair[t] for of_pair, _ in pairs) for t in NOISE_LEVELS}
+        return velocity, {name: _mean(values) for name, values in terms.items()}
+
+    def _losses_of(self, index: int, where: str) -> tuple[dict[float, float], dict[str, list[float]]]:
+        """One pair's velocity loss by noise level, and what each term says at those where it counts."""
+        velocity: dict[float, float] = {}
+        terms: dict[str, list[float]] = {}
+        x0 = self._to(self.prepared.after([index]))
+        references = [self._to(self.prepared.before([index]))]
+        masks = self.prepared.latent_masks([index])
+        for level in NOISE_LEVELS:
+            self.check()
+            noise = self._to(self._noise(index, x0, level))
+            t = torch.full((1,), level, device=x0.device)
+            x_t = add_noise(x0, noise, t)
+            v = self.denoiser(x_t, t, references, [self.conditioning[index]])
+            loss = velocity_loss(v, noise - x0, None if masks is None else self._to(masks), self.settings.edit_weight)
+            report = self.objective and self.objective(estimate(x_t, t, v), [index], t)
+            parts = [Part(VELOCITY, loss, loss), *(parts_of(report) if report else ())]
+            check_losses(parts, [self.prepared.pairs[index].name], t, where)
+            velocity[level] = loss.item()
+            for term in report.terms if report else ():
+                terms.setdefault(term.term.name, []).append(term.value.item())
+        return velocity, terms
 
     @torch.no_grad()
     def pictures(self) -> list[PreviewRow]:
@@ -171,20 +182,18 @@ class Validator:
         was_training = self.lora.training
         self.lora.eval()
         try:
-            rows = []
-            for index in range(min(self.settings.previews, len(self.prepared))):
-                if index not in self._base_pictures:
-                    self._base_pictures[index] = self._sample(index, with_lora=False)
-                base, base_signal = self._base_pictures[index]
-                lora, signal = self._sample(index, with_lora=True)
-                images, pair = self.prepared.pairs.load(index), self.prepared.pairs[index]
-                signals = {"base": base_signal, "lora": signal} if signal else {}
-                rows.append(
-                    PreviewRow(pair.name, images.before, base, lora, images.after, images.mask, pair.caption, signals)
-                )
-            return rows
+            return self.processes.each(min(self.settings.previews, len(self.prepared)), self._row)
         finally:
             self.lora.train(was_training)
+
+    def _row(self, index: int) -> PreviewRow:
+        if index not in self._base_pictures:
+            self._base_pictures[index] = self._sample(index, with_lora=False)
+        base, base_signal = self._base_pictures[index]
+        lora, signal = self._sample(index, with_lora=True)
+        images, pair = self.prepared.pairs.load(index), self.prepared.pairs[index]
+        signals = {"base": base_signal, "lora": signal} if signal else {}
+        return PreviewRow(pair.name, images.before, base, lora, images.after, images.mask, pair.caption, signals)
 
     def _sample(self, index: int, with_lora: bool) -> tuple[Tensor, dict[str, Any]]:
         """An output, and what the objective says about it."""

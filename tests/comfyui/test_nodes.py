@@ -21,11 +21,12 @@ from small_models import CLIP, CLIP_FILE, DATASET, MODEL_FILE, TIMM, TIMM_FILE, 
 from torch import Tensor
 
 from editloss_core import losses
-from editloss_core.embeddings import EmbeddingSet
+from editloss_core.embeddings import EmbeddingSet, encode_pairs, load_shards
 from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder
 from editloss_core.masks import estimate_mask
 from editloss_core.negatives import OverlaySettings, make_overlays
 from editloss_core.objective import recommended
+from editloss_core.pairs import PairSet
 
 ROOM_CATEGORIES = {"encoders", "embeddings", "negatives", "losses", "diagnostics", "training", "demo"}
 SIDE = 96  # pixels of the test pictures
@@ -595,6 +596,23 @@ def test_a_stale_file_is_refused_with_the_reason(
     with pytest.raises(NodeError, match=f"stale.safetensors: .*{reason}") as caught:
         client.run(needed(prompt))
     assert caught.value.class_type == "EditLossLoadEmbeddings"
+
+
+def test_a_folder_of_shards_is_one_entry(world: SimpleNamespace, client: Client) -> None:
+    folder = world.server.output_dir / "editloss" / "embeddings" / "large set"
+    encoder = TimmEncoder(TIMM, world.weights / TIMM_FILE, image_size=64)
+    pairs = PairSet.from_images(world.images["src"], world.images["gt"], captions="edit", min_size=16)
+    encode_pairs(pairs, [encoder], folder, shard_pairs=1)
+    options = client.object_info()["EditLossLoadEmbeddings"]["input"]["required"]["file"][1]["options"]
+    assert [name for name in options if "large set" in name] == ["large set [output]"]
+    load = ("EditLossLoadEmbeddings", {"file": "large set [output]", "encoder": link("encoder")})
+    copy = ("EditLossSaveEmbeddings", {"embeddings": link("load"), "file_name": "copy"})
+    client.run(needed(graph(**PICTURES, load=load, save=copy)))
+    saved, expected = EmbeddingSet.load(folder.parent / "copy.safetensors"), load_shards(folder)
+    assert saved.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(saved.tensors[key], value) for key, value in expected.tensors.items())
+    with pytest.raises(NodeError, match="gt: expected nothing, large set is a folder of shards"):
+        client.run(needed(graph(**PICTURES, load=(load[0], {**load[1], "gt": link("gt")}), save=copy)))
 
 
 def test_a_file_from_the_input_folder_and_a_file_that_changed(world: SimpleNamespace, client: Client) -> None:

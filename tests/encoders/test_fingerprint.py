@@ -87,3 +87,17 @@ def test_another_process_agrees(clips, timms, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == here
+
+
+def test_arguments_make_an_equal_encoder(clips, timms):
+    for kind, encoder in (
+        (OpenCLIPEncoder, OpenCLIPEncoder("tiny-vit", clips["tiny-vit"].file, "grid", crop=True)),
+        (
+            TimmEncoder,
+            TimmEncoder("test_resnet", timms["test_resnet"].file, "tokens", layer=-2, image_size=96, crop=True),
+        ),
+    ):
+        again = kind(**encoder.arguments)
+        assert again.info == encoder.info and again.arguments == encoder.arguments
+    assert TimmEncoder("test_resnet", random_seed=0).arguments is None
+    assert OpenCLIPEncoder("tiny-vit", clips["tiny-vit"].file, normalize=True).arguments is None

@@ -1,4 +1,4 @@
-"""Embeddings by role and encoder: the one thing that losses read, and its file on disk."""
+"""Embeddings by role and encoder, and their file on disk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from .encoders.base import WHOLE, Encoder, EncoderInfo, Progress, Region, check_images, hash_tensors
-from .files import replacing
+from ..encoders.base import WHOLE, Encoder, EncoderInfo, Progress, Region, check_images, hash_tensors
+from ..files import replacing
 
 ROLES = ("pred", "gt", "src", "overlay", "hard_negative")
 NEGATIVE_ROLES = ("overlay", "hard_negative")  # may hold several pictures per pair: [B, K, ..., D]

@@ -1,0 +1,116 @@
+"""Train a Kontext LoRA without ComfyUI: ``python -m editloss_core.training CONFIG.toml``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from tqdm import tqdm
+
+from ..processes import ProcessLost
+from .gradients import NonFinite
+from .memory import OutOfMemory
+
+DONE, STOPPED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+PACKAGES = ("diffusers", "accelerate", "transformers")
+EPILOG = """\
+CONFIG.toml is written by the node Export Training Config, or by hand: configs/ has examples, docs/training_config.md every
+key. On several processes:
+
+  accelerate launch -m editloss_core.training CONFIG.toml
+
+Written to the run's folder: lora.safetensors (for ComfyUI), lora_diffusers.safetensors (for diffusers), checkpoints,
+log.jsonl, pictures of held-out pairs, and report.html.
+
+exit status:
+  0  the run is done, or --check found nothing wrong
+  1  the run was stopped (out of memory, a loss that is not a number); what was learnt is in the last checkpoint
+  2  something is wrong with the config, the pairs or the model; nothing was started
+  130  interrupted; what was learnt is in the last checkpoint
+"""
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m editloss_core.training",
+        description="Train a LoRA for FLUX.1 Kontext on before/after pairs, with an objective on embeddings.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="what to train, on what, and how")
+    parser.add_argument("--check", action="store_true", help="check everything and print the plan; train nothing")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    missing = _missing_packages()
+    if missing:
+        print(
+            f'{parser.prog}: {", ".join(missing)} is not installed; pip install "comfyui-editloss[train]"',
+            file=sys.stderr,
+        )
+        return UNUSABLE
+    return _check(given.config, parser.prog) if given.check else _train(given.config, parser.prog)
+
+
+def _missing_packages() -> list[str]:
+    import importlib.util
+
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def _plan(path: Path) -> Any:
+    from .config_reader import read_config
+    from .run import plan
+
+    config = read_config(path)
+    with tqdm(desc="looking at pairs", delay=1.0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return plan(config, path.parent, progress)
+
+
+def _check(path: Path, prog: str) -> int:
+    try:
+        print(_plan(path).describe())
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return UNUSABLE
+    return DONE
+
+
+def _train(path: Path, prog: str) -> int:
+    from .run import accelerator_for, finish, run
+
+    try:
+        plan = _plan(path)
+        accelerator = accelerator_for(plan)
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return UNUSABLE
+    main_process = accelerator.is_main_process
+    if main_process:
+        print(plan.describe(accelerator.num_processes), flush=True)
+    try:
+        result = run(plan, accelerator)
+    except KeyboardInterrupt:
+        print(f'{prog}: interrupted; set resume = "last" in [run] to go on', file=sys.stderr)
+        return INTERRUPTED
+    except (NonFinite, OutOfMemory, ProcessLost) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return STOPPED
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return UNUSABLE
+    if main_process:
+        finish(plan, result)
+    return DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

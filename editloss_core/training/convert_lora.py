@@ -1,0 +1,67 @@
+"""A LoRA of FLUX from ComfyUI's keys to diffusers', or back, with the same output.
+
+python -m editloss_core.training.convert_lora my_edit.safetensors my_edit_diffusers.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Sequence, Union
+
+from .lora import write_safetensors
+from .lora_dialects import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
+
+
+def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: bool = False) -> tuple[str, int]:
+    """Write the LoRA of ``source`` in the other dialect; header texts and dtype stay.
+
+    Returns:
+        The dialect that was written, and the number of layers in it.
+
+    Raises:
+        FileNotFoundError: if there is no ``source``.
+        FileExistsError: if ``target`` exists and ``overwrite`` is False.
+        ValueError: for files that are not safetensors, and what is no LoRA of FLUX.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    source, target = Path(source), Path(target)
+    if not source.is_file():
+        raise FileNotFoundError(f"source: no such file: {source}")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"target: {target} exists already")
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"source: {source.name} is not a whole safetensors file ({error})") from error
+    dialect, updates = from_tensors(state, metadata)
+    wanted = DIFFUSERS if dialect == COMFYUI else COMFYUI
+    made = converted(updates, dialect, wanted)
+    # Alpha is in the tensors from now on, and diffusers refuses it in two places.
+    texts = {name: text for name, text in metadata.items() if name != ADAPTER_METADATA}
+    write_safetensors(target, to_tensors(made, wanted), texts)
+    return wanted, len(made)
+
+
+def main(arguments: Union[Sequence[str], None] = None) -> int:
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m editloss_core.training.convert_lora", description=about)
+    parser.add_argument("source", help="a .safetensors file in either program's keys")
+    parser.add_argument("target", help="the .safetensors file to write, in the other's")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    options = parser.parse_args(arguments)
+    try:
+        dialect, count = convert_lora(options.source, options.target, options.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} layers written to {options.target} in the keys of {dialect}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

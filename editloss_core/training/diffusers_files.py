@@ -1,0 +1,260 @@
+"""FLUX.1 Kontext from a folder in diffusers' layout: looked at before any work, loaded part by part when it is its turn.
+
+    FOLDER/model_index.json, transformer/, vae/, text_encoder/ (CLIP), text_encoder_2/ (T5), tokenizer/, tokenizer_2/
+
+Nothing is ever downloaded. diffusers, transformers and what quantises are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Optional
+
+import torch
+from torch import nn
+
+from .diffusers_model import PATCH, hash_folders
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+QUANTIZATIONS = {  # → packages
+    "none": (),
+    "nf4": ("bitsandbytes",),
+    "int8": ("bitsandbytes",),
+    "torchao_int8": ("torchao",),
+}
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+CLASSES = {
+    "transformer": ("FluxTransformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+}
+DECODERS = ("AutoencoderKL", "AutoencoderTiny")
+PIPELINE = "FluxKontextPipeline"
+# Of the original layout, with the prefixes under which programs keep it.
+SINGLE_FILE_KEY, SINGLE_FILE_PREFIXES = "double_blocks.0.img_attn.qkv.weight", ("", "model.diffusion_model.")
+
+
+@dataclass(frozen=True)
+class KontextFiles:
+    """Where the parts of a model are, and how they are to be loaded.
+
+    Attributes:
+        folder: in diffusers' layout.
+        transformer: a single .safetensors file of the transformer in the original layout, in place of the weights in the
+            folder's ``transformer/``, whose config.json is still read; None without one.
+        decoder: folder of a small autoencoder that decodes estimates and previews (TAEF1), or None.
+        dtype: a key of :data:`DTYPES`: of the transformer and the text encoders. The autoencoder is float32.
+        quantization: a key of :data:`QUANTIZATIONS`: of the transformer's weights.
+    """
+
+    folder: Path
+    transformer: Optional[Path] = None
+    decoder: Optional[Path] = None
+    dtype: str = "bf16"
+    quantization: str = "none"
+
+    def faults(self) -> list[str]:
+        """Everything that would stop :meth:`load_transformer` and the others, found without loading a weight."""
+        faults = []
+        for name, value, known in (
+            ("dtype", self.dtype, DTYPES),
+            ("quantization", self.quantization, QUANTIZATIONS),
+        ):
+            if value not in known:
+                faults.append(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for package in QUANTIZATIONS.get(self.quantization, ()):
+            if importlib.util.find_spec(package) is None:
+                faults.append(f"quantization: {self.quantization} needs a package; pip install {package}")
+        if not self.folder.is_dir():
+            return [*faults, f"path: there is no folder {self.folder}"]
+        faults += self._faults_of_parts()
+        if self.transformer is not None:
+            faults += _faults_of_single_file(self.transformer)
+        if self.decoder is not None:
+            faults += self._faults_of_decoder()
+        return faults
+
+    def faults_on(self, device: torch.device) -> list[str]:
+        """What would stop loading on this device only: a check may be made on another machine than the training."""
+        if "bitsandbytes" in QUANTIZATIONS.get(self.quantization, ()) and device.type == "cpu":
+            return [
+                f"quantization: diffusers quantises by bitsandbytes ({self.quantization}) on a GPU only, this is {device}"
+            ]
+        return []
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """The config.json of a part."""
+        return json.loads((self.folder / part / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Of all that makes a caption's embedding."""
+        return hash_folders([self.folder / part for part in TEXT_PARTS], self.dtype)
+
+    def _faults_of_parts(self) -> list[str]:
+        index = _json(self.folder / "model_index.json")
+        if isinstance(index, str):
+            return [f"path: expected FLUX.1 Kontext in diffusers' layout in {self.folder}; {index}"]
+        faults, kind = [], index.get("_class_name")
+        if kind != PIPELINE:
+            faults.append(f"path: expected the folder of a {PIPELINE}, got one of a {kind} ({self.folder})")
+        configs = {}
+        for part, classes in CLASSES.items():
+            config = _json(self.folder / part / "config.json")
+            if isinstance(config, str):
+                faults.append(f"path: {part}: {config}")
+                continue
+            found = config.get("_class_name") or (config.get("architectures") or [None])[0]
+            if found not in classes:
+                faults.append(f"path: {part}: expected a {' or a '.join(classes)}, got a {found}")
+                continue
+            configs[part] = config
+            single = part == "transformer" and self.transformer is not None
+            if not single and not any((self.folder / part).glob("*.safetensors")):
+                faults.append(f"path: {part}: there are no weights (.safetensors) in {self.folder / part}")
+        for part in ("tokenizer", "tokenizer_2"):
+            if not any((self.folder / part / n).is_file() for n in ("tokenizer.json", "vocab.json", "spiece.model")):
+                faults.append(f"path: {part}: there is no tokenizer in {self.folder / part}")
+        return faults + _misfits(configs)
+
+    def _faults_of_decoder(self) -> list[str]:
+        config = _json(self.decoder / "config.json")
+        if isinstance(config, str):
+            return [f"decoder: {config}"]
+        kind = config.get("_class_name")
+        if kind not in DECODERS:
+            return [f"decoder: expected a folder of a {' or a '.join(DECODERS)}, got a {kind}"]
+        own = _json(self.folder / "vae" / "config.json")
+        wanted = own.get("latent_channels") if isinstance(own, dict) else None
+        found = config.get("latent_channels")
+        if wanted is not None and found != wanted:
+            return [f"decoder: expected one for latents of {wanted} channels, got {found}"]
+        return []
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    def load_text(self, device: torch.device) -> Any:
+        """A ``FluxKontextPipeline`` with text encoders and tokenizers alone."""
+        from diffusers import FluxKontextPipeline
+
+        with warnings.catch_warnings():  # the name that older versions know is deprecated in newer ones
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = FluxKontextPipeline.from_pretrained(
+                str(self.folder), transformer=None, vae=None, torch_dtype=DTYPES[self.dtype], local_files_only=True
+            )
+        return pipeline.to(device)
+
+    def load_vae(self, device: torch.device) -> nn.Module:
+        """The autoencoder, frozen, in float32: it is small, and half precision overflows in it."""
+        from diffusers import AutoencoderKL
+
+        return _frozen(AutoencoderKL.from_pretrained(str(self.folder), subfolder="vae", local_files_only=True), device)
+
+    def load_decoder(self, device: torch.device) -> Optional[nn.Module]:
+        """The small autoencoder, frozen; None without one."""
+        if self.decoder is None:
+            return None
+        import diffusers
+
+        kind = getattr(diffusers, _json(self.decoder / "config.json")["_class_name"])
+        return _frozen(kind.from_pretrained(str(self.decoder), local_files_only=True), device)
+
+    def load_transformer(self, device: torch.device) -> nn.Module:
+        """The transformer, frozen, quantised if so chosen."""
+        from diffusers import FluxTransformer2DModel
+
+        options: dict[str, Any] = {"torch_dtype": DTYPES[self.dtype], "local_files_only": True}
+        if self.quantization != "none":  # quantised on the device: bitsandbytes' weights cannot be moved afterwards
+            options |= {"quantization_config": self._quantization_config(), "device_map": {"": device}}
+        if self.transformer is None:
+            made = FluxTransformer2DModel.from_pretrained(str(self.folder), subfolder="transformer", **options)
+        else:
+            made = FluxTransformer2DModel.from_single_file(
+                str(self.transformer), config=str(self.folder), subfolder="transformer", **options
+            )
+        made.requires_grad_(False).eval()
+        return made if self.quantization != "none" else made.to(device)
+
+    def _quantization_config(self) -> Any:
+        import diffusers
+
+        dtype = DTYPES[self.dtype]
+        if self.quantization == "nf4":
+            return diffusers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype
+            )
+        if self.quantization == "int8":
+            return diffusers.BitsAndBytesConfig(load_in_8bit=True)
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def free_memory() -> None:
+    """Give back what was let go: text encoders before the transformer comes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
+    return module.requires_grad_(False).eval().to(device)
+
+
+def _json(path: Path) -> dict[str, Any] | str:
+    """The file's content, or what is wrong with it."""
+    if not path.is_file():
+        return f"there is no {path.name} in {path.parent}"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{path} is not JSON ({error})"
+    return found if isinstance(found, dict) else f"{path} is not a JSON object"
+
+
+def _misfits(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Parts that do not belong together, by their sizes."""
+    faults = []
+    flux, vae = configs.get("transformer", {}), configs.get("vae", {})
+    inputs, channels = flux.get("in_channels"), vae.get("latent_channels")
+    if inputs and channels and inputs != PATCH**2 * channels:
+        faults.append(
+            f"path: transformer: expected in_channels {PATCH**2 * channels} ({PATCH}×{PATCH} latents of {channels} channels), "
+            f"got {inputs}: that is not Kontext, which sees its picture as tokens (FLUX.1 Fill has 384, Canny and Depth 128)"
+        )
+    if flux.get("out_channels") not in (None, inputs):
+        faults.append(f"path: transformer: expected out_channels {inputs}, got {flux['out_channels']}")
+    for part, theirs, mine in (
+        ("text_encoder", "hidden_size", "pooled_projection_dim"),
+        ("text_encoder_2", "d_model", "joint_attention_dim"),
+    ):
+        wanted, found = flux.get(mine), configs.get(part, {}).get(theirs)
+        if wanted and found and wanted != found:
+            faults.append(f"path: {part}: expected {theirs} {wanted}, which the transformer takes, got {found}")
+    return faults
+
+
+def _faults_of_single_file(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() != ".safetensors":
+        return [f"transformer: expected a .safetensors file, got {path.name}"]
+    if not path.is_file():
+        return [f"transformer: there is no file {path}"]
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        return [f"transformer: {path.name} is not a whole safetensors file ({error})"]
+    if not any(prefix + SINGLE_FILE_KEY in names for prefix in SINGLE_FILE_PREFIXES):
+        return [
+            f"transformer: expected a FLUX transformer in the original layout, {path.name} has no {SINGLE_FILE_KEY} among "
+            f"its {len(names)} tensors; a file from diffusers belongs in the folder's transformer/"
+        ]
+    return []

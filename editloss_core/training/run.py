@@ -1,0 +1,338 @@
+"""A training run from its config, with diffusers' model: pairs, captions, encoders, the trainer, and what it leaves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .. import encoders
+from ..encoders.base import Encoder, hash_module
+from ..encoders.vae import VAEEncoder
+from ..pairs import PairSet, find_pairs
+from ..processes import check_accelerator, place
+from .config import TimmSection, TrainingConfig, VAESection
+from .config_reader import checkpoint_of, kontext_files
+from .diffusers_files import DTYPES, KontextFiles, free_memory
+from .diffusers_model import Caption, FluxDenoiser, VAEDecoder, encode_captions, vae_encoder
+from .footprint import Footprint, empty_transformer, tokens_of
+from .log import StepLog, ValidationLog
+from .lora import LoRA
+from .lora_dialects import save_both
+from .prepare import Prepared, prepare
+from .trainer import Host, Trainer, TrainingResult, metadata, resumable
+from .validation import PreviewRow
+
+LORA_FILE = "lora.safetensors"  # in ComfyUI's keys; beside it lora_diffusers.safetensors
+GIB = 1 << 30
+Say = Callable[[str], None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before any work
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config comes to: everything that can be known without loading a weight.
+
+    Attributes:
+        config: of the run.
+        base: folder of its relative paths.
+        files: the model's.
+        pairs, held_out: checked; held_out is None if nothing is watched.
+        footprint: of the model and its LoRA.
+        checkpoint: to go on from, or None.
+    """
+
+    config: TrainingConfig
+    base: Path
+    files: KontextFiles
+    pairs: PairSet
+    held_out: Optional[PairSet]
+    footprint: Footprint
+    checkpoint: Optional[Path]
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.base / self.config.run.folder
+
+    @property
+    def cache(self) -> Path:
+        return self.base / self.config.run.cache if self.config.run.cache else self.folder.parent / "cache"
+
+    def describe(self, processes: int = 1) -> str:
+        """The plan in a few lines. Memory is arithmetic, of one process that has the whole model."""
+        config, footprint, model = self.config, self.footprint, self.config.model
+        settings, largest = config.training, max(self.pairs.buckets, key=lambda size: size[0] * size[1])
+        parts = {"weights": footprint.weight_bytes(model.dtype, model.quantization)}
+        parts |= footprint.lora_bytes(settings.optimizer, bool(settings.ema))
+        share = -(-settings.batch_size // processes)
+        tokens = tokens_of(*largest)
+        parts["activations"] = footprint.activation_bytes(tokens, share, model.dtype, model.gradient_checkpointing)
+        kept = model.dtype if model.quantization == "none" else model.quantization
+        buckets = ", ".join(f"{w}×{h}: {len(members)}" for (h, w), members in self.pairs.buckets.items())
+        held = f"{len(self.held_out)} held out" if self.held_out is not None else "none held out"
+        terms = [f"{t.weight:g} × {t.name} ({t.encoder})" for t in config.objective.terms]
+        passes = f", {settings.accumulation} passes each" if settings.accumulation > 1 else ""
+        start = f"go on from {self.checkpoint.name}" if self.checkpoint else "begin anew"
+        lines = [
+            f"model       {self.files.transformer or self.files.folder}",
+            f"            {footprint.parameters:,} parameters in {kept}, {footprint.blocks} blocks",
+            f"LoRA        {config.lora.layers}, rank {config.lora.rank}: {footprint.layers} layers, "
+            f"{footprint.trainable:,} parameters",
+            f"pairs       {len(self.pairs)} to train on ({buckets}), {held}",
+            f"objective   {'; '.join(terms) or 'flow matching alone'}",
+            f"training    {settings.steps} steps of {settings.batch_size} pairs{passes}, {settings.optimizer}, {start}",
+            f"run         {self.folder}",
+            f"memory      about {sum(parts.values()) / GIB:.1f} GiB with all weights at {tokens} tokens a sample, by arithmetic: "
+            + ", ".join(f"{name} {size / GIB:.2g}" for name, size in parts.items()),
+        ]
+        if config.encoders:
+            lines.append("            and what the encoders of the objective take")
+        return "\n".join([*lines, *(f"note        {note}" for note in self.pairs.notes)])
+
+
+def plan(config: TrainingConfig, base: Path, progress: Optional[Callable[[int, int], None]] = None) -> Plan:
+    """Look at the pairs and the shape of the model.
+
+    Raises:
+        PairProblems: everything that is wrong with the pairs.
+        ValueError: what does not fit together: layers that the model does not have, too few pairs, another run's checkpoint.
+    """
+    pairs, held_out = load_pairs(config, base, progress)
+    files = kontext_files(config.model, base)
+    network = empty_transformer(files.config("transformer"))
+    footprint, checkpoint = Footprint.of(network, config.lora), checkpoint_of(config.run, base)
+    if checkpoint is not None:
+        resumable(checkpoint, LoRA(network, config.lora), config.training)
+    return Plan(config, base, files, pairs, held_out, footprint, checkpoint)
+
+
+def load_pairs(
+    config: TrainingConfig, base: Path, progress: Optional[Callable[[int, int], None]] = None
+) -> tuple[PairSet, Optional[PairSet]]:
+    """(to train on, to watch)."""
+
+    def found(folder: str, control_folder: str) -> PairSet:
+        return find_pairs(
+            base / folder, base / control_folder if control_folder else "", resolution=config.pairs.resolution,
+            default_caption=config.pairs.default_caption, upscale=config.pairs.upscale, progress=progress,
+        )  # fmt: skip
+
+    pairs = found(config.pairs.folder, config.pairs.control_folder)
+    if config.validation.folder:
+        return pairs, found(config.validation.folder, config.validation.control_folder)
+    if config.validation.hold_out:
+        return pairs.split(config.validation.hold_out, config.training.seed)
+    return pairs, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def accelerator_for(plan: Plan) -> Any:
+    """accelerate's ``Accelerator``, which takes processes, devices and sharding from what launched this one.
+
+    Raises:
+        ValueError: a configuration of accelerate in which the processes do not see one another.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=list(plan.config.run.trackers) or None, project_dir=str(plan.folder))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # each would train for itself, and write over the others
+        raise ValueError(
+            f"processes: {launched} were launched, and accelerate sees {accelerator.num_processes}; its configuration does not "
+            "fit these devices (FSDP needs GPUs; several processes on CPUs are MULTI_CPU)"
+        )
+    return accelerator
+
+
+def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
+    """Everything from captions to the LoRA files.
+
+    Args:
+        plan: of the run.
+        accelerator: accelerate's ``Accelerator``: device and processes.
+        say: gets lines for a person, in the main process only.
+
+    Raises:
+        ValueError: weights that do not fit, and what :func:`~.prepare.prepare` and :class:`~.trainer.Trainer` refuse.
+        NonFinite, OutOfMemory: see :meth:`~.trainer.Trainer.run`.
+    """
+    config, device, main = plan.config, accelerator.device, accelerator.is_main_process
+    check_accelerator(accelerator)
+    faults = plan.files.faults_on(device)
+    if faults:
+        raise ValueError("; ".join(faults))
+    vae = plan.files.load_vae(device)
+    made = make_encoders(config, plan.base, vae, device)
+    with accelerator.main_process_first():  # which fills the cache; the others read it
+        captions = _captions(plan, device, main)
+    free_memory()
+    latents = vae_encoder(vae)
+    train, watched = (_prepared(some, latents, made, plan, accelerator) for some in (plan.pairs, plan.held_out))
+    trainer = make_trainer(
+        plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, captions, train, watched
+    )
+    if plan.checkpoint is not None:
+        trainer.resume(plan.checkpoint)
+    result = trainer.run()
+    if main:
+        for note in (*train.notes, *trainer.notes):
+            say(f"note: {note}")
+        dtype = DTYPES[config.run.lora_dtype]
+        for path in save_both(result.lora, plan.folder / LORA_FILE, metadata(trainer), dtype):
+            say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return result
+
+
+def finish(plan: Plan, result: TrainingResult, say: Say = print) -> None:
+    """The run's report: held-out pictures judged from their pixels."""
+    from ..diagnostics.run_report import write_report  # a later room, which this program alone looks into
+
+    if result.pictures:
+        say(str(write_report(plan.folder)))
+    say(f"{result.steps} steps, kept in {plan.folder}")
+
+
+def make_encoders(config: TrainingConfig, base: Path, vae: nn.Module, device: torch.device) -> dict[str, Encoder]:
+    """The encoders that the objective reads, by name.
+
+    Raises:
+        ValueError: weights that do not fit their network.
+    """
+    made: dict[str, Encoder] = {}
+    for name in config.objective.encoders:
+        section = config.encoders[name]
+        if isinstance(section, VAESection):
+            encoder = vae_encoder(vae, section.image_size, scaled=False)
+        else:
+            kind = getattr(encoders, "TimmEncoder" if isinstance(section, TimmSection) else "OpenCLIPEncoder")
+            encoder = kind(**{**vars(section), "weights": base / section.weights}, device=device)
+        encoder.info = replace(encoder.info, name=name)
+        made[name] = encoder
+    return made
+
+
+def make_trainer(
+    plan: Plan,
+    accelerator: Any,
+    decode: VAEDecoder,
+    made: Mapping[str, Encoder],
+    captions: Mapping[str, Caption],
+    train: Prepared,
+    watched: Optional[Prepared],
+) -> Trainer:
+    """The trainer of a plan, with what was loaded and encoded for it; the transformer is loaded here."""
+    config, model = plan.config, plan.config.model
+    # Weights that are shared out never are on one device together.
+    shared_out = getattr(accelerator, "is_fsdp2", False)
+    transformer = plan.files.load_transformer(torch.device("cpu") if shared_out else accelerator.device)
+    denoiser = FluxDenoiser(transformer, model.guidance, model.gradient_checkpointing, accelerator.device)
+    lora = LoRA(transformer, config.lora, config.training.seed)
+    denoiser.module = place(transformer, accelerator)
+    reads_pictures = not all(map(train.reads_latents, train.encoders))
+    host = ConsoleHost(denoiser, config.validation.preview_guidance, config.training.steps, accelerator.is_main_process)
+    return Trainer(
+        denoiser, lora, train,
+        [captions[pair.caption] for pair in plan.pairs], config.training,
+        objective=config.objective, encoders=made, decode=decode,
+        validation=watched, validation_conditioning=[captions[pair.caption] for pair in plan.held_out or ()],
+        folder=plan.folder,
+        info={
+            "model": f"FluxTransformer2DModel in {model.dtype if model.quantization == 'none' else model.quantization}",
+            "guidance": model.guidance,
+            "decoder": hash_module(decode.vae) if reads_pictures else "",
+        },
+        resolution=config.pairs.resolution, checkpointing=model.gradient_checkpointing, host=host,
+        accelerator=accelerator,
+    )  # fmt: skip
+
+
+def _captions(plan: Plan, device: torch.device, shown: bool) -> dict[str, Caption]:
+    texts = [pair.caption for pair in (*plan.pairs, *(plan.held_out or ()))]
+    place = torch.device("cpu") if plan.config.model.text_device == "cpu" else device
+    with _Bar("captions", shown) as bar:
+        return encode_captions(
+            texts, lambda: plan.files.load_text(place), plan.files.text_fingerprint, plan.cache, bar.update
+        )
+
+
+def _prepared(
+    pairs: Optional[PairSet], vae: VAEEncoder, made: Mapping[str, Encoder], plan: Plan, accelerator: Any
+) -> Optional[Prepared]:
+    if pairs is None:
+        return None
+    terms = plan.config.objective.terms
+    overlays = any("overlay" in (t.anchor, t.positive, t.negative, t.reference) for t in terms)
+    with _Bar("pictures", accelerator.is_main_process) as bar:
+        return prepare(
+            pairs, vae, made, plan.cache, crop=plan.config.estimate.crop,
+            overlay=plan.config.overlay if overlays else None, progress=bar.update,
+            accelerator=accelerator,
+        )  # fmt: skip
+
+
+class _Bar:
+    """A bar that appears with the first piece of work."""
+
+    def __init__(self, what: str, shown: bool):
+        self._bar = tqdm(desc=what, disable=not shown, delay=1.0)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+class ConsoleHost(Host):
+    """Shows a run on a terminal, and tells the model its guidance for training or for pictures.
+
+    Args:
+        denoiser: the model that is trained.
+        preview_guidance: what it is told while pictures are sampled.
+        steps: of the whole run.
+        shown: False in all but the main process.
+    """
+
+    def __init__(self, denoiser: FluxDenoiser, preview_guidance: float, steps: int, shown: bool = True):
+        self.denoiser, self.preview_guidance = denoiser, preview_guidance
+        self.training_guidance = denoiser.guidance
+        self._bar = tqdm(total=steps, desc="training", disable=not shown, delay=1.0)
+        self._shown = shown
+
+    def before_step(self) -> None:
+        self.denoiser.guidance = self.training_guidance
+
+    def before_pictures(self) -> None:
+        self.denoiser.guidance = self.preview_guidance
+
+    def on_step(self, log: StepLog, total: int) -> None:
+        self._bar.update(log.step - self._bar.n)
+        self._bar.set_postfix_str(f"loss {log.loss:.4g}, gradient {log.gradient_norm:.3g}")
+        if log.step == total:
+            self._bar.close()
+
+    def on_validation(self, log: Optional[ValidationLog], pictures: Sequence[PreviewRow]) -> None:
+        self.denoiser.guidance = self.training_guidance
+        if log is not None and self._shown:
+            values = {"velocity": (log.velocity_base, log.velocity)}
+            values |= {name: (log.terms_base[name], value) for name, value in log.terms.items()}
+            said = ", ".join(f"{name} {base:.4g} → {own:.4g}" for name, (base, own) in values.items())
+            self._bar.write(f"step {log.step}, held-out pairs, base → with the LoRA: {said}")

@@ -1,0 +1,232 @@
+"""``python -m editloss_core.training``: a tiny FLUX.1 Kontext by diffusers from a config to LoRA files and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+for name in ("diffusers", "accelerate", "peft"):
+    pytest.importorskip(name)
+
+import torch
+from safetensors.torch import load_file
+from small_kontext import write_kontext
+
+from editloss_core.objective import recommended
+from editloss_core.training.__main__ import main
+from editloss_core.training.config import (
+    ModelSection,
+    PairsSection,
+    RunSection,
+    TrainingConfig,
+    VAESection,
+    ValidationSection,
+    to_toml,
+)
+from editloss_core.training.lora import LoRASettings
+from editloss_core.training.settings import TrainingSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = ROOT / "tests" / "pictures" / "edits"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with the model and four pairs, for configs."""
+    folder = tmp_path_factory.mktemp("base")
+    write_kontext(folder / "kontext")
+    for part in ("before", "after", "mask"):
+        (folder / "pairs" / part).mkdir(parents=True)
+        for path in sorted((PAIRS / part).iterdir())[:4]:
+            shutil.copy(path, folder / "pairs" / part)
+    return folder
+
+
+def config(name="a", resume="", steps=4, **changes):
+    training = TrainingSettings(
+        steps=steps, batch_size=2, learning_rate=0.03, gradients_every=2, validate_every=2, preview_steps=2, previews=1,
+        checkpoint_every=2, **changes,
+    )  # fmt: skip
+    return TrainingConfig(
+        model=ModelSection("kontext", dtype="fp32"),
+        pairs=PairsSection("pairs", resolution=64, default_caption="Replace the chair."),
+        run=RunSection(f"runs/{name}", resume, checkpoint_every=2, lora_dtype="fp32"),
+        encoders={"latents": VAESection()},
+        objective=recommended("latents"),
+        training=training,
+        lora=LoRASettings(2, 3.0),
+        validation=ValidationSection(validate_every=2, previews=1, preview_steps=2),
+    )
+
+
+def write(base, made):
+    path = base / f"{made.run.folder.replace('/', '_')}.toml"
+    path.write_text(to_toml(made), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(base):
+    """The folder of a run, made as a person makes it, and what was said."""
+    command = [sys.executable, "-m", "editloss_core.training", write(base, config())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return base / "runs" / "a", done.stdout
+
+
+def test_a_run_leaves_what_the_node_leaves(finished):
+    folder, said = finished
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoints", "pictures", "log.jsonl", "report.html", "lora.safetensors", "lora_diffusers.safetensors",
+    }  # fmt: skip
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [e for e in entries if e["kind"] == "step"]
+    assert len(steps) == 4 and len([e for e in entries if e["kind"] == "validation"]) == 2
+    terms = {"velocity", "no edit identity", "geometry match", "overlay avoidance"}
+    assert all(set(sample["terms"]) == terms for step in steps for sample in step["samples"])
+    for expected in (
+        "3 to train on (64×64: 3), 1 held out",
+        "1 × no edit identity (latents)",
+        "report.html",
+        "22 layers",
+    ):
+        assert expected in said
+
+
+def test_its_lora_loads_in_the_pipeline_and_changes_the_picture(base, finished):
+    from diffusers import FluxKontextPipeline
+
+    pipeline = FluxKontextPipeline.from_pretrained(base / "kontext", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def sampled():
+        return pipeline(
+            image=picture, prompt="Replace the chair.", height=64, width=64, max_area=4096, num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0), _auto_resize=False, output_type="pt",
+        ).images  # fmt: skip
+
+    before = sampled()
+    pipeline.load_lora_weights(finished[0], weight_name="lora_diffusers.safetensors")
+    after = sampled()
+    pipeline.set_adapters(pipeline.get_active_adapters(), 0.0)
+    assert (after - before).abs().max() > 1e-3
+    assert torch.allclose(sampled(), before, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_file_and_so_does_a_run_that_was_stopped(base, finished):
+    assert main([write(base, config("b"))]) == 0
+    assert main([write(base, config("c", steps=2))]) == 0
+    assert main([write(base, config("c", "last"))]) == 0
+    files = [(base / "runs" / name / "lora.safetensors").read_bytes() for name in "abc"]
+    assert files[0] == files[1] == files[2]
+    other = load_file(base / "runs" / "c" / "checkpoints" / "step_000002.safetensors")
+    last = load_file(base / "runs" / "c" / "checkpoints" / "step_000004.safetensors")
+    assert any(not torch.equal(other[k], last[k]) for k in other if k.startswith("lora/"))
+
+
+def test_two_processes_give_the_same_file_and_may_share_the_weights(base, finished):
+    """torchrun on loopback, as accelerate launch does it on CPUs; FSDP's gradients are compared in the processes."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(Path(__file__).with_name("kontext_processes.py")), str(base / "kontext"), write(base, config("two")),
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("status 0, gradients") == 2 and done.stdout.count("4 steps of 2 pairs") == 1
+    one, two = (load_file(folder / "lora.safetensors") for folder in (finished[0], base / "runs" / "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], rtol=0, atol=1e-6) for k in one)
+
+
+def pythonpath():
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def test_processes_that_do_not_see_one_another_are_refused(base, capsys, monkeypatch):
+    """Each would train for itself, and write over the others."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 1)
+    assert main([write(base, config("alone"))]) == 2
+    assert "processes: 2 were launched, and accelerate sees 1" in capsys.readouterr().err
+
+
+def test_another_run_in_the_same_folder_is_refused(base, finished, capsys):
+    assert main([write(base, config())]) == 2
+    assert "holds checkpoints of another run; resume it (resume = 'last')" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_lora_is_refused_before_any_work(base, finished, capsys):
+    assert main([write(base, replace(config("a", "last"), lora=LoRASettings(4, 3.0))), "--check"]) == 2
+    assert "its lora is {'rank': 2" in capsys.readouterr().err
+
+
+def test_check_prints_the_plan_and_trains_nothing(base, capsys):
+    assert main([write(base, config("never")), "--check"]) == 0
+    said = capsys.readouterr().out
+    for expected in (
+        "parameters in fp32, 3 blocks",
+        "rank 2: 22 layers",
+        "4 steps of 2 pairs",
+        "GiB with all weights at 544 tokens a sample",
+    ):
+        assert expected in said
+    assert not (base / "runs" / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"pairs": PairsSection("pairs", resolution=64)}, "(4):\n    after/armchair.webp"),
+        (
+            {"lora": LoRASettings(layers="double_blocks.*")},
+            "no linear layer of FluxTransformer2DModel matches 'double_blocks.*'",
+        ),
+        ({"validation": ValidationSection(hold_out=4)}, "hold_out: expected 0 to 3"),
+        ({"model": ModelSection("pairs")}, "line 2: model.path: expected FLUX.1 Kontext in diffusers' layout"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_work(base, capsys, change, expected):
+    assert main([write(base, replace(config("wrong"), **change)), "--check"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_encoders_of_pictures_and_a_folder_of_held_out_pairs(base, tmp_path):
+    """timm and OpenCLIP from local weights, on a decoded crop, with half of the settings away from their defaults."""
+    import timm
+    from safetensors.torch import save_file
+
+    from editloss_core.training.config import EstimateSection, TimmSection
+
+    net = timm.create_model("test_vit", pretrained=False)
+    save_file(net.state_dict(), base / "test_vit.safetensors")
+    made = replace(
+        config("pictures", steps=2, ema=0.9, accumulation=2),
+        encoders={"vit": TimmSection("test_vit", "test_vit.safetensors")},
+        objective=recommended("vit"),
+        estimate=EstimateSection(32),
+        validation=ValidationSection(folder="pairs", validate_every=2, previews=1, preview_steps=0),
+    )
+    assert main([write(base, made)]) == 0
+    entries = [json.loads(line) for line in (base / "runs" / "pictures" / "log.jsonl").read_text().splitlines()]
+    (validation,) = [e for e in entries if e["kind"] == "validation"]
+    assert set(validation["terms"]) == {"no edit identity", "geometry match", "overlay avoidance"}
+    assert not (base / "runs" / "pictures" / "report.html").exists()
+
+
+def test_help_names_the_exit_statuses_and_a_missing_package_what_to_install(base, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "accelerate launch -m editloss_core.training CONFIG.toml" in said and "130  interrupted" in said
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffusers" else object())
+    assert main([write(base, config("never"))]) == 2
+    assert 'diffusers is not installed; pip install "comfyui-editloss[train]"' in capsys.readouterr().err
