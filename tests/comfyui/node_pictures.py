@@ -68,6 +68,15 @@ OTHERS = [
         train=("EditLossTrainKontextLoRA", {"options": link("lora")}),
     ),
     graph(
+        pairs=("EditLossLoadPairs",),
+        mix=("EditLossRecommendedMix",),
+        run=("EditLossRunOptions",),
+        export=(
+            "EditLossExportTraining",
+            {"pairs": link("pairs"), "objective": link("mix"), "options": link("run")},
+        ),
+    ),
+    graph(
         train=("EditLossTrainKontextLoRA",),
         report=("EditLossRunReport", {"run": link("train", 4)}),
         text=("PreviewAny", {"source": link("report", 2)}),
