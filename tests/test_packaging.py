@@ -44,7 +44,7 @@ def test_requirements_are_those_of_the_core_and_of_what_the_nodes_use():
 
 
 def test_the_two_commands_of_the_readme_install_everything():
-    assert listed("comfyui")[0] == "editloss[encoders,reports]" and listed("test")[0] == "editloss[comfyui]"
+    assert listed("comfyui")[0] == "editloss[encoders,reports]" and listed("test")[0] == "editloss[comfyui,train]"
 
 
 def test_no_package_is_forced_to_a_version():
