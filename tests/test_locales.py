@@ -1,6 +1,7 @@
-"""Translations of the nodes keep what must not change from one language to the other. Nothing of ComfyUI is needed.
+"""Translations of the nodes: every node, input and output has one, and they keep what must not change with the language.
 
-That they are complete is tested in tests/comfyui, against what a real server says of the nodes.
+Nothing of ComfyUI is needed. That every text has its translation is tested in tests/comfyui, against what a real server
+says of the nodes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "locales"
+SCHEMA = Path(__file__).parent / "comfyui" / "schema.json"  # tests/comfyui/test_schema.py holds it to the nodes
 LANGUAGES = sorted(path.stem for path in FOLDER.glob("*.json"))
 GROUPS = ["categories", "titles", "names", "texts"]
 SAME = {"EditLoss", "alpha", "clip", "ema", "lora", "vae"}  # called the same in every language, capitals aside
@@ -109,3 +111,13 @@ def test_files_that_comfyui_serves_say_what_the_list_says(language):
 
 def _strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else [text for v in value.values() for text in _strings(v)]
+
+
+@each_language
+def test_every_node_input_and_output_has_a_name_and_no_other(language):
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    served = json.loads((FOLDER / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(served) == set(schema)
+    for node_id, node in schema.items():
+        assert set(served[node_id]["inputs"]) == {row["name"] for row in node["inputs"]}, node_id
+        assert list(served[node_id]["outputs"]) == [str(i) for i in range(len(node["outputs"]))], node_id

@@ -63,9 +63,28 @@ OTHERS = [
         train=("EditLossTrainKontextLoRA", {"pairs": link("pairs")}),
     ),
     graph(
+        pairs=("EditLossLoadPairs",),
+        mix=("EditLossRecommendedMix",),
+        run=("EditLossRunOptions",),
+        export=(
+            "EditLossExportTraining",
+            {"pairs": link("pairs"), "objective": link("mix"), "options": link("run")},
+        ),
+        text=("PreviewAny", {"source": link("export")}),
+    ),
+    graph(
         noise=("EditLossNoiseOptions",),
         lora=("EditLossLoRAOptions", {"options": link("noise")}),
         train=("EditLossTrainKontextLoRA", {"options": link("lora")}),
+    ),
+    graph(
+        pairs=("EditLossLoadPairs",),
+        mix=("EditLossRecommendedMix",),
+        run=("EditLossRunOptions",),
+        export=(
+            "EditLossExportTraining",
+            {"pairs": link("pairs"), "objective": link("mix"), "options": link("run")},
+        ),
     ),
     graph(
         train=("EditLossTrainKontextLoRA",),

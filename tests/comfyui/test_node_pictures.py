@@ -43,6 +43,7 @@ def test_every_node_has_a_picture_of_what_it_is_today(prompts, object_info):
     assert {path.stem for path in FOLDER.glob("*.webp")} == set(now)
 
 
+@pytest.mark.skipif(UPDATE, reason="the server has the pictures from before")
 def test_pages_show_their_pictures_which_are_served_and_readable(comfyui_server, prompts):
     for node_id in prompts:
         folder = f"extensions/{PACK}/docs"
