@@ -23,7 +23,7 @@ def need(*packages: str) -> None:
             if error.name != package:  # it is there, and something that it needs is not
                 raise
             raise ModuleNotFoundError(
-                f"{package} is not installed: pip install 'editloss[{EXTRAS[package]}]', or for the node pack "
-                "pip install -r requirements.txt",
+                f"{package} is not installed: pip install -e '.[{EXTRAS[package]}]', or for the node pack "
+                "pip install -r requirements.txt, in the folder of EditLoss",
                 name=package,
             ) from None

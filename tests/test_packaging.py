@@ -62,7 +62,7 @@ def test_every_extra_that_an_error_names_brings_its_package():
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ModuleNotFoundError, match=r"timm is not installed: pip install 'editloss\[encoders\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"timm is not installed: pip install -e '\.\[encoders\]'"):
         need("timm")
 
 
@@ -197,8 +197,8 @@ def test_core_works_without_comfyui_and_without_extras(installed, tmp_path):
     assert Path(said["file"]).is_relative_to(installed)
     assert said["finite"] and said["loss"] > 0 and min(said["weights"]) > 20
     for package, extra in (("timm", "encoders"), ("open_clip", "encoders"), ("matplotlib", "reports")):
-        assert f"{package} is not installed: pip install 'editloss[{extra}]'" in said[package]
-    assert said["judging"] == 2 and "pip install 'editloss[reports]'" in done.stderr
+        assert f"{package} is not installed: pip install -e '.[{extra}]'" in said[package]
+    assert said["judging"] == 2 and "pip install -e '.[reports]'" in done.stderr
     assert not (tmp_path / "judged").exists()
 
 

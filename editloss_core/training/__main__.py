@@ -48,7 +48,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     missing = _missing_packages()
     if missing:
         print(
-            f'{parser.prog}: {", ".join(missing)} is not installed; pip install "editloss[train]"',
+            f'{parser.prog}: {", ".join(missing)} is not installed; pip install -e ".[train]" in the folder of EditLoss',
             file=sys.stderr,
         )
         return UNUSABLE

@@ -231,4 +231,4 @@ def test_help_names_the_exit_statuses_and_a_missing_package_what_to_install(base
     assert "accelerate launch -m editloss_core.training CONFIG.toml" in said and "130  interrupted" in said
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffusers" else object())
     assert main([write(base, config("never"))]) == 2
-    assert 'diffusers is not installed; pip install "editloss[train]"' in capsys.readouterr().err
+    assert 'diffusers is not installed; pip install -e ".[train]"' in capsys.readouterr().err
