@@ -8,7 +8,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
 
 import torch
 
@@ -23,6 +22,7 @@ from editloss_core.training.trainer import Trainer
 
 
 def main() -> None:
+    os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true")
     import deepspeed
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
