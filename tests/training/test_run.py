@@ -167,7 +167,7 @@ def test_another_run_in_the_same_folder_is_refused(base, finished, capsys):
 
 def test_a_checkpoint_of_another_lora_is_refused_before_any_work(base, finished, capsys):
     assert main([write(base, replace(config("a", "last"), lora=LoRASettings(4, 3.0))), "--check"]) == 2
-    assert "its lora is {'rank': 2" in capsys.readouterr().err
+    assert "this run's is {'rank': 4, " in capsys.readouterr().err
 
 
 def test_check_prints_the_plan_and_trains_nothing(base, capsys):
