@@ -227,14 +227,6 @@ def beside(one: list[float], two: list[float]) -> str:
     return spread([b / a for a, b in zip(one, two)], " ×", 2)
 
 
-def kontext(rank: int) -> int:
-    """Parameters of a LoRA of rank r on FLUX.1's attention and MLPs: r · (inputs + outputs) of each layer, in ComfyUI's layers."""
-    d, mlp = 3072, 4 * 3072
-    double = 2 * ((d + 3 * d) + (d + d) + (d + mlp) + (mlp + d))  # qkv, proj, two of the MLP, for pictures and for text
-    single = (d + 3 * d + mlp) + (d + mlp + d)  # linear1, linear2
-    return rank * (19 * double + 38 * single)
-
-
 def main() -> None:
     options = parser.parse_args()
     if options.worker:
@@ -250,7 +242,6 @@ def main() -> None:
     one, two = ([statistics.median(run["seconds"]) for run in found[n]] for n in (1, 2))
     processor = {n: [run["processor"] for run in found[n]] for n in (1, 2)}
     first, sent = found[1][0], found[2][0]["sent"]
-    gradient = 4 * kontext(16)
     lines = [
         "# Several processes",
         "",
@@ -287,19 +278,6 @@ def main() -> None:
             f"| {n} | {spread([v for v, _ in values], digits=1)} | {spread([v for _, v in values], digits=1)} |"
             for n, values in rates.items()
         ),
-        "",
-        "## Arithmetic",
-        "",
-        f"- FLUX.1 Kontext, rank 16 on attention and MLPs: {kontext(16) / 1e6:.1f} M parameters in the LoRA, so {gradient / 1e6:.0f} MB "
-        "of fp32 gradients, summed once a step whatever the accumulation is. A ring sends 2 (N − 1) / N of that from each process: "
-        + ", ".join(f"{2 * (n - 1) / n * gradient / 1e6:.0f} MB for N = {n}" for n in (2, 8, 16))
-        + ".",
-        "- Its embeddings for in-batch negatives: a latent of 1024² is 16 · 128 · 128 · 4 bytes = 1.05 MB a pair, a grid of 37 × 37 "
-        "tokens of 1024 features 5.6 MB; each process gathers those of the whole batch.",
-        "- FSDP shards the frozen weights (12 billion parameters in bf16: 23.8 GB, 23.8 / N GB in each process) and gathers them for "
-        "the forward pass and again for the backward pass: each process receives 2 (N − 1) / N · 23.8 GB a pass, "
-        f"{2 * 7 / 8 * 23.8:.0f} GB for N = 8, and nothing of the base is summed. DDP of a frozen base exchanges none of this.",
-        "- Every process draws the noise of the whole batch: 16 · 128 · 128 normal numbers a pair of 1024².",
         "",
     ]
     (RESULTS / "processes.md").write_text("\n".join(lines), encoding="utf-8")

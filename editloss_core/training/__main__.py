@@ -109,6 +109,7 @@ def _train(path: Path, prog: str) -> int:
         return UNUSABLE
     if main_process:
         finish(plan, result)
+    accelerator.end_training()
     return DONE
 
 

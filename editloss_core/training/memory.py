@@ -104,7 +104,7 @@ def advice(
         if isinstance(rank, int) and rank > 1:
             helps.append((0.5, f"rank {rank} → {rank // 2}: weights, gradients and the optimiser's state fall to 50%"))
     if memory.device.type == "cuda":
-        line = "leave more of the device free for a step, and let weights that do not fit wait in main memory"
+        line = "in ComfyUI a larger memory_reserve, so that more weights wait in main memory; elsewhere weights of fewer bits"
         helps.append((1.0, line))
     sizes = ", ".join(f"{done} {size / GIB:.1f} GiB" for done, size in memory.stages.items() if size > 0)
     where = {"model": "in the model", "objective": "in the objective (decoder, encoders, losses)"}.get(

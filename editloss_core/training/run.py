@@ -155,6 +155,11 @@ def accelerator_for(plan: Plan) -> Any:
             f"processes: {launched} were launched, and accelerate sees {accelerator.num_processes}; its configuration does not "
             "fit these devices (FSDP needs GPUs; several processes on CPUs are MULTI_CPU)"
         )
+    if plan.config.training.batch_size < launched:
+        raise ValueError(
+            f"training.batch_size: expected at least one pair for each of {launched} processes, got "
+            f"{plan.config.training.batch_size} for all of them"
+        )
     return accelerator
 
 
