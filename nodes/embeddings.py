@@ -80,7 +80,6 @@ class SaveEmbeddings(io.ComfyNode):
             ],
             outputs=[EMBEDDINGS_OUTPUT],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

@@ -96,7 +96,7 @@ class Timm(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossTimmEncoder",
-            display_name="Encoder: timm (DINOv2, DINOv3, ConvNeXt …)",
+            display_name="Encoder: timm (DINOv2, DINOv3)",
             category=CATEGORY,
             description="Any network of timm with weights from a file: DINOv2 and DINOv3 patch tokens, maps of convolutional nets.",
             inputs=[

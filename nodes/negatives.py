@@ -189,7 +189,6 @@ class StoreHardNegative(io.ComfyNode):
             outputs=[io.Int.Output(display_name="stored", tooltip="Pictures in the buffer now.")],
             is_output_node=True,
             not_idempotent=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

@@ -95,7 +95,6 @@ class Train(io.ComfyNode):
                 ResumeSocket.Input("resume", optional=True, tooltip="From Resume Training: go on with an earlier run."),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA at strength 1."),
                 LoRAModelSocket.Output(display_name="lora", tooltip="For the stock Load LoRA Model and Save LoRA Weights."),
@@ -293,7 +292,6 @@ class SaveLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As the stock LoRA loaders list it.")],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -310,7 +308,7 @@ class PlotLosses(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossPlotLosses",
-            display_name="Plot Losses",
+            display_name="Plot Losses (Curves)",
             category=CATEGORY,
             description="Every term over the steps and by noise level, its share of the gradient, and the held-out pairs.",
             inputs=[
@@ -339,7 +337,7 @@ class Compare(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossCompare",
-            display_name="Compare",
+            display_name="Compare Base and LoRA",
             category=CATEGORY,
             description="Held-out pairs in rows: before, output of the base, output with the LoRA, after. Same noise for both outputs.",
             inputs=[
@@ -348,7 +346,6 @@ class Compare(io.ComfyNode):
             ],
             outputs=[io.Image.Output(display_name="picture", tooltip="The rows as one picture.")],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

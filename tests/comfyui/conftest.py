@@ -98,13 +98,32 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
     """One ComfyUI with this pack, in a base directory of its own."""
     from comfy_server import ComfyServer
 
-    base = tmp_path_factory.mktemp("comfyui")
+    other_frontend = os.environ.get("COMFYUI_FRONTEND_ROOT")  # a comfyui_frontend_package/static of another version
+    base = _base(tmp_path_factory, "comfyui")
+    with ComfyServer(base=base, front_end_root=Path(other_frontend) if other_frontend else None) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def newest_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """The same ComfyUI behind the newest frontend, with the examples that the workflows load."""
+    from comfy_server import ComfyServer
+    from examples import prepare
+    from frontends import newest_frontend
+
+    server = ComfyServer(base=_base(tmp_path_factory, "newest"), front_end_root=newest_frontend())
+    prepare(server.input_dir, server.models_dir)
+    with server:
+        yield server
+
+
+def _base(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder for one server, with the page's settings."""
+    base = tmp_path_factory.mktemp(name)
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
-    other_frontend = os.environ.get("COMFYUI_FRONTEND_ROOT")  # a comfyui_frontend_package/static of another version
-    with ComfyServer(base=base, front_end_root=Path(other_frontend) if other_frontend else None) as server:
-        yield server
+    return base
 
 
 @pytest.fixture(scope="session")
@@ -159,18 +178,23 @@ def find_chromium(playwrights_own: str) -> str:
 
 @pytest.fixture
 def page(browser: Browser, comfyui_server: ComfyServer) -> Iterator[Page]:
-    """ComfyUI's frontend, loaded and ready; ``window.app`` is the live application.
+    """A fresh page of the frontend that ComfyUI asks for."""
+    from frontends import open_page
 
-    ``page.errors`` collects uncaught exceptions of the page. Requests to other hosts are refused, so that a
-    test says the same with and without internet.
-    """
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
-    tab = context.new_page()
-    tab.errors = []
-    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(comfyui_server.url, wait_until="domcontentloaded", timeout=120_000)
-    # vueAppReady is set when the extensions are loaded and the first graph is on the canvas.
-    tab.wait_for_function("window.app && window.app.vueAppReady && window.app.graph", timeout=120_000)
-    yield tab
-    context.close()
+    with open_page(browser, comfyui_server) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="session", params=["own", "newest"])
+def shared_page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
+    """One page for many tests, which clear the graph: of the frontend that ComfyUI asks for, then of the newest one."""
+    from frontends import open_page
+
+    newest = request.param == "newest"
+    server = request.getfixturevalue("newest_server" if newest else "comfyui_server")
+    with open_page(browser, server, newer_server=newest) as tab:
+        # Without a GPU, fading dialogs in and out on a large page takes three quarters of the time of these tests.
+        tab.set_viewport_size({"width": 1200, "height": 800})
+        tab.add_style_tag(content="*, *::before, *::after { transition: none !important; animation: none !important }")
+        tab.server, tab.newest = server, newest
+        yield tab
