@@ -21,6 +21,7 @@ from . import (
     training_options,
 )
 from .folders import register_model_folder
+from .search_words import findable
 
 
 class EditLossExtension(ComfyExtension):
@@ -30,4 +31,4 @@ class EditLossExtension(ComfyExtension):
             encoders, embeddings, negatives, losses, diagnostics, diagnose, encoder_audit, pair_audit, pairs, training,
             training_export, training_options, run_report, demo,
         )  # fmt: skip
-        return [node for room in rooms for node in room.NODES]
+        return [findable(node) for room in rooms for node in room.NODES]

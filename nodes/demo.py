@@ -71,7 +71,6 @@ class DemoModel(io.ComfyNode):
                 ),
                 io.Vae.Output(display_name="vae", tooltip="16 channels, 8 pixels per latent."),
             ],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

@@ -25,7 +25,7 @@ class DiagnoseOutputs(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossDiagnoseOutputs",
-            display_name="Diagnose Outputs",
+            display_name="Diagnose Outputs (Verdicts)",
             category=CATEGORY,
             description="Judges outputs of any edit model from pixels and geometry: good, no edit, overlay, distorted or collateral "
             "change, with scores and heat maps. It asks no encoder, so that it can contradict a training signal.",
@@ -62,7 +62,6 @@ class DiagnoseOutputs(io.ComfyNode):
                 io.Float.Output(display_name="failure_rate", tooltip="Share of the judged outputs with any failure, 0 to 1."),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

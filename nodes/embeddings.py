@@ -44,7 +44,6 @@ class Encode(io.ComfyNode):
                 ),
             ],
             outputs=[EMBEDDINGS_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -82,7 +81,6 @@ class SaveEmbeddings(io.ComfyNode):
             ],
             outputs=[EMBEDDINGS_OUTPUT],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -114,7 +112,6 @@ class LoadEmbeddings(io.ComfyNode):
                 _picture("src", "Refuse the file unless its before pictures are these."),
             ],
             outputs=[EMBEDDINGS_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

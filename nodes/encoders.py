@@ -91,7 +91,6 @@ class OpenCLIP(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -112,7 +111,7 @@ class Timm(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossTimmEncoder",
-            display_name="Encoder: timm (DINOv2, DINOv3, ConvNeXt …)",
+            display_name="Encoder: timm (DINOv2, DINOv3)",
             category=CATEGORY,
             description="Any network of timm with weights from a file: DINOv2 and DINOv3 patch tokens, maps of convolutional nets.",
             inputs=[
@@ -133,7 +132,6 @@ class Timm(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -165,7 +163,6 @@ class VAELatents(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -193,7 +190,6 @@ class ClipVision(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -229,7 +225,6 @@ class DiffusionFeatures(io.ComfyNode):
                 _name_input(),
             ],
             outputs=[ENCODER_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

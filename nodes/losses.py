@@ -134,7 +134,6 @@ class LossNode(io.ComfyNode):
                 ),
             ],
             outputs=[OBJECTIVE_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -158,7 +157,7 @@ class NoEditIdentity(LossNode):
 
 
 class GeometryMatch(LossNode):
-    KIND, NODE_ID, TITLE = "geometry_match", "EditLossGeometryMatch", "Loss: Geometry Match"
+    KIND, NODE_ID, TITLE = "geometry_match", "EditLossGeometryMatch", "Loss: Geometry Match (Distorted)"
     DESCRIPTION_TEXT = (
         "Against distorted shapes: matches the output's features with those of the after picture, token by token."
     )
@@ -166,7 +165,7 @@ class GeometryMatch(LossNode):
 
 
 class OverlayAvoidance(LossNode):
-    KIND, NODE_ID, TITLE = "overlay_avoidance", "EditLossOverlayAvoidance", "Loss: Overlay Avoidance"
+    KIND, NODE_ID, TITLE = "overlay_avoidance", "EditLossOverlayAvoidance", "Loss: Overlay (Double Object, Ghost)"
     DESCRIPTION_TEXT = "Against the new object painted over the old one: the output must be nearer to the after picture than to overlays."
     FIXED = ("anchor", "positive", "negative")
 
@@ -235,7 +234,6 @@ class RecommendedMix(io.ComfyNode):
                 ),
             ],
             outputs=[OBJECTIVE_OUTPUT],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

@@ -106,7 +106,6 @@ class OverlayNegative(io.ComfyNode):
                 io.Image.Output(display_name="overlay", tooltip="To Encode's overlay input. Pair by pair, K of each."),
                 io.Mask.Output(display_name="pasted", tooltip="What was pasted, one mask per overlay."),
             ],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -161,7 +160,6 @@ class EstimateMask(io.ComfyNode):
                 ),
             ],
             outputs=[io.Mask.Output(display_name="edit_mask", tooltip="White = edited. To Encode and Overlay Negative.")],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -204,7 +202,6 @@ class StoreHardNegative(io.ComfyNode):
             outputs=[io.Int.Output(display_name="stored", tooltip="Pictures in the buffer now.")],
             is_output_node=True,
             not_idempotent=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -239,7 +236,6 @@ class DrawHardNegative(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="hard_negative", tooltip="To Encode's hard_negative input. Pair by pair.")],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

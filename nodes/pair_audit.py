@@ -61,7 +61,6 @@ class AuditPairs(io.ComfyNode):
                 io.String.Output(display_name="values", tooltip="Everything as JSON, for scripts."),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

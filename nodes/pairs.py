@@ -71,7 +71,7 @@ class LoadPairs(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossLoadPairs",
-            display_name="Load Pairs",
+            display_name="Load Pairs (Before, After)",
             category=CATEGORY,
             description="Before/after pairs from a folder, all checked before any work: one report names every file that is wrong.",
             inputs=[
@@ -93,7 +93,6 @@ class LoadPairs(io.ComfyNode):
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -138,7 +137,6 @@ class MakePairs(io.ComfyNode):
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

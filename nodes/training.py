@@ -103,7 +103,6 @@ class Train(io.ComfyNode):
                 ResumeSocket.Input("resume", optional=True, tooltip="From Resume Training: go on with an earlier run."),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA at strength 1."),
                 LoRAModelSocket.Output(display_name="lora", tooltip="For the stock Load LoRA Model and Save LoRA Weights."),
@@ -265,7 +264,6 @@ class Resume(io.ComfyNode):
                 io.Int.Input("step", default=0, min=0, max=1_000_000, optional=True, tooltip="Which checkpoint; 0 = the last one."),
             ],
             outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Kontext LoRA.")],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -313,7 +311,6 @@ class SaveLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As the stock LoRA loaders list it.")],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -330,7 +327,7 @@ class PlotLosses(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossPlotLosses",
-            display_name="Plot Losses",
+            display_name="Plot Losses (Curves)",
             category=CATEGORY,
             description="Every term over the steps and by noise level, its share of the gradient, and the held-out pairs.",
             inputs=[
@@ -359,7 +356,7 @@ class Compare(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossCompare",
-            display_name="Compare",
+            display_name="Compare Base and LoRA",
             category=CATEGORY,
             description="Held-out pairs in rows: before, output of the base, output with the LoRA, after. Same noise for both outputs.",
             inputs=[
@@ -374,7 +371,6 @@ class Compare(io.ComfyNode):
                 io.Image.Output(display_name="after", is_output_list=True, tooltip="The after pictures, one by one."),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

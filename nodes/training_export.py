@@ -55,7 +55,6 @@ class Export(io.ComfyNode):
                 *settings_inputs(),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
             outputs=[
                 io.String.Output(display_name="text", tooltip="The file's content, for Preview as Text."),
                 io.String.Output(display_name="file", tooltip="Where it is: output/editloss/configs/NAME.toml."),

@@ -33,7 +33,6 @@ def _schema(node_id: str, display_name: str, description: str, inputs: list) -> 
         outputs=[
             OptionsSocket.Output(display_name="options", tooltip="To Train Kontext LoRA, or to the next Options node.")
         ],
-        hidden=[io.Hidden.unique_id],
     )
 
 
@@ -218,7 +217,6 @@ class GateTerms(io.ComfyNode):
                 io.Float.Input("t_max", default=0.8, min=0.0, max=1.0, step=0.05, tooltip="Highest noise level at which they count."),
             ],
             outputs=[ObjectiveSocket.Output(display_name="objective", tooltip="The same terms, gated.")],
-            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod

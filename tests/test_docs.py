@@ -18,7 +18,7 @@ from test_help_pages import NODES
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES, TRAINING = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("losses.md", "training.md"))
-TITLES = {node.title: node for node in NODES.values()}
+TITLES = {node.title.partition(" (")[0]: node for node in NODES.values()}  # brackets are there to be searched
 
 
 def section(text: str, heading: str) -> str:
@@ -80,7 +80,7 @@ def test_tables_of_settings_are_those_of_the_graph():
     for node in graph["nodes"]:
         if node["type"] in NODES:
             names = [i["widget"]["name"] for i in node["inputs"] if "widget" in i]
-            values[NODES[node["type"]].title] = dict(zip(names, node["widgets_values"]))
+            values[NODES[node["type"]].title.partition(" (")[0]] = dict(zip(names, node["widgets_values"]))
     text = section(TRAINING, "Settings by GPU memory")
     checked = 0
     for said, title in re.findall(r"^\| (`.*) \| \*\*(.*?)\*\* \|$", text, re.M):

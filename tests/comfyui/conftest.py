@@ -101,27 +101,46 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
     it. (Without git it is a link to the checkout.) No connection to another host is let through, and after the last test
     nothing of the pack must have asked for one.
     """
-    import archive
     from comfy_server import PACK, ComfyServer
 
-    base = tmp_path_factory.mktemp("comfyui")
-    pack = base / "custom_nodes" / PACK
-    archive.unpack(pack)
+    base = _base(tmp_path_factory, "comfyui")
     asked = base / "connections.jsonl"
     guard = os.pathsep.join(filter(None, [str(HERE / "guard"), os.environ.get("PYTHONPATH")]))
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
-    other_frontend = os.environ.get("COMFYUI_FRONTEND_ROOT")  # a comfyui_frontend_package/static of another version
     with ComfyServer(
         base=base,
-        front_end_root=Path(other_frontend) if other_frontend else None,
         env={"PYTHONPATH": guard, "EDITLOSS_CONNECTIONS": str(asked), "HF_HUB_OFFLINE": "0"},
     ) as server:
         yield server
     lines = asked.read_text(encoding="utf-8").splitlines() if asked.is_file() else []
-    ours = [line for line in lines if any(str(pack.resolve()) in file for file in json.loads(line)["stack"])]
+    pack = (base / "custom_nodes" / PACK).resolve()
+    ours = [line for line in lines if any(str(pack) in file for file in json.loads(line)["stack"])]
     assert not ours, "the pack asked for a connection:\n" + "\n".join(ours)
+
+
+@pytest.fixture(scope="session")
+def newest_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """The same ComfyUI behind the newest frontend, with the examples that the workflows load."""
+    from comfy_server import ComfyServer
+    from examples import prepare
+    from frontends import newest_frontend
+
+    server = ComfyServer(base=_base(tmp_path_factory, "newest"), front_end_root=newest_frontend())
+    prepare(server.input_dir, server.models_dir)
+    with server:
+        yield server
+
+
+def _base(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder for one server, with the pack and the page's settings."""
+    import archive
+    from comfy_server import PACK
+
+    base = tmp_path_factory.mktemp(name)
+    archive.unpack(base / "custom_nodes" / PACK)
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(SETTINGS), encoding="utf-8")
+    return base
 
 
 @pytest.fixture(scope="session")
@@ -176,18 +195,23 @@ def find_chromium(playwrights_own: str) -> str:
 
 @pytest.fixture
 def page(browser: Browser, comfyui_server: ComfyServer) -> Iterator[Page]:
-    """ComfyUI's frontend, loaded and ready; ``window.app`` is the live application.
+    """A fresh page of the frontend that ComfyUI asks for."""
+    from frontends import open_page
 
-    ``page.errors`` collects uncaught exceptions of the page. Requests to other hosts are refused, so that a
-    test says the same with and without internet.
-    """
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
-    tab = context.new_page()
-    tab.errors = []
-    tab.on("pageerror", lambda error: tab.errors.append(str(error)))
-    tab.goto(comfyui_server.url, wait_until="domcontentloaded", timeout=120_000)
-    # vueAppReady is set when the extensions are loaded and the first graph is on the canvas.
-    tab.wait_for_function("window.app && window.app.vueAppReady && window.app.graph", timeout=120_000)
-    yield tab
-    context.close()
+    with open_page(browser, comfyui_server) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="session", params=["own", "newest"])
+def shared_page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
+    """One page for many tests, which clear the graph: of the frontend that ComfyUI asks for, then of the newest one."""
+    from frontends import open_page
+
+    newest = request.param == "newest"
+    server = request.getfixturevalue("newest_server" if newest else "comfyui_server")
+    with open_page(browser, server, newer_server=newest) as tab:
+        # Without a GPU, fading dialogs in and out on a large page takes three quarters of the time of these tests.
+        tab.set_viewport_size({"width": 1200, "height": 800})
+        tab.add_style_tag(content="*, *::before, *::after { transition: none !important; animation: none !important }")
+        tab.server, tab.newest = server, newest
+        yield tab

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import frontend_prompt
+from frontends import DRAWN, FIT, check_whole, drop, finished, open_page
 from PIL import Image
-from ui_to_api import to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 # train_demo comes before apply_lora, which loads the LoRA that it saves.
@@ -37,72 +36,32 @@ PICTURE_NODES = {
     "EditLossAuditEncoders": 1600,
 }
 
-DROP = """async ([text, name]) => {
-    const dropped = new DataTransfer();
-    dropped.items.add(new File([text], name, {type: 'application/json'}));
-    const canvas = document.getElementById('graph-canvas');
-    for (const kind of ['dragenter', 'dragover', 'drop'])
-        canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: dropped, bubbles: true, cancelable: true}));
-}"""
-# Shows all groups at once, below the page's own bar.
-FIT = """() => {
-    const {graph, canvas} = window.app, groups = graph.groups, margin = 60, top = 90, left = 110;
-    const box = [Math.min(...groups.map(g => g.pos[0])), Math.min(...groups.map(g => g.pos[1])),
-                 Math.max(...groups.map(g => g.pos[0] + g.size[0])), Math.max(...groups.map(g => g.pos[1] + g.size[1]))];
-    const width = window.innerWidth - left, height = window.innerHeight - top;
-    const scale = Math.min(width / (box[2] - box[0] + margin), height / (box[3] - box[1] + margin));
-    canvas.ds.scale = scale;
-    canvas.ds.offset = [(left + (width - (box[2] - box[0]) * scale) / 2) / scale - box[0],
-                        (top + (height - (box[3] - box[1]) * scale) / 2) / scale - box[1]];
-    canvas.setDirty(true, true);
-    return [...[box[0], box[1]].map((v, i) => (v + canvas.ds.offset[i]) * scale),
-            ...[box[2], box[3]].map((v, i) => (v + canvas.ds.offset[i]) * scale)];
-}"""
 
-
-@pytest.fixture(scope="module", autouse=True)
-def example_files(comfyui_server):
+@pytest.fixture(scope="module")
+def desk(browser, comfyui_server):
+    """A page large enough to read a whole graph, with nothing of the page in front of it."""
     from examples import prepare
 
-    prepare(comfyui_server.input_dir, comfyui_server.base / "models")
-
-
-@pytest.fixture
-def desk(page):
-    """A page large enough to read a whole graph, with nothing of the page in front of it."""
-    page.set_viewport_size({"width": 2880, "height": 1620})
-    page.locator(".p-blockui-mask").wait_for(state="detached", timeout=60_000)
-    return page
+    prepare(comfyui_server.input_dir, comfyui_server.models_dir)
+    with open_page(browser, comfyui_server) as page:
+        page.set_viewport_size({"width": 2880, "height": 1620})
+        page.locator(".p-blockui-mask").wait_for(state="detached", timeout=60_000)
+        yield page
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client, object_info):
     workflow = json.loads(path.read_text(encoding="utf-8"))
     client.call("/free", {"free_memory": True})  # nothing from an earlier graph: a node that is not run says nothing
-    desk.evaluate(DROP, [json.dumps(workflow), path.name])
-    desk.wait_for_function("n => window.app.graph.nodes.length === n", arg=len(workflow["nodes"]), timeout=30_000)
-    desk.wait_for_timeout(1000)
+    drop(desk, workflow, path.name)
+    check_whole(desk, workflow, object_info)
 
-    loaded = desk.evaluate(
-        """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.id, {
-            type: n.type, known: n.type in LiteGraph.registered_node_types, errors: !!n.has_errors,
-            values: JSON.parse(JSON.stringify(n.serialize().widgets_values ?? null)),
-            links: (n.inputs ?? []).filter(i => i.link != null).length}]))"""
-    )
     by_id = {node["id"]: node["type"] for node in workflow["nodes"]}
-    for node in workflow["nodes"]:
-        found = loaded[str(node["id"])]
-        assert found["known"] and not found["errors"], f"{node['type']} is missing in the page"
-        assert (found["values"] or []) == node.get("widgets_values", []), f"{node['type']} lost a widget value"
-        assert found["links"] == sum(i.get("link") is not None for i in node.get("inputs", []))
-    assert desk.locator(".p-toast-message").all_inner_texts() == []
-    assert frontend_prompt(desk, workflow, object_info) == to_prompt(workflow, object_info)
-
     desk.evaluate(FIT)  # a node loads its picture when it is drawn, so all must be in sight
     if path.stem not in NEEDS_A_DOWNLOAD:
         before = set(client.call("/history"))
         desk.get_by_role("button", name="Run", exact=True).first.click()
-        outputs = _finished(client, before)
+        outputs = finished(client, before)["outputs"]
         shown = [n["id"] for n in workflow["nodes"] if n["type"] in PICTURE_NODES]
         assert shown
         for node in shown:
@@ -211,22 +170,11 @@ OUTCOMES = {
 }
 
 
-def _finished(client, before: set[str], timeout: float = 600.0) -> dict:
-    """The outputs of the one prompt that was queued since, which must have succeeded."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        new = {k: v for k, v in client.call("/history").items() if k not in before}
-        if new:
-            (entry,) = new.values()
-            assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
-            return entry["outputs"]
-        time.sleep(0.3)
-    raise AssertionError("the queue button queued nothing, or the prompt did not finish")
-
-
 def _screenshot(desk, path: Path) -> None:
     box = desk.evaluate(FIT)
-    desk.wait_for_timeout(2500)
+    if UPDATE:
+        desk.wait_for_timeout(2500)  # messages of the page go away, and everything is drawn sharp
+    desk.evaluate(f"async () => {{ {DRAWN} }}")
     shot = Image.open(io.BytesIO(desk.screenshot())).convert("RGB")
     graph = shot.crop((int(box[0]) - 12, int(box[1]) - 12, int(box[2]) + 12, int(box[3]) + 12))
     assert len(graph.getcolors(1 << 24)) > 5000, "the canvas is blank"

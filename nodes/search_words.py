@@ -1,0 +1,79 @@
+"""Other words that people type for a node in the page's search.
+
+The search of every frontend looks at ids and display names; in a long display name, only at what begins within the first 30
+letters. Words that stand there are not repeated here. Newer frontends look at a schema's ``search_aliases`` as well, which
+ComfyUI 0.3.75 does not have.
+"""
+
+from __future__ import annotations
+
+SEARCH_WORDS: dict[str, tuple[str, ...]] = {
+    # losses
+    "EditLossNoEditIdentity": ("unchanged output", "copies the input", "nothing edited", "source copied"),
+    "EditLossGeometryMatch": ("distortion", "deformed shape", "misshapen", "bent object", "perceptual loss"),
+    "EditLossOverlayAvoidance": ("ghosting", "doubled object", "two objects", "transparent object", "old object visible"),
+    "EditLossRecommendedMix": ("default losses", "no edit, overlay and geometry", "starting point"),
+    "EditLossFeatureMatch": ("perceptual loss", "feature matching", "L1", "L2", "MSE", "cosine similarity"),
+    "EditLossContrastive": ("siamese", "metric learning", "contrastive loss"),
+    "EditLossTriplet": ("triplet loss", "metric learning", "anchor positive negative"),
+    "EditLossMarginRanking": ("hinge", "metric learning"),
+    "EditLossMultiNegative": ("several negatives", "hardest negative", "metric learning", "triplet"),
+    "EditLossInfoNCE": ("NT-Xent", "in-batch negatives", "temperature", "contrastive", "metric learning"),
+    "EditLossPairDistance": ("similarity", "cosine distance", "metric"),
+    # encoders and embeddings
+    "EditLossTimmEncoder": ("ConvNeXt", "EfficientNet", "ViT", "patch tokens", "vision encoder"),
+    "EditLossOpenCLIPEncoder": ("EVA", "ViT", "image tower", "vision encoder"),
+    "EditLossCLIPVisionEncoder": ("SigLIP", "DINOv2", "image encoder"),
+    "EditLossVAEEncoder": ("latent loss",),
+    "EditLossDiffusionEncoder": ("FLUX features", "DIFT"),
+    "EditLossEncode": ("embed pictures", "embeddings", "features"),
+    "EditLossSaveEmbeddings": ("safetensors", "cache embeddings"),
+    "EditLossLoadEmbeddings": ("safetensors", "cached embeddings"),
+    # negatives
+    "EditLossOverlayNegative": ("double object", "ghost", "paste", "blend two pictures", "hard negative"),
+    "EditLossEstimateMask": ("difference mask", "what changed", "segmentation"),
+    "EditLossStoreHardNegative": ("replay buffer", "memory bank", "bad outputs"),
+    "EditLossDrawHardNegative": ("replay buffer", "memory bank", "bad outputs"),
+    # diagnostics
+    "EditLossEvaluateObjective": ("heatmap", "loss values", "which term fails"),
+    "EditLossDiagnoseOutputs": (
+        "no edit", "overlay", "double object", "ghost", "distorted", "collateral change", "heatmap", "failure detection",
+        "judge", "evaluate edits",
+    ),
+    "EditLossAuditPairs": ("check dataset", "swapped pairs", "duplicates", "quality control"),
+    "EditLossAuditEncoders": ("which encoder", "margin", "AUROC"),
+    "EditLossRunReport": ("best checkpoint", "failure rate", "validation"),
+    # training
+    "EditLossTrainKontextLoRA": ("FLUX training", "trainer", "fine-tune", "finetune", "train edit model", "learning rate"),
+    "EditLossResumeTraining": ("continue training", "checkpoint"),
+    "EditLossSaveLoRA": ("export LoRA", "safetensors"),
+    "EditLossLoadPairs": ("dataset", "image pairs", "folder", "captions"),
+    "EditLossMakePairs": ("dataset", "before and after", "image pairs", "captions"),
+    "EditLossPlotLosses": ("loss graph", "training chart"),
+    "EditLossCompare": ("grid", "side by side", "before and after", "validation pictures"),
+    "EditLossGateTerms": ("timestep", "sigma"),
+    "EditLossOptimizerOptions": ("AdamW", "Prodigy", "8-bit", "learning rate schedule", "warmup", "EMA"),
+    "EditLossNoiseOptions": ("timestep sampling", "sigma", "logit-normal"),
+    "EditLossObjectiveOptions": ("loss schedule", "crop"),
+    "EditLossRunOptions": ("checkpoints", "validation", "previews", "memory", "VRAM"),
+    "EditLossLoRAOptions": ("layers", "dropout", "target modules"),
+    "EditLossExportTraining": ("TOML", "diffusers", "accelerate", "multi-GPU", "without ComfyUI"),
+    # demo
+    "EditLossDemoModel": ("example model", "small FLUX", "tutorial"),
+    "EditLossDemoPairs": ("example dataset", "stool", "tutorial"),
+    "EditLossDemoJudge": ("failure rate", "verdicts", "stool", "benchmark"),
+}  # fmt: skip
+
+
+def findable(node: type) -> type:
+    """The node class; its schema gets the words, where ComfyUI's schemas have a place for them."""
+    define = node.define_schema.__func__
+
+    def define_schema(cls):
+        schema = define(cls)
+        if hasattr(schema, "search_aliases"):
+            schema.search_aliases = list(SEARCH_WORDS[schema.node_id])
+        return schema
+
+    node.define_schema = classmethod(define_schema)
+    return node
