@@ -56,7 +56,7 @@ def _answer(cls, encoder: Encoder, name: str) -> io.NodeOutput:
     """The encoder under its name, and what it does to a picture on the node."""
     if name.strip():
         encoder.info = replace(encoder.info, name=name.strip())
-    return io.NodeOutput(encoder, ui=say(cls, f"{encoder.info.name}\n{encoder.info.preprocessing}"))
+    return io.NodeOutput(encoder, ui=say(cls, f"{encoder.info.name}\n{encoder.info.preprocessing.split(';')[0]}"))
 
 
 def _state_of_weights(weights: str) -> str | float:

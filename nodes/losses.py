@@ -147,7 +147,10 @@ class LossNode(io.ComfyNode):
         if label is not None:
             settings["label"] = int(label == "same")
         term = LossTerm(cls.KIND, encoder.info.name, weight=weight, **settings)
-        return objective_output(cls, (objective or WiredObjective()).with_term(term, encoder))
+        objective = (objective or WiredObjective()).with_term(term, encoder)
+        *others, own = objective.objective.terms
+        text = f"{own.describe()}{f', after {len(others)} more' if others else ''}"
+        return io.NodeOutput(objective, ui=say(cls, text))
 
 
 class NoEditIdentity(LossNode):

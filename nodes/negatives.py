@@ -34,8 +34,9 @@ def _same_batch(before: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _first(cls, images: torch.Tensor, what: str, count: int = 0, note: str = "") -> dict:
-    """The first pictures on the node, and how many there are."""
+    """The first pictures on the node, and how many there are of ``what``, a word in the singular."""
     count = count or len(images)
+    what += "s" if count > 1 else ""
     text = f"{count} {what}" if count <= SHOWN else f"{SHOWN} of {count} {what}"
     shown = ui.PreviewImage(images[:SHOWN], cls=cls).as_dict()
     return {**shown, **say(cls, f"{text}: {note}" if note else text)}
@@ -132,7 +133,7 @@ class OverlayNegative(io.ComfyNode):
         result = make_overlays(
             before, after, mask, mask_before, mask_after, settings, progress=lambda done, total: bar.update(1)
         )
-        return io.NodeOutput(result.images, result.masks, ui=_first(cls, result.images, "overlays"))
+        return io.NodeOutput(result.images, result.masks, ui=_first(cls, result.images, "overlay"))
 
 
 class EstimateMask(io.ComfyNode):
@@ -171,7 +172,7 @@ class EstimateMask(io.ComfyNode):
         masks = _estimate(before, after, bar, hint, threshold, margin=grow, feather=feather)
         edited = after[:SHOWN] * (DIMMED + (1 - DIMMED) * masks[:SHOWN, ..., None].to(after))
         shares = ", ".join(f"{share:.0%}" for share in masks[:SHOWN].mean((1, 2)).tolist())
-        return io.NodeOutput(masks, ui=_first(cls, edited, "masks", len(masks), f"{shares} of the picture"))
+        return io.NodeOutput(masks, ui=_first(cls, edited, "mask", len(masks), f"{shares} of the picture"))
 
 
 def _buffer_input() -> io.String.Input:
@@ -272,7 +273,7 @@ class DrawHardNegative(io.ComfyNode):
                 f"buffer: expected pictures of one size, {buffer!r} has {sorted(sizes)} (height, width) for these"
             )
         pictures = torch.cat(drawn)
-        return io.NodeOutput(pictures, ui=_first(cls, pictures, "hard negatives"))
+        return io.NodeOutput(pictures, ui=_first(cls, pictures, "hard negative"))
 
 
 NODES = [OverlayNegative, EstimateMask, StoreHardNegative, DrawHardNegative]

@@ -39,12 +39,12 @@ DROP = """async ([text, name]) => {
     for (const kind of ['dragenter', 'dragover', 'drop'])
         canvas.dispatchEvent(new DragEvent(kind, {dataTransfer: dropped, bubbles: true, cancelable: true}));
 }"""
-# Shows all groups at once, below the page's own bar.
+# Shows all groups at once, between the page's own bars.
 FIT = """() => {
-    const {graph, canvas} = window.app, groups = graph.groups, margin = 60, top = 90, left = 110;
+    const {graph, canvas} = window.app, groups = graph.groups, margin = 60, top = 90, left = 110, bottom = 80;
     const box = [Math.min(...groups.map(g => g.pos[0])), Math.min(...groups.map(g => g.pos[1])),
                  Math.max(...groups.map(g => g.pos[0] + g.size[0])), Math.max(...groups.map(g => g.pos[1] + g.size[1]))];
-    const width = window.innerWidth - left, height = window.innerHeight - top;
+    const width = window.innerWidth - left, height = window.innerHeight - top - bottom;
     const scale = Math.min(width / (box[2] - box[0] + margin), height / (box[3] - box[1] + margin));
     canvas.ds.scale = scale;
     canvas.ds.offset = [(left + (width - (box[2] - box[0]) * scale) / 2) / scale - box[0],

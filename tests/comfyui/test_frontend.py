@@ -173,7 +173,9 @@ OUTCOMES = {
 def _screenshot(desk, path: Path) -> None:
     box = desk.evaluate(FIT)
     if UPDATE:
-        desk.wait_for_timeout(2500)  # messages of the page go away, and everything is drawn sharp
+        desk.mouse.move(1440, 1610)  # from the button that was pressed, whose tooltip would be in the picture
+        desk.get_by_text("job completed").wait_for(state="hidden", timeout=60_000)
+        desk.wait_for_timeout(2500)  # everything is drawn sharp
     desk.evaluate(f"async () => {{ {DRAWN} }}")
     shot = Image.open(io.BytesIO(desk.screenshot())).convert("RGB")
     graph = shot.crop((int(box[0]) - 12, int(box[1]) - 12, int(box[2]) + 12, int(box[3]) + 12))
