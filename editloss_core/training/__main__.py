@@ -109,9 +109,14 @@ def _train(path: Path, prog: str) -> int:
         return UNUSABLE
     if main_process:
         finish(plan, result)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return DONE
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # gloo's threads would end in an abort
+    raise SystemExit(status)

@@ -403,21 +403,6 @@ def check_compare_answers_without_pictures() -> None:
     assert "hold_out" in out.ui["text"][0] and out.ui["images"]
 
 
-@check
-def check_words_reach_the_node_as_text_not_as_html() -> None:
-    sent: list[tuple[str, ...]] = []
-    server = SimpleNamespace(client_id="me", send_progress_text=lambda *args: sent.append(args))
-    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="7:3"))
-    stand_in = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
-    sys.modules["server"] = stand_in
-    try:
-        shown = PACK.notices.say(node, 'a <img src=x onerror="x()"> & b', details="| table |")
-    finally:
-        del sys.modules["server"]
-    assert sent == [('a &lt;img src=x onerror="x()"&gt; &amp; b', "7:3", "me")]
-    assert shown == {"text": ('a <img src=x onerror="x()"> & b\n\n| table |',)}
-
-
 # ---------------------------------------------------------------------------- the model that the pack carries
 
 
