@@ -234,6 +234,10 @@ class EditObjective:
         several = len(self.encoders) > 1
         return "\n".join(f"{t.describe()}{f' on {t.encoder}' if several else ''}" for t in self.terms)
 
+    def reads(self, role: str) -> bool:
+        """Whether any term needs embeddings of a role."""
+        return any(role in (t.anchor, t.positive, t.negative, t.reference) for t in self.terms)
+
     def at(self, t: Tensor) -> EditObjective:
         """The terms that count for at least one of the noise levels ``[B]``: what a trainer has to compute."""
         return EditObjective(tuple(term for term in self.terms if bool(term.gate(t).any())))

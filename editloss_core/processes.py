@@ -259,6 +259,14 @@ def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     return accelerator.prepare_model(module, evaluation_mode=True)
 
 
+def check_batch(batch_size: int, processes: int) -> None:
+    """ValueError unless each process has a pair of every batch."""
+    if batch_size < processes:
+        raise ValueError(
+            f"batch_size: expected at least one pair for each of {processes} processes, got {batch_size} for all of them"
+        )
+
+
 def check_accelerator(accelerator: Accelerator) -> None:
     """ValueError for configurations of accelerate that a LoRA cannot be trained with here, with what to use instead."""
     kind = accelerator.distributed_type.value

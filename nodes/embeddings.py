@@ -120,11 +120,7 @@ class LoadEmbeddings(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file, **_) -> str | float:
-        try:
-            status = folders.embedding_file_to_read(file).stat()
-        except (AttributeError, ValueError):  # linked, so not known yet, or no such file: always run, execute says why
-            return float("nan")
-        return f"{status.st_mtime_ns} {status.st_size}"
+        return folders.state_of(folders.embedding_file_to_read, file)
 
     @classmethod
     @checked("file")

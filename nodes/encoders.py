@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..editloss_core.encoders.base import Encoder
 from . import comfy_model
 from .checks import checked
-from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path
+from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path, state_of
 from .notices import say
 from .sockets import EncoderSocket
 
@@ -59,15 +59,6 @@ def _answer(cls, encoder: Encoder, name: str) -> io.NodeOutput:
     return io.NodeOutput(encoder, ui=say(cls, f"{encoder.info.name}\n{encoder.info.preprocessing.split(';')[0]}"))
 
 
-def _state_of_weights(weights: str) -> str | float:
-    """Another file under the same name is another encoder."""
-    try:
-        status = encoder_weights_path(weights).stat()
-    except (TypeError, ValueError, OSError):  # linked, so not known yet, or no such file: execute says why
-        return float("nan")
-    return f"{status.st_mtime_ns} {status.st_size}"
-
-
 ENCODER_OUTPUT = EncoderSocket.Output(display_name="encoder", tooltip="To Encode and to the losses that shall read it.")
 
 
@@ -95,7 +86,7 @@ class OpenCLIP(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights, **_) -> str | float:
-        return _state_of_weights(weights)
+        return state_of(encoder_weights_path, weights)
 
     @classmethod
     @checked("weights")
@@ -136,7 +127,7 @@ class Timm(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, weights, **_) -> str | float:
-        return _state_of_weights(weights)
+        return state_of(encoder_weights_path, weights)
 
     @classmethod
     @checked("weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -24,6 +25,15 @@ NO_RUNS = "(none yet: run Train Kontext LoRA, then press R)"
 _PART = re.compile(r"[^\W_][\w\- .]{0,99}")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?")
 _MOST_PARTS, _MOST_BYTES = 8, 200  # file systems take 255 bytes a part; the ending and the temporary file need some
+
+
+def state_of(find: Callable[[str], Path], name: str) -> str | float:
+    """What ``fingerprint_inputs`` says of a file by its name: the same until the file is another one."""
+    try:
+        status = find(name).stat()
+    except (AttributeError, TypeError, ValueError, OSError):
+        return float("nan")  # linked, so not known yet, or no such file: always run, and execute says why
+    return f"{status.st_mtime_ns} {status.st_size}"
 
 
 def register_model_folder() -> None:

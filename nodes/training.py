@@ -208,21 +208,15 @@ def _prepared(
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
 
-    terms = objective.objective.terms
-    overlays = any("overlay" in (t.anchor, t.positive, t.negative, t.reference) for t in terms)
     return prepare(
         pairs, vae, {name: objective.encoders[name] for name in objective.objective.encoders}, folders.cache_folder(),
-        crop=options.crop, overlay=options.overlay if overlays else None, progress=step,
+        crop=options.crop, overlay=options.overlay if objective.objective.reads("overlay") else None, progress=step,
     )  # fmt: skip
-
-
-def _reads_pictures(train: Prepared) -> bool:
-    return not all(map(train.reads_latents, train.encoders))
 
 
 def _info(model, decode: VAEDecoder, train: Prepared, options: TrainingOptions) -> dict[str, Any]:
     """What a run depends on beside its settings and pairs, for resume to tell what changed; it goes into the LoRA's header."""
-    decoder = fingerprint(decode.vae.first_stage_model) if _reads_pictures(train) else ""
+    decoder = fingerprint(decode.vae.first_stage_model) if train.reads_pictures else ""
     return {
         "model": f"{type(model.model).__name__} in {str(model.model_dtype()).removeprefix('torch.')}",
         "guidance": options.guidance,
@@ -240,9 +234,9 @@ def _host(
     if not reserve:
         reserve = step_memory(
             denoiser.model, train, settings.batch_size, options.checkpointing,
-            decode.vae if _reads_pictures(train) else None, patchers,
+            decode.vae if train.reads_pictures else None, patchers,
         )  # fmt: skip
-    if _reads_pictures(train):
+    if train.reads_pictures:
         patchers.append(decode.patcher)
     return ComfyHost(denoiser, patchers, options.preview_guidance, reserve, settings.steps)
 

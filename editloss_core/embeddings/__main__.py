@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import torch
-from tqdm import tqdm
 
 from ..encoders.spec import EncoderSpec
 from ..pairs import PairProblems, find_pairs
 from ..processes import Processes
+from ..progress import ConsoleBar
 from .shards import SHARD_PAIRS, encode_pairs
 
 if TYPE_CHECKING:
@@ -65,20 +65,12 @@ def _run(given: argparse.Namespace, accelerator: Optional[Accelerator], program:
             lambda: find_pairs(given.pairs, given.control, resolution=given.resolution, default_caption="none"),
             (ValueError, OSError),
         )
-        bar = tqdm(
-            desc=f"process 1 of {processes.count}" if processes.count > 1 else "encoding", unit=" pictures",
-            disable=not processes.main, smoothing=0.1,
-        )  # fmt: skip
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        with bar:
+        what = f"process 1 of {processes.count}" if processes.count > 1 else "encoding"
+        with ConsoleBar(what, unit=" pictures", disable=not processes.main, smoothing=0.1) as bar:
             began = time.perf_counter()
             made = encode_pairs(
                 pairs, encoders, given.out, masks=given.masks, batch_size=given.batch_size, shard_pairs=given.shard_pairs,
-                processes=processes, progress=progress,
+                processes=processes, progress=bar.update,
             )  # fmt: skip
     except (PairProblems, ValueError, OSError, ImportError) as error:
         say(f"{program}: {error}")

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from tqdm import tqdm
-
 from ..processes import ProcessLost
+from ..progress import ConsoleBar
 from .gradients import NonFinite
 from .memory import OutOfMemory
 
@@ -66,13 +65,8 @@ def _plan(path: Path) -> Any:
     from .run import plan
 
     config = read_config(path)
-    with tqdm(desc="looking at pairs", delay=1.0) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return plan(config, path.parent, progress)
+    with ConsoleBar("looking at pairs", delay=1.0) as bar:
+        return plan(config, path.parent, bar.update)
 
 
 def _check(path: Path, prog: str) -> int:

@@ -140,6 +140,11 @@ class Prepared:
         self._check(encoder)
         return encoder in self._of_latents
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether any encoder's embeddings are of cropped pictures, so that estimates have to be decoded."""
+        return not all(map(self.reads_latents, self.encoders))
+
     def embeddings(self, indices: Sequence[int], encoders: Optional[Iterable[str]] = None) -> EmbeddingSet:
         """gt, src and (if prepared) overlay of a batch, with masks of what each encoder saw.
 

@@ -15,7 +15,8 @@ from .. import encoders
 from ..encoders.base import Encoder, hash_module
 from ..encoders.vae import VAEEncoder
 from ..pairs import PairSet, find_pairs
-from ..processes import check_accelerator, place
+from ..processes import check_accelerator, check_batch, place
+from ..progress import ConsoleBar
 from .config import TimmSection, TrainingConfig, VAESection
 from .config_reader import checkpoint_of, kontext_files
 from .diffusers_files import DTYPES, KontextFiles, free_memory
@@ -155,11 +156,7 @@ def accelerator_for(plan: Plan) -> Any:
             f"processes: {launched} were launched, and accelerate sees {accelerator.num_processes}; its configuration does not "
             "fit these devices (FSDP needs GPUs; several processes on CPUs are MULTI_CPU)"
         )
-    if plan.config.training.batch_size < launched:
-        raise ValueError(
-            f"training.batch_size: expected at least one pair for each of {launched} processes, got "
-            f"{plan.config.training.batch_size} for all of them"
-        )
+    check_batch(plan.config.training.batch_size, launched)
     return accelerator
 
 
@@ -247,7 +244,6 @@ def make_trainer(
     denoiser = FluxDenoiser(transformer, model.guidance, model.gradient_checkpointing, accelerator.device)
     lora = LoRA(transformer, config.lora, config.training.seed)
     denoiser.module = place(transformer, accelerator)
-    reads_pictures = not all(map(train.reads_latents, train.encoders))
     host = ConsoleHost(denoiser, config.validation.preview_guidance, config.training.steps, accelerator.is_main_process)
     return Trainer(
         denoiser, lora, train,
@@ -258,7 +254,7 @@ def make_trainer(
         info={
             "model": f"FluxTransformer2DModel in {model.dtype if model.quantization == 'none' else model.quantization}",
             "guidance": model.guidance,
-            "decoder": hash_module(decode.vae) if reads_pictures else "",
+            "decoder": hash_module(decode.vae) if train.reads_pictures else "",
         },
         resolution=config.pairs.resolution, checkpointing=model.gradient_checkpointing, host=host,
         accelerator=accelerator,
@@ -268,7 +264,7 @@ def make_trainer(
 def _captions(plan: Plan, device: torch.device, shown: bool) -> dict[str, Caption]:
     texts = [pair.caption for pair in (*plan.pairs, *(plan.held_out or ()))]
     place = torch.device("cpu") if plan.config.model.text_device == "cpu" else device
-    with _Bar("captions", shown) as bar:
+    with ConsoleBar("captions", disable=not shown, delay=1.0) as bar:
         return encode_captions(
             texts, lambda: plan.files.load_text(place), plan.files.text_fingerprint, plan.cache, bar.update
         )
@@ -279,31 +275,12 @@ def _prepared(
 ) -> Optional[Prepared]:
     if pairs is None:
         return None
-    terms = plan.config.objective.terms
-    overlays = any("overlay" in (t.anchor, t.positive, t.negative, t.reference) for t in terms)
-    with _Bar("pictures", accelerator.is_main_process) as bar:
+    with ConsoleBar("pictures", disable=not accelerator.is_main_process, delay=1.0) as bar:
         return prepare(
             pairs, vae, made, plan.cache, crop=plan.config.estimate.crop,
-            overlay=plan.config.overlay if overlays else None, progress=bar.update,
+            overlay=plan.config.overlay if plan.config.objective.reads("overlay") else None, progress=bar.update,
             accelerator=accelerator,
         )  # fmt: skip
-
-
-class _Bar:
-    """A bar that appears with the first piece of work."""
-
-    def __init__(self, what: str, shown: bool):
-        self._bar = tqdm(desc=what, disable=not shown, delay=1.0)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def update(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
 
 
 class ConsoleHost(Host):

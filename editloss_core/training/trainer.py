@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..encoders.base import Encoder, hash_tensors
 from ..objective import EditObjective, LossTerm
-from ..processes import Processes, ProcessLost, check_accelerator
+from ..processes import Processes, ProcessLost, check_accelerator, check_batch
 from .checkpoint import Checkpoint, CheckpointError, checkpoint_path, checkpoints, tidy
 from .estimate import Decode, EstimateObjective
 from .flow import (
@@ -147,11 +147,7 @@ class Trainer:
             device = torch.device(denoiser.device)
             if device.type != accelerator.device.type or device.index not in (None, accelerator.device.index):
                 raise ValueError(f"denoiser: expected it on {accelerator.device}, it is on {device}")
-        if settings.batch_size < self.processes.count:
-            raise ValueError(
-                f"batch_size: expected at least one pair for each of {self.processes.count} processes, got "
-                f"{settings.batch_size} for all of them"
-            )
+        check_batch(settings.batch_size, self.processes.count)
         for name, pairs, given in (
             ("conditioning", prepared, conditioning),
             ("validation_conditioning", validation or (), validation_conditioning),

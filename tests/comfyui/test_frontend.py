@@ -52,7 +52,7 @@ def desk(browser, comfyui_server):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client, object_info):
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    client.call("/free", {"free_memory": True})  # nothing from an earlier graph: a node that is not run says nothing
+    client.call("/free", {"free_memory": True})  # every graph runs in full, whatever ran before it
     drop(desk, workflow, path.name)
     check_whole(desk, workflow, object_info)
 

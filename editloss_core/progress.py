@@ -1,0 +1,29 @@
+"""Progress on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+
+class ConsoleBar:
+    """A tqdm bar behind the (done, total) that work of the core reports; the total may come with the first report.
+
+    Args:
+        what: is done, in front of the bar.
+        options: of tqdm.
+    """
+
+    def __init__(self, what: str, **options: Any):
+        self._bar = tqdm(desc=what, **options)
+
+    def __enter__(self) -> ConsoleBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
