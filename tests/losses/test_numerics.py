@@ -16,6 +16,7 @@ from editloss_core.losses import (
     margin_ranking_on_distances,
     multi_negative_ranking_loss,
     pair_distance,
+    token_distances,
     triplet_margin_loss,
 )
 
@@ -84,6 +85,9 @@ def evaluate(loss, inputs, dtype):
     value = loss(*leaves)
     value.backward()
     return value.detach(), [x.grad for x in leaves if x.grad is not None], leaves
+
+
+pytestmark = pytest.mark.usefixtures("dots")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -307,6 +311,25 @@ def test_identical_vectors_have_distance_zero_exactly(dim, dtype, layout):
     for dist in ("cos", "l2"):
         assert (pair_distance(a, b, dist) == 0).all()
         assert triplet_margin_loss(a, b, -a, "auto", dist).item() == 0
+
+
+@pytest.mark.parametrize("dim", [3, 768, 2048, 2049, 1 << 16])
+def test_a_cosine_distance_is_as_exact_as_the_module_says(dim):
+    generator = torch.Generator().manual_seed(dim)
+    common, one, other = torch.randn(3, 256, dim, generator=generator)
+    for share in (0.0, 0.5, 0.99):  # of what two vectors have in common
+        a, b = (share * common + (1 - share) * x for x in (one, other))
+        errors = pair_distance(a, b).double() - analytic_cosine_distance(a.double(), b.double())[0]
+        assert errors.square().mean().sqrt() < torch.finfo(torch.float32).eps
+
+
+def test_nan_and_infinity_stay_in_their_tokens():
+    a, b = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    broken = a.clone()
+    broken[0, 1, 2], broken[2, 4, 0] = math.nan, math.inf
+    expected = token_distances(a, [b])[0]
+    expected[0, 1] = expected[2, 4] = math.nan
+    torch.testing.assert_close(token_distances(broken, [b])[0], expected, equal_nan=True)
 
 
 # --- NaN and mixed dtypes --------------------------------------------------------------------------------------------

@@ -140,6 +140,20 @@ print(losses.__file__)
     assert Path(run(code, tmp_path).strip()).resolve().parent == tmp_path.resolve()
 
 
+def test_no_warning_reaches_the_user(tmp_path):
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(REPOSITORY)!r})
+from editloss_core import losses
+warnings.simplefilter("error")
+for size in ((2, 8), (1, 1024, 1024)):
+    z = losses.torch.ones(size, requires_grad=True)
+    losses.loss_no_edit_identity(z, z.detach(), -z.detach()).backward()
+print(losses.torch.numel(z) >= losses.ONE_PASS_ELEMENTS)
+"""
+    assert run(code, tmp_path).strip() == "True"
+
+
 def test_the_core_imports_with_torch_alone(tmp_path):
     code = f"""
 import sys
