@@ -171,9 +171,11 @@ def page(node_id: str) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    """Cells of the table of inputs."""
+    """Name, what it is, and a first value of each input in the table. Two columns: a third one would be out of sight in the
+    panel that ComfyUI shows the page in."""
     lines = [line for line in text.splitlines() if line.startswith("| `")]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [[name, *what.split(" *First value:* ")] for name, what in cells]
 
 
 def test_every_node_has_a_page_and_every_page_a_node():
@@ -249,7 +251,7 @@ def test_ranges_are_those_of_the_node(node_id):
 
 
 def starts_with(first: str, default: object) -> bool:
-    """Whether the column "first value" begins with a widget's default."""
+    """Whether the first value begins with a widget's default."""
     if isinstance(default, bool):
         return first.split()[0].strip(";,") == ("on" if default else "off")
     if isinstance(default, (int, float)):
