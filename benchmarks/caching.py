@@ -1,4 +1,4 @@
-"""Does caching keep the encoder busy? 1,000 pairs of picture files, read ahead in threads and one after the other.
+"""Does caching keep the encoder busy? 1,000 pairs of picture files, read and written beside it and one after the other.
 
     python benchmarks/caching.py
 
@@ -34,7 +34,7 @@ from editloss_core.pairs import find_pairs
 from editloss_core.training import prepare as preparing
 
 RESULTS = Path(__file__).resolve().parent / "results"
-AHEAD, ONE_BY_ONE = "ahead", "when they are needed"
+BESIDE, ONE_BY_ONE = "beside the encoder", "one after the other"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pairs", type=int, default=1000)
@@ -55,6 +55,12 @@ parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of
 def one_by_one(read, keys, workers=0):
     """In place of editloss_core.ahead.ahead: nothing is read before it is asked for."""
     yield map(read, keys)
+
+
+@contextmanager
+def at_once(do):
+    """In place of editloss_core.ahead.behind."""
+    yield do
 
 
 class Elsewhere(PixelEncoder):
@@ -117,7 +123,7 @@ def main() -> None:
     encoders = {args.encoder: network}
     if args.device == "cpu":
         encoders[f"{args.elsewhere:g} ms elsewhere"] = Elsewhere(args.elsewhere / 1000)
-    ways = {ONE_BY_ONE: one_by_one, AHEAD: preparing.ahead}
+    ways = {ONE_BY_ONE: (one_by_one, at_once), BESIDE: (preparing.ahead, preparing.behind)}
     took = {(label, way): [] for label in encoders for way in ways}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -130,7 +136,7 @@ def main() -> None:
             preparing.prepare(part, vae, {}, ready, crop=args.crop)  # masks and latents are there before
             for label, encoder in encoders.items():
                 made = {}
-                for way, preparing.ahead in ways.items():
+                for way, (preparing.ahead, preparing.behind) in ways.items():
                     cache = folder / "caches" / label / way / str(block)
                     shutil.copytree(ready, cache)
                     busy = Busy(type(encoder).forward.__get__(encoder), args.device)
@@ -146,7 +152,7 @@ def main() -> None:
         f"{machine(torch.device(args.device))}, {os.cpu_count()} cores. {args.pairs} pairs of {args.pixels}² files at {args.resolution}², crop {args.crop}², "
         f"in {args.blocks} blocks that take turns.",
         "",
-        "| encoder | pictures are read | encoder busy | time | milliseconds a pair | cores in use |",
+        "| encoder | reading and writing | encoder busy | time | milliseconds a pair | cores in use |",
         "|---|---|---|---|---|---|",
     ]
     for (label, way), blocks in took.items():

@@ -1,4 +1,4 @@
-"""What comes next is read while the present is worked on."""
+"""What comes next is read, and what is done is put away, while the present is worked on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -43,3 +43,34 @@ def ahead(read: Callable[[K], V], keys: Iterable[K], workers: int = WORKERS) -> 
         yield results()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def behind(do: Callable[..., Any], waiting: int = 4) -> Iterator[Callable[..., None]]:
+    """``do(*args)`` for each call of what this gives, in their order and in a thread of its own, up to ``waiting`` of them
+    behind the caller.
+
+    An exception of ``do`` comes from a later call or at the end of the block. Leaving the block, in whatever way, waits for
+    everything that was given: nothing is lost, and nothing left behind.
+
+    >>> kept = []
+    >>> with behind(kept.append) as keep:
+    ...     keep("a"), keep("b")
+    (None, None)
+    >>> kept
+    ['a', 'b']
+    """
+    given = deque[Future[Any]]()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="editloss-behind")
+
+    def give(*args: Any) -> None:
+        while given and (given[0].done() or len(given) >= waiting):
+            given.popleft().result()
+        given.append(pool.submit(do, *args))
+
+    try:
+        yield give
+        while given:
+            given.popleft().result()
+    finally:
+        pool.shutdown(wait=True)

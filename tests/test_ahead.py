@@ -1,15 +1,15 @@
-"""Reading ahead: in order, no further than said, errors where they belong, and nothing left running."""
+"""Reading ahead and writing behind: in order, no further than said, errors where they belong, and nothing left running."""
 
 import threading
 import time
 
 import pytest
 
-from editloss_core.ahead import ahead
+from editloss_core.ahead import ahead, behind
 
 
 def threads():
-    return [t for t in threading.enumerate() if t.name.startswith("editloss-ahead")]
+    return [t for t in threading.enumerate() if t.name.startswith(("editloss-ahead", "editloss-behind"))]
 
 
 def test_in_order_whatever_takes_longer():
@@ -70,3 +70,48 @@ def test_a_caller_who_stops_leaves_nothing_running(error):
 def test_nothing_to_read():
     with ahead(str, []) as read:
         assert list(read) == []
+
+
+def test_behind_everything_is_done_in_order_while_the_caller_goes_on():
+    done, go = [], threading.Event()
+
+    def write(k):
+        go.wait(30)
+        done.append(k)
+
+    with behind(write, waiting=3) as give:
+        for k in range(3):
+            give(k)
+        assert done == []
+        threading.Timer(0.05, go.set).start()
+        give(3)  # one too many: the first is waited for
+        assert done
+    assert done == [0, 1, 2, 3]
+    assert not threads()
+
+
+def test_behind_an_error_comes_with_the_next_call_or_at_the_end():
+    done = []
+
+    def write(k):
+        if k == 1:
+            raise OSError("the disk is full")
+        done.append(k)
+
+    for count in (2, 50):
+        with pytest.raises(OSError, match="disk is full"), behind(write) as give:
+            for k in range(count):
+                give(k)
+        assert not threads()
+    assert len(done) < 12
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_behind_a_caller_who_stops_loses_nothing(error):
+    done = []
+    with pytest.raises(error), behind(lambda k: time.sleep(0.02) or done.append(k)) as give:
+        for k in range(4):
+            give(k)
+        raise error
+    assert done == [0, 1, 2, 3]
+    assert not threads()

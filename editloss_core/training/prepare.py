@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ahead import ahead
+from ..ahead import ahead, behind
 from ..embeddings import EmbeddingSet
 from ..encoders.base import Encoder, EncoderInfo, Progress, Region, hash_tensors
 from ..encoders.vae import VAEEncoder
@@ -198,7 +198,8 @@ def prepare(
 
     gt is the after, src the before picture. An encoder that reads the latents of ``vae`` gets them whole; every other one
     gets a crop of the pictures, so that training need decode no more than that. The work goes model by model, so that
-    no two have to be in memory together; the pictures of the next pairs are read while a model works. Several processes
+    no two have to be in memory together; while a model works, the pictures of the next pairs are read, and the results of the
+    last ones written. Several processes
     share out what is not in the cache and take the rest from there; what they do not find, they make themselves.
 
     Args:
@@ -274,25 +275,26 @@ class _Work:
 
         problems: dict[int, list[Finding]] = {}
         for todo in turns(("masks", "")):
-            with ahead(self._mask, todo) as made:
+            with ahead(self._mask, todo) as made, behind(self.cache.put) as put:
                 for i, (mask, wrong) in zip(todo, made):
                     if wrong:
                         problems[i] = wrong
                     else:
                         tensors = {} if mask is None else {"mask": mask}
-                        found["masks", ""][i] = self.cache.put("masks", keys["masks", ""][i], tensors)
+                        found["masks", ""][i] = Entry(tensors, {})
+                        put("masks", keys["masks", ""][i], tensors)
                     self._step(1)
         if problems:
             raise self.pairs.problems([finding for i in sorted(problems) for finding in problems[i]])
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
         for todo in turns(("latents", "")):
-            with ahead(self._both, todo) as read:
+            with ahead(self._both, todo) as read, behind(self.cache.put) as put:
                 for i, images in zip(todo, read):
                     z = self._encode(images, i)
                     self._step(2)
-                    pair = {"gt": z[0], "src": z[1]}
-                    found["latents", ""][i] = self.cache.put("latents", keys["latents", ""][i], pair)
+                    found["latents", ""][i] = Entry({"gt": z[0], "src": z[1]}, {})
+                    put("latents", keys["latents", ""][i], *found["latents", ""][i])
         for name, encoder in encoders.items():
             at, reads_latents = ("embeddings", name), name in of_latents
 
@@ -300,11 +302,12 @@ class _Work:
                 return self._pictures(index, masks[index], None if whole else crops[index])
 
             for todo in turns(at):
-                with ahead(pictures_of, todo) as read:
+                with ahead(pictures_of, todo) as read, behind(self.cache.put) as put:
                     for i, pictures in zip(todo, read):
                         z = found["latents", ""][i].tensors if reads_latents else None
                         tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
-                        found[at][i] = self.cache.put("embeddings", keys[at][i], tensors, layout._asdict())
+                        found[at][i] = Entry(tensors, layout._asdict())
+                        put("embeddings", keys[at][i], *found[at][i])
         if self.processes.main:
             self.cache.prune()
         return Prepared(
