@@ -137,7 +137,7 @@ class _TokenDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dist, anchor, *references):
         a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
-        work = _Blocks(a, _compute_dtype(anchor, *references))
+        work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
         sums = [work.per_token() for _ in rs]
         squares = [work.per_token() for _ in (a, *rs)] if dist == "cos" else []
         for block in work.blocks:
@@ -185,7 +185,7 @@ class _TokenDistances(torch.autograd.Function):
         if not used:
             return (None, *results)
         g = {j: grads[j].reshape(a.shape[:2]) for j in used}
-        work = _Blocks(a, _compute_dtype(anchor, *references))
+        work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
         if ctx.dist == "cos":
             squares, distances = scalars[: 1 + len(rs)], scalars[1 + len(rs) :]
             slopes = {j: _cosine_slopes(g[j], 1.0 - distances[j], squares[0], squares[1 + j]) for j in used}
@@ -238,24 +238,25 @@ def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
 
 
 class _Blocks:
-    """The pieces in which rows ``[B, T, D]`` are worked through, and memory of a piece's size that is used again.
+    """The pieces in which several rows ``[B, T, D]`` are worked through, and memory of a piece's size that is used again.
 
     With ``out=`` into that memory, every pass but the first reads from the cache; backward takes the blocks in reverse,
     because the last of the forward pass may still be there. A compiler does all this by itself: for it there is one block
     and no memory.
     """
 
-    def __init__(self, rows: Tensor, dtype: torch.dtype):
-        self.rows, self.dtype, self.compiling = rows, dtype, _is_compiling()
+    def __init__(self, rows: Sequence[Tensor], dtype: torch.dtype):
+        self.rows, self.dtype, self.compiling = rows[0], dtype, _is_compiling()
         self.memory: Dict[str, Tensor] = {}
         self.diagonals: Dict[int, Tensor] = {}
-        on_cpu = rows.device.type == "cpu"
-        large, wide = rows.numel() >= ONE_PASS_ELEMENTS, rows.shape[-1] > ONE_PASS_FEATURES
-        self.one_pass = on_cpu and large and not wide and not self.compiling
-        if self.compiling:
-            self.blocks = [(slice(None), slice(None))]
-        else:
-            self.blocks = list(_blocks(*rows.shape, BLOCK_ELEMENTS * (1 if on_cpu else 16)))
+        self.one_pass, self.blocks = False, [(slice(None), slice(None))]
+        if not self.compiling:
+            on_cpu, shape = self.rows.device.type == "cpu", self.rows.shape
+            self.blocks = list(_blocks(*shape, BLOCK_ELEMENTS * (1 if on_cpu else 16)))
+            pays = on_cpu and shape.numel() >= ONE_PASS_ELEMENTS and shape[-1] <= ONE_PASS_FEATURES
+            # A block of several samples is one matrix only where they lie one after the other.
+            of_one = self.rows[self.blocks[0]].shape[0] == 1
+            self.one_pass = pays and (of_one or all(x.is_contiguous() for x in rows))
 
     def per_token(self) -> Tensor:
         return torch.empty(self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)

@@ -203,4 +203,4 @@ def test_blocks_are_equal_and_one_for_a_compiler(monkeypatch):
     sizes = [t.stop - t.start for _, t in losses._blocks(1, 32, 4)]
     assert sizes == [16, 16]
     monkeypatch.setattr(losses, "_is_compiling", lambda: True)
-    assert len(losses._Blocks(torch.zeros(2, 64, 4), torch.float32).blocks) == 1
+    assert len(losses._Blocks([torch.zeros(2, 64, 4)], torch.float32).blocks) == 1
