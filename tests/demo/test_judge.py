@@ -207,12 +207,12 @@ def test_the_autoencoder_changes_no_verdict():
     """Round trips of the target, the source and a mix."""
     network = Autoencoder(whole=True)
     network.load_state_dict(load_autoencoder())
-    examples = [draw(HELD_OUT + 7000 + i) for i in range(24)] + stool_pairs(8, 41)
+    examples = [draw(HELD_OUT + 7000 + i) for i in range(12)] + stool_pairs(4, 41)
     for expected, pictures in (("good", lambda e: e.after), ("no edit", lambda e: e.before), ("overlay", mix(0.5))):
         with torch.no_grad():
             tripped = network.decode(network.encode(torch.stack([pictures(e) for e in examples])))
         counts = Counter(v.verdict for v in judge(tripped, examples))
-        assert counts[expected] >= 31, (expected, counts)
+        assert counts[expected] >= 15, (expected, counts)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
