@@ -206,7 +206,7 @@ def audited(tab: Page) -> tuple[Locator, Image.Image]:
 def test_every_help_page_opens_from_the_node(tab, nodes):
     """Select the node, press the ⓘ above it: the panel shows the page under its title, and its pictures are there."""
     text = tab.locator(".markdown-content, .comfy-markdown-content")
-    for k, node_id in enumerate(NODES):
+    for k, node_id in enumerate(NODES[:: 3 if tab.newest else 1]):
         clear(tab)
         click_title(tab, add(tab, node_id, 450 + 100 * (k % 2), 300))  # two clicks on one spot would be a double-click
         tab.get_by_test_id("info-button").click()

@@ -34,14 +34,14 @@ from editloss_core.embeddings import EmbeddingSet
 from editloss_core.encoders.base import EncoderInfo
 from editloss_core.training.checkpoint import Checkpoint
 
-PROMPTS = int(os.environ.get("EDITLOSS_FUZZ_PROMPTS", "480"))
+PROMPTS = int(os.environ.get("EDITLOSS_FUZZ_PROMPTS", "320"))
 SEED = int(os.environ.get("EDITLOSS_FUZZ_SEED", "20251128"))
 MARKER = "top-secret-encoder"  # stands in every file outside the folders; nothing may ever repeat it
 READABLE = (".StaleEmbeddings", ".PairProblems", ".CheckpointError", ".NonFinite", ".OutOfMemory")
 WITHOUT_INPUTS = {"EditLossDemoModel"}  # can never be wrong
 # Can never be right: that needs weights of 600 MB, and pairs of a folder (test_export.py).
 NEEDS_MORE = {"EditLossCLIPVisionEncoder", "EditLossExportTraining"}
-ENOUGH = 10  # prompts per node, for every node to be right once and wrong once
+ENOUGH = 7  # prompts per node, for every node to be right once and wrong once
 
 # ---------------------------------------------------------------------------- files, good and bad
 
