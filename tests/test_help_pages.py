@@ -17,7 +17,7 @@ from editloss_core.objective import TERMS, LossTerm
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "web" / "docs"
-MOST_LINES = 42  # beside the rows of the table of inputs
+MOST_LINES = 42  # beside the inputs
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,9 @@ def page(node_id: str) -> str:
     return (DOCS / f"{node_id}.md").read_text(encoding="utf-8")
 
 
-def rows(text: str) -> list[list[str]]:
-    """Name, what it is, and a first value of each input in the table. Two columns: a third one would be out of sight in the
-    panel that ComfyUI shows the page in."""
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [[name, *what.split(" *First value:* ")] for name, what in cells]
+def inputs(text: str) -> list[tuple[str, str, str]]:
+    """Name, what it is, and a first value of each input. A list, since a table would be cut off in ComfyUI's narrow panel."""
+    return re.findall(r"^- \*\*`(.+?)`\*\*: (.*) \*First value:\* (.*)$", text, re.M)
 
 
 def test_every_node_has_a_page_and_every_page_a_node():
@@ -229,22 +226,23 @@ def test_no_page_has_a_picture_that_is_not_there():
 
 
 @each_node
-def test_table_has_every_input_and_no_other(node_id):
-    names = [row[0].strip("`") for row in rows(page(node_id))]
+def test_every_input_is_explained_and_no_other(node_id):
+    names = [name for name, _, _ in inputs(page(node_id))]
     assert sorted(names) == sorted(NODES[node_id].inputs)
 
 
 @each_node
-def test_rows_of_the_table_are_full(node_id):
-    for row in rows(page(node_id)):
-        assert len(row) == 3 and all(row), row
+def test_every_input_has_a_meaning_and_a_first_value(node_id):
+    for found in inputs(page(node_id)):
+        assert all(found), found
+    assert page(node_id).count("- **`") == len(inputs(page(node_id)))
 
 
 @each_node
 def test_ranges_are_those_of_the_node(node_id):
-    """Wherever a row says "LOW to HIGH"."""
-    for name, what, _ in rows(page(node_id)):
-        limits = NODES[node_id].widgets.get(name.strip("`"), {})
+    """Wherever an input says "LOW to HIGH"."""
+    for name, what, _ in inputs(page(node_id)):
+        limits = NODES[node_id].widgets.get(name, {})
         said = re.search(r"(?<![`\w.])(-?\d[\d.]*) to (\d[\d.]*\d|\d)(?![\w`])", what)
         if said and {"min", "max"} <= limits.keys():
             assert [float(x) for x in said.groups()] == [limits["min"], limits["max"]], name
@@ -263,8 +261,8 @@ def starts_with(first: str, default: object) -> bool:
 @each_node
 def test_first_values_of_training_are_the_nodes_own(node_id):
     """Whoever leaves everything as it is begins as the page advises."""
-    for name, _, first in rows(page(node_id)) if node_id in OF_TRAINING else ():
-        default = NODES[node_id].widgets.get(name.strip("`"), {}).get("default")
+    for name, _, first in inputs(page(node_id)) if node_id in OF_TRAINING else ():
+        default = NODES[node_id].widgets.get(name, {}).get("default")
         assert default in (None, "") or starts_with(first, default), (name, first, default)
 
 
@@ -294,7 +292,7 @@ def test_is_plain_markdown(node_id):
 @each_node
 def test_is_short(node_id):
     text = page(node_id)
-    assert 15 <= len(text.splitlines()) <= MOST_LINES + len(rows(text))
+    assert 15 <= len(text.splitlines()) <= MOST_LINES + len(inputs(text))
 
 
 @pytest.mark.parametrize("kind", sorted(TERMS))
