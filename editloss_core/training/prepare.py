@@ -198,9 +198,9 @@ def prepare(
 
     gt is the after, src the before picture. An encoder that reads the latents of ``vae`` gets them whole; every other one
     gets a crop of the pictures, so that training need decode no more than that. The work goes model by model, so that
-    no two have to be in memory together; while a model works, the pictures of the next pairs are read, and the results of the
-    last ones written. Several processes
-    share out what is not in the cache and take the rest from there; what they do not find, they make themselves.
+    no two have to be in memory together; while a model works, the pictures of the next pairs are read, and the results
+    of the last ones written. Several processes share out what is not in the cache and take the rest from there; what
+    they do not find, they make themselves.
 
     Args:
         pairs: what to prepare.
