@@ -36,7 +36,7 @@ from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import LossTerm, recommended
 from editloss_core.pairs import PairSet
-from editloss_core.processes import Processes
+from editloss_core.processes import Processes, leave
 from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
 from editloss_core.training.settings import TrainingSettings
@@ -167,7 +167,6 @@ def work(options: argparse.Namespace) -> None:
             "tokens": 2 * (options.pixels // 8) ** 2 + 1,
         }
         Path(options.worker).write_text(json.dumps(found))
-    accelerator.end_training()
 
 
 def launch(processes: int, *arguments: str) -> tuple[str, float]:
@@ -230,7 +229,8 @@ def beside(one: list[float], two: list[float]) -> str:
 def main() -> None:
     options = parser.parse_args()
     if options.worker:
-        return work(options)
+        work(options)
+        return leave()
     torch.set_num_threads(1)
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:

@@ -31,6 +31,14 @@ class ProcessLost(RuntimeError):
     """Another process of the run has ended, or does not answer any more."""
 
 
+def leave() -> None:
+    """End the communication of this process, as the last thing that a program does: while an accelerator or a model still
+    holds on to it, gloo's threads may end in an abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 class Processes:
     """What a run asks of the processes that it consists of.
 

@@ -15,7 +15,7 @@ import torch
 
 from ..encoders.spec import EncoderSpec
 from ..pairs import PairProblems, find_pairs
-from ..processes import Processes
+from ..processes import Processes, leave
 from ..progress import ConsoleBar
 from .shards import SHARD_PAIRS, encode_pairs
 
@@ -42,12 +42,7 @@ exit status: 0 all is written, 2 wrong arguments, pairs or weights
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
-    accelerator = _accelerator()
-    status = _run(given, accelerator, parser.prog)
-    if accelerator is not None:
-        accelerator.end_training()
-    return status
+    return _run(parser.parse_args(arguments), _accelerator(), parser.prog)
 
 
 def _run(given: argparse.Namespace, accelerator: Optional[Accelerator], program: str) -> int:
@@ -137,4 +132,6 @@ def _spec(text: str) -> EncoderSpec:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    leave()
+    sys.exit(status)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
-from ..processes import ProcessLost
+from ..processes import ProcessLost, leave
 from ..progress import ConsoleBar
 from .gradients import NonFinite
 from .memory import OutOfMemory
@@ -110,7 +110,5 @@ def _train(path: Path, prog: str) -> int:
 
 if __name__ == "__main__":
     status = main()
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # gloo's threads would end in an abort
-    raise SystemExit(status)
+    leave()
+    sys.exit(status)
