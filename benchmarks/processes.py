@@ -230,7 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         work(options)
-        return leave()
+        leave(0)
     torch.set_num_threads(1)
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:

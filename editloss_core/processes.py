@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, Optional, Sequence, TypeVar
+from typing import TYPE_CHECKING, Callable, NoReturn, Optional, Sequence, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,20 @@ class ProcessLost(RuntimeError):
     """Another process of the run has ended, or does not answer any more."""
 
 
-def leave() -> None:
-    """End the communication of this process, as the last thing that a program does: while an accelerator or a model still
-    holds on to it, gloo's threads may end in an abort."""
+def leave(status: int) -> NoReturn:
+    """End this program, which has nothing left to do, with an exit status.
+
+    One of several processes does so without taking the interpreter down: a thread of torch's that asks for Python's lock
+    meanwhile would be ended in the middle of C++, which now and then is an abort after all work is done.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class Processes:

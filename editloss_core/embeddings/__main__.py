@@ -132,6 +132,4 @@ def _spec(text: str) -> EncoderSpec:
 
 
 if __name__ == "__main__":
-    status = main()
-    leave()
-    sys.exit(status)
+    leave(main())

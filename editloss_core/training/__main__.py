@@ -109,6 +109,4 @@ def _train(path: Path, prog: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    leave()
-    sys.exit(status)
+    leave(main())
