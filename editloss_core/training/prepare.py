@@ -273,28 +273,30 @@ class _Work:
                 self.total += cost[at[0]] * len(todo) if i else 0  # the first is part of it already
                 yield todo
 
+        def write(at: tuple[str, str], i: int) -> None:
+            self.cache.put(at[0], keys[at][i], *found[at][i])
+
         problems: dict[int, list[Finding]] = {}
         for todo in turns(("masks", "")):
-            with ahead(self._mask, todo) as made, behind(self.cache.put) as put:
+            with ahead(self._mask, todo) as made, behind(write) as keep:
                 for i, (mask, wrong) in zip(todo, made):
                     if wrong:
                         problems[i] = wrong
                     else:
-                        tensors = {} if mask is None else {"mask": mask}
-                        found["masks", ""][i] = Entry(tensors, {})
-                        put("masks", keys["masks", ""][i], tensors)
+                        found["masks", ""][i] = Entry({} if mask is None else {"mask": mask}, {})
+                        keep(("masks", ""), i)
                     self._step(1)
         if problems:
             raise self.pairs.problems([finding for i in sorted(problems) for finding in problems[i]])
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
         for todo in turns(("latents", "")):
-            with ahead(self._both, todo) as read, behind(self.cache.put) as put:
+            with ahead(self._both, todo) as read, behind(write) as keep:
                 for i, images in zip(todo, read):
                     z = self._encode(images, i)
                     self._step(2)
                     found["latents", ""][i] = Entry({"gt": z[0], "src": z[1]}, {})
-                    put("latents", keys["latents", ""][i], *found["latents", ""][i])
+                    keep(("latents", ""), i)
         for name, encoder in encoders.items():
             at, reads_latents = ("embeddings", name), name in of_latents
 
@@ -302,12 +304,12 @@ class _Work:
                 return self._pictures(index, masks[index], None if whole else crops[index])
 
             for todo in turns(at):
-                with ahead(pictures_of, todo) as read, behind(self.cache.put) as put:
+                with ahead(pictures_of, todo) as read, behind(write) as keep:
                     for i, pictures in zip(todo, read):
                         z = found["latents", ""][i].tensors if reads_latents else None
                         tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
                         found[at][i] = Entry(tensors, layout._asdict())
-                        put("embeddings", keys[at][i], *found[at][i])
+                        keep(at, i)
         if self.processes.main:
             self.cache.prune()
         return Prepared(

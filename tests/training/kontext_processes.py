@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
-from editloss_core.processes import place
+from editloss_core.processes import leave, place
 from editloss_core.training.__main__ import main
 from editloss_core.training.diffusers_files import KontextFiles
 from editloss_core.training.diffusers_model import Caption, FluxDenoiser
@@ -56,5 +56,4 @@ if __name__ == "__main__":
     shared = gradients(Path(folder), accelerator, True)
     apart = max((a - b).abs().max().item() for a, b in zip(whole, shared))
     print(f"process {accelerator.process_index}: status {status}, gradients {apart:.1e} apart", flush=True)
-    accelerator.end_training()
-    sys.exit(status or int(apart > 1e-6 or not max(g.abs().max() for g in whole) > 1e-3))
+    leave(status or int(apart > 1e-6 or not max(g.abs().max() for g in whole) > 1e-3))

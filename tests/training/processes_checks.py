@@ -40,7 +40,7 @@ from small import (
 from editloss_core import losses
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs import PairProblems, PairSet
-from editloss_core.processes import Processes
+from editloss_core.processes import Processes, leave
 from editloss_core.terms import TERMS
 from editloss_core.training import prepare as preparation
 from editloss_core.training.checkpoint import checkpoints
@@ -428,8 +428,8 @@ def main(folder: Path) -> None:
             found[name] = traceback.format_exc()
         place = folder / f"checks_{accelerator.process_index}.json"
         place.write_text(json.dumps(found))
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)
