@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator
 
 import comfy.model_management
 import torch
+from comfy_api.latest import io
 
 # Families of the fused kernels whose answers are differentiable functions of activations; quantised products are not.
 FUSED = ("apply_rope", "rms_rope", "adaln", "rms_adaln", "na3d")
@@ -54,3 +55,15 @@ def fused_kernels() -> list[tuple[Any, Callable[..., Any]]]:
         if name.startswith(FUSED) and hasattr(torch.ops.comfy_kitchen, name):
             found.append((getattr(torch.ops.comfy_kitchen, name), getattr(eager, name.rstrip("_"))))
     return found
+
+
+def folded(declared: io.Input) -> io.Input:
+    """An input that is rarely changed, behind the node's "advanced inputs" where ComfyUI's inputs can be told so."""
+    if hasattr(declared, "advanced"):
+        declared.advanced = True
+    return declared
+
+
+def has_comparison() -> bool:
+    """Whether the page can lay two pictures over each other with a slider; ``web/compare.js`` then does."""
+    return hasattr(io, "ImageCompare")

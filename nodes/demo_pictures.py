@@ -10,7 +10,7 @@ from ..editloss_core.diagnostics import compare
 from .checks import checked
 from .demo import CATEGORY
 from .notices import say
-from .pairs import describe, sheet
+from .pairs import SHOWN, describe, sheet
 from .sockets import PairsSocket
 
 
@@ -36,8 +36,8 @@ class ExamplePictures(io.ComfyNode):
                 io.Mask.Output(display_name="mask", tooltip="The edit region: where either object is."),
                 io.Image.Output(
                     display_name="outputs",
-                    tooltip="Five outputs as one batch: good, no edit, overlay, distorted, collateral change. Get Image from Batch takes some "
-                    "out.",
+                    tooltip="Five outputs as one batch: good, no edit, overlay, distorted, collateral change. ImageFromBatch (Get Image from "
+                    "Batch) takes some out.",
                 ),
                 io.String.Output(display_name="names", tooltip="What each output is, a line for each."),
                 io.String.Output(display_name="caption", tooltip="The instruction of the pair."),
@@ -53,7 +53,7 @@ class ExamplePictures(io.ComfyNode):
         shown = {"before": pair.before, "after": pair.after, **outputs}
         shown |= {"mask": pair.mask.unsqueeze(-1).expand(-1, -1, 3)}
         rows = [list(shown)[i : i + 2] for i in range(0, len(shown), 2)]
-        picture = compare.grid([[shown[n] for n in row] for row in rows], ("", ""), notes=rows, width=640)
+        picture = compare.grid([[shown[n] for n in row] for row in rows], ("", ""), notes=rows, width=560)
         return io.NodeOutput(
             pair.before[None], pair.after[None], pair.mask[None], torch.stack(list(outputs.values())), "\n".join(outputs),
             pair.caption, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, pair.caption)},
@@ -87,7 +87,7 @@ class ExamplePairs(io.ComfyNode):
     def execute(cls, resolution) -> io.NodeOutput:
         pairs = pictures.example_pairs(resolution)
         text = describe(pairs)
-        shown = ui.PreviewImage(sheet(pairs), cls=cls).as_dict()
+        shown = ui.PreviewImage(sheet(pairs.subset(range(len(pairs) - SHOWN, len(pairs)))), cls=cls).as_dict()  # the mistakes
         return io.NodeOutput(pairs, text, ui={**shown, **say(cls, text, pairs.notes)})
 
 
