@@ -173,7 +173,8 @@ def pair_folder(setting: str, name: str) -> Path:
         there = sorted(p.name for p in Path(folder_paths.get_input_directory()).iterdir() if p.is_dir())
         raise ValueError(
             f"{setting}: there is no folder {relative.as_posix()!r} in ComfyUI's input folder; it has "
-            f"{', '.join(there) or 'none'}. Put the pairs there, or a link to them"
+            f"{', '.join(there) or 'none'}. Make it, or a link to it, and put before/ and after/ into it, with pictures of the same "
+            "names, and beside each after picture a .txt of its name with the instruction"
         )
     return path
 

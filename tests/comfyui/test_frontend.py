@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def desk(browser, comfyui_server):
         page.locator(".p-blockui-mask").wait_for(state="detached", timeout=60_000)
         page.server = comfyui_server
         yield page
-    assert list(comfyui_server.input_dir.iterdir()) == []
-    comfyui_server.input_dir.rmdir()
+    assert [p for p in comfyui_server.input_dir.rglob("*") if p.is_file()] == []  # folders of ComfyUI's own are made there
+    shutil.rmtree(comfyui_server.input_dir)
     aside.rename(comfyui_server.input_dir)
 
 
