@@ -13,13 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from editloss_core import losses
-from editloss_core.demo.pictures import edit, outputs
+from editloss_core.demo import pictures
 from editloss_core.diagnostics.sheet import INK, LINE, MUTED, Sheet, new_figure, pixels
 from editloss_core.diagnostics.verdict import judge
 from editloss_core.diagnostics.verdict_colors import VERDICT_COLORS, text_on
@@ -233,9 +232,9 @@ WINDOW = slice(55, 316), slice(62, 352)  # rows and columns around both objects
 
 def failures() -> None:
     """The pair on the left; beside it each failed output above the map of its verdict."""
-    pair = edit("oak chair")
+    pair = pictures.edit("oak chair")
     before, after, mask, _ = pair
-    found = outputs(pair)
+    found = pictures.outputs(pair)
     left, gap, head, between, side = 0.15, 0.3, 0.95, 0.5, 3.2
     high = side * (WINDOW[0].stop - WINDOW[0].start) / (WINDOW[1].stop - WINDOW[1].start)
     page = Sheet(new_figure(WIDTH, 14.0, head + 2 * high + between + 0.15))

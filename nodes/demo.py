@@ -216,7 +216,9 @@ class DemoJudge(io.ComfyNode):
         table = judge.table(verdicts)
         picture = compare.grid(rows, notes=notes, width=1280)
         good = sum(v.verdict == "good" for v in verdicts["with the LoRA"]) / count
-        return io.NodeOutput(table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, table)})
+        return io.NodeOutput(
+            table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, table)}
+        )
 
 
 def edit(patcher, clip, vae, examples, steps, seed, progress=None) -> torch.Tensor:

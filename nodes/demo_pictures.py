@@ -87,7 +87,9 @@ class ExamplePairs(io.ComfyNode):
     def execute(cls, resolution) -> io.NodeOutput:
         pairs = pictures.example_pairs(resolution)
         text = describe(pairs)
-        shown = ui.PreviewImage(sheet(pairs.subset(range(len(pairs) - SHOWN, len(pairs)))), cls=cls).as_dict()  # the mistakes
+        shown = ui.PreviewImage(
+            sheet(pairs.subset(range(len(pairs) - SHOWN, len(pairs)))), cls=cls
+        ).as_dict()  # the mistakes
         return io.NodeOutput(pairs, text, ui={**shown, **say(cls, text, pairs.notes)})
 
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .prompts import CONTEXT, POOLED
 
-__all__ = ["AUTOENCODER", "DIFFUSION", "FLUX", "LORAS", "Autoencoder", "flux_config", "load_autoencoder", "load_diffusion"]
+__all__ = [
+    "AUTOENCODER",
+    "DIFFUSION",
+    "FLUX",
+    "LORAS",
+    "Autoencoder",
+    "flux_config",
+    "load_autoencoder",
+    "load_diffusion",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
 DIFFUSION = WEIGHTS / "small_kontext.safetensors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -133,7 +133,9 @@ def _bent(after: np.ndarray, mask: np.ndarray) -> np.ndarray:
     height, width = mask.shape
     by = _BEND * width * _soft(mask, width / 48)
     y, x = np.mgrid[:height, :width].astype(float)
-    return _sample(after, x + by * np.sin(2 * np.pi * y / (0.22 * width)), y + by * np.sin(2 * np.pi * x / (0.3 * width)))
+    return _sample(
+        after, x + by * np.sin(2 * np.pi * y / (0.22 * width)), y + by * np.sin(2 * np.pi * x / (0.3 * width))
+    )
 
 
 def _sample(pixels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

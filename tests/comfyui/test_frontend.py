@@ -55,7 +55,9 @@ def desk(browser, comfyui_server):
         page.locator(".p-blockui-mask").wait_for(state="detached", timeout=60_000)
         page.server = comfyui_server
         yield page
-    assert [p for p in comfyui_server.input_dir.rglob("*") if p.is_file()] == []  # folders of ComfyUI's own are made there
+    assert [
+        p for p in comfyui_server.input_dir.rglob("*") if p.is_file()
+    ] == []  # folders of ComfyUI's own are made there
     shutil.rmtree(comfyui_server.input_dir)
     aside.rename(comfyui_server.input_dir)
 
@@ -99,14 +101,18 @@ def _trained_is_shown(desk, outputs: dict, workflow: dict, modern: bool) -> None
     """The failure table is a table, the LoRA lies among the user's own, and Nodes 2.0 compares base and LoRA with its slider."""
     (table,) = outputs[_node(workflow, "EditLossDemoJudge")]["text"]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
-    shown = desk.locator(".editloss-said table tr").evaluate_all("rows => rows.map(r => [...r.cells].map(c => c.textContent))")
+    shown = desk.locator(".editloss-said table tr").evaluate_all(
+        "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
+    )
     assert shown == cells
     loras = desk.server.models_dir / "loras" / "editloss"
     assert [path.name for path in loras.iterdir()] == ["demo_stool.safetensors"], "the pack's own counts as taken"
     if modern and desk.evaluate("!!window.app.widgets.IMAGECOMPARE"):
         rows = outputs[_node(workflow, "EditLossCompare")]["a_images"]
         node = desk.locator(f'[data-node-id="{_node(workflow, "EditLossCompare")}"]')
-        sides = node.locator("img").evaluate_all("images => images.map(e => new URL(e.src).searchParams.get('filename'))")
+        sides = node.locator("img").evaluate_all(
+            "images => images.map(e => new URL(e.src).searchParams.get('filename'))"
+        )
         assert rows[0]["filename"] in sides
 
 
