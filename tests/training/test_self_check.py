@@ -89,7 +89,7 @@ def scaled_in_place(v):
     """Plain autograd raises here; checkpointing multiplies by what stands in the slice after it was changed."""
     v, scale = v * 1, torch.sigmoid(v)
     v[:, 2:] = v[:, 2:] * scale[:, 2:]
-    return v
+    return torch.sinh(v)
 
 
 @pytest.mark.parametrize(
