@@ -129,7 +129,7 @@ class Train(io.ComfyNode):
             # What does not fit together is refused here, before captions and pictures are encoded.
             denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
             for encoder_name in objective.objective.encoders:
-                check_shared(objective.encoders[encoder_name], model)
+                check_shared(objective.encoders[encoder_name], denoiser.model)
             lora = LoRA(denoiser.module, lora_settings, seed)
             encoder = vae_encoder(vae, 0, model.model.latent_format)
             if decoder is not None:

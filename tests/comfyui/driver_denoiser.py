@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -29,6 +30,7 @@ from driver_model_encoders import (
     import_pack,
     loaded,
     refused,
+    small_clip,
     small_flux,
     small_vae,
 )
@@ -841,6 +843,133 @@ def check_load_brings_everything_and_costs_nothing_twice() -> None:
     assert x.grad.abs().max() > 0
 
 
+def dynamic_checks() -> None:
+    """Weights under dynamic VRAM, where this ComfyUI has it. On a CPU a model can be made for a GPU, and never be loaded."""
+    import comfy.model_patcher
+
+    if hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
+        for function in (static_model_check, static_vae_check, static_clip_vision_check):
+            CHECKS[f"dynamic_{function.__name__.removesuffix('_check')}"] = function
+
+
+GPU = torch.device("cuda:0")
+
+
+@contextlib.contextmanager
+def dynamic() -> Iterator[None]:
+    """Inside, stock loaders make models as on a GPU with dynamic VRAM: weights are assigned, and layers are built without."""
+    import comfy.memory_management as memory
+    import comfy.model_patcher as patcher
+
+    before, patcher.CoreModelPatcher, memory.aimdo_enabled = patcher.CoreModelPatcher, patcher.ModelPatcherDynamic, True
+    try:
+        yield
+    finally:
+        patcher.CoreModelPatcher, memory.aimdo_enabled = before, False
+
+
+def _dynamic_flux(disable_dynamic: bool = False) -> Any:
+    """A loader as ``cached_patcher_init`` knows it."""
+    import comfy.model_patcher
+
+    CALLS.append(disable_dynamic)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.ModelPatcherDynamic
+    made = kind(small_flux().model, load_device=GPU, offload_device=CPU)
+    made.cached_patcher_init = (_dynamic_flux, ())
+    return made
+
+
+CALLS: list[bool] = []
+
+
+def static_model_check() -> None:
+    """The trainer and an encoder that get one MODEL share one static copy of it, with its LoRAs and wrappers."""
+    import comfy.sd
+
+    CALLS.clear()
+    with torch.inference_mode():
+        model = _dynamic_flux()
+        assert model.is_dynamic()
+        other = PACK.lora.LoRA(small_flux().model.diffusion_model, PACK.lora.LoRASettings(2, 2.0), seed=5)
+        patched, _ = comfy.sd.load_lora_for_models(model, None, other.tensors(), 1.0, 0.0)
+        patched.model_options["transformer_options"]["mine"] = 7
+        denoiser = PACK.denoiser.ComfyDenoiser(patched)
+        encoder = PACK.model.diffusion_encoder(patched, small_vae(16), prompt(), "double_blocks.1", 0.3, 0)
+    assert CALLS == [False, True], "loaded once more, and only once"
+    static = denoiser.model
+    assert type(static).__name__ == "ModelPatcher" and not static.is_dynamic() and patched.is_dynamic()
+    assert static.model is not patched.model and static.load_device == GPU and denoiser.module is static.model.diffusion_model
+    assert static.patches.keys() == patched.patches.keys() and len(static.patches) == len(other.layers)
+    assert static.patches_uuid == patched.patches_uuid != model.patches_uuid
+    assert static.model_options["transformer_options"]["mine"] == 7
+    assert not any(p.is_inference() for p in static.model.parameters())
+    (shared, _) = PACK.model.patchers_of(encoder)
+    assert shared.model is static.model and not shared.is_dynamic()
+    PACK.model.check_shared(encoder, static)
+    plain = PACK.denoiser.ComfyDenoiser(model)
+    assert plain.model.model is static.model and not plain.model.patches and CALLS == [False, True]
+    refused(lambda: PACK.model.check_shared(encoder, plain.model), "objective", "other LoRAs")
+    nowhere = _dynamic_flux()
+    nowhere.cached_patcher_init = None
+    refused(lambda: PACK.denoiser.ComfyDenoiser(nowhere), "model", "Load Diffusion Model", "--disable-dynamic-vram")
+    assert PACK.offers.static_model(static) is static
+
+
+def static_vae_check() -> None:
+    import comfy.sd
+
+    state = {k: v.clone() for k, v in small_vae(16).get_sd().items()}
+    z = torch.randn(1, 16, 4, 4)
+    wanted = small_vae(16).decode(z)
+    with torch.inference_mode(), dynamic():
+        vae = comfy.sd.VAE(sd=dict(state), device=GPU, dtype=torch.float32)
+        assert vae.patcher.is_dynamic() and vae.patcher.cached_patcher_init is None
+        decoder = PACK.denoiser.VAEDecoder(vae)
+        decoder.vae.device = vae.device = CPU  # which the encoder asks for at once
+        encoder = PACK.model.vae_encoder(vae)
+    static = decoder.vae
+    assert static is not vae and vae.patcher.is_dynamic() and not static.patcher.is_dynamic()
+    assert encoder.patchers == (static.patcher,) and static.patcher.model is static.first_stage_model
+    assert static.patcher.load_device == GPU and static.latent_channels == 16
+    made = static.first_stage_model.state_dict()
+    assert made.keys() == state.keys() and all(torch.equal(made[k], state[k]) for k in state)
+    assert not any(p.is_inference() for p in static.first_stage_model.parameters())
+    with torch.no_grad():
+        found = static.process_output(static.first_stage_model.decode(z)).movedim(1, -1)
+    assert_close(found, wanted, 1e-6, "the copy's pictures")
+    with dynamic():
+        odd = comfy.sd.VAE(sd=dict(state), device=GPU, dtype=torch.float32)
+    odd.first_stage_model.register_buffer("unknown", torch.zeros(1))
+    refused(lambda: PACK.denoiser.VAEDecoder(odd), "vae", "TAESD cannot be copied", "--disable-dynamic-vram")
+
+
+def static_clip_vision_check() -> None:
+    import comfy.clip_vision
+    import comfy.model_management as management
+
+    still = small_clip("clip")
+    state = {k: v.clone() for k, v in still.get_sd().items()}
+    stock, management.text_encoder_device = management.text_encoder_device, lambda: GPU
+    try:
+        with torch.inference_mode(), dynamic():
+            clip = comfy.clip_vision.ClipVisionModel(still.config)
+            assert clip.patcher.is_dynamic() and clip.load_sd(state) == ([], [])
+            encoder = PACK.model.ClipVisionEncoder(clip, "tokens")
+    finally:
+        management.text_encoder_device = stock
+    static = encoder.clip
+    assert clip.patcher.is_dynamic() and not static.patcher.is_dynamic() and encoder.patchers == (static.patcher,)
+    assert static.patcher.model is static.model is not clip.model and static.patcher.load_device == GPU
+    made = static.model.state_dict()
+    assert made.keys() == state.keys() and all(torch.equal(made[k], state[k].to(clip.dtype)) for k in state)
+    assert {p.dtype for p in static.model.parameters()} == {clip.dtype}
+    x = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        assert_close(static.model(pixel_values=x)[0], still.model(pixel_values=x)[0], 1e-2, "tokens of the copy")
+    with dynamic():
+        assert PACK.model.ClipVisionEncoder(clip, "global").clip is static
+
+
 @contextlib.contextmanager
 def refusing_to_run(denoiser: Any) -> Iterator[None]:
     """Inside, the model is neither loaded nor run."""
@@ -987,16 +1116,20 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if importlib.util.find_spec("comfy_aimdo"):  # as main.py does, before anything of ComfyUI's is imported
+        importlib.import_module("comfy_aimdo.control").init()
     add_older_bases()
     add_quantised_bases()
     add_bases()
     add_low_memory()
+    dynamic_checks()
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
     PACK = SimpleNamespace(
         denoiser=importlib.import_module(f"{name}.nodes.comfy_denoiser"),
         gradients=importlib.import_module(f"{name}.nodes.comfy_gradients"),
         lora=importlib.import_module(f"{name}.editloss_core.training.lora"),
         model=importlib.import_module(f"{name}.nodes.comfy_model"),
+        offers=importlib.import_module(f"{name}.nodes.comfy_offers"),
     )
     for name, function in CHECKS.items():
         if only not in name:
