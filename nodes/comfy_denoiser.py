@@ -29,7 +29,7 @@ from .comfy_gradients import (
     usable,
 )
 from .comfy_model import check_flow_model, check_vae, is_loaded, load_for_call, model_inputs
-from .comfy_offers import program
+from .comfy_offers import program, static_model, static_vae
 
 # What an entry can say that has no meaning for one training pair; leaving it out silently would train something else.
 NOT_TRAINABLE = {
@@ -108,6 +108,7 @@ class ComfyDenoiser:
 
     def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True):
         check_flow_model(model)
+        model = static_model(model)
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
         thaw_attributes(model.model.latent_format)
@@ -355,6 +356,7 @@ class VAEDecoder:
 
     def __init__(self, vae, from_model: Callable[[Tensor], Tensor] = lambda z: z, checkpointing: bool = True):
         check_vae(vae)
+        vae = static_vae(vae)
         self.vae, self.from_model, self.checkpointing = vae, from_model, checkpointing
         vae.first_stage_model.requires_grad_(False)
         zero, half = (float(vae.process_output(torch.tensor(v))) for v in (0.0, 0.5))

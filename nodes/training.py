@@ -22,7 +22,7 @@ from ..editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings
 from ..editloss_core.training.prepare import Prepared, prepare
 from ..editloss_core.training.settings import TrainingSettings, check_objective
 from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadata, resumable
-from . import folders
+from . import ended_runs, folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
 from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
@@ -46,6 +46,10 @@ CATEGORY = "EditLoss/training"
 NO_PICTURES = (
     "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Kontext LoRA to 1 or more, and "
     "validate_every, previews and preview_steps in Run Options above 0."
+)
+AS_IT_WAS = (
+    "not trained again: nothing has changed since the run {}, whose outputs ComfyUI had let go of. To train once more, change "
+    "the seed or the name"
 )
 SIDES = ("before", "base", "lora", "after")  # of a preview
 LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -103,6 +107,7 @@ class Train(io.ComfyNode):
                 ResumeSocket.Input("resume", optional=True, tooltip="From Resume Training: go on with an earlier run."),
             ],
             is_output_node=True,
+            hidden=[io.Hidden.prompt],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA at strength 1."),
                 LoRAModelSocket.Output(display_name="lora", tooltip="For the stock Load LoRA Model and Save LoRA Weights."),
@@ -132,14 +137,24 @@ class Train(io.ComfyNode):
             if resume:
                 trainer.resume(resume.checkpoint)
                 host.log = RunLog(steps=[*trainer.log.steps], validations=[*trainer.log.validations])
-            result = trainer.run()
+            asked = ended_runs.request(cls.hidden and cls.hidden.prompt, name, trainer.info)
+            ended = None if resume else ended_runs.find(asked, trainer.lora)
+            if ended:
+                run, notes = ended
+                notes = (*notes, AS_IT_WAS.format(run.name))
+            else:
+                result = trainer.run()
+                run, notes = (
+                    TrainingRun(folder.name, result, metadata(trainer), folder),
+                    (*trainer.prepared.notes, *trainer.notes),
+                )
+                ended_runs.keep(asked, run, notes)
 
+            result = run.result
             tensors = result.lora.tensors()
             trained, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
             comfy.model_management.soft_empty_cache()
-        run = TrainingRun(folder.name, result, metadata(trainer), folder)
-        notes = (*trainer.prepared.notes, *trainer.notes)
-        lines = [f"{result.steps} steps, kept in output/editloss/runs/{folder.name}"]
+        lines = [f"{result.steps} steps, kept in output/editloss/runs/{run.name}"]
         lines += [result.self_check] if result.self_check else []
         text = "\n".join([*lines, *(f"- {n}" for n in notes)])
         shown = say(cls, text, notes, curves.text(result.log))
@@ -158,7 +173,7 @@ def make_trainer(
     """
     denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
     for encoder_name in objective.objective.encoders:
-        check_shared(objective.encoders[encoder_name], model)
+        check_shared(objective.encoders[encoder_name], denoiser.model)
     lora = LoRA(denoiser.module, lora_settings, settings.seed)
     encoder = vae_encoder(vae, 0, model.model.latent_format)
     if decoder is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Se
 import torch
 from torch import Tensor
 
+from ..device_memory import is_out_of_memory
 from ..encoders.base import Encoder, hash_tensors
 from ..objective import EditObjective, LossTerm
 from ..processes import Processes, ProcessLost, check_accelerator, check_batch
@@ -38,7 +39,7 @@ from .gradients import (
 )
 from .log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from .lora import LoRA
-from .memory import DeviceOutOfMemory, OutOfMemory, StepMemory, advice
+from .memory import OutOfMemory, StepMemory, advice
 from .prepare import Prepared
 from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
 from .settings import MovingAverage, TrainingSettings, check_objective, every
@@ -459,7 +460,9 @@ class Trainer:
         """``work``'s answer; advice if the memory is not enough for it."""
         try:
             return work()
-        except DeviceOutOfMemory as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             crop = None
             if self.objective is not None and self.objective.decodes:
                 crop = max(((c.height, c.width) for c in self.prepared.crops), key=lambda c: c[0] * c[1])
