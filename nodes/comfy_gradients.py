@@ -58,22 +58,49 @@ class _FrozenProduct(torch.autograd.Function):
         return (result if smoothing is None else result * smoothing.to(result)), None, None
 
 
+class _FrozenLayer(torch.autograd.Function):
+    """Any other layer's forward pass of one tensor, run again for the backward pass: of the layer nothing is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.forward = forward
+        ctx.save_for_backward(x)
+        return forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return torch.autograd.grad(ctx.forward(x), x, grad)[0], None
+
+
 class _FrozenForward:
     """Takes the place of a layer's ``forward`` where autograd cannot go through it, or would keep a copy of its weight.
 
     That is a weight in fp8 or quantised (the fast products have no derivative, and the slow ones would hold each weight
-    in full precision until the backward pass), and one that waits in another memory and is brought in for each product.
+    in full precision until the backward pass), one that is patched for each call, and one that waits in another memory and
+    is brought in for each call: newer ComfyUI brings all of them into one buffer, where the next layer's weight takes the
+    place of what autograd kept.
     """
 
     def __init__(self, layer: nn.Module):
         self.layer, self.stock = layer, layer.forward
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = self.layer.weight
-        plain = weight.device == x.device and weight.dtype.itemsize > 1 and not isinstance(weight, QuantizedTensor)
+        plain = (
+            weight is None
+            or (weight.device == x.device and weight.dtype.itemsize > 1 and not isinstance(weight, QuantizedTensor))
+            and not self.layer.weight_function
+        )
         if plain or not torch.is_grad_enabled():
-            return self.stock(x)
-        return _FrozenProduct.apply(x, self.layer, self.stock)
+            return self.stock(x, *args, **kwargs)
+        if isinstance(getattr(self.layer, "in_features", None), int):
+            return _FrozenProduct.apply(x, self.layer, self.stock)
+        if not x.requires_grad:  # an embedding's numbers of words
+            return self.stock(x, *args, **kwargs)
+        return _FrozenLayer.apply(x, lambda x: self.stock(x, *args, **kwargs))
 
 
 @contextlib.contextmanager
@@ -96,16 +123,14 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
 def running_differentiably(module: nn.Module) -> Iterator[None]:
     """Inside, autograd can follow a call of ``module``. A block that is computed again needs it as well.
 
-    To look for the linear layers every time takes 2 ms for all blocks of a Flux together (57 blocks, on a busy CPU core).
+    To look for the layers every time takes 2 ms for all blocks of a Flux together (57 blocks, on a busy CPU core).
     """
-    linears = {
+    layers = {
         part: _FrozenForward(part)
         for part in module.modules()
-        if isinstance(part, comfy.ops.CastWeightBiasOp)
-        and isinstance(getattr(part, "in_features", None), int)
-        and not isinstance(part.forward, _FrozenForward)
+        if isinstance(part, comfy.ops.CastWeightBiasOp) and not isinstance(part.forward, _FrozenForward)
     }
-    with replaced_forwards(linears), in_training(), OutOfPlace(plain_kernels()):
+    with replaced_forwards(layers), in_training(), OutOfPlace(plain_kernels()):
         yield
 
 

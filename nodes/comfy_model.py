@@ -19,6 +19,7 @@ import torch
 from comfy.utils import ProgressBar
 from torch import Tensor, nn
 
+from ..editloss_core.device_memory import is_out_of_memory
 from ..editloss_core.encoders.base import (
     Encoder,
     EncoderInfo,
@@ -33,7 +34,7 @@ from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from ..editloss_core.encoders.vae import VAEEncoder
 from .comfy_gradients import differentiable, usable
-from .comfy_offers import is_out_of_memory
+from .comfy_offers import static_clip_vision, static_model, static_vae
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
 PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
@@ -155,6 +156,7 @@ def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
         ValueError: for a VAE of audio or video, or with other channels than the format.
     """
     check_vae(vae)
+    vae = static_vae(vae)
     shift, scale = _affine(latent_format, vae.latent_channels)
 
     def encode(pixels: Tensor) -> Tensor:
@@ -214,6 +216,7 @@ class ClipVisionEncoder(PixelEncoder):
             raise ValueError(f"layer: expected one of {', '.join(CLIP_VISION_LAYERS)}, got {layer!r}")
         if output == "global" and layer != "last":
             raise ValueError("layer: the global vector exists for 'last' only; choose tokens or grid for 'penultimate'")
+        clip_vision = static_clip_vision(clip_vision)
         self.clip, self.layer = clip_vision, layer
         size = clip_vision.image_size
         self.side = size // _patch_size(clip_vision.model)
@@ -307,6 +310,7 @@ def diffusion_encoder(
             latents, empty conditioning; when called, conditioning that does not fit the model.
     """
     check_flow_model(model)
+    model = static_model(model)
     base = model.model
     net = base.diffusion_model
     blocks = {n: m for n, m in net.named_modules() if n.count(".") == 1 and n.split(".")[1].isdigit()}

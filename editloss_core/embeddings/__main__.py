@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
+from ..device_memory import is_out_of_memory
 from ..encoders.spec import EncoderSpec
 from ..pairs import PairProblems, find_pairs
 from ..processes import Processes, leave
@@ -70,7 +71,9 @@ def _run(given: argparse.Namespace, accelerator: Optional[Accelerator], program:
     except (PairProblems, ValueError, OSError, ImportError) as error:
         say(f"{program}: {error}")
         return UNUSABLE
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         say(f"{program}: the device has not enough memory ({error}); lower --batch-size, now {given.batch_size}")
         return UNUSABLE
     seconds = time.perf_counter() - began

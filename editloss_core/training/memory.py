@@ -9,9 +9,6 @@ import torch
 
 GIB = 1 << 30
 
-# torch raises the same class under both names; the short one is there from torch 2.5 on.
-DeviceOutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-
 
 class OutOfMemory(RuntimeError):
     """The device's memory was not enough; the message is advice. What was written until then is whole."""

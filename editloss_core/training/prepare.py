@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ahead import ahead, behind
+from ..device_memory import is_out_of_memory
 from ..embeddings import EmbeddingSet
 from ..encoders.base import Encoder, EncoderInfo, Progress, Region, hash_tensors
 from ..encoders.vae import VAEEncoder
@@ -20,7 +21,7 @@ from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import MULTIPLE, Finding, PairImages, PairSet
 from ..processes import Processes
 from .cache import Entry, TensorCache
-from .memory import DeviceOutOfMemory, OutOfMemory
+from .memory import OutOfMemory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -421,7 +422,9 @@ class _Work:
             part = left.pop(0)
             try:
                 made.append(run(part).float().cpu())
-            except DeviceOutOfMemory as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if len(part) == 1:
                     raise OutOfMemory(
                         f"Out of memory while preparing {what} for the pair {self.pairs[index].name!r}, with one picture of "

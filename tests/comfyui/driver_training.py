@@ -12,7 +12,9 @@ import contextlib
 import importlib
 import json
 import logging
+import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import driver_model_encoders as small
+import safetensors.torch
 import torch
 from driver_model_encoders import assert_close, flux_config, import_pack, pictures, randomised, refused
 from torch import Tensor
@@ -320,6 +323,104 @@ def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> Non
             t = torch.full((2,), 0.5)
             denoiser(x, t, [x.detach()], list(found.values())).square().mean().backward()
     assert x.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------- the cancel button
+
+
+@contextlib.contextmanager
+def cancelled_at(call: int) -> Iterator[list[str]]:
+    """Press cancel when ComfyUI asks for the ``call``-th time whether it was pressed; with 0 say which parts of a run ask."""
+    import comfy.model_management as management
+
+    stock, asked = management.throw_exception_if_processing_interrupted, []
+    parts = {"prepare.py": "prepare", "_pass": "step", "losses": "validation", "pictures": "pictures", "_conditioning": "captions"}
+
+    def part() -> str:
+        frame, names = sys._getframe(2), [""]
+        while frame is not None:
+            code = frame.f_code
+            names += [parts[key] for key in (Path(code.co_filename).name, code.co_name) if key in parts]
+            frame = frame.f_back
+        return names[-1]
+
+    def counting() -> None:
+        asked.append("" if call else part())
+        if len(asked) == call:
+            management.interrupt_current_processing()
+        stock()
+
+    management.throw_exception_if_processing_interrupted = counting
+    try:
+        yield asked
+    finally:
+        management.throw_exception_if_processing_interrupted = stock
+
+
+@check
+def check_cancel_at_any_time_leaves_nothing_behind() -> None:
+    import comfy.model_management as management
+
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    encoder = PACK.model.ClipVisionEncoder(small.small_clip("clip"), "grid")
+    networks = (model.model, vae.first_stage_model, encoder.clip.model)
+    output = small.SCRATCH / "output" / "editloss"
+
+    def run() -> Any:
+        shutil.rmtree(output, ignore_errors=True)
+        options = {"validate_every": 1, "gradients_every": 0}
+        return train(model, vae, clip, encoder, options, name="cancelled", steps=1, batch_size=1, pairs=pairs(2))
+
+    with cancelled_at(0) as asked:
+        whole = run().args[1]
+    moments = {part: [i + 1 for i, name in enumerate(asked) if name == part] for part in set(asked) - {""}}
+    assert moments.keys() == {"captions", "prepare", "step", "validation", "pictures"}, moments.keys()
+    for part, calls in sorted(moments.items()):
+        try:
+            with cancelled_at(calls[len(calls) // 2]):
+                run()
+        except management.InterruptProcessingException:
+            pass
+        else:
+            raise AssertionError(f"{part}: the cancel button was not obeyed")
+        modules = [m for network in networks for m in network.modules()]
+        assert not any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in modules), part
+        assert not getattr(management, "in_training", False), part
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("editloss")], part
+        assert not list(output.rglob("*.tmp")), part
+        for file in output.rglob("*.safetensors"):
+            safetensors.torch.load_file(file)
+    again = run().args[1]
+    assert whole.keys() == again.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
+
+
+@check
+def check_what_newer_comfyui_keeps_under_memory_pressure() -> None:
+    """Its default cache does not see how large a run is, and lets go of it last, but does; an unread one is made again."""
+    import asyncio
+
+    import comfy_execution.caching as caching
+    from comfy_execution.graph import DynamicPrompt
+
+    if not hasattr(caching, "RAMPressureCache"):
+        return
+    nodes = {name: {"class_type": "EditLossTrainKontextLoRA", "inputs": {}} for name in ("train", "pictures")}
+
+    async def keep() -> Any:
+        cache = caching.RAMPressureCache(caching.CacheKeySetID)
+        await cache.set_prompt(DynamicPrompt(nodes), nodes, None)
+        run = train(flux(), small.small_vae(16), text_encoder(), name="kept").args
+        await cache.set("train", SimpleNamespace(outputs=[[value] for value in run], ui=None))
+        await cache.set("pictures", SimpleNamespace(outputs=[[torch.zeros(1, 8192, 8192, 3)]], ui=None))
+        return cache
+
+    cache = asyncio.run(keep())
+    large = caching.RAM_CACHE_LARGE_INTERMEDIATE
+    cache.ram_release(1e30, free_active=False)
+    assert cache.get_local("train") and cache.get_local("pictures"), "what this graph made is kept while memory lasts"
+    assert cache.ram_release(1e30, free_active=True, min_entry_size=large) > large
+    assert cache.get_local("train") and not cache.get_local("pictures")
+    assert 0 < cache.ram_release(1e30, free_active=True) < 1 and not cache.get_local("train")
 
 
 # ---------------------------------------------------------------------------- what a person sees

@@ -21,3 +21,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_in_comfyui(name: str, results: dict[str, str]) -> None:
     assert name in results, "the driver did not run it"
     assert not results[name], results[name]
+
+
+def test_what_only_some_comfyui_have(results: dict[str, str]) -> None:
+    """Base layers and memory management that the driver found in this one."""
+    found = results.keys() - CHECKS.keys()
+    assert len(found) >= 30, sorted(found)
+    failed = {name: results[name] for name in sorted(found) if results[name]}
+    assert not failed, "\n".join(f"{name}: {error}" for name, error in failed.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,48 @@ def test_a_name_that_is_taken_gets_a_number_and_the_cache_is_used(client: Client
     client.run({**training(name="twice", steps=2), **show})
     assert {p: p.stat().st_ino for p in cache.rglob("*.safetensors")} == files
     assert checkpoints(run_folder(comfyui_server, "twice_2") / "checkpoints")
+
+
+def let_go(client: Client) -> None:
+    """ComfyUI forgets all outputs: it looks at what was asked of it when a prompt has ended."""
+    client._bytes("/free", {"free_memory": True})
+    client.run(graph(other=("PreviewAny", {"source": "something else"})))
+
+
+def test_a_run_that_has_ended_is_not_trained_again_when_its_outputs_were_let_go_of(
+    client: Client, comfyui_server: ComfyServer
+) -> None:
+    def asked(width: int, **values: Any) -> dict[str, Any]:
+        return {
+            **training(name="once", steps=2, **values),
+            **graph(
+                show=("PreviewAny", {"source": link("train", 3)}),
+                plot=("EditLossPlotLosses", {"run": link("train", 4), "width": width}),
+                save=("EditLossSaveLoRA", {"run": link("train", 4), "file_name": "let go", "dtype": "fp32"}),
+            ),
+        }
+
+    (said,) = client.run(asked(640)).outputs["train"]["said"]
+    assert said.startswith("2 steps, kept in output/editloss/runs/once") and "not trained again" not in said
+    folder = run_folder(comfyui_server, "once")
+    last = checkpoints(folder / "checkpoints")[-1]
+    written = last.stat().st_mtime_ns
+
+    let_go(client)
+    found = client.run(asked(800)).outputs
+    (said,) = found["train"]["said"]
+    assert said.startswith("2 steps, kept in output/editloss/runs/once\n") and "not trained again" in said
+    assert last.stat().st_mtime_ns == written and not folder.with_name("once_2").exists()
+    assert found["show"]["text"] == ["2"] and found["plot"]["images"]
+    one, two = (comfyui_server.models_dir / "loras" / f"let go{n}.safetensors" for n in ("", "_2"))
+    assert one.read_bytes() == two.read_bytes()
+
+    (said,) = client.run(asked(800, seed=1)).outputs["train"]["said"]
+    assert "not trained again" not in said and folder.with_name("once_2").is_dir()
+    let_go(client)
+    shutil.rmtree(folder.with_name("once_2"))  # who deletes a run wants another
+    (said,) = client.run(asked(800, seed=1)).outputs["train"]["said"]
+    assert "not trained again" not in said and folder.with_name("once_2").is_dir()
 
 
 def test_pairs_from_a_folder(client: Client, comfyui_server: ComfyServer) -> None:

@@ -27,7 +27,7 @@ from small import (
 )
 
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.training import memory
+from editloss_core import device_memory
 from editloss_core.training.checkpoint import Checkpoint, CheckpointError, checkpoints
 from editloss_core.training.log import RunLog
 from editloss_core.training.lora import LoRA, LoRASettings
@@ -297,9 +297,34 @@ def test_advice_is_for_the_stage_that_failed():
     assert found == words
 
 
+def driver_says(message: str, number: int | None = None) -> RuntimeError:
+    """What newer torch raises for an error of the driver."""
+    error = torch.AcceleratorError(message)
+    if number is not None:
+        error.error_code = number
+    return error
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no class for the driver's errors")
+def test_what_the_driver_says_of_memory_gets_advice_and_what_else_it_says_comes_through():
+    class Failing(SmallDenoiser):
+        def __call__(self, *args):
+            raise errors.pop()
+
+    errors = [driver_says("CUDA error: out of memory"), driver_says("CUDA error: 2", 2)]
+    while errors:
+        with pytest.raises(OutOfMemory, match="^Out of memory in the model"):
+            trainer(denoiser=Failing()).run()
+    for error in (driver_says("CUDA error: an illegal memory access was encountered", 700), RuntimeError("out of memory")):
+        errors = [error]
+        with pytest.raises(type(error), match=str(error)) as raised:
+            trainer(denoiser=Failing()).run()
+        assert raised.value is error
+
+
 def test_before_torch_2_5_the_error_has_its_older_name(monkeypatch):
     monkeypatch.delattr(torch, "OutOfMemoryError", raising=False)
-    assert runpy.run_path(memory.__file__)["DeviceOutOfMemory"] is torch.cuda.OutOfMemoryError
+    assert runpy.run_path(device_memory.__file__)["DeviceOutOfMemory"] is torch.cuda.OutOfMemoryError
     with pytest.raises(OutOfMemory):
         trainer(denoiser=FullModel()).run()
 
