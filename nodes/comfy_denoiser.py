@@ -1,6 +1,6 @@
 """ComfyUI's MODEL as a :class:`~editloss_core.training.flow.Denoiser` of the core, and a VAE as a decoder with gradients.
 
-With comfy_model.py the only file that reaches into ComfyUI's model internals.
+Like all files ``comfy_*.py`` it reaches into ComfyUI's model internals.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .comfy_model import (
-    check_flow_model,
-    check_vae,
+from .comfy_gradients import (
+    attention_with_backward,
     differentiable,
-    is_loaded,
-    load_for_call,
-    model_inputs,
     replaced_forwards,
     running_differentiably,
+    thaw_attributes,
     usable,
 )
+from .comfy_model import check_flow_model, check_vae, is_loaded, load_for_call, model_inputs
 
 # What an entry can say that has no meaning for one training pair; leaving it out silently would train something else.
 NOT_TRAINABLE = {
@@ -108,6 +106,7 @@ class ComfyDenoiser:
         check_flow_model(model)
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
+        thaw_attributes(model.model.latent_format)
         self._loaded: list[tuple[int, int]] = []
 
     @property
@@ -216,6 +215,8 @@ class ComfyDenoiser:
         answers: list[Tensor] = []
         hook = net.register_forward_hook(lambda module, args, output: answers.append(output))
         training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if training:
+            options.setdefault("optimized_attention_override", attention_with_backward)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(differentiable(net))
@@ -319,7 +320,7 @@ class VAEDecoder:
                 stack.enter_context(checkpointed(getattr(net, "decoder", net)))
             z = self.from_model(usable(latents, vae.device)).to(vae.vae_dtype)
             decoded = net.decode(z).float()
-        pictures = vae.process_output(decoded)
+        pictures = vae.process_output(decoded.clone())  # it may work in place
         if training:
             unclamped = self._offset + self._slope * decoded
             pictures = unclamped + (pictures - unclamped).detach()

@@ -1,28 +1,23 @@
 """VAE, CLIP_VISION and MODEL as encoders of the core, its own encoders under ComfyUI's model management, and gradients
 through them.
 
-This file and comfy_denoiser.py are the only ones that reach into ComfyUI's model internals. ComfyUI's own paths are
-written for inference: ``ClipVisionModel.encode_image`` rounds pixels, weights loaded by a node are inference tensors, Flux
-blocks add in place, and fp8 products have no derivative. What is made here goes around all of them when a gradient is
-asked for, and is a plain forward pass when not.
+The files ``comfy_*.py`` are the only ones that reach into ComfyUI's model internals. ComfyUI's own paths are written for
+inference: ``ClipVisionModel.encode_image`` rounds pixels, and see comfy_gradients.py. What is made here goes around all of
+it when a gradient is asked for, and is a plain forward pass when not.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Callable, Iterator, Mapping, Optional
+from typing import Any, Optional
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
-import comfy.ops
 import comfy.sampler_helpers
 import torch
-from comfy.quant_ops import QuantizedTensor
 from comfy.utils import ProgressBar
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..editloss_core.encoders.base import (
     Encoder,
@@ -37,7 +32,8 @@ from ..editloss_core.encoders.diffusion import DiffusionFeatureEncoder
 from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from ..editloss_core.encoders.vae import VAEEncoder
-from ..editloss_core.training.out_of_place import OutOfPlace
+from .comfy_gradients import differentiable, usable
+from .comfy_offers import is_out_of_memory
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
 PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
@@ -47,119 +43,6 @@ def fingerprint(module: nn.Module, *texts: str) -> str:
     """:func:`hash_module` with the node's progress bar, which its cancel button stops."""
     bar = ProgressBar(1)
     return hash_module(module, *texts, progress=lambda done, total: bar.update_absolute(done, total))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Gradients through modules that were loaded for inference
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def thaw(module: nn.Module) -> None:
-    """Replace inference tensors among a module's weights by ordinary frozen ones, one at a time, in place.
-
-    Tensors made under ``torch.inference_mode`` cannot be saved for a backward pass. The values stay the same and
-    ComfyUI's bookkeeping goes by names, so nothing else notices.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        for part in module.modules():
-            for name, p in part._parameters.items():
-                if p is not None and p.is_inference():
-                    part._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
-            for name, b in part._buffers.items():
-                if b is not None and b.is_inference():
-                    part._buffers[name] = b.clone()
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """A linear layer's own forward pass, and grad · W with the weight cast anew in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.layer = layer
-        return forward(x.clone())  # ComfyUI's fast fp8 clamps its input in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        layer = ctx.layer
-        weight, bias, stream = comfy.ops.cast_bias_weight(layer, dtype=grad.dtype, device=grad.device, offloadable=True)
-        plain = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-        scale = getattr(layer, "scale_weight", None)  # of "scaled fp8" checkpoints
-        result = grad @ (plain if scale is None else plain * scale.to(plain))
-        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
-        return result, None, None
-
-
-class _FrozenForward:
-    """Takes the place of a layer's ``forward`` where autograd cannot go through it, or would keep a copy of its weight.
-
-    That is a weight in fp8 or quantised (the fast products have no derivative, and the slow ones would hold each weight
-    in full precision until the backward pass), and one that waits in another memory and is brought in for each product.
-    """
-
-    def __init__(self, layer: nn.Module):
-        self.layer, self.stock = layer, layer.forward
-
-    def __call__(self, x: Tensor) -> Tensor:
-        weight = self.layer.weight
-        plain = weight.device == x.device and weight.dtype.itemsize > 1 and not isinstance(weight, QuantizedTensor)
-        if plain or not torch.is_grad_enabled():
-            return self.stock(x)
-        return _FrozenProduct.apply(x, self.layer, self.stock)
-
-
-@contextlib.contextmanager
-def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these modules answer with these functions; hooks on them work as ever."""
-    before = {part: part.__dict__.get("forward") for part in forwards}
-    try:
-        for part, forward in forwards.items():
-            part.forward = forward
-        yield
-    finally:
-        for part, forward in before.items():
-            if forward is not None:
-                part.forward = forward
-            elif "forward" in part.__dict__:
-                del part.forward
-
-
-@contextlib.contextmanager
-def running_differentiably(module: nn.Module) -> Iterator[None]:
-    """Inside, autograd can follow a call of ``module``. A block that is computed again needs it as well.
-
-    To look for the linear layers every time takes 2 ms for all blocks of a Flux together (57 blocks, on a busy CPU core).
-    """
-    linears = {
-        part: _FrozenForward(part)
-        for part in module.modules()
-        if isinstance(part, comfy.ops.CastWeightBiasOp)
-        and isinstance(getattr(part, "in_features", None), int)
-        and not isinstance(part.forward, _FrozenForward)
-    }
-    with replaced_forwards(linears), OutOfPlace():
-        yield
-
-
-@contextlib.contextmanager
-def differentiable(module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` can be run and differentiated with respect to its input, if gradients are on at all."""
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        yield
-        return
-    thaw(module)
-    with running_differentiably(module):
-        yield
-
-
-def usable(value: Any, device: torch.device) -> Any:
-    """A tensor (or those in a list) on ``device``, and fit for autograd although it was made in inference mode."""
-    if isinstance(value, (list, tuple)):
-        return [usable(v, device) for v in value]
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device)
-    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,12 +275,17 @@ def model_inputs(base, cond: dict, x: Tensor) -> dict[str, comfy.conds.CONDRegul
     Raises:
         ValueError: if something is missing that this model needs.
     """
+    missing = None
+    if base.model_config.unet_config.get("vec_in_dim") and cond.get("pooled_output") is None:
+        missing = "'pooled_output'"  # which newer ComfyUI takes for zeros
     try:
         inputs = base.extra_conds(**{k: usable(v, x.device) for k, v in cond.items()}, noise=x, device=x.device)
     except KeyError as error:
+        missing = error
+    if missing:
         raise ValueError(
-            f"conditioning: {type(base).__name__} needs {error}; make it with the model's own text encoder"
-        ) from error
+            f"conditioning: {type(base).__name__} needs {missing}; make it with the model's own text encoder"
+        )
     return {name: value.process_cond(batch_size=len(x), device=x.device, area=None) for name, value in inputs.items()}
 
 
@@ -448,9 +336,9 @@ def diffusion_encoder(
         try:
             with differentiable(net):
                 base.apply_model(x, t, transformer_options=options, **inputs)
-        except comfy.model_management.OOM_EXCEPTION:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"conditioning: {kind} cannot be run with it; use the model's own text encoder ({error})"
             ) from error

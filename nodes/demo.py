@@ -9,6 +9,7 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
@@ -40,17 +41,23 @@ class SmallTextEncoder:
         return [[context, {"pooled_output": pooled}]]
 
 
-def small_flux() -> comfy.model_patcher.ModelPatcher:
-    """ComfyUI's Flux class with the small model's sizes and weights; its loaders know the large size only."""
+def small_flux(**options) -> comfy.model_patcher.ModelPatcher:
+    """ComfyUI's Flux class with the small model's sizes and weights; its loaders know the large size only.
+
+    Args:
+        options: what ComfyUI tells a loader whose model it wants again, a copy to train for example; it is the same for all.
+    """
     with torch.inference_mode(False):
-        config = comfy.supported_models.Flux(dict(model.FLUX))
+        config = comfy.supported_models.Flux(model.flux_config(FluxParams))
         config.set_inference_dtype(torch.float32, None)
         base = config.get_model({}, device=torch.device("cpu"))
-        base.diffusion_model.load_state_dict(model.load_diffusion())
+        base.diffusion_model.load_state_dict(config.process_unet_state_dict(model.load_diffusion()))
         base.diffusion_model.eval().requires_grad_(False)
-    return comfy.model_patcher.ModelPatcher(
+    patcher = comfy.model_patcher.ModelPatcher(
         base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     )
+    patcher.cached_patcher_init = (small_flux, ())  # how ComfyUI comes by another copy
+    return patcher
 
 
 class DemoModel(io.ComfyNode):

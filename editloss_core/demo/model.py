@@ -6,7 +6,9 @@ script that trains it); the autoencoder has an equal in plain PyTorch, because t
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,15 +16,15 @@ from torch import Tensor, nn
 
 from .prompts import CONTEXT, POOLED
 
-__all__ = ["AUTOENCODER", "DIFFUSION", "FLUX", "Autoencoder", "load_autoencoder", "load_diffusion"]
+__all__ = ["AUTOENCODER", "DIFFUSION", "FLUX", "Autoencoder", "flux_config", "load_autoencoder", "load_diffusion"]
 
 WEIGHTS = Path(__file__).parent / "weights"
 DIFFUSION = WEIGHTS / "small_kontext.safetensors"
 AUTOENCODER = WEIGHTS / "small_autoencoder.safetensors"
 
-# For comfy.supported_models.Flux(FLUX): 128-pixel pictures are 16 × 16 latents of 16 channels, 64 tokens of 64 numbers.
+# Of ComfyUI's Flux: 128-pixel pictures are 16 × 16 latents of 16 channels, 64 tokens of 64 numbers. A ComfyUI may not know
+# each of these; what its class asks for is taken.
 FLUX = {
-    "image_model": "flux",
     "in_channels": 16,
     "out_channels": 16,
     "patch_size": 2,
@@ -37,7 +39,26 @@ FLUX = {
     "theta": 10000,
     "qkv_bias": True,
     "guidance_embed": False,
+    "txt_ids_dims": [],
 }
+
+
+def flux_config(parameters: type) -> dict[str, Any]:
+    """What ``comfy.supported_models.Flux`` is made of.
+
+    Args:
+        parameters: the dataclass of what ComfyUI's Flux takes, ``comfy.ldm.flux.model.FluxParams``.
+
+    Raises:
+        ValueError: if it wants something that is not known here.
+    """
+    known = fields(parameters)
+    missing = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING and f.name not in FLUX]
+    if missing:
+        raise ValueError(f"demo model: this ComfyUI's Flux wants {', '.join(missing)}, which this pack does not know")
+    return {"image_model": "flux", **{f.name: FLUX[f.name] for f in known if f.name in FLUX}}
+
+
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159  # of ComfyUI's latent format for Flux: model = (latent − shift) · scale
 
 # The latents of both: PCA of 8 × 8 patches is linear, so the encoder needs none of TAESD's blocks, and the decoder not all.
@@ -104,5 +125,8 @@ def load_autoencoder(path: Path = AUTOENCODER) -> dict[str, Tensor]:
 
 
 def load_diffusion(path: Path = DIFFUSION) -> dict[str, Tensor]:
-    """The state dict of the Flux (``model.diffusion_model`` of ComfyUI), in float32."""
+    """The state dict of the Flux under the names of its first release, in float32.
+
+    ComfyUI has since renamed some layers: ``process_unet_state_dict`` of its Flux gives them the names of today.
+    """
     return {name: value.float() for name, value in load_file(path).items()}

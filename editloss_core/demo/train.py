@@ -44,7 +44,7 @@ from ..training.out_of_place import OutOfPlace
 from . import train_autoencoder as codec
 from .drawing import COLOURS, OBJECTS, SIZE
 from .judge import judge, table
-from .model import AUTOENCODER, DIFFUSION, FLUX, Autoencoder
+from .model import AUTOENCODER, DIFFUSION, Autoencoder, flux_config
 from .prompts import encode
 from .scenes import HELD_OUT, TASKS, Example, Scene, draw
 
@@ -176,14 +176,17 @@ def build(comfyui: Path) -> nn.Module:
 
     comfy.options.enable_args_parsing()
     import comfy.model_base
+    import comfy.model_management
     import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
 
-    config = comfy.supported_models.Flux(dict(FLUX))
+    comfy.model_management.in_training = True  # newer ones then run kernels that have a derivative
+    config = comfy.supported_models.Flux(flux_config(FluxParams))
     config.set_inference_dtype(torch.float32, None)
     network = comfy.model_base.Flux(config).diffusion_model.float()
     torch.manual_seed(0)
     for name, p in network.named_parameters():
-        if name.endswith("scale"):
+        if name.endswith(("_norm.scale", "_norm.weight")):  # older and newer name
             nn.init.ones_(p)
         elif p.ndim == 2 and not ("mod.lin" in name or "modulation" in name or name == "final_layer.linear.weight"):
             nn.init.xavier_uniform_(p)
@@ -276,7 +279,8 @@ def train_flux(rank: int, processes: int, comfyui: Path, folder: Path, cycles: S
             network.load_state_dict(trained)
     if rank == 0:
         with replacing(folder / DIFFUSION.name) as temporary:
-            save_file({name: value.half().contiguous() for name, value in average.items()}, temporary)
+            named = {name.replace("_norm.weight", "_norm.scale"): value for name, value in average.items()}
+            save_file({name: value.half().contiguous() for name, value in named.items()}, temporary)
     if processes > 1:
         dist.destroy_process_group()
 

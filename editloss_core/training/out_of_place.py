@@ -6,6 +6,7 @@ import dis
 import functools
 import sys
 import types
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ class OutOfPlace(TorchFunctionMode):
     ``x.mul_(y)``, which torch reports in the same way, still changes x: as a statement of its own (ComfyUI's dequantising
     has one) it has no other effect.
 
+    ``x[a:b] *= y`` changes x as well, when the answer is put in its place; what the product keeps for its backward pass is a
+    copy of the slice. Without it plain autograd would raise, and gradient checkpointing, which does not look for changes,
+    would compute wrong gradients without a word.
+
+    Args:
+        kernels: operator → function that answers in its place while gradients are on, for operators without a derivative.
+
     >>> x = kept = torch.zeros(2)
     >>> with OutOfPlace():
     ...     x += 1
@@ -27,12 +35,19 @@ class OutOfPlace(TorchFunctionMode):
 
     _ANSWERS = {Tensor.add_: torch.add, Tensor.mul_: torch.mul}
 
+    def __init__(self, kernels: Optional[Mapping[Any, Callable[..., Any]]] = None):
+        super().__init__()
+        self._kernels = kernels or {}
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         answer = self._ANSWERS.get(func)
         if answer is not None:
             frame = sys._getframe(1)
             if _is_augmented(frame.f_code, frame.f_lasti):
-                return answer(*args)
+                x, *others = args
+                return answer(x.clone() if x._is_view() else x, *others)
+        elif func in self._kernels and torch.is_grad_enabled():
+            func = self._kernels[func]
         return func(*args, **(kwargs or {}))
 
 

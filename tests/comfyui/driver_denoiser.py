@@ -25,6 +25,7 @@ from driver_model_encoders import (
     FLUX,
     TEXT,
     assert_close,
+    flux_config,
     import_pack,
     loaded,
     refused,
@@ -52,7 +53,7 @@ def flux(dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,
     import comfy.model_patcher
     import comfy.supported_models
 
-    settings = comfy.supported_models.Flux(dict(FLUX))
+    settings = comfy.supported_models.Flux(flux_config())
     settings.set_inference_dtype(dtype, compute)
     settings.custom_operations = operations
     for key, value in config.items():
@@ -412,7 +413,14 @@ def _quantised(fast: bool, scales: bool) -> Any:
             config[layer] = {"format": "float8_e4m3fn"}
         else:
             state[name] = value
-    model = flux(torch.float32, torch.float32, layer_quant_config=config)
+    import comfy.supported_models_base
+
+    older = hasattr(comfy.supported_models_base.BASE, "layer_quant_config")
+    for layer, values in config.items():  # newer ones read it from the file
+        if not older:
+            state[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+    quantised = {"layer_quant_config": config} if older else {"quant_config": {"mixed_ops": True}}
+    model = flux(torch.float32, torch.float32, **quantised)
     model.model.load_model_weights(dict(state), "")
     layers = [m for m in model.model.diffusion_model.modules() if getattr(m, "layout_type", None)]
     assert len(layers) == len(config) > 0
@@ -465,11 +473,18 @@ BASES: dict[str, tuple[Callable[[], Any], float]] = {
     "fp8_with_fp32_compute": (lambda: _cast(torch.float8_e4m3fn, torch.float32), 1e-5),
     "fp8_with_bf16_compute": (lambda: _cast(torch.float8_e4m3fn, torch.bfloat16), 0.02),
     "fp8_fast": (_fast_fp8, 0.15),
-    "scaled_fp8": (_scaled, 1e-5),
     "quantised": (lambda: _quantised(False, False), 1e-5),
-    "quantised_fast": (lambda: _quantised(True, False), 1e-5),
+    "quantised_fast": (lambda: _quantised(True, False), 0.03),  # newer ComfyUI rounds the inputs too
     "quantised_fast_with_input_scales": (lambda: _quantised(True, True), 0.03),
 }
+
+
+def add_older_bases() -> None:
+    """Kinds that newer ComfyUI converts into others when it loads them."""
+    import comfy.ops
+
+    if hasattr(comfy.ops, "scaled_fp8_ops"):
+        BASES["scaled_fp8"] = (_scaled, 1e-5)
 
 
 def in_float32(model: Any) -> Any:
@@ -508,12 +523,13 @@ def _base(name: str, checkpointing: bool, inference: bool = False) -> None:
     assert not any("forward" in m.__dict__ for m in denoiser.module.modules())
 
 
-for _name in BASES:
-    for _checkpointing in (False, True):
-        CHECKS[f"base_{_name}{'_checkpointed' if _checkpointing else ''}"] = lambda n=_name, c=_checkpointing: _base(
-            n, c
-        )
-    CHECKS[f"base_{_name}_loaded_in_inference_mode"] = lambda n=_name: _base(n, True, True)
+def add_bases() -> None:
+    for name in BASES:
+        for checkpointing in (False, True):
+            CHECKS[f"base_{name}{'_checkpointed' if checkpointing else ''}"] = lambda n=name, c=checkpointing: _base(
+                n, c
+            )
+        CHECKS[f"base_{name}_loaded_in_inference_mode"] = lambda n=name: _base(n, True, True)
 
 
 def _low_memory(name: str, tolerance: float, checkpointing: bool) -> None:
@@ -830,6 +846,8 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    add_older_bases()
+    add_bases()
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
     PACK = SimpleNamespace(
         denoiser=importlib.import_module(f"{name}.nodes.comfy_denoiser"),

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from driver_model_encoders import FLUX, TEXT, assert_close, import_pack, randomised
+from driver_model_encoders import FLUX, TEXT, assert_close, flux_config, import_pack, randomised
 from torch import Tensor
 
 CPU = torch.device("cpu")
 SCRATCH = Path()
-FLUX = {**FLUX, "mlp_ratio": 4.0}  # diffusers knows no other
+MLP_RATIO = 4.0  # diffusers knows no other
 LAYERS = ("attention", "attention + MLP", "all")
 
 
@@ -34,21 +34,21 @@ def networks() -> SimpleNamespace:
     import comfy.utils
     from diffusers import FluxTransformer2DModel
 
-    config = comfy.supported_models.Flux(dict(FLUX))
+    config = comfy.supported_models.Flux(flux_config(mlp_ratio=MLP_RATIO))
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device=CPU)
     weights = randomised(base.diffusion_model, scale=0.2).state_dict()
-    state = {}
-    for theirs, ours in comfy.utils.flux_to_diffusers(FLUX).items():
-        name, rows, change = (*ours, None)[:3] if isinstance(ours, tuple) else (ours, None, None)
-        if name in weights:  # the table has a ControlNet's layers too
-            state[theirs] = weights[name].narrow(*rows) if rows else change(weights[name]) if change else weights[name]
     net = FluxTransformer2DModel(
         in_channels=4 * FLUX["in_channels"], num_layers=FLUX["depth"], num_single_layers=FLUX["depth_single_blocks"],
         attention_head_dim=sum(FLUX["axes_dim"]), num_attention_heads=FLUX["num_heads"],
         joint_attention_dim=FLUX["context_in_dim"], pooled_projection_dim=FLUX["vec_in_dim"], guidance_embeds=True,
         axes_dims_rope=FLUX["axes_dim"],
     )  # fmt: skip
+    state, there = {}, net.state_dict()
+    for theirs, ours in comfy.utils.flux_to_diffusers(FLUX).items():
+        name, rows, change = (*ours, None)[:3] if isinstance(ours, tuple) else (ours, None, None)
+        if name in weights and theirs in there:  # the table has other models' layers too
+            state[theirs] = weights[name].narrow(*rows) if rows else change(weights[name]) if change else weights[name]
     net.load_state_dict({k: v.clone() for k, v in state.items()})
     return SimpleNamespace(
         comfyui=comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU), diffusers=net

@@ -9,6 +9,7 @@ builds them twice: plainly, and inside ``torch.inference_mode()``, where ComfyUI
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -150,7 +151,6 @@ def small_clip(kind: str) -> Any:
 
 
 FLUX = {
-    "image_model": "flux",
     "in_channels": 16,
     "out_channels": 16,
     "vec_in_dim": 24,
@@ -165,15 +165,24 @@ FLUX = {
     "patch_size": 2,
     "qkv_bias": True,
     "guidance_embed": True,
+    "txt_ids_dims": [],
 }
 TEXT = 5  # tokens
+
+
+def flux_config(**changed: Any) -> dict[str, Any]:
+    """The small Flux as this ComfyUI's class takes it."""
+    from comfy.ldm.flux.model import FluxParams
+
+    known = {field.name for field in dataclasses.fields(FluxParams)}
+    return {"image_model": "flux", **{name: value for name, value in {**FLUX, **changed}.items() if name in known}}
 
 
 def small_flux() -> Any:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.Flux(dict(FLUX))
+    config = comfy.supported_models.Flux(flux_config())
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device=torch.device("cpu"))
     randomised(base.diffusion_model)
@@ -525,18 +534,18 @@ def check_thaw_keeps_values_names_and_dtypes() -> None:
     with torch.inference_mode():
         module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).half()
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    MODEL.thaw(module)
+    GRADIENTS.thaw(module)
     after = module.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
     assert not any(v.is_inference() for v in [*module.parameters(), *module.buffers()])
     assert not any(p.requires_grad for p in module.parameters())
     kept = list(module.parameters())
-    MODEL.thaw(module)
+    GRADIENTS.thaw(module)
     assert all(a is b for a, b in zip(kept, module.parameters())), "ordinary weights were copied"
 
 
 def main() -> None:
-    global MODEL, SCRATCH
+    global GRADIENTS, MODEL, SCRATCH
     pack, SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
     sys.path.insert(0, str(Path.cwd()))
     sys.argv = ["main.py", "--cpu"]
@@ -544,6 +553,7 @@ def main() -> None:
 
     comfy.options.enable_args_parsing()
     MODEL = import_pack(pack)
+    GRADIENTS = importlib.import_module(MODEL.__name__.replace("comfy_model", "comfy_gradients"))
     torch.manual_seed(0)
     for name, function in CHECKS.items():
         began = time.monotonic()

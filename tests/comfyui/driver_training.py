@@ -22,7 +22,7 @@ from typing import Any
 
 import driver_model_encoders as small
 import torch
-from driver_model_encoders import FLUX, assert_close, import_pack, pictures, randomised, refused
+from driver_model_encoders import assert_close, flux_config, import_pack, pictures, randomised, refused
 from torch import Tensor
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -55,7 +55,7 @@ def flux() -> Any:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.Flux({**FLUX, "context_in_dim": WIDTH, "vec_in_dim": WIDTH})
+    config = comfy.supported_models.Flux(flux_config(context_in_dim=WIDTH, vec_in_dim=WIDTH))
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device=CPU)
     randomised(base.diffusion_model)

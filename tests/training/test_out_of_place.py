@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from editloss_core.training.out_of_place import OutOfPlace
 
@@ -47,3 +48,39 @@ def test_modes_can_be_nested():
         y = x
         y.add_(1)
     assert kept.tolist() == [0, 0] and x.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_slice_that_is_changed_keeps_what_its_product_needs(checkpointing):
+    """Without a copy plain autograd raises, and checkpointing computes another gradient without a word."""
+    x = torch.tensor([[0.5, -2.0, 3.0]], dtype=torch.float64)
+    scale = torch.tensor([1.5, 0.25], dtype=torch.float64)
+
+    def block(x, scale):
+        with OutOfPlace():
+            x = x * 1
+            x[:, :2] *= scale
+            x[:, :2] += scale
+            return x.square()
+
+    def run(x, scale):
+        return checkpoint(block, x, scale, use_reentrant=False) if checkpointing else block(x, scale)
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), scale.requires_grad_()))
+
+
+def test_a_kernel_without_a_derivative_is_answered_where_gradients_are_on():
+    calls = []
+
+    def plain(x):
+        calls.append("plain")
+        return x * x
+
+    torch.library.custom_op("editloss_test::square", lambda x: x * x, mutates_args=(), schema="(Tensor x) -> Tensor")
+    operator = torch.ops.editloss_test.square
+    x = torch.tensor([3.0], requires_grad=True)
+    with OutOfPlace({operator: plain}):
+        (gradient,) = torch.autograd.grad(operator(x).sum(), x)
+        with torch.no_grad():
+            assert operator(x).item() == 9.0
+    assert gradient.item() == 6.0 and calls == ["plain"]
