@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,6 +28,17 @@ GRACE = 10.0  # seconds that a run has to end by itself after SIGTERM; torchrun 
 
 class ProcessLost(RuntimeError):
     """Another process of the run has ended, or does not answer any more."""
+
+
+def launched() -> int:
+    """How many processes the launcher of this one started, as torchrun and accelerate tell them; 1 without a launcher."""
+    from torch.distributed.elastic.utils import get_env_variable_or_raise
+
+    try:
+        count = get_env_variable_or_raise("WORLD_SIZE")
+    except ValueError:
+        return 1
+    return int(count)
 
 
 def leave(status: int) -> NoReturn:
@@ -199,20 +209,21 @@ class Processes:
         """While the block runs, a SIGTERM lets it end at its next :meth:`check`, and logs ``words()``.
 
         A launcher that has lost a process ends the others so. They may be waiting for the lost one where Python cannot be
-        interrupted; after :data:`GRACE` seconds they are ended all the same. Only for several processes, and in the main thread.
+        interrupted; after :data:`GRACE` seconds they are ended all the same. Only for several processes, in the main thread, and
+        not on Windows, which ends a process without a signal.
         """
-        if self.count == 1 or threading.current_thread() is not threading.main_thread():
+        if self.count == 1 or os.name == "nt" or threading.current_thread() is not threading.main_thread():
             yield
             return
-        reading, writing = socket.socketpair()
-        writing.setblocking(False)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
         ended = threading.Event()
 
         def note(signum, frame):
             self._terminated = True
 
         def watch():
-            while (signals := reading.recv(16)) and signal.SIGTERM not in signals:
+            while (signals := os.read(reading, 16)) and signal.SIGTERM not in signals:
                 pass
             if not signals:
                 return
@@ -222,7 +233,7 @@ class Processes:
                 os._exit(128 + signal.SIGTERM)
 
         before = signal.signal(signal.SIGTERM, note)
-        fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         watcher = threading.Thread(target=watch, name="editloss-last-words", daemon=True)
         watcher.start()
         lost = False
@@ -236,9 +247,9 @@ class Processes:
                 ended.set()
                 signal.set_wakeup_fd(fd)
                 signal.signal(signal.SIGTERM, before)
-                writing.close()
+                os.close(writing)
                 watcher.join()
-                reading.close()
+                os.close(reading)
 
 
 def place(module: nn.Module, accelerator: Accelerator) -> nn.Module:

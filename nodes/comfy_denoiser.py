@@ -17,6 +17,7 @@ import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -237,9 +238,11 @@ class ComfyDenoiser:
     def exact_products(self) -> Iterator[None]:
         """Inside, quantised layers multiply in the precision that the network computes in, and do not round their inputs.
 
-        Newer layers have a switch for it. The older fp8 layers keep from their fast product in training, or when something is
-        done to a weight before it is used, one in one ComfyUI and the other in another.
+        Layers keep from their quantised product where they have a switch for it, in training (older fp8 layers), and, in newer
+        ComfyUI, where something is done to a weight before it is used.
         """
+        if not is_loaded(self.model):
+            load_for_call(self.model, 0)  # which would take away again what is put on weights here
         with contextlib.ExitStack() as stack:
 
             def put(layer: nn.Module, **values: Any) -> None:
@@ -248,10 +251,13 @@ class ComfyDenoiser:
                     setattr(layer, name, value)
 
             for layer in self.module.modules():
-                if getattr(layer, "_full_precision_mm", None) is False:
-                    put(layer, _full_precision_mm=True)
-                elif isinstance(layer, comfy.ops.fp8_ops.Linear):
+                weight = getattr(layer, "weight", None)
+                if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None:
+                    continue
+                if isinstance(weight, QuantizedTensor) or weight.dtype.itemsize == 1:
                     put(layer, training=True, weight_function=[*layer.weight_function, lambda weight: weight])
+                    if hasattr(layer, "_full_precision_mm"):
+                        put(layer, _full_precision_mm=True)
             yield
 
     def _options(self) -> dict[str, Any]:

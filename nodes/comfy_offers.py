@@ -134,7 +134,8 @@ def fused_kernels() -> list[tuple[Any, Callable[..., Any]]]:
     """
     if importlib.util.find_spec("comfy_kitchen") is None:
         return []
-    eager = importlib.import_module("comfy_kitchen.backends.eager")
+    from comfy_kitchen.backends import eager
+
     found = []
     for name in dir(eager):
         if name.startswith(FUSED) and hasattr(torch.ops.comfy_kitchen, name):

@@ -15,6 +15,7 @@ from editloss_core.diagnostics.verdict import judge
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md"]
 FIRST_SCREEN = 40  # lines beside the picture
 
 
@@ -40,7 +41,7 @@ def test_the_two_commands_are_one_line_each():
     assert len(commands) == 2 and "workflows/run.py" in commands[0] and commands[1].endswith("-m pytest -n 2")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
 def test_linked_files_and_anchors_exist(page):
     text = without_code(page.read_text(encoding="utf-8"))
     links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional
 
 import torch
 from PIL import Image
@@ -181,8 +180,8 @@ def judge_folder(
     # Spawned, since a fork of a process with threads (torch's, tqdm's) can hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
-        for packed in pool.map(_packed, entries, [maps] * len(entries)):
-            yield pickle.loads(packed)
+        for item in pool.map(_judged, entries, [maps] * len(entries)):
+            yield _with_values(item, torch.from_numpy)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -193,9 +192,18 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _packed(entry: Entry, maps: Optional[Path]) -> bytes:
-    """As bytes: torch would send each of a dozen small tensors as a shared memory file of its own."""
-    return pickle.dumps(judge_entry(entry, maps))
+def _judged(entry: Entry, maps: Optional[Path]) -> Item:
+    """With arrays: torch would send each of a dozen small tensors as a shared memory file of its own."""
+    return _with_values(judge_entry(entry, maps), Tensor.numpy)
+
+
+def _with_values(item: Item, change: Callable[[Any], Any]) -> Item:
+    """The item with each of its tensors, or arrays in their place, changed."""
+    verdict = item.verdict
+    if verdict is not None:
+        maps = {name: change(values) for name, values in verdict.maps.items()}
+        verdict = replace(verdict, maps=maps, mask=None if verdict.mask is None else change(verdict.mask))
+    return replace(item, verdict=verdict, pictures={part: change(x) for part, x in item.pictures.items()})
 
 
 def save(picture: Tensor, path: Path) -> None:

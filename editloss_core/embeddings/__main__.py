@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from ..device_memory import is_out_of_memory
 from ..encoders.spec import EncoderSpec
 from ..pairs import PairProblems, find_pairs
-from ..processes import Processes, leave
+from ..processes import Processes, launched, leave
 from ..progress import ConsoleBar
 from .shards import SHARD_PAIRS, encode_pairs
 
@@ -86,7 +85,7 @@ def _run(given: argparse.Namespace, accelerator: Optional[Accelerator], program:
 
 def _accelerator() -> Optional[Accelerator]:
     """Of the processes that a launcher started; None for one alone, which needs no accelerate."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if launched() < 2:
         return None
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
@@ -15,7 +14,7 @@ from .. import encoders
 from ..encoders.base import Encoder, hash_module
 from ..encoders.vae import VAEEncoder
 from ..pairs import PairSet, find_pairs
-from ..processes import check_accelerator, check_batch, place
+from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar
 from .config import TimmSection, TrainingConfig, VAESection
 from .config_reader import checkpoint_of, kontext_files
@@ -150,13 +149,13 @@ def accelerator_for(plan: Plan) -> Any:
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=list(plan.config.run.trackers) or None, project_dir=str(plan.folder))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:  # each would train for itself, and write over the others
+    count = launched()
+    if count != accelerator.num_processes:  # each would train for itself, and write over the others
         raise ValueError(
-            f"processes: {launched} were launched, and accelerate sees {accelerator.num_processes}; its configuration does not "
+            f"processes: {count} were launched, and accelerate sees {accelerator.num_processes}; its configuration does not "
             "fit these devices (FSDP needs GPUs; several processes on CPUs are MULTI_CPU)"
         )
-    check_batch(plan.config.training.batch_size, launched)
+    check_batch(plan.config.training.batch_size, count)
     return accelerator
 
 

@@ -1,7 +1,8 @@
 """A real ComfyUI and a real browser for the tests in this folder; nothing of ComfyUI is mocked.
 
 The server starts once for the whole session (about 15 s on two cores). Where its requirements are missing,
-every test here is skipped with the reason, and no test module is imported.
+every test here is skipped with the reason, and no test module is imported. With ``COMFYUI_PATH`` these are also what
+that ComfyUI's own requirements.txt lists.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 for folder in (HERE, HERE.parents[1] / "workflows"):  # helpers; comfy_server, comfy_client, ui_to_api, run
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+from comfy_server import cache_folder
 
 if TYPE_CHECKING:
     from comfy_client import Client
@@ -48,7 +53,28 @@ REQUIRED = (
     "comfyui_frontend_package",
     "playwright",
 )
+
+
+def _listed(requirements: Path) -> list[str]:
+    """The packages that a ComfyUI cannot do without: those of its list before the comment that calls the others not essential."""
+    essential = requirements.read_text(encoding="utf-8").partition("#non essential")[0]
+    return re.findall(r"^[A-Za-z0-9][\w.-]*", essential, re.M)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 MISSING = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+WHAT_TO_DO = 'pip install -e ".[test]"'
+LISTED = Path(os.environ.get("COMFYUI_PATH", ""), "requirements.txt").resolve()
+# The extra has what the ComfyUI of the package index needs, which does without torchaudio.
+if os.environ.get("COMFYUI_PATH") and LISTED.is_file() and not LISTED.is_relative_to(cache_folder().resolve()):
+    MISSING += [name for name in _listed(LISTED) if not _is_installed(name)]
+    WHAT_TO_DO += f", and what {LISTED} lists; CONTRIBUTING.md has the line"
 
 # Chromium as root, in a container, without a GPU, and without calls to its maker or to any host but this one. (A route of
 # Playwright's would hold every request, pictures too, until this process has time to look at it.)
@@ -80,7 +106,7 @@ class _SkippedModule(pytest.Module):
     """A test module that is not imported, because what it imports is not there."""
 
     def collect(self) -> list[Any]:
-        pytest.skip(f'needs {", ".join(MISSING)}: pip install -e ".[test]"')
+        pytest.skip(f"needs {', '.join(MISSING)}: {WHAT_TO_DO}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -192,7 +192,8 @@ def _kept(entry: dict[str, Any], inputs: dict[str, Any], names: dict[str, str]) 
 
 
 def describe(prompt: Prompt, object_info: dict[str, Any]) -> dict[str, Any]:
-    """All words of a picture: if these are today's, so is the picture."""
+    """All words of a picture: if these are today's, so is the picture. Nodes of ComfyUI, which it names anew now and then, by
+    their class."""
     info = object_info[prompt["node"]["class_type"]]
     inputs = [name for group in ("required", "optional") for name in info["input"].get(group, {})]
     shown = {name: entry["inputs"] if name == "node" else {} for name, entry in prompt.items()}
@@ -202,17 +203,16 @@ def describe(prompt: Prompt, object_info: dict[str, Any]) -> dict[str, Any]:
         "outputs": info["output_name"],
         "values": {name: value for name, value in shown["node"].items() if not is_link(value)},
         "wires": [
-            [
-                object_info[prompt[v[0]]["class_type"]]["display_name"],
-                v[1],
-                k,
-                object_info[e["class_type"]]["display_name"],
-            ]
+            [_called(prompt[v[0]], object_info), v[1], k, _called(e, object_info)]
             for e in prompt.values()
             for k, v in e["inputs"].items()
             if is_link(v)
         ],
     }
+
+
+def _called(entry: dict[str, Any], object_info: dict[str, Any]) -> str:
+    return object_info[entry["class_type"]]["display_name"] if _is_ours(entry) else entry["class_type"]
 
 
 def draw(page: Any, prompt: Prompt) -> Image.Image:

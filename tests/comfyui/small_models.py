@@ -25,7 +25,8 @@ def write_models(models: Path, output: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / name).is_file():
             save_file({k: v.contiguous() for k, v in make().items()}, folder / name)
-    write_conditioning(output / DATASET)
+    for folder in (output, models.parent / "datasets"):  # where ComfyUI 0.3.75 looks, and where 0.33.0 does
+        write_conditioning(folder / DATASET)
 
 
 def randomised(module: nn.Module, seed: int = 0, scale: float = 0.05) -> nn.Module:
@@ -143,3 +144,4 @@ def write_conditioning(folder: Path) -> None:
         {"latents": [{"samples": torch.zeros(1, 16, 4, 4)}], "conditioning": [[[context, {"pooled_output": pooled}]]]},
         folder / "shard_0000.pkl",
     )
+    (folder / "metadata.json").write_text("{}", encoding="utf-8")  # by which 0.33.0 knows the folder

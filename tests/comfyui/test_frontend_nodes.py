@@ -36,7 +36,7 @@ NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 # What people type → the nodes that they must see, without EditLoss in front of the ids, and among how many.
 FOUND_BY = {
     "no edit": ({"NoEditIdentity"}, 1),
-    "overlay": ({"OverlayAvoidance", "OverlayNegative"}, 2),
+    "overlay": ({"OverlayAvoidance", "OverlayNegative"}, 3),  # ComfyUI 0.33.0 has a Draw Text Overlay
     "double object": ({"OverlayAvoidance"}, 2),
     "ghost": ({"OverlayAvoidance"}, 2),
     "distorted": ({"GeometryMatch"}, 2),
@@ -52,8 +52,8 @@ FOUND_BY = {
     "margin": ({"Triplet", "MarginRanking"}, 3),
     "Kontext": ({"TrainKontextLoRA", "SaveLoRA"}, 6),
     "train LoRA": ({"TrainKontextLoRA"}, 3),
-    "LoRA": ({"TrainKontextLoRA", "SaveLoRA", "LoRAOptions"}, 15),
-    "mask": ({"EstimateMask"}, 15),
+    "LoRA": ({"TrainKontextLoRA", "SaveLoRA", "LoRAOptions"}, 18),  # 0.33.0 has more of its own
+    "mask": ({"EstimateMask"}, 24),  # and here
     "edit mask": ({"EstimateMask"}, 1),
     "verdict": ({"DiagnoseOutputs"}, 2),
     "diagnose": ({"DiagnoseOutputs"}, 1),
@@ -112,7 +112,7 @@ def test_every_node_is_added_from_the_search_box(tab, nodes):
         box.type(nodes[node_id]["display_name"], [nodes[node_id]["display_name"]], 1)
         box.press("Enter")
         tab.wait_for_function("window.app.graph.nodes.length === 1")
-        if tab.newest:  # a new node follows the mouse until it is put down
+        if tab.evaluate("!!window.app.graph.nodes[0].flags.ghost"):  # it follows the mouse until it is put down
             tab.mouse.move(500, 400)
             tab.mouse.click(500, 400)
         added = tab.evaluate("window.app.graph.nodes.map(n => [n.type, n.title, !!n.flags.ghost])")

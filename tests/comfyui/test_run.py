@@ -276,12 +276,15 @@ def test_conversion_equals_the_frontends_own_for_comfyuis_templates(
 ) -> None:
     """Workflows that ship with ComfyUI: large, from many versions, and not written by us.
 
-    Every eighth is compared here; all 160 that need nothing else were equal with ComfyUI 0.3.75 (frontend 1.32.9).
+    Every eighth is compared here; all 160 that need nothing else were equal with ComfyUI 0.3.75 (frontend 1.32.9). Left out
+    are graphs with the widgets of a ComfyUI of today, which ``to_prompt`` does not know.
     """
     names = [entry["name"] for group in client.call("/templates/index.json") for entry in group["templates"]]
     convertible = []
     for name in names:
         saved = client.call(f"/templates/{name}.json")
+        if any(only_in_the_page(object_info.get(node["type"], {})) for node in saved["nodes"]):
+            continue
         try:
             convertible.append((name, saved, to_prompt(saved, object_info)))
         except WorkflowError:  # subgraphs, and nodes whose requirements are not installed
@@ -289,6 +292,17 @@ def test_conversion_equals_the_frontends_own_for_comfyuis_templates(
     assert len(convertible) > 100
     for name, saved, ours in convertible[::8]:
         assert untitled(ours) == untitled(frontend_prompt(page, saved, object_info)), name
+
+
+# Inputs that change with a choice, and widgets that only the page knows.
+ONLY_IN_THE_PAGE = {
+    "COMFY_DYNAMICCOMBO_V3", "BOUNDING_BOXES", "COLOR", "COLORS", "COMPOSITOR", "IMAGECOMPARE", "LOAD_3D",
+}  # fmt: skip
+
+
+def only_in_the_page(info: dict[str, Any]) -> bool:
+    groups = [info.get("input", {}).get(group, {}) for group in ("required", "optional")]
+    return any(str(spec[0]) in ONLY_IN_THE_PAGE for group in groups for spec in group.values())
 
 
 def untitled(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -475,14 +489,18 @@ def test_progress_is_told_node_by_node_and_inside_a_node(
         ["net", "image", "up", "show"],
     )
     tiles = [p for p in seen if p.node_id == "up" and p.max > 1]
-    assert len({p.max for p in tiles}) == 1 and [p.value for p in tiles] == list(range(1, int(tiles[0].max) + 1))
+    told = [p.value for p in tiles]
+    # Between the first and the last, a newer ComfyUI sends only what is a tenth of a second after the one before.
+    assert {p.max for p in tiles} == {6} and told == sorted(set(told)) and {1, 6} <= set(told) <= set(range(1, 7))
 
     lines = ProgressLines({name: {"_meta": {"title": name.title()}} for name in prompt})
     for progress in seen:
         lines(progress)
     lines.finish()
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in printed if "Up" in line and "%" in line] == ["33", "50", "83", "100"]  # 6 tiles
+    shown = [line.split()[1] for line in printed if "Up" in line and "%" in line]
+    quarters = {int(400 * value / 6) // 100: int(100 * value / 6) for value in reversed(told)}  # the first in each
+    assert shown == [str(quarters[q]) for q in sorted(quarters) if q]  # of all 6 tiles: 33, 50, 83, 100
     assert len([line for line in printed if line.endswith(" s")]) == 4
 
 
