@@ -2,7 +2,7 @@
 
     python benchmarks/diagnose_folder.py --out benchmarks/results/diagnose_folder.md
 
-The folder is made from the rendered pairs of tests/pictures: every output is a right edit, a copy, a mixture or a soft one in
+The folder is made from the rendered pairs of editloss_core/demo/pictures: every output is a right edit, a copy, a mixture or a soft one in
 turn, so that no two are alike. The command runs as a user runs it, in a process of its own, start-up and files included.
 """
 
@@ -22,17 +22,17 @@ import torch
 from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parents[1]
-EDITS = ROOT / "tests" / "pictures" / "edits"
+PAIRS = ROOT / "editloss_core" / "demo" / "pictures"
 PARTS = ("before", "output", "after", "mask")
 
 
 def make(folder: Path, count: int, side: int) -> None:
-    names = sorted(p.stem for p in (EDITS / "before").iterdir())
+    names = sorted(p.stem for p in (PAIRS / "before").iterdir())
     for part in PARTS:
         (folder / part).mkdir()
     for i in range(count):
         pair = {
-            part: Image.open(next((EDITS / part).glob(f"{names[i % len(names)]}.*")))
+            part: Image.open(next((PAIRS / part).glob(f"{names[i % len(names)]}.*")))
             .convert("RGB")
             .resize((side, side))
             for part in ("before", "after", "mask")

@@ -3,8 +3,7 @@
     python benchmarks/docs_pictures.py        # writes docs/pictures/loss_*.webp and docs/pictures/failures.webp
 
 Every curve is a public function of editloss_core evaluated point by point, and its gradient what autograd says; every
-verdict and map is what :func:`editloss_core.diagnostics.verdict.judge` says of the outputs that workflows/examples.py makes
-from the rendered pair of tests/pictures.
+verdict and map is what :func:`editloss_core.diagnostics.verdict.judge` says of the outputs that the example graphs show.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from editloss_core import losses
+from editloss_core.demo import pictures
 from editloss_core.diagnostics.sheet import INK, LINE, MUTED, Sheet, new_figure, pixels
 from editloss_core.diagnostics.verdict import judge
 from editloss_core.diagnostics.verdict_colors import VERDICT_COLORS, text_on
@@ -30,9 +29,6 @@ PICTURES = ROOT / "docs" / "pictures"
 WIDTH = 1400
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d98c00", "#009e73", "#cc79a7"  # those of the curves of a run
 MARGIN = 0.25
-
-sys.path.insert(0, str(ROOT / "workflows"))
-from examples import room_outputs  # noqa: E402
 
 
 def save(figure, name: str) -> None:
@@ -226,8 +222,8 @@ def masks() -> None:
 # The three failures
 # ---------------------------------------------------------------------------------------------------------------------
 
-FAILURES = (  # output of the examples, map of the verdict, what red says
-    ("no_edit", "unchanged", "red: still the before picture"),
+FAILURES = (  # output, map of the verdict, what red says
+    ("no edit", "unchanged", "red: still the before picture"),
     ("distorted", "shape", "red: not the shape it should have"),
     ("overlay", "old object", "red: the old object is left"),
 )
@@ -236,8 +232,9 @@ WINDOW = slice(55, 316), slice(62, 352)  # rows and columns around both objects
 
 def failures() -> None:
     """The pair on the left; beside it each failed output above the map of its verdict."""
-    found = {name: _tensor(picture) for name, picture in room_outputs("oak_chair").items()}
-    before, after, mask = found["before"], found["after"], found["mask"]
+    pair = pictures.edit("oak chair")
+    before, after, mask, _ = pair
+    found = pictures.outputs(pair)
     left, gap, head, between, side = 0.15, 0.3, 0.95, 0.5, 3.2
     high = side * (WINDOW[0].stop - WINDOW[0].start) / (WINDOW[1].stop - WINDOW[1].start)
     page = Sheet(new_figure(WIDTH, 14.0, head + 2 * high + between + 0.15))
@@ -256,7 +253,7 @@ def failures() -> None:
     show(before, 0, 0)
     show(after, 0, 1)
     for column, (name, place, meaning) in enumerate(FAILURES, 1):
-        output = found[f"output_{name}"]
+        output = found[name]
         verdict = judge(before, output, after, mask)
         if verdict.verdict != FAILURE_OF[place]:
             raise AssertionError(f"{name}: the verdict is {verdict.verdict}, so that this picture would not be true")
@@ -270,10 +267,6 @@ def failures() -> None:
     page.write(left, 0.28, "the pair", fontsize=13, color=MUTED)
     page.write(left + side + gap, 0.28, "three outputs that failed: the verdict, and where", fontsize=13, color=MUTED)
     save(page.figure, "failures")
-
-
-def _tensor(picture: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(picture)).float() / 255
 
 
 def main(names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     demo,
+    demo_pictures,
     diagnose,
     diagnostics,
     embeddings,
@@ -21,15 +22,15 @@ from . import (
     training_export,
     training_options,
 )
-from .folders import register_model_folder
+from .folders import register_model_folders
 from .search_words import findable
 
 
 class EditLossExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        register_model_folder()  # not in on_load, which ComfyUI 0.3.75 does not call
+        register_model_folders()  # not in on_load, which ComfyUI 0.3.75 does not call
         rooms = (
             encoders, embeddings, negatives, losses, diagnostics, diagnose, encoder_audit, pair_audit, pairs, training,
-            training_export, training_options, self_check, run_report, demo,
+            training_export, training_options, self_check, run_report, demo, demo_pictures,
         )  # fmt: skip
         return [findable(node) for room in rooms for node in room.NODES]

@@ -18,6 +18,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
+from comfy_api.latest import io
 
 # Families of the fused kernels whose answers are differentiable functions of activations; quantised products are not.
 FUSED = ("apply_rope", "rms_rope", "adaln", "rms_adaln", "na3d")
@@ -140,3 +141,15 @@ def fused_kernels() -> list[tuple[Any, Callable[..., Any]]]:
         if name.startswith(FUSED) and hasattr(torch.ops.comfy_kitchen, name):
             found.append((getattr(torch.ops.comfy_kitchen, name), getattr(eager, name.rstrip("_"))))
     return found
+
+
+def folded(declared: io.Input) -> io.Input:
+    """An input that is rarely changed, behind the node's "advanced inputs" where ComfyUI's inputs can be told so."""
+    if hasattr(declared, "advanced"):
+        declared.advanced = True
+    return declared
+
+
+def has_comparison() -> bool:
+    """Whether the page can lay two pictures over each other with a slider; ``web/compare.js`` then does."""
+    return hasattr(io, "ImageCompare")

@@ -180,7 +180,7 @@ class DemoJudge(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of rooms and noise."),
             ],
             outputs=[
-                io.String.Output(display_name="table", tooltip="Markdown, for Preview as Text."),
+                io.String.Output(display_name="table", tooltip="The table on the node as Markdown, for Preview as Text."),
                 io.Image.Output(display_name="picture", tooltip="Some rooms: before, base, trained, after, with verdicts."),
                 io.Float.Output(display_name="good", tooltip="Share of good outputs of the trained model."),
             ],
@@ -216,7 +216,9 @@ class DemoJudge(io.ComfyNode):
         table = judge.table(verdicts)
         picture = compare.grid(rows, notes=notes, width=1280)
         good = sum(v.verdict == "good" for v in verdicts["with the LoRA"]) / count
-        return io.NodeOutput(table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), "text": (table,)})
+        return io.NodeOutput(
+            table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, table)}
+        )
 
 
 def edit(patcher, clip, vae, examples, steps, seed, progress=None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..editloss_core.diagnostics import report as reports
 from .checks import checked
+from .notices import say
 from .sockets import EmbeddingsSocket, ObjectiveSocket
 
 CATEGORY = "EditLoss/diagnostics"
@@ -48,7 +49,8 @@ class EvaluateObjective(io.ComfyNode):
         pred, gt, src = (None if images is None else images[..., :3] for images in (pred, gt, src))
         picture = reports.picture(report, pred, gt, src, width)
         values = json.dumps({**report.as_dict(), "signal": report.signal()}, allow_nan=False)
-        return io.NodeOutput(picture, text, float(report.total), values, ui=ui.PreviewImage(picture, cls=cls))
+        shown = {**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, text.replace("**", ""))}
+        return io.NodeOutput(picture, text, float(report.total), values, ui=shown)
 
 
 NODES = [EvaluateObjective]

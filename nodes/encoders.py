@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..editloss_core.encoders.base import Encoder
 from . import comfy_model
 from .checks import checked
+from .comfy_offers import folded
 from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path, state_of
 from .notices import say
 from .sockets import EncoderSocket
@@ -38,18 +39,18 @@ def _size_input(what: str) -> io.Int.Input:
 
 
 def _crop_input() -> io.Boolean.Input:
-    return io.Boolean.Input(
+    return folded(io.Boolean.Input(
         "crop", default=False, optional=True,
         tooltip="Off: the whole picture is stretched to the encoder's square, so that edits at the border count. On: centre crop.",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _name_input() -> io.String.Input:
-    return io.String.Input(
+    return folded(io.String.Input(
         "name", default="", optional=True,
         tooltip="What the encoder is called in reports and embedding files. Empty: made from the network and its output. Name "
         "one of two that differ only in weights or size.",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _answer(cls, encoder: Encoder, name: str) -> io.NodeOutput:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..editloss_core.demo.model import LORAS
 from ..editloss_core.embeddings import INDEX
 
 ENCODER_FOLDER = "editloss_encoders"
@@ -36,14 +37,16 @@ def state_of(find: Callable[[str], Path], name: str) -> str | float:
     return f"{status.st_mtime_ns} {status.st_size}"
 
 
-def register_model_folder() -> None:
-    """``models/editloss_encoders``, and whatever extra_model_paths.yaml adds under that name."""
+def register_model_folders() -> None:
+    """``models/editloss_encoders``, and whatever extra_model_paths.yaml adds under that name; and, behind the user's own
+    folders of LoRAs, the demo's: a LoRA of the same name that the user has trained is the one that loads."""
     folder_paths.add_model_folder_path(
         ENCODER_FOLDER, str(Path(folder_paths.models_dir) / ENCODER_FOLDER), is_default=True
     )
     paths, extensions = folder_paths.folder_names_and_paths[ENCODER_FOLDER]
     folder_paths.folder_names_and_paths[ENCODER_FOLDER] = (paths, extensions | {".safetensors"})
     Path(paths[0]).mkdir(parents=True, exist_ok=True)
+    folder_paths.add_model_folder_path("loras", str(LORAS))
 
 
 def encoder_weights() -> list[str]:
@@ -170,7 +173,8 @@ def pair_folder(setting: str, name: str) -> Path:
         there = sorted(p.name for p in Path(folder_paths.get_input_directory()).iterdir() if p.is_dir())
         raise ValueError(
             f"{setting}: there is no folder {relative.as_posix()!r} in ComfyUI's input folder; it has "
-            f"{', '.join(there) or 'none'}. Put the pairs there, or a link to them"
+            f"{', '.join(there) or 'none'}. Make it, or a link to it, and put before/ and after/ into it, with pictures of the same "
+            "names, and beside each after picture a .txt of its name with the instruction"
         )
     return path
 

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..editloss_core import losses
 from ..editloss_core.objective import PRESETS, TERMS, TOKEN_WEIGHTS, LossTerm, recommended
 from .checks import checked
+from .comfy_offers import folded
 from .notices import say
 from .sockets import EncoderSocket, ObjectiveSocket, WiredObjective
 
@@ -68,11 +69,17 @@ def _setting_input(name: str, default, kind: str) -> list:
             "Softness of the hinge in units of the distance. 0 is the hard hinge; 0.05 keeps a small gradient after the "
             "margin is met."
         )
-        return [io.Float.Input("smooth", default=0.0, min=0.0, max=100.0, step=0.01, optional=True, tooltip=tip)]
+        return [
+            folded(io.Float.Input("smooth", default=0.0, min=0.0, max=100.0, step=0.01, optional=True, tooltip=tip))
+        ]
     if name == "neg_agg":
         tip = "How several negatives of one picture count: mean, max (the hardest alone) or sum. Try mean."
         return [
-            io.Combo.Input("neg_agg", options=list(losses.AGGREGATIONS), default=default, optional=True, tooltip=tip)
+            folded(
+                io.Combo.Input(
+                    "neg_agg", options=list(losses.AGGREGATIONS), default=default, optional=True, tooltip=tip
+                )
+            )
         ]
     if name == "temperature":
         tip = "Sharpness of InfoNCE: lower looks harder at the nearest negative. 0.05 to 0.2; try 0.07."
@@ -119,19 +126,19 @@ class LossNode(io.ComfyNode):
                 *required,
                 OBJECTIVE_INPUT,
                 *optional,
-                io.Combo.Input(
+                folded(io.Combo.Input(
                     "agg", options=list(losses.AGGREGATIONS), default="mean", optional=True,
                     tooltip="How the distances of the tokens of one picture become one number. mean unless you know better.",
-                ),
+                )),
                 io.Combo.Input(
                     "token_weights", options=list(TOKEN_WEIGHTS), default="mask", optional=True,
                     tooltip="Which tokens count. mask: the edit region, if Encode got a mask. difference: tokens where before "
                     "and after differ. none: the whole picture, where an unchanged background can hide the object.",
                 ),
-                io.String.Input(
+                folded(io.String.Input(
                     "name", default="", optional=True,
                     tooltip="What this term is called in reports. Empty: the name of the loss, numbered if it is there twice.",
-                ),
+                )),
             ],
             outputs=[OBJECTIVE_OUTPUT],
         )  # fmt: skip

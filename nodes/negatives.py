@@ -11,6 +11,7 @@ from ..editloss_core.masks import check_pair, estimate_mask
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, make_overlays
 from . import folders
 from .checks import checked
+from .comfy_offers import folded
 from .notices import say
 
 CATEGORY = "EditLoss/negatives"
@@ -91,17 +92,17 @@ class OverlayNegative(io.ComfyNode):
                 ),
                 io.Mask.Input("mask_before", optional=True, tooltip="Silhouette of the old object; makes truer overlays."),
                 io.Mask.Input("mask_after", optional=True, tooltip="Silhouette of the new object; makes truer overlays."),
-                io.Float.Input(
+                folded(io.Float.Input(
                     "feather", default=2.0, min=0.0, max=64.0, step=0.5, optional=True, tooltip="Soft edge of the paste, in pixels."
-                ),
-                io.Float.Input(
+                )),
+                folded(io.Float.Input(
                     "max_offset", default=0.02, min=0.0, max=0.5, step=0.01, optional=True,
                     tooltip="Largest random shift, as a fraction of the picture.",
-                ),
-                io.Float.Input(
+                )),
+                folded(io.Float.Input(
                     "scale_jitter", default=0.05, min=0.0, max=0.5, step=0.01, optional=True,
                     tooltip="Largest random change of size: 0.05 is ±5 %.",
-                ),
+                )),
             ],
             outputs=[
                 io.Image.Output(display_name="overlay", tooltip="To Encode's overlay input. Pair by pair, K of each."),

@@ -61,6 +61,8 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     # demo
     "EditLossDemoModel": ("example model", "small FLUX", "tutorial"),
     "EditLossDemoPairs": ("example dataset", "stool", "tutorial"),
+    "EditLossExamplePictures": ("sample images", "test pictures", "before and after", "tutorial"),
+    "EditLossExamplePairs": ("sample dataset", "test pairs", "before and after", "tutorial"),
     "EditLossDemoJudge": ("failure rate", "verdicts", "stool", "benchmark"),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from . import ended_runs, folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
 from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
+from .comfy_offers import folded, has_comparison
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -68,7 +69,7 @@ def settings_inputs() -> list[io.Input]:
             tooltip="Pairs per pass. In-batch InfoNCE needs at least 2. Accumulation is in Optimizer Options.",
         ),
         io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA: 8 to 32 for one object."),
-        io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="The update is scaled by alpha / rank. Equal to rank is a good start."),
+        folded(io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="The update is scaled by alpha / rank. Equal to rank is a good start.")),
         io.Combo.Input(
             "layers", options=list(LAYER_PRESETS), default="attention + MLP",
             tooltip="Which layers learn. attention is smallest; all adds modulation and embedders. LoRA Options takes patterns.",
@@ -403,8 +404,12 @@ class Compare(io.ComfyNode):
         rows = run.result.pictures
         if rows:
             picture = compare.grid(rows, width=width)
-            sides = ([getattr(row, name)[None] for row in rows] for name in SIDES)
-            return io.NodeOutput(picture, *sides, ui=ui.PreviewImage(picture, cls=cls))
+            sides = [[getattr(row, name)[None] for row in rows] for name in SIDES]
+            shown = ui.PreviewImage(picture, cls=cls).as_dict()
+            if has_comparison():
+                _, base, lora, _ = sides
+                shown |= {"a_images": _previews(cls, base), "b_images": _previews(cls, lora)}
+            return io.NodeOutput(picture, *sides, ui=shown)
         # A run that took hours is not to end in red because nobody looked on.
         picture = _written(NO_PICTURES, width)
         return io.NodeOutput(
@@ -412,6 +417,11 @@ class Compare(io.ComfyNode):
             *([picture] for _ in SIDES),
             ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, NO_PICTURES, [NO_PICTURES])},
         )
+
+
+def _previews(cls, pictures: list[torch.Tensor]) -> list[Any]:
+    """Temporary files of pictures of any sizes, as the page is told of them."""
+    return [shown for picture in pictures for shown in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
 
 
 def _written(text: str, width: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timest
 from ..editloss_core.training.lora import LoRASettings
 from ..editloss_core.training.settings import OPTIMIZERS, SCHEDULES, TrainingSettings
 from .checks import checked
+from .comfy_offers import folded
 from .losses import objective_output
 from .notices import say
 from .sockets import ObjectiveSocket, OptionsSocket, TrainingOptions
@@ -72,8 +73,8 @@ class OptimizerOptions(io.ComfyNode):
                 io.Int.Input("accumulation", default=1, min=1, max=256, tooltip="Passes per step: a larger batch without its memory."),
                 io.Int.Input("warmup", default=0, min=0, max=100_000, tooltip="Steps over which the learning rate rises from 0. 20 to 100 when the loss jumps at the start."),
                 io.Combo.Input("schedule", options=list(SCHEDULES), default="constant", tooltip="cosine falls to 0 at the last step: cleaner results, but steps has to be right."),
-                io.Float.Input("clip", default=1.0, min=0.0, max=1000.0, step=0.1, tooltip="Largest norm of the gradient; 0 = off."),
-                io.Float.Input("weight_decay", default=0.01, min=0.0, max=1.0, step=0.001, tooltip="Pulls the LoRA towards 0."),
+                folded(io.Float.Input("clip", default=1.0, min=0.0, max=1000.0, step=0.1, tooltip="Largest norm of the gradient; 0 = off.")),
+                folded(io.Float.Input("weight_decay", default=0.01, min=0.0, max=1.0, step=0.001, tooltip="Pulls the LoRA towards 0.")),
                 io.Float.Input("ema", default=0.0, min=0.0, max=0.9999, step=0.0001, tooltip="Decay of a moving average, which is then what you get: 0.99 for 500 steps, 0.999 for 5000; 0 = off."),
             ],
         )  # fmt: skip
@@ -91,10 +92,10 @@ class NoiseOptions(io.ComfyNode):
             "EditLossNoiseOptions", "Noise Level Options", "Which noise levels t are trained (0 = clean, 1 = noise), and how the velocity loss is weighted.",
             [
                 io.Combo.Input("distribution", options=list(TIMESTEPS), default="logit_normal", tooltip="logit_normal: mostly the middle. uniform: all alike. shifted: higher noise for larger pictures, as FLUX samples."),
-                io.Float.Input("mean", default=0.0, min=-5.0, max=5.0, step=0.1, tooltip="Of the normal, in logits: above 0 trains more at high noise, where shapes are decided. Not for uniform."),
-                io.Float.Input("std", default=1.0, min=0.1, max=5.0, step=0.1, tooltip="Of the normal, in logits. Not for uniform."),
-                io.Float.Input("minimum_t", default=0.0, min=0.0, max=0.99, step=0.01, tooltip="Lowest noise level that is trained."),
-                io.Float.Input("maximum_t", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Highest noise level that is trained."),
+                folded(io.Float.Input("mean", default=0.0, min=-5.0, max=5.0, step=0.1, tooltip="Of the normal, in logits: above 0 trains more at high noise, where shapes are decided. Not for uniform.")),
+                folded(io.Float.Input("std", default=1.0, min=0.1, max=5.0, step=0.1, tooltip="Of the normal, in logits. Not for uniform.")),
+                folded(io.Float.Input("minimum_t", default=0.0, min=0.0, max=0.99, step=0.01, tooltip="Lowest noise level that is trained.")),
+                folded(io.Float.Input("maximum_t", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="Highest noise level that is trained.")),
                 io.Float.Input("velocity_weight", default=1.0, min=0.0, max=100.0, step=0.05, tooltip="Of the flow-matching loss in the total. 0 trains on the objective alone."),
                 io.Float.Input("edit_weight", default=1.0, min=0.01, max=100.0, step=0.1, tooltip="Weight of the edit region in the flow-matching loss: 2 to 5 when the object is small in the picture."),
             ],
@@ -122,10 +123,10 @@ class ObjectiveOptions(io.ComfyNode):
                 io.Int.Input("crop", default=512, min=0, max=4096, step=16, tooltip="Side of the window around the edit that is decoded for encoders of pictures, in multiples of 16 pixels; 0 = the whole picture. Losses on VAE latents need no decoding."),
                 io.Int.Input("every", default=1, min=1, max=1000, tooltip="Evaluate the losses at every N-th step: saves time, not memory."),
                 io.Combo.Input("weighting", options=list(ESTIMATE_WEIGHTINGS), default="none", tooltip="inverse_square multiplies by 1 / max(t, 0.1)², which makes up for the estimate being easy at low noise."),
-                io.Float.Input("weighting_cap", default=100.0, min=1.0, max=100.0, step=1.0, tooltip="Largest factor of inverse_square; 100 is no limit."),
-                io.Int.Input("gradients_every", default=10, min=0, max=1000, tooltip="Measure each loss' share of the gradient at every N-th step; 0 = never. Costs one small backward pass per loss."),
-                io.Combo.Input("overlays", options=["all", *OVERLAY_KINDS], default="all", tooltip="Which overlay negatives are made of each pair; see Overlay Negative."),
-                io.Float.Input("overlay_opacity", default=0.55, min=0.3, max=1.0, step=0.05, tooltip="Least opacity of what is pasted; the most is 1."),
+                folded(io.Float.Input("weighting_cap", default=100.0, min=1.0, max=100.0, step=1.0, tooltip="Largest factor of inverse_square; 100 is no limit.")),
+                folded(io.Int.Input("gradients_every", default=10, min=0, max=1000, tooltip="Measure each loss' share of the gradient at every N-th step; 0 = never. Costs one small backward pass per loss.")),
+                folded(io.Combo.Input("overlays", options=["all", *OVERLAY_KINDS], default="all", tooltip="Which overlay negatives are made of each pair; see Overlay Negative.")),
+                folded(io.Float.Input("overlay_opacity", default=0.55, min=0.3, max=1.0, step=0.05, tooltip="Least opacity of what is pasted; the most is 1.")),
             ],
         )  # fmt: skip
 
@@ -174,12 +175,12 @@ class RunOptions(io.ComfyNode):
             "EditLossRunOptions", "Run Options", "Checkpoints, validation, previews, memory.",
             [
                 io.Int.Input("checkpoint_every", default=250, min=0, max=100_000, tooltip="Steps between checkpoints; 0 = only at the end. Who is killed loses the steps since the last one."),
-                io.Int.Input("keep", default=3, min=1, max=1000, tooltip="Checkpoints that stay."),
+                folded(io.Int.Input("keep", default=3, min=1, max=1000, tooltip="Checkpoints that stay.")),
                 io.Int.Input("validate_every", default=250, min=0, max=100_000, tooltip="Steps between looks at the held-out pairs; 0 = never."),
                 io.Int.Input("previews", default=4, min=0, max=64, tooltip="Held-out pairs that are sampled as pictures."),
-                io.Int.Input("preview_steps", default=20, min=0, max=100, tooltip="Sampling steps of these pictures; 0 = none."),
-                io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 dev) is told in training. 1 is usual."),
-                io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 2.5 is Kontext's own."),
+                folded(io.Int.Input("preview_steps", default=20, min=0, max=100, tooltip="Sampling steps of these pictures; 0 = none.")),
+                folded(io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 dev) is told in training. 1 is usual.")),
+                folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 2.5 is Kontext's own.")),
                 io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Compute blocks again in the backward pass: about a third more time, a fraction of the memory."),
                 io.Float.Input("memory_reserve", default=0.0, min=0.0, max=200.0, step=0.5, tooltip="GiB of the GPU to leave free for a step; weights that do not fit beside them wait in main memory. 0 = by an estimate; raise it when memory runs out."),
                 io.Boolean.Input("self_check", default=True, optional=True, tooltip="Before the first step: are the gradients right in this ComfyUI, and does the before picture have an effect? Four passes of the model, once for the same model and settings. Off trains at your own risk."),

@@ -14,6 +14,7 @@ pytest.importorskip("scipy")
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "pictures"
+PAIRS = HERE.parent / "editloss_core" / "demo" / "pictures"
 sys.path.insert(0, str(HERE.parent / "benchmarks" / "edit_failures"))
 
 import failures  # noqa: E402
@@ -146,14 +147,13 @@ def test_no_mesh_or_photograph_is_in_two_parts():
 
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_shipped_pictures_belong_together(name):
-    before, after, output = (
-        read(PICTURES / "edits" / k / f"{name}.webp", "RGB") for k in ("before", "after", "output")
-    )
-    mask = read(PICTURES / "edits" / "mask" / f"{name}.png", "L")
+    before, after = (read(PAIRS / k / f"{name}.webp", "RGB") for k in ("before", "after"))
+    output = read(PICTURES / "output" / f"{name}.webp", "RGB")
+    mask = read(PAIRS / "mask" / f"{name}.png", "L")
     assert before.shape == after.shape == output.shape == (384, 384, 3) and set(np.unique(mask)) == {0.0, 1.0}
     inside = mask > 0.5
     assert change(before, after, ~inside) < CODEC < change(before, after, inside)
-    assert f"| {name} |" in (PICTURES / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert f"| {name} |" in (PAIRS / "ATTRIBUTION.md").read_text(encoding="utf-8")
     if OUTCOMES[name]["kind"] == "no edit":
         assert change(output, before, inside) < CODEC
     else:
@@ -161,6 +161,7 @@ def test_shipped_pictures_belong_together(name):
 
 
 def test_shipped_pictures_are_small_and_of_the_report_part():
-    assert sum(p.stat().st_size for p in PICTURES.rglob("*") if p.is_file()) < 1_000_000
+    sizes = [sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in (PAIRS, PICTURES)]
+    assert sizes[0] < 400_000 and sum(sizes) < 1_000_000
     assert all(o["scene"].startswith("report_") for o in OUTCOMES.values())
     assert {o["kind"] for o in OUTCOMES.values()} == set(failures.KINDS)

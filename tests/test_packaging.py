@@ -207,9 +207,10 @@ def test_diagnostics_of_the_wheel_judge_a_folder(installed, tmp_path):
     told = run(installed, tmp_path, *command, "--help")
     assert told.returncode == 0 and told.stdout.startswith("usage: python -m editloss_core.diagnostics")
 
-    for part in ("before", "after", "output"):
+    shipped = installed / "editloss_core" / "demo" / "pictures"
+    for part, folder in (("before", shipped), ("after", shipped), ("output", ROOT / "tests" / "pictures")):
         (tmp_path / "edits" / part).mkdir(parents=True)
-        shutil.copy(ROOT / "tests" / "pictures" / "edits" / part / "oak_chair.webp", tmp_path / "edits" / part)
+        shutil.copy(folder / part / "oak_chair.webp", tmp_path / "edits" / part)
     judge = (*command, "edits", "--out", "judged", "--workers", "1")
     done = run(installed, tmp_path, *judge, extras=("reports",))
     assert done.returncode == 0, done.stderr

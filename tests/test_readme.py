@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 import editloss_core
 from editloss_core import losses
+from editloss_core.demo import pictures
 from editloss_core.diagnostics.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,15 +71,10 @@ def test_the_first_screen_shows_what_it_is_for():
 
 def test_the_picture_of_the_three_failures_is_true():
     """docs/pictures/failures.webp is drawn from these outputs; the verdicts on them are still those that it shows."""
-    sys.path.insert(0, str(ROOT / "workflows"))
-    try:
-        from examples import room_outputs
-    finally:
-        sys.path.pop(0)
-    pictures = {name: torch.from_numpy(np.array(p)).float() / 255 for name, p in room_outputs("oak_chair").items()}
+    pair = pictures.edit("oak chair")
+    made = pictures.outputs(pair)
     for verdict in ("no edit", "distorted", "overlay"):
-        output = pictures["output_" + verdict.replace(" ", "_")]
-        assert judge(pictures["before"], output, pictures["after"], pictures["mask"]).verdict == verdict
+        assert judge(pair.before, made[verdict], pair.after, pair.mask).verdict == verdict
 
 
 def test_every_public_loss_is_in_the_table():

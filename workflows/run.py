@@ -163,7 +163,8 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     began = time.monotonic()
     try:
-        _prepare(server, workflow)
+        if not trains(workflow):  # a LoRA of the name to save would make the new one NAME_2
+            give(workflow, server.models_dir / LORAS)
         server.start()
         client = Client(server.url)
         prompt = to_prompt(workflow, client.object_info())
@@ -246,22 +247,6 @@ def collect(loras: Path, runs: Path, out: Path) -> None:
     for path, target in files.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-
-
-def _prepare(server: ComfyServer, workflow: dict[str, Any]) -> None:
-    """Put example pictures, weights and the LoRAs of earlier runs into the server's folders."""
-    # The pack need not be installed. The path is this process's own: in ComfyUI's, our nodes folder would hide its
-    # nodes.py.
-    if str(HERE.parent) not in sys.path:
-        sys.path.append(str(HERE.parent))
-    from examples import prepare  # here, because it needs what --list and --help do not
-
-    try:
-        prepare(server.input_dir, server.models_dir)
-    except RuntimeError as error:  # a package that carries the examples is missing
-        raise ComfyError(f"cannot prepare the examples: {error}") from error
-    if not trains(workflow):  # a LoRA of the name to save would make the new one NAME_2
-        give(workflow, server.models_dir / LORAS)
 
 
 def give(workflow: dict[str, Any], folder: Path) -> None:

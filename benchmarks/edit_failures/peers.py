@@ -67,7 +67,7 @@ class Peers:
             import timm
             from safetensors.torch import load_file
 
-            sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "workflows"))
+            sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "encoders"))
             from lite0 import write_lite0
 
             with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,8 @@
 """The few pictures of the evaluation set that are in the repository, for tests and examples.
 
 python benchmarks/edit_failures/ship.py SCENES --out tests/pictures
+
+The pairs go to editloss_core/demo/pictures, as the example graphs show them; what only tests need goes to --out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from failures import Item, items
 from PIL import Image
 from render import Scene, load_scene
 
+PAIRS = Path(__file__).resolve().parents[2] / "editloss_core" / "demo" / "pictures"
 SIDE = 384  # pixels
 QUALITY = 88
 
@@ -47,14 +50,18 @@ def main() -> None:
     parser.add_argument("scenes", type=Path, help="folder that render.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    edits, parts, outcomes = arguments.out / "edits", arguments.out / "parts", {}
+    parts, outcomes = arguments.out / "parts", {}
     for name, (source, kind, construction, severity) in CHOSEN.items():
         scene = load_scene(arguments.scenes / f"{source}.npz")
         item = chosen_item(scene, construction, severity)
-        for folder, values in (("before", scene.before), ("after", scene.after), ("output", item.picture)):
-            save(image(values), edits / folder, name)
-        (edits / "mask").mkdir(parents=True, exist_ok=True)
-        image(scene.mask).point(lambda v: 255 * (v > 127)).convert("1").save(edits / "mask" / f"{name}.png")
+        for folder, values in (
+            (PAIRS / "before", scene.before),
+            (PAIRS / "after", scene.after),
+            (arguments.out / "output", item.picture),
+        ):
+            save(image(values), folder, name)
+        (PAIRS / "mask").mkdir(parents=True, exist_ok=True)
+        image(scene.mask).point(lambda v: 255 * (v > 127)).convert("1").save(PAIRS / "mask" / f"{name}.png")
         for folder in ("plate", "old", "new", "old_shadow", "new_shadow"):
             save(image(getattr(scene, folder)), parts / folder, name)
         outcomes[name] = {"scene": source, "kind": kind, "construction": construction, "severity": severity}

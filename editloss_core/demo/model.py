@@ -16,11 +16,21 @@ from torch import Tensor, nn
 
 from .prompts import CONTEXT, POOLED
 
-__all__ = ["AUTOENCODER", "DIFFUSION", "FLUX", "Autoencoder", "flux_config", "load_autoencoder", "load_diffusion"]
+__all__ = [
+    "AUTOENCODER",
+    "DIFFUSION",
+    "FLUX",
+    "LORAS",
+    "Autoencoder",
+    "flux_config",
+    "load_autoencoder",
+    "load_diffusion",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
 DIFFUSION = WEIGHTS / "small_kontext.safetensors"
 AUTOENCODER = WEIGHTS / "small_autoencoder.safetensors"
+LORAS = Path(__file__).parent / "loras"  # what train_demo leaves; loras/README.md says how to make it again
 
 # Of ComfyUI's Flux: 128-pixel pictures are 16 × 16 latents of 16 channels, 64 tokens of 64 numbers. A ComfyUI may not know
 # each of these; what its class asks for is taken.

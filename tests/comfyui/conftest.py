@@ -145,14 +145,11 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
 
 @pytest.fixture(scope="session")
 def newest_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """The same ComfyUI behind the newest frontend, with the examples that the workflows load."""
+    """The same ComfyUI behind the newest frontend."""
     from comfy_server import ComfyServer
-    from examples import prepare
     from frontends import newest_frontend
 
-    server = ComfyServer(base=_base(tmp_path_factory, "newest"), front_end_root=newest_frontend())
-    prepare(server.input_dir, server.models_dir)
-    with server:
+    with ComfyServer(base=_base(tmp_path_factory, "newest"), front_end_root=newest_frontend()) as server:
         yield server
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comfy_server import cache_folder
-from helpers import frontend_prompt
+from comfy_server import PACK, cache_folder
+from helpers import open_prompt
 from ui_to_api import to_prompt
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ FIT = """() => {
     return [...[box[0], box[1]].map((v, i) => (v + canvas.ds.offset[i]) * scale),
             ...[box[2], box[3]].map((v, i) => (v + canvas.ds.offset[i]) * scale)];
 }"""
+# Where each node is: its title and body on the canvas, or its element in Nodes 2.0.
+BOXES = """() => window.app.graph.nodes.map(node => {
+    const element = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`);
+    const [width, height] = element ? [element.offsetWidth, element.offsetHeight] : [node.size[0], node.size[1] + 30];
+    return [`${node.id} ${node.title}`, node.pos[0], node.pos[1] - 30, width, height];
+})"""
 # What is drawn can be clicked, and nothing else.
 DRAWN = "for (const _ of [1, 2]) await new Promise(requestAnimationFrame);"
 CLEAR = f"""async () => {{
@@ -165,6 +171,20 @@ def drop(page: Page, workflow: dict[str, Any], name: str) -> None:
     page.wait_for_function(opened, arg=[len(workflow["nodes"]), Path(name).stem], timeout=60_000)
 
 
+def open_template(page: Page, name: str) -> None:
+    """Open one of the pack's example graphs as a person does, from the template browser."""
+    page.get_by_role("button", name="Templates").first.click()
+    browser = page.get_by_role("dialog")
+    browser.get_by_text(PACK).first.click()
+    # A thumbnail is loaded when it comes into sight.
+    browser.get_by_text(name, exact=True).first.evaluate("e => e.scrollIntoView({block: 'center'})")
+    thumbnail = browser.get_by_alt_text(name, exact=True)
+    page.wait_for_function("e => e.complete && e.naturalWidth >= 600", arg=thumbnail.element_handle())
+    thumbnail.click()
+    browser.wait_for(state="detached")
+    page.wait_for_function("name => document.title.includes(name)", arg=name, timeout=60_000)
+
+
 def check_whole(
     page: Page, workflow: dict[str, Any], object_info: dict[str, Any], without_files: Collection[str] = ()
 ) -> None:
@@ -187,8 +207,19 @@ def check_whole(
         assert found["links"] == sum(i.get("link") is not None for i in node.get("inputs", []))
     assert page.locator(".p-toast-message").all_inner_texts() == []
     # Titles are left out: a page may have other names for ComfyUI's own nodes than its server.
-    made, expected = frontend_prompt(page, workflow, object_info), to_prompt(workflow, object_info)
+    made, expected = open_prompt(page, object_info), to_prompt(workflow, object_info)
     assert _untitled(made) == _untitled(expected)
+
+
+def overlapping(page: Page) -> list[str]:
+    """Nodes that lie over one another."""
+    boxes = page.evaluate(BOXES)
+    return [
+        f"{a} and {b}"
+        for i, (a, x, y, w, h) in enumerate(boxes)
+        for b, u, v, p, q in boxes[i + 1 :]
+        if x < u + p and u < x + w and y < v + q and v < y + h
+    ]
 
 
 def _untitled(prompt: dict[str, Any]) -> dict[str, Any]:

@@ -32,19 +32,22 @@ def link(node: str, slot: int = 0) -> list[Any]:
 
 
 def frontend_prompt(page: Any, workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
-    """The prompt that the real frontend makes of a saved workflow, through the playwright ``page``.
+    """The prompt that the real frontend makes of a saved workflow, through the playwright ``page``."""
+    page.evaluate(
+        """workflow => window.app.loadGraphData(workflow, true, false, null,
+                                             {showMissingNodesDialog: false, showMissingModelsDialog: false})""",
+        workflow,
+    )
+    return open_prompt(page, object_info)
+
+
+def open_prompt(page: Any, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The prompt that the real frontend makes of the graph that is open.
 
     Inputs that the node class does not declare are left out: they are widgets with which the frontend shows
     results, such as the text box of Preview as Text, and the server ignores them.
     """
-    prompt = page.evaluate(
-        """async workflow => {
-        await window.app.loadGraphData(workflow, true, false, null,
-                                       {showMissingNodesDialog: false, showMissingModelsDialog: false})
-        return (await window.app.graphToPrompt()).output
-    }""",
-        workflow,
-    )
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
     for node in prompt.values():
         declared = object_info[node["class_type"]]["input"]
         known = {*declared.get("required", ()), *declared.get("optional", ())}

@@ -1,4 +1,5 @@
-"""Each workflow file in the real frontend: dropped on the canvas, complete, and run from the page's own queue button.
+"""Each example graph as a person meets it: a fresh ComfyUI with nothing in ``input``, the graph opened from the template
+browser, Run pressed, and what then stands on the nodes, on the canvas and with Nodes 2.0.
 
 With EDITLOSS_UPDATE_PICTURES=1 the screenshots that are taken at the end become the thumbnails in workflows/ and the
 pictures in docs/.
@@ -9,17 +10,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from frontends import DRAWN, FIT, check_whole, drop, finished, open_page
+from frontends import DRAWN, FIT, check_whole, finished, open_page, open_template, overlapping
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-# train_demo comes before apply_lora, which loads the LoRA that it saves.
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: (path.stem == "apply_lora", path.stem))
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+RENDERERS = {"canvas": False, "nodes 2.0": True}
+LOADERS = {"UNETLoader", "DualCLIPLoader", "VAELoader"}
 NEEDS_A_DOWNLOAD = {"train_kontext_lora"}  # FLUX.1 Kontext: opened and compared, not run
 PICTURES = ROOT / "docs" / "pictures"
 UPDATE = os.environ.get("EDITLOSS_UPDATE_PICTURES") == "1"
@@ -31,6 +34,8 @@ PICTURE_NODES = {
     "EditLossPlotLosses": 1600,
     "EditLossCompare": 1000,
     "EditLossDemoPairs": 250,
+    "EditLossExamplePictures": 500,
+    "EditLossExamplePairs": 800,
     "EditLossDiagnoseOutputs": 1600,
     "EditLossAuditPairs": 1600,
     "EditLossAuditEncoders": 1600,
@@ -42,21 +47,32 @@ GLIMPSE = {"width": 320, "height": 180}  # a page that shows progress on the pro
 @pytest.fixture(scope="module")
 def desk(browser, comfyui_server):
     """A page large enough to read a whole graph, with nothing of the page in front of it."""
-    from examples import prepare
-
-    prepare(comfyui_server.input_dir, comfyui_server.models_dir)
+    aside = comfyui_server.base / "input of other tests"
+    comfyui_server.input_dir.rename(aside)
+    comfyui_server.input_dir.mkdir()
     with open_page(browser, comfyui_server) as page:
         page.set_viewport_size(DESK)
         page.locator(".p-blockui-mask").wait_for(state="detached", timeout=60_000)
+        page.server = comfyui_server
         yield page
+    assert [
+        p for p in comfyui_server.input_dir.rglob("*") if p.is_file()
+    ] == []  # folders of ComfyUI's own are made there
+    shutil.rmtree(comfyui_server.input_dir)
+    aside.rename(comfyui_server.input_dir)
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client, object_info):
+def test_an_example_runs_as_it_is_opened(path, renderer, desk, client, object_info):
+    """With Nodes 2.0 a graph runs right after its run on the canvas, so that ComfyUI still knows what it gave."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    client.call("/free", {"free_memory": True})  # every graph runs in full, whatever ran before it
-    drop(desk, workflow, path.name)
-    check_whole(desk, workflow, object_info)
+    modern = RENDERERS[renderer]
+    if not modern:
+        client.call("/free", {"free_memory": True})  # every graph runs in full, whatever ran before it
+    desk.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", modern)
+    open_template(desk, path.stem)
+    check_whole(desk, workflow, object_info, without_files=LOADERS)
 
     by_id = {node["id"]: node["type"] for node in workflow["nodes"]}
     desk.evaluate(FIT)  # a node loads its picture when it is drawn, so all must be in sight
@@ -67,18 +83,59 @@ def test_workflow_opens_whole_and_runs_from_the_queue_button(path, desk, client,
         outputs = finished(client, before)["outputs"]
         desk.set_viewport_size(DESK)
         shown = [n["id"] for n in workflow["nodes"] if n["type"] in PICTURE_NODES]
-        assert shown
         for node in shown:
             picture = _picture(client, outputs[str(node)])
             assert picture.width >= PICTURE_NODES[by_id[node]] and len(picture.getcolors(1 << 24)) > 500
-        _wait_for_pictures(desk, shown)
-        OUTCOMES.get(path.stem, lambda *_: None)(client, outputs, workflow)
+        _wait_for_pictures(desk, shown, modern)
+        OUTCOMES[path.stem](client, outputs, workflow)
+        if path.stem == "train_demo":
+            _trained_is_shown(desk, outputs, workflow, modern)
+    else:
+        _missing_models_are_named(desk, workflow)
     assert desk.errors == []
-    _screenshot(desk, path)
+    assert overlapping(desk) == []
+    _screenshot(desk, path, UPDATE and not modern)
 
 
-def _wait_for_pictures(desk, nodes: list[int]) -> None:
+def _trained_is_shown(desk, outputs: dict, workflow: dict, modern: bool) -> None:
+    """The failure table is a table, the LoRA lies among the user's own, and Nodes 2.0 compares base and LoRA with its slider."""
+    (table,) = outputs[_node(workflow, "EditLossDemoJudge")]["text"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
+    shown = desk.locator(".editloss-said table tr").evaluate_all(
+        "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
+    )
+    assert shown == cells
+    loras = desk.server.models_dir / "loras" / "editloss"
+    assert [path.name for path in loras.iterdir()] == ["demo_stool.safetensors"], "the pack's own counts as taken"
+    if modern and desk.evaluate("!!window.app.widgets.IMAGECOMPARE"):
+        rows = outputs[_node(workflow, "EditLossCompare")]["a_images"]
+        node = desk.locator(f'[data-node-id="{_node(workflow, "EditLossCompare")}"]')
+        sides = node.locator("img").evaluate_all(
+            "images => images.map(e => new URL(e.src).searchParams.get('filename'))"
+        )
+        assert rows[0]["filename"] in sides
+
+
+def _missing_models_are_named(desk, workflow: dict) -> None:
+    """The page knows of each file that a loader names where to get it and where to put it."""
+    offered = desk.evaluate("window.app.graph.nodes.flatMap(n => n.properties.models ?? [])")
+    named = [v for n in workflow["nodes"] if n["type"] in LOADERS for v in n["widgets_values"] if ".safetensors" in v]
+    assert [model["name"] for model in offered] == named and len(named) == 4
+    for model in offered:
+        assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
+        assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
+
+
+def _wait_for_pictures(desk, nodes: list[int], modern: bool) -> None:
     """Until every node shows the one picture that it made."""
+    if modern:
+        for node in nodes:
+            desk.wait_for_function(
+                """id => { window.app.canvas.setDirty(true, true);
+                           return [...document.querySelectorAll(`[data-node-id="${id}"] img`)].some(e => e.naturalWidth >= 250); }""",
+                arg=str(node),
+            )
+        return
     end = time.monotonic() + 20
     hanging: dict = {}
     while time.monotonic() < end:
@@ -108,6 +165,11 @@ def _keep(client, outputs: dict, workflow: dict, kind: str, name: str) -> None:
 
 
 def _diagnosed(client, outputs: dict, workflow: dict) -> None:
+    """The report names the failure of each output; what lies outside the mask is none of the losses' business."""
+    (text,) = outputs[_node(workflow, "EditLossEvaluateObjective")]["text"]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    signals = {row[0]: row[1] for row in rows if row[0].isdigit()}
+    assert list(signals.values()) == ["no failure signal", "NO EDIT", "OVERLAY", "DISTORTED", "no failure signal"]
     _keep(client, outputs, workflow, "EditLossEvaluateObjective", "report")
 
 
@@ -151,20 +213,26 @@ def _told_apart(client, outputs: dict, workflow: dict) -> None:
 
 def _mistakes_found(client, outputs: dict, workflow: dict) -> None:
     (text,) = outputs[_node(workflow, "EditLossAuditPairs")]["text"]
-    for mistake in ("not_edited", "shifted", "mask_elsewhere", "without_caption"):
+    for mistake in ("not_edited", "shifted", "mask_elsewhere", "twice"):
         assert mistake in text
     _keep(client, outputs, workflow, "EditLossAuditPairs", "audit_pairs")
 
 
 def _encoders_compared(client, outputs: dict, workflow: dict) -> None:
     (text,) = outputs[_node(workflow, "EditLossAuditEncoders")]["text"]
-    assert "tf_efficientnet_lite0" in text and "AUROC" in text
+    assert "vae/taesd" in text and "AUROC" in text
     for term in ("no_edit_identity", "geometry_match", "overlay_avoidance"):
         assert term in text
     _keep(client, outputs, workflow, "EditLossAuditEncoders", "audit_encoders")
 
 
+def _all_evaluated(client, outputs: dict, workflow: dict) -> None:
+    (text,) = outputs[_node(workflow, "EditLossEvaluateObjective")]["text"]
+    assert "10 terms" in text
+
+
 OUTCOMES = {
+    "all_losses": _all_evaluated,
     "apply_lora": _lora_applied,
     "audit_encoders": _encoders_compared,
     "audit_pairs": _mistakes_found,
@@ -174,9 +242,9 @@ OUTCOMES = {
 }
 
 
-def _screenshot(desk, path: Path) -> None:
+def _screenshot(desk, path: Path, keep: bool) -> None:
     box = desk.evaluate(FIT)
-    if UPDATE:
+    if keep:
         desk.mouse.move(1440, 1610)  # from the button that was pressed, whose tooltip would be in the picture
         desk.get_by_text("job completed").wait_for(state="hidden", timeout=60_000)
         desk.wait_for_timeout(2500)  # everything is drawn sharp
@@ -184,7 +252,7 @@ def _screenshot(desk, path: Path) -> None:
     shot = Image.open(io.BytesIO(desk.screenshot())).convert("RGB")
     graph = shot.crop((int(box[0]) - 12, int(box[1]) - 12, int(box[2]) + 12, int(box[3]) + 12))
     assert len(graph.getcolors(1 << 24)) > 5000, "the canvas is blank"
-    if UPDATE:
+    if keep:
         small = graph.resize((1440, round(1440 * graph.height / graph.width)), Image.Resampling.LANCZOS)
         small.save(path.with_suffix(".jpg"), quality=85, optimize=True)
         graph.save(PICTURES / f"workflow_{path.stem}.webp", quality=80)

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import frontend_prompt
+from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = Path(__file__).with_name("old_workflows")
@@ -32,9 +35,14 @@ SLOTS = """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.id, {
 
 @pytest.fixture(scope="module", autouse=True)
 def example_files(comfyui_server):
-    from examples import prepare
-
-    prepare(comfyui_server.input_dir, comfyui_server.base / "models")
+    """What the graphs of 0.1.0 load, by name: pictures in ``input``, and weights among the encoders."""
+    pictures, weights = comfyui_server.input_dir, comfyui_server.models_dir / "editloss_encoders"
+    for path in map(api_file, SAVED):
+        for node in json.loads(path.read_text(encoding="utf-8")).values():
+            if node["class_type"] in ("LoadImage", "LoadImageMask"):
+                Image.new("RGB", (64, 64)).save(pictures / node["inputs"]["image"])
+            elif node["class_type"] == "EditLossTimmEncoder":
+                save_file({"empty": torch.zeros(1)}, weights / node["inputs"]["weights"])
 
 
 def api_file(path: Path) -> Path:

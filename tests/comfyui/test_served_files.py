@@ -8,7 +8,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "comfyui-editloss"
@@ -38,3 +40,17 @@ def test_templates_and_thumbnails_are_served(comfyui_server, name):
     assert served == json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     thumbnail = Image.open(io.BytesIO(fetch(comfyui_server, f"api/workflow_templates/{PACK}/{name}.jpg")))
     assert thumbnail.width >= 600 and len(thumbnail.convert("RGB").getcolors(1 << 24)) > 5000
+
+
+def test_the_demos_lora_is_listed_and_gives_way_to_the_users_own(comfyui_server, client):
+    name = "editloss/demo_stool.safetensors"
+    assert name in json.dumps(client.call("/object_info/LoraLoaderModelOnly")["LoraLoaderModelOnly"]["input"])
+    about = f"/view_metadata/loras?filename={name}"
+    assert "editloss" in json.dumps(client.call(about))
+    own = comfyui_server.models_dir / "loras" / name
+    own.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.zeros(1)}, own, {"whose": "mine"})
+    try:
+        assert client.call(about) == {"whose": "mine"}
+    finally:
+        own.unlink()

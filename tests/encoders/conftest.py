@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE, HERE.parents[1] / "workflows"):  # the modules beside this file; lite0
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+if str(HERE) not in sys.path:  # the modules beside this file
+    sys.path.insert(0, str(HERE))
 
 from small_networks import CLIPS, TIMM_KWARGS, TinyDiT, TinyEncoder, randomise, register_clips  # noqa: E402
 

@@ -34,7 +34,7 @@ from editloss_core.training.lora import LoRASettings
 from editloss_core.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAIRS = ROOT / "tests" / "pictures" / "edits"
+PAIRS = ROOT / "editloss_core" / "demo" / "pictures"
 
 
 @pytest.fixture(scope="module")

