@@ -16,6 +16,7 @@ from . import (
     pair_audit,
     pairs,
     run_report,
+    self_check,
     training,
     training_export,
     training_options,
@@ -29,6 +30,6 @@ class EditLossExtension(ComfyExtension):
         register_model_folder()  # not in on_load, which ComfyUI 0.3.75 does not call
         rooms = (
             encoders, embeddings, negatives, losses, diagnostics, diagnose, encoder_audit, pair_audit, pairs, training,
-            training_export, training_options, run_report, demo,
+            training_export, training_options, self_check, run_report, demo,
         )  # fmt: skip
         return [findable(node) for room in rooms for node in room.NODES]

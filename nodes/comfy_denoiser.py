@@ -6,14 +6,18 @@ Like all files ``comfy_*.py`` it reaches into ComfyUI's model internals.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import comfy.conds
+import comfy.ldm.modules.attention
 import comfy.model_management
+import comfy.ops
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +30,7 @@ from .comfy_gradients import (
     usable,
 )
 from .comfy_model import check_flow_model, check_vae, is_loaded, load_for_call, model_inputs
-from .comfy_offers import static_model, static_vae
+from .comfy_offers import program, static_model, static_vae
 
 # What an entry can say that has no meaning for one training pair; leaving it out silently would train something else.
 NOT_TRAINABLE = {
@@ -119,6 +123,26 @@ class ComfyDenoiser:
     def device(self) -> torch.device:
         return self.model.load_device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        base = self.model.model
+        return base.manual_cast_dtype or base.get_dtype()
+
+    @property
+    def program(self) -> str:
+        return program()
+
+    @property
+    def patches(self) -> str:
+        """What else acts on the network: attention, wrappers, patches and options."""
+        attention = comfy.ldm.modules.attention.optimized_attention
+        options = self.model.model_options.get("transformer_options", {})
+        named = {key: getattr(value, "__qualname__", type(value).__name__) for key, value in options.items()}
+        return f"{attention.__name__} {sorted(named.items())} {sorted(self.model.wrappers)}"
+
+    code = (Path(__file__).parent,)
+
     def to_model(self, latents: Tensor) -> Tensor:
         """A VAE's latents → the model's."""
         return self.model.model.process_latent_in(latents)
@@ -192,6 +216,54 @@ class ComfyDenoiser:
         order = torch.tensor([i for g in groups for i in g], device=x_t.device)
         return torch.cat(parts)[order.argsort()]
 
+    def stock_velocity(self, x: Tensor, t: Tensor, reference: Tensor, item: Any) -> Tensor:
+        """(x − denoised) / t as ComfyUI's samplers compute it, for a batch of one pair.
+
+        Args:
+            x: ``[B, C, h, w]``, like ``reference``.
+            t: ``[B]`` above 0.
+            item: the one CONDITIONING.
+        """
+        model, base = self.model, self.model.model
+        latent = self.from_model(reference[:1])
+        more = {"reference_latents": [latent], **({} if self.guidance is None else {"guidance": self.guidance})}
+        options = {**model.model_options, "transformer_options": self._options()}
+        model.pre_run()
+        conds = comfy.sampler_helpers.convert_cond([[item[0][0], {**item[0][1], **more}]])
+        conds = comfy.samplers.encode_model_conds(base.extra_conds, conds, x, x.device, "positive")
+        (denoised,) = comfy.samplers.calc_cond_batch(base, [conds], x, t, options)
+        return (x - denoised) / t.view(-1, 1, 1, 1)
+
+    @contextlib.contextmanager
+    def exact_products(self) -> Iterator[None]:
+        """Inside, quantised layers multiply in the precision that the network computes in, and do not round their inputs.
+
+        Newer layers have a switch for it, which those for int8 and int4 weights do not obey; nothing rounds where something is
+        done to a weight before it is used. The older fp8 layers keep from their fast product in training, or then as well.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def put(layer: nn.Module, **values: Any) -> None:
+                for name, value in values.items():
+                    stack.callback(setattr, layer, name, getattr(layer, name))
+                    setattr(layer, name, value)
+
+            for layer in self.module.modules():
+                as_it_is = [*getattr(layer, "weight_function", ()), lambda weight: weight]
+                if isinstance(getattr(layer, "weight", None), QuantizedTensor):
+                    put(layer, _full_precision_mm=True, weight_function=as_it_is)
+                elif isinstance(layer, comfy.ops.fp8_ops.Linear):
+                    put(layer, training=True, weight_function=as_it_is)
+            yield
+
+    def _options(self) -> dict[str, Any]:
+        """``transformer_options`` as ComfyUI's samplers make them: with the model's wrappers."""
+        options = self.model.model_options.get("transformer_options", {}).copy()
+        options["wrappers"] = comfy.patcher_extension.merge_nested_dicts(
+            options.get("wrappers", {}), self.model.wrappers
+        )
+        return options
+
     def _inputs(self, x: Tensor, references: list[Tensor], item: Any) -> dict[str, comfy.conds.CONDRegular]:
         base = self.model.model
         cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base))[0])
@@ -209,10 +281,7 @@ class ComfyDenoiser:
 
     def _velocity(self, x: Tensor, t: Tensor, inputs: dict[str, Any]) -> Tensor:
         base, net = self.model.model, self.module
-        options = self.model.model_options.get("transformer_options", {}).copy()
-        options["wrappers"] = comfy.patcher_extension.merge_nested_dicts(
-            options.get("wrappers", {}), self.model.wrappers
-        )
+        options = self._options()
         options["cond_or_uncond"], options["sigmas"] = [0], t
         answers: list[Tensor] = []
         hook = net.register_forward_hook(lambda module, args, output: answers.append(output))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import Any, Callable, Iterator
 from weakref import WeakKeyDictionary
@@ -20,6 +21,18 @@ import torch
 
 # Families of the fused kernels whose answers are differentiable functions of activations; quantised products are not.
 FUSED = ("apply_rope", "rms_rope", "adaln", "rms_adaln", "na3d")
+
+
+def program() -> str:
+    """What the models run in, with the versions that their numbers depend on."""
+    try:
+        from comfyui_version import __version__ as version
+    except ImportError:  # a program that only carries ComfyUI's packages
+        version = "of an unknown version"
+    parts = [f"ComfyUI {version}", f"torch {torch.__version__}"]
+    if importlib.util.find_spec("comfy_kitchen") is not None:
+        parts.insert(1, f"comfy-kitchen {importlib.metadata.version('comfy-kitchen')}")
+    return ", ".join(parts)
 
 
 # Module of a model under dynamic VRAM → its static copy, so that all nodes that get the same model share one.

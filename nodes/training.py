@@ -131,51 +131,66 @@ class Train(io.ComfyNode):
         if held_out is None and hold_out:
             pairs, held_out = pairs.split(hold_out, seed)
         with torch.inference_mode(False), torch.enable_grad():
-            # What does not fit together is refused here, before captions and pictures are encoded.
-            denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
-            for encoder_name in objective.objective.encoders:
-                check_shared(objective.encoders[encoder_name], denoiser.model)
-            lora = LoRA(denoiser.module, lora_settings, seed)
-            encoder = vae_encoder(vae, 0, model.model.latent_format)
-            if decoder is not None:
-                check_decoder(decoder, vae)
-            decode = VAEDecoder(vae if decoder is None else decoder, denoiser.from_model)
-            if resume:
-                resumable(resume.checkpoint, lora, settings)
-
-            prompts = _conditioning(clip, [*pairs, *(held_out or ())], denoiser)
-            train, watched = (_prepared(some, encoder, objective, options) for some in (pairs, held_out))
-            host = _host(denoiser, decode, train, objective, settings, options)
-            trainer = Trainer(
-                denoiser, lora, train, [prompts[pair.caption] for pair in pairs], settings,
-                objective=objective.objective, encoders=objective.encoders, decode=decode,
-                validation=watched, validation_conditioning=[prompts[pair.caption] for pair in held_out or ()],
-                folder=folder,
-                info=_info(model, decode, train, options),
-                resolution=pairs.resolution, checkpointing=options.checkpointing, host=host,
-            )  # fmt: skip
+            trainer, host = make_trainer(
+                model, clip, vae, pairs, settings, lora_settings, objective, options, held_out, decoder, folder, resume
+            )
             if resume:
                 trainer.resume(resume.checkpoint)
                 host.log = RunLog(steps=[*trainer.log.steps], validations=[*trainer.log.validations])
             asked = ended_runs.request(cls.hidden and cls.hidden.prompt, name, trainer.info)
-            ended = None if resume else ended_runs.find(asked, lora)
+            ended = None if resume else ended_runs.find(asked, trainer.lora)
             if ended:
                 run, notes = ended
                 notes = (*notes, AS_IT_WAS.format(run.name))
             else:
                 result = trainer.run()
-                run, notes = TrainingRun(folder.name, result, metadata(trainer), folder), (*train.notes, *trainer.notes)
+                run, notes = TrainingRun(folder.name, result, metadata(trainer), folder), (*trainer.prepared.notes, *trainer.notes)
                 ended_runs.keep(asked, run, notes)
 
             result = run.result
             tensors = result.lora.tensors()
             trained, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
             comfy.model_management.soft_empty_cache()
-        text = "\n".join(
-            [f"{result.steps} steps, kept in output/editloss/runs/{run.name}", *(f"- {n}" for n in notes)]
-        )
+        lines = [f"{result.steps} steps, kept in output/editloss/runs/{run.name}"]
+        lines += [result.self_check] if result.self_check else []
+        text = "\n".join([*lines, *(f"- {n}" for n in notes)])
         shown = say(cls, text, notes, curves.text(result.log))
         return io.NodeOutput(trained, tensors, result.log.loss_map(), result.steps, run, ui=shown)
+
+
+def make_trainer(
+    model, clip, vae, pairs: PairSet, settings: TrainingSettings, lora_settings: LoRASettings, objective: WiredObjective,
+    options: TrainingOptions, held_out: Optional[PairSet] = None, decoder=None, folder: Optional[Path] = None,
+    resume: Optional[ResumePoint] = None,
+) -> tuple[Trainer, ComfyHost]:  # fmt: skip
+    """The core's trainer with everything that it needs, made and encoded; outside of inference mode.
+
+    Raises:
+        ValueError: what does not fit together, before captions and pictures are encoded.
+    """
+    denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
+    for encoder_name in objective.objective.encoders:
+        check_shared(objective.encoders[encoder_name], denoiser.model)
+    lora = LoRA(denoiser.module, lora_settings, settings.seed)
+    encoder = vae_encoder(vae, 0, model.model.latent_format)
+    if decoder is not None:
+        check_decoder(decoder, vae)
+    decode = VAEDecoder(vae if decoder is None else decoder, denoiser.from_model)
+    if resume:
+        resumable(resume.checkpoint, lora, settings)
+
+    prompts = _conditioning(clip, [*pairs, *(held_out or ())], denoiser)
+    train, watched = (_prepared(some, encoder, objective, options) for some in (pairs, held_out))
+    host = _host(denoiser, decode, train, objective, settings, options)
+    trainer = Trainer(
+        denoiser, lora, train, [prompts[pair.caption] for pair in pairs], settings,
+        objective=objective.objective, encoders=objective.encoders, decode=decode,
+        validation=watched, validation_conditioning=[prompts[pair.caption] for pair in held_out or ()],
+        folder=folder,
+        info=_info(model, decode, train, options),
+        resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
+    )  # fmt: skip
+    return trainer, host
 
 
 def settings_of(

@@ -182,6 +182,7 @@ class RunOptions(io.ComfyNode):
                 io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 2.5 is Kontext's own."),
                 io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Compute blocks again in the backward pass: about a third more time, a fraction of the memory."),
                 io.Float.Input("memory_reserve", default=0.0, min=0.0, max=200.0, step=0.5, tooltip="GiB of the GPU to leave free for a step; weights that do not fit beside them wait in main memory. 0 = by an estimate; raise it when memory runs out."),
+                io.Boolean.Input("self_check", default=True, optional=True, tooltip="Before the first step: are the gradients right in this ComfyUI, and does the before picture have an effect? Four passes of the model, once for the same model and settings. Off trains at your own risk."),
             ],
         )  # fmt: skip
 
@@ -189,7 +190,7 @@ class RunOptions(io.ComfyNode):
     @checked()
     def execute(
         cls, checkpoint_every, keep, validate_every, previews, preview_steps, guidance, preview_guidance,
-        gradient_checkpointing, memory_reserve, options=None,
+        gradient_checkpointing, memory_reserve, self_check=True, options=None,
     ) -> io.NodeOutput:  # fmt: skip
         options = replace(
             options or TrainingOptions(), guidance=guidance, preview_guidance=preview_guidance,
@@ -197,7 +198,7 @@ class RunOptions(io.ComfyNode):
         )  # fmt: skip
         options = _with(
             options, "training", checkpoint_every=checkpoint_every, keep=keep, validate_every=validate_every,
-            previews=previews, preview_steps=preview_steps,
+            previews=previews, preview_steps=preview_steps, self_check=self_check,
         )  # fmt: skip
         return _answer(cls, options)
 

@@ -277,12 +277,15 @@ class RunVerdicts:
         """What happened to the run, and what of it is missing here."""
         found = []
         for event in self.log.events:
+            if event.event in ("checked", "unchecked"):
+                found += [note[:1].upper() + note[1:] for note in event.notes]
+                continue
             words = {"started": "Started", "resumed": f"Went on from step {event.step}"}
             said = words.get(event.event, f"{event.event.capitalize()} at step {event.step}")
             if event.event != "started" or event.notes:
                 found.append(said + (f": {'; '.join(event.notes)}" if event.notes else ""))
         total = self.settings.get("steps")
-        if self.log.events and self.log.events[-1].event in ("started", "resumed"):
+        if self.log.events and self.log.events[-1].event in ("started", "resumed", "checked", "unchecked"):
             found.append(f"The log ends at step {self.steps} of {total}: the run goes on, or was killed.")
         if self.cut_off:
             found.append(f"{counted(self.cut_off, 'line')} of the log could not be read (cut off, or damaged).")

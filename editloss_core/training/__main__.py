@@ -12,6 +12,7 @@ from ..processes import ProcessLost, leave
 from ..progress import ConsoleBar
 from .gradients import NonFinite
 from .memory import OutOfMemory
+from .self_check import SelfCheckFailed
 
 DONE, STOPPED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 PACKAGES = ("diffusers", "accelerate", "transformers")
@@ -27,7 +28,7 @@ log.jsonl, pictures of held-out pairs, and report.html.
 exit status:
   0  the run is done, or --check found nothing wrong
   1  the run was stopped (out of memory, a loss that is not a number); what was learnt is in the last checkpoint
-  2  something is wrong with the config, the pairs or the model; nothing was started
+  2  something is wrong with the config, the pairs or the model, or the self-check failed; nothing was learnt
   130  interrupted; what was learnt is in the last checkpoint
 """
 
@@ -98,7 +99,7 @@ def _train(path: Path, prog: str) -> int:
     except (NonFinite, OutOfMemory, ProcessLost) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return STOPPED
-    except ValueError as error:
+    except (SelfCheckFailed, ValueError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
     if main_process:

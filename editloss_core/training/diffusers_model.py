@@ -8,6 +8,7 @@ Latents, tokens and positions are those of diffusers' ``FluxKontextPipeline``
 from __future__ import annotations
 
 import hashlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
@@ -91,6 +92,39 @@ class FluxDenoiser:
         self.device = torch.device(device) if device is not None else next(transformer.parameters()).device
         self.dtype = transformer.dtype
         self._ids: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def program(self) -> str:
+        """What the self-check names."""
+        return f"diffusers {metadata.version('diffusers')}, torch {torch.__version__}"
+
+    def stock_velocity(self, x: Tensor, t: Tensor, reference: Tensor, caption: Caption) -> Tensor:
+        """(x − x') / t, x' being what ``FluxKontextPipeline`` makes of x in one step from t to 0.
+
+        Args:
+            x: ``[B, C, h, w]``, like ``reference``.
+            t: ``[B]``, one noise level above 0.
+        """
+        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+
+        (count, channels, height, width), like = x.shape, {"device": self.device, "dtype": self.dtype}
+        # The pipeline asks its autoencoder for the size of a latent alone: pictures come and go as latents.
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32),
+            latent_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        pipeline = FluxKontextPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, self.module)
+        pipeline.set_progress_bar_config(disable=True)
+        after = pipeline(
+            image=reference.to(**like), latents=pack(x.to(**like)), height=8 * height, width=8 * width,
+            max_area=64 * height * width, _auto_resize=False, num_images_per_prompt=1, sigmas=[t[0].item()],
+            num_inference_steps=1, guidance_scale=self.guidance, output_type="latent", return_dict=False,
+            prompt_embeds=caption.tokens[None].expand(count, -1, -1).to(**like),
+            pooled_prompt_embeds=caption.pooled[None].expand(count, -1).to(**like),
+        )[0]  # fmt: skip
+        return (x - unpack(after.float(), height, width)) / t.view(-1, 1, 1, 1)
 
     def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Caption]) -> Tensor:
         """As in :class:`~editloss_core.training.flow.Denoiser`.

@@ -155,6 +155,25 @@ class EstimateObjective:
             made.append(TermReport(r.term, loss.mean(), loss, {}, opened).counting(weights))
         return made
 
+    def differentiated(self, index: int) -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
+        """What a step differentiates one by one: ``(part, function, its input)`` of a pair, for the self-check."""
+        z = self.prepared.after([index]).to(self.device)
+        parts: list[tuple[str, Callable[[Tensor], Tensor], Tensor]] = []
+        if self.decodes:
+            parts.append(("decoder", lambda z: self._decode(z, [index]), z))
+            with torch.no_grad():
+                pixels = self._decode(z, [index])
+        for name, encoder in self.encoders.items():
+            if self.prepared.reads_latents(name):
+
+                def of_latents(z: Tensor, encoder: Encoder = encoder) -> Tensor:
+                    return self._run(encoder.from_latents, self.prepared.vae.unscaled(z), False)
+
+                parts.append((f"encoder {name}", of_latents, z))
+            else:
+                parts.append((f"encoder {name}", lambda x, e=encoder: self._run(e, x, False), pixels))
+        return parts
+
     def without_gates(self) -> EstimateObjective:
         """The same with every term at every noise level, for outputs that are done."""
         whole = copy.copy(self)

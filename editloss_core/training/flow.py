@@ -27,6 +27,14 @@ class Denoiser(Protocol):
     Attributes:
         module: the network; LoRA layers are found in it, by the names that files use (without prefix).
         device: where it wants its inputs.
+
+    The self-check (:mod:`~editloss_core.training.self_check`) also uses what a denoiser has of these:
+
+    * ``program``: what it runs in, with its version; ``dtype``: what it computes in; ``patches``: text that changes with
+      what else acts on the model; ``code``: folders or files whose code it depends on.
+    * ``stock_velocity(x_t, t, reference, conditioning)``: what the program's own sampling path computes for a batch of one
+      pair at one noise level, with the one conditioning object.
+    * ``exact_products()``: a context in which quantised layers do not round their inputs.
     """
 
     module: nn.Module

@@ -111,7 +111,8 @@ class EventLog:
     """What happened to a run after ``step`` steps, beside its steps.
 
     Attributes:
-        event: ``"started"``, ``"resumed"``, ``"stopped"`` or ``"ended"``; a process that is killed leaves none.
+        event: ``"started"``, ``"resumed"``, ``"checked"`` (the self-check), ``"unchecked"`` (it was off), ``"stopped"`` or
+            ``"ended"``; a process that is killed leaves none of the last two.
         notes: what a person should know.
         info: settings, objective and pairs, where a run starts or goes on.
     """

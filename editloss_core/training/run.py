@@ -170,7 +170,7 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
 
     Raises:
         ValueError: weights that do not fit, and what :func:`~.prepare.prepare` and :class:`~.trainer.Trainer` refuse.
-        NonFinite, OutOfMemory: see :meth:`~.trainer.Trainer.run`.
+        SelfCheckFailed, NonFinite, OutOfMemory: see :meth:`~.trainer.Trainer.run`.
     """
     config, device, main = plan.config, accelerator.device, accelerator.is_main_process
     check_accelerator(accelerator)
@@ -191,6 +191,8 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
         trainer.resume(plan.checkpoint)
     result = trainer.run()
     if main:
+        if result.self_check:
+            say(result.self_check)
         for note in (*train.notes, *trainer.notes):
             say(f"note: {note}")
         dtype = DTYPES[config.run.lora_dtype]
@@ -256,7 +258,7 @@ def make_trainer(
             "guidance": model.guidance,
             "decoder": hash_module(decode.vae) if train.reads_pictures else "",
         },
-        resolution=config.pairs.resolution, checkpointing=model.gradient_checkpointing, host=host,
+        resolution=config.pairs.resolution, checkpointing=model.gradient_checkpointing, cache=plan.cache, host=host,
         accelerator=accelerator,
     )  # fmt: skip
 

@@ -47,6 +47,7 @@ class TrainingSettings:
         previews: held-out pairs that are sampled.
         checkpoint_every: a checkpoint at every N-th step and at the end; 0 = only at the end.
         keep: checkpoints that stay.
+        self_check: before the first step, see :mod:`~editloss_core.training.self_check`.
     """
 
     steps: int = 1000
@@ -72,6 +73,7 @@ class TrainingSettings:
     previews: int = 4
     checkpoint_every: int = 250
     keep: int = 3
+    self_check: bool = True
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "objective_every", "keep"):
@@ -80,6 +82,8 @@ class TrainingSettings:
             "warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every",
         ):  # fmt: skip
             _check_whole(name, getattr(self, name), 0)
+        if not isinstance(self.self_check, bool):
+            raise ValueError(f"self_check: expected true or false, got {self.self_check!r}")
         _check_number("learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
         for name in ("weight_decay", "clip", "velocity_weight"):
             _check_number(name, getattr(self, name), minimum=0.0)

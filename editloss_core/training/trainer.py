@@ -41,6 +41,7 @@ from .log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, Valida
 from .lora import LoRA
 from .memory import OutOfMemory, StepMemory, advice
 from .prepare import Prepared
+from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
 from .settings import MovingAverage, TrainingSettings, check_objective, every
 from .trackers import scalars, start_trackers
 from .validation import PreviewRow, Validator, save_pictures
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECKPOINT_FOLDER = "checkpoints"
+UNCHECKED = "self-check off: whether the gradients of this run are right was not looked at"
 _T = TypeVar("_T")
 
 
@@ -84,6 +86,7 @@ class TrainingResult:
         log: of every step and validation.
         pictures: of the last validation.
         checkpoint: the last one, None without a folder.
+        self_check: a line on what it found before the first step, or that it was off; empty where nothing was left to train.
     """
 
     steps: int
@@ -91,6 +94,7 @@ class TrainingResult:
     log: RunLog
     pictures: list[PreviewRow] = field(default_factory=list)
     checkpoint: Optional[Path] = None
+    self_check: str = ""
 
 
 class Trainer:
@@ -113,7 +117,8 @@ class Trainer:
         validation: held-out pairs, with ``validation_conditioning``.
         folder: for checkpoints and the log; None keeps everything in memory.
         info: plain values to keep in checkpoints (which pairs, which model).
-        resolution, checkpointing: only for the advice when memory runs out.
+        resolution, checkpointing: only for the advice when memory runs out, and to tell what the self-check depends on.
+        cache: folder in which a self-check that passed is remembered; None looks every time.
         host: the program around.
         accelerator: whose processes train together, and whose trackers are told every step; the denoiser is on its device,
             see :func:`~editloss_core.processes.place`.
@@ -139,6 +144,7 @@ class Trainer:
         info: Optional[Mapping[str, Any]] = None,
         resolution: Optional[int] = None,
         checkpointing: bool = False,
+        cache: Optional[Path] = None,
         host: Optional[Host] = None,
         accelerator: Optional[Accelerator] = None,
     ):
@@ -167,7 +173,7 @@ class Trainer:
             **(info or {}),
         }
         self._advice = {"resolution": resolution, "rank": lora.settings.rank, "optimizer": settings.optimizer}
-        self._checkpointing = checkpointing
+        self._checkpointing, self._cache = checkpointing, cache
         self.notes: list[str] = []  # what a person should know though it stops nothing
         if settings.batch_size % self.processes.count:
             each = -(-settings.batch_size // self.processes.count)
@@ -244,10 +250,54 @@ class Trainer:
             if not self.processes.main:
                 self.log.folder = None
 
+    def self_check(self, anew: bool = False) -> SelfCheck:
+        """Whether the gradients of this run are right; nothing is trained or changed.
+
+        Args:
+            anew: look although the result is remembered.
+
+        Raises:
+            OutOfMemory, and whatever the host raises.
+        """
+        batch = self._batch(0)
+        rows = len(self.processes.rows(len(batch)))
+        about = {
+            "batch": rows,
+            "latents": list(self.prepared.after(batch[:1]).shape),
+            "crop": self.prepared.crop,
+            "checkpointing": self._checkpointing,
+            "decoder": self.info.get("decoder") if self.objective and self.objective.decodes else None,
+        }
+        objective, seed = self.objective, self.settings.seed
+        key = identity(self.denoiser, self.lora, about, objective.encoders if objective else {})
+        known = None if anew else recall(self._cache, key)
+        if known is not None and all(self.processes.gather([known is not None])):
+            return known
+        attached = self.lora.attached
+        self.lora.attach()
+        try:
+            self._memory.begin()
+            self._memory.enter("model")
+            self.host.before_step()
+            self._check()
+            found = check_network(self.denoiser, self.lora, self.prepared, self.conditioning, batch[0], rows, seed)
+            self._check()
+            if objective:
+                self._memory.enter("objective")
+                found += check_objective_parts(objective, batch[0], seed)
+        finally:
+            if not attached:
+                self.lora.detach()
+        check = SelfCheck(program_of(self.denoiser), tuple(found))
+        if self.processes.main:
+            remember(self._cache, key, check)
+        return check
+
     def run(self) -> TrainingResult:
         """Train from the present step to the last one.
 
         Raises:
+            SelfCheckFailed: the gradients are not right; nothing was learnt.
             NonFinite, OutOfMemory, ProcessLost: with what to do; what was learnt until then is in the last checkpoint.
             ValueError: processes that do not have the same pairs, settings or weights.
             Whatever the host raises, after a checkpoint.
@@ -272,8 +322,11 @@ class Trainer:
         start_trackers(self.processes.accelerator, self.folder, self.info)
         self.log.add(EventLog(self.step, "resumed" if self.step else "started", tuple(self.notes), self.info))
         pictures: list[PreviewRow] = []
+        checked = ""
         self.lora.attach().train()
         try:
+            if self.step < self.settings.steps:
+                checked = self._checked()
             if self._validation_is_due():  # who was stopped within a validation makes it up
                 pictures = self._guarded(self._validate)
             elif self.step >= self.settings.steps and self.validator and self.settings.validate_every:
@@ -310,7 +363,17 @@ class Trainer:
                 "outside every term's t_min to t_max"
             )
         self.log.add(EventLog(self.step, "ended", tuple(self.notes[said:])))
-        return TrainingResult(self.step, self.lora, self.log, pictures, self._saved)
+        return TrainingResult(self.step, self.lora, self.log, pictures, self._saved, checked)
+
+    def _checked(self) -> str:
+        """The self-check of a run, in its log; SelfCheckFailed if something is wrong."""
+        if not self.settings.self_check:
+            self.log.add(EventLog(self.step, "unchecked", (UNCHECKED,)))
+            return UNCHECKED
+        found = self._guarded(self.self_check)
+        self.log.add(EventLog(self.step, "checked", (found.line(),), {"parts": [asdict(part) for part in found.parts]}))
+        found.raise_if_wrong()
+        return found.line()
 
     def _check(self) -> None:
         self.processes.check()

@@ -646,6 +646,8 @@ def check_a_patched_or_borrowed_weight_is_not_kept() -> None:
 
 def add_bases() -> None:
     for name in BASES:
+        if name.removesuffix("_fast") in QUANTISED and name.endswith("_fast"):
+            CHECKS[f"exact_products_{name}"] = lambda n=name: _exact(n)
         if name in NOT_ON_A_CPU:
             CHECKS[f"base_{name}"] = lambda n=name: _not_on_a_cpu(n)
             continue
@@ -657,6 +659,24 @@ def add_bases() -> None:
             )
         if name.removesuffix("_fast") not in QUANTISED or name in ONE_OF_A_FAMILY:
             CHECKS[f"base_{name}_loaded_in_inference_mode"] = lambda n=name: _base(n, True, True)
+
+
+def _exact(name: str) -> None:
+    """What the self-check asks for: the same layers without rounding their inputs, as those of float32."""
+    b, model = batch(2), BASES[name][0]()
+    expected_loss, expected = gradients(*adapted(in_float32(model)), b)
+    before = [dict(m.__dict__) for m in model.model.diffusion_model.modules()]
+    denoiser, lora = adapted(model)
+    denoiser.load()  # as before each step: to load a model takes back what was done to its layers
+    with denoiser.exact_products():
+        loss, found = gradients(denoiser, lora, b)
+        with torch.no_grad():
+            assert abs(loss_of(denoiser, b) - loss) < 1e-5 * loss
+    assert apart(found, expected) < 1e-5 and abs(loss - expected_loss) < 1e-5 * loss
+    lora.detach()
+    for m, was in zip(model.model.diffusion_model.modules(), before):
+        assert getattr(m, "_full_precision_mm", None) == was.get("_full_precision_mm")
+        assert not getattr(m, "weight_function", None)
 
 
 def _not_on_a_cpu(name: str) -> None:

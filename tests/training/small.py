@@ -199,13 +199,14 @@ def conditioning(count):
 
 def settings(**changes):
     chosen = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "gradients_every": 2, "validate_every": 0,
-              "checkpoint_every": 2, "preview_steps": 0, "timesteps": Timesteps("uniform", minimum=0.05)}  # fmt: skip
+              "checkpoint_every": 2, "preview_steps": 0, "timesteps": Timesteps("uniform", minimum=0.05),
+              "self_check": False}  # fmt: skip
     return TrainingSettings(**{**chosen, **changes})
 
 
 def trainer(
     folder=None, *, prepared=None, objective=ALL, denoiser=None, decode=None, validation=None, lora=None, host=None,
-    width=32, checkpointing=False, resolution=None, with_encoders=None, accelerator=None, **changes,
+    width=32, checkpointing=False, resolution=None, with_encoders=None, accelerator=None, cache=None, **changes,
 ):  # fmt: skip
     """A trainer of the small parts; ``changes`` go to the settings, ``lora`` to those of the LoRA."""
     prepared = prepared or prepared_pairs()
@@ -216,7 +217,7 @@ def trainer(
         encoders=encoders() if with_encoders is None else with_encoders, decode=decode or parts()[0].decode,
         validation=validation, validation_conditioning=conditioning(len(validation)) if validation else (),
         folder=folder, resolution=resolution, checkpointing=checkpointing, host=host,
-        accelerator=accelerator,
+        accelerator=accelerator, cache=cache,
     )  # fmt: skip
 
 
