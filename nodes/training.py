@@ -26,6 +26,7 @@ from . import ended_runs, folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
 from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
+from .comfy_offers import drop_inference_buffers
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -205,6 +206,7 @@ def settings_of(
 
 def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:
     """Caption → CONDITIONING on the CPU; the first one that the model cannot take is refused."""
+    drop_inference_buffers()
     known, captions = {}, list(dict.fromkeys(pair.caption for pair in pairs))
     bar = ProgressBar(len(captions))
     for caption in captions:

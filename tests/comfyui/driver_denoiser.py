@@ -644,6 +644,25 @@ def check_a_patched_or_borrowed_weight_is_not_kept() -> None:
         assert_close(found, wanted, 1e-5, type(layer).__name__)
 
 
+@check
+def check_memory_that_was_lent_in_inference_mode_is_let_go_of() -> None:
+    import comfy.model_management as management
+
+    if not hasattr(management, "STREAM_CAST_BUFFERS"):
+        return
+    with torch.inference_mode():
+        frozen = torch.empty(8)
+    management.STREAM_CAST_BUFFERS.update(first=frozen, second=torch.empty(8))
+    try:
+        layer = torch.nn.Linear(2, 2)
+        with torch.inference_mode(), PACK.gradients.differentiable(layer):
+            assert len(management.STREAM_CAST_BUFFERS) == 2
+        with torch.no_grad(), PACK.gradients.differentiable(layer):
+            assert list(management.STREAM_CAST_BUFFERS) == ["second"]
+    finally:
+        management.STREAM_CAST_BUFFERS.clear()
+
+
 def add_bases() -> None:
     for name in BASES:
         if name.removesuffix("_fast") in QUANTISED and name.endswith("_fast"):
