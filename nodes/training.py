@@ -145,7 +145,8 @@ class Train(io.ComfyNode):
                 notes = (*notes, AS_IT_WAS.format(run.name))
             else:
                 result = trainer.run()
-                run, notes = TrainingRun(folder.name, result, metadata(trainer), folder), (*trainer.prepared.notes, *trainer.notes)
+                run = TrainingRun(folder.name, result, metadata(trainer), folder)
+                notes = (*trainer.prepared.notes, *trainer.notes)
                 ended_runs.keep(asked, run, notes)
 
             result = run.result

@@ -737,7 +737,14 @@ def add_low_memory() -> None:
 
     # 0.3.75 rounds a patched weight of a quantised layer to fp8 again, at random; newer ones dequantise it.
     older = hasattr(comfy.supported_models_base.BASE, "layer_quant_config")
-    names = ("fp8_with_fp32_compute", "float8_e4m3fn", "nvfp4", "int8_convrot_fast", "convrot_w4a4_fast", "asym_w4a8_int8_fast")
+    names = (
+        "fp8_with_fp32_compute",
+        "float8_e4m3fn",
+        "nvfp4",
+        "int8_convrot_fast",
+        "convrot_w4a4_fast",
+        "asym_w4a8_int8_fast",
+    )
     for name in filter(BASES.__contains__, names):
         tolerance = 0.07 if older and name == "float8_e4m3fn" else 1e-4
         for checkpointing in (False, True) if "fp8" in name or name == "float8_e4m3fn" else (True,):
@@ -937,7 +944,8 @@ def static_model_check() -> None:
     assert CALLS == [False, True], "loaded once more, and only once"
     static = denoiser.model
     assert type(static).__name__ == "ModelPatcher" and not static.is_dynamic() and patched.is_dynamic()
-    assert static.model is not patched.model and static.load_device == GPU and denoiser.module is static.model.diffusion_model
+    assert static.model is not patched.model and denoiser.module is static.model.diffusion_model
+    assert static.load_device == GPU
     assert static.patches.keys() == patched.patches.keys() and len(static.patches) == len(other.layers)
     assert static.patches_uuid == patched.patches_uuid != model.patches_uuid
     assert static.model_options["transformer_options"]["mine"] == 7

@@ -334,7 +334,13 @@ def cancelled_at(call: int) -> Iterator[list[str]]:
     import comfy.model_management as management
 
     stock, asked = management.throw_exception_if_processing_interrupted, []
-    parts = {"prepare.py": "prepare", "_pass": "step", "losses": "validation", "pictures": "pictures", "_conditioning": "captions"}
+    parts = {
+        "prepare.py": "prepare",
+        "_pass": "step",
+        "losses": "validation",
+        "pictures": "pictures",
+        "_conditioning": "captions",
+    }
 
     def part() -> str:
         frame, names = sys._getframe(2), [""]

@@ -26,8 +26,8 @@ from small import (
     weights,
 )
 
-from editloss_core.objective import EditObjective, LossTerm
 from editloss_core import device_memory
+from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.training.checkpoint import Checkpoint, CheckpointError, checkpoints
 from editloss_core.training.log import RunLog
 from editloss_core.training.lora import LoRA, LoRASettings
@@ -315,7 +315,10 @@ def test_what_the_driver_says_of_memory_gets_advice_and_what_else_it_says_comes_
     while errors:
         with pytest.raises(OutOfMemory, match="^Out of memory in the model"):
             trainer(denoiser=Failing()).run()
-    for error in (driver_says("CUDA error: an illegal memory access was encountered", 700), RuntimeError("out of memory")):
+    for error in (
+        driver_says("CUDA error: an illegal memory access was encountered", 700),
+        RuntimeError("out of memory"),
+    ):
         errors = [error]
         with pytest.raises(type(error), match=str(error)) as raised:
             trainer(denoiser=Failing()).run()
