@@ -23,6 +23,11 @@ import torch
 FUSED = ("apply_rope", "rms_rope", "adaln", "rms_adaln", "na3d")
 
 
+# Module of a model under dynamic VRAM → its static copy, so that all nodes that get the same model share one.
+_STATIC: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+WITHOUT_DYNAMIC = "start ComfyUI with --disable-dynamic-vram"
+
+
 def program() -> str:
     """What the models run in, with the versions that their numbers depend on."""
     try:
@@ -33,11 +38,6 @@ def program() -> str:
     if importlib.util.find_spec("comfy_kitchen") is not None:
         parts.insert(1, f"comfy-kitchen {importlib.metadata.version('comfy-kitchen')}")
     return ", ".join(parts)
-
-
-# Module of a model under dynamic VRAM → its static copy, so that all nodes that get the same model share one.
-_STATIC: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
-WITHOUT_DYNAMIC = "start ComfyUI with --disable-dynamic-vram"
 
 
 def is_dynamic(patcher) -> bool:
