@@ -250,7 +250,8 @@ class ComfyDenoiser:
 
             for layer in self.module.modules():
                 as_it_is = [*getattr(layer, "weight_function", ()), lambda weight: weight]
-                if isinstance(getattr(layer, "weight", None), QuantizedTensor):
+                quantised = isinstance(getattr(layer, "weight", None), QuantizedTensor)
+                if quantised and hasattr(layer, "_full_precision_mm"):  # which a table of embeddings has not
                     put(layer, _full_precision_mm=True, weight_function=as_it_is)
                 elif isinstance(layer, comfy.ops.fp8_ops.Linear):
                     put(layer, training=True, weight_function=as_it_is)
