@@ -374,7 +374,7 @@ def check_cancel_at_any_time_leaves_nothing_behind() -> None:
 
     def run() -> Any:
         shutil.rmtree(output, ignore_errors=True)
-        options = {"validate_every": 1, "gradients_every": 0}
+        options = {"validate_every": 1, "gradients_every": 0, "self_check": False}
         return train(model, vae, clip, encoder, options, name="cancelled", steps=1, batch_size=1, pairs=pairs(2))
 
     with cancelled_at(0) as asked:
@@ -408,7 +408,7 @@ def check_what_newer_comfyui_keeps_under_memory_pressure() -> None:
     import comfy_execution.caching as caching
     from comfy_execution.graph import DynamicPrompt
 
-    if not hasattr(caching, "RAMPressureCache"):
+    if not hasattr(caching, "RAM_CACHE_LARGE_INTERMEDIATE"):  # an older one did not look at sizes
         return
     nodes = {name: {"class_type": "EditLossTrainKontextLoRA", "inputs": {}} for name in ("train", "pictures")}
 
