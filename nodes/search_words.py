@@ -46,6 +46,7 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     # training
     "EditLossTrainKontextLoRA": ("FLUX training", "trainer", "fine-tune", "finetune", "train edit model", "learning rate"),
     "EditLossResumeTraining": ("continue training", "checkpoint"),
+    "EditLossSelfCheck": ("gradient check", "finite differences", "verify", "wrong gradients"),
     "EditLossSaveLoRA": ("export LoRA", "safetensors"),
     "EditLossLoadPairs": ("dataset", "image pairs", "folder", "captions"),
     "EditLossMakePairs": ("dataset", "before and after", "image pairs", "captions"),

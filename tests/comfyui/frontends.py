@@ -134,7 +134,8 @@ def open_page(browser: Browser, server: ComfyServer, newer_server: bool = False)
             ComfyUI 0.3.75 have no place for them.
     """
     context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+    for told in ("vueNodesBannerDismissed", "comfy.vueNodesMigration.dismissed"):  # about Nodes 2.0, in frontend 1.32.9
+        context.add_init_script(f"localStorage.setItem('{told}', 'true')")
     page = context.new_page()
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))

@@ -68,6 +68,8 @@ def test_an_example_runs_as_it_is_opened(path, renderer, desk, client, object_in
     """With Nodes 2.0 a graph runs right after its run on the canvas, so that ComfyUI still knows what it gave."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
     modern = RENDERERS[renderer]
+    if modern and "ImageCompare" not in object_info:
+        pytest.skip("Nodes 2.0 are a trial in this frontend: ComfyUI has no node yet that needs them")
     if not modern:
         client.call("/free", {"free_memory": True})  # every graph runs in full, whatever ran before it
     desk.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", modern)
@@ -107,7 +109,7 @@ def _trained_is_shown(desk, outputs: dict, workflow: dict, modern: bool) -> None
     assert shown == cells
     loras = desk.server.models_dir / "loras" / "editloss"
     assert [path.name for path in loras.iterdir()] == ["demo_stool.safetensors"], "the pack's own counts as taken"
-    if modern and desk.evaluate("!!window.app.widgets.IMAGECOMPARE"):
+    if modern:
         rows = outputs[_node(workflow, "EditLossCompare")]["a_images"]
         node = desk.locator(f'[data-node-id="{_node(workflow, "EditLossCompare")}"]')
         sides = node.locator("img").evaluate_all(
