@@ -58,7 +58,6 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     "EditLossObjectiveOptions": ("loss schedule", "crop"),
     "EditLossRunOptions": ("checkpoints", "validation", "previews", "memory", "VRAM"),
     "EditLossLoRAOptions": ("layers", "dropout", "target modules"),
-    "EditLossSelfCheck": ("gradient check", "finite differences", "test ComfyUI", "diagnose training"),
     "EditLossExportTraining": ("TOML", "diffusers", "accelerate", "multi-GPU", "without ComfyUI"),
     # demo
     "EditLossDemoModel": ("example model", "small FLUX", "tutorial"),
