@@ -238,8 +238,8 @@ class ComfyDenoiser:
     def exact_products(self) -> Iterator[None]:
         """Inside, quantised layers multiply in the precision that the network computes in, and do not round their inputs.
 
-        Layers keep from their quantised product where they have a switch for it, in training (older fp8 layers), and, in newer
-        ComfyUI, where something is done to a weight before it is used.
+        Newer layers have a switch for it, which those for int8 and int4 weights do not obey; nothing rounds where something is
+        done to a weight before it is used. The older fp8 layers keep from their fast product in training, or then as well.
         """
         if not is_loaded(self.model):
             load_for_call(self.model, 0)  # which would take away again what is put on weights here
@@ -251,13 +251,12 @@ class ComfyDenoiser:
                     setattr(layer, name, value)
 
             for layer in self.module.modules():
-                weight = getattr(layer, "weight", None)
-                if not isinstance(layer, comfy.ops.CastWeightBiasOp) or weight is None:
-                    continue
-                if isinstance(weight, QuantizedTensor) or weight.dtype.itemsize == 1:
-                    put(layer, training=True, weight_function=[*layer.weight_function, lambda weight: weight])
-                    if hasattr(layer, "_full_precision_mm"):
-                        put(layer, _full_precision_mm=True)
+                as_it_is = [*getattr(layer, "weight_function", ()), lambda weight: weight]
+                quantised = isinstance(getattr(layer, "weight", None), QuantizedTensor)
+                if quantised and hasattr(layer, "_full_precision_mm"):  # which a table of embeddings has not
+                    put(layer, _full_precision_mm=True, weight_function=as_it_is)
+                elif isinstance(layer, comfy.ops.fp8_ops.Linear):
+                    put(layer, training=True, weight_function=as_it_is)
             yield
 
     def _options(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..editloss_core.training.out_of_place import OutOfPlace
-from .comfy_offers import fused_kernels, in_training
+from .comfy_offers import drop_inference_buffers, fused_kernels, in_training
 
 
 def thaw(module: nn.Module) -> None:
@@ -177,6 +177,8 @@ def attention_with_backward(function: Callable[..., Tensor], *args: Any, **kwarg
 @contextlib.contextmanager
 def differentiable(module: nn.Module) -> Iterator[None]:
     """Inside, ``module`` can be run and differentiated with respect to its input, if gradients are on at all."""
+    if not torch.is_inference_mode_enabled():
+        drop_inference_buffers()
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         yield
         return

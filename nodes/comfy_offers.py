@@ -112,6 +112,19 @@ def _for_devices_of(patcher, module: torch.nn.Module) -> comfy.model_patcher.Mod
     return comfy.model_patcher.ModelPatcher(module, patcher.load_device, patcher.offload_device)
 
 
+def drop_inference_buffers() -> None:
+    """Let go of the memory into which weights are brought for a call, where a node has made it in inference mode.
+
+    ComfyUI keeps it for the next node, and what was made in that mode cannot be written to in another.
+    """
+    buffers = getattr(comfy.model_management, "STREAM_CAST_BUFFERS", {})
+    streams = [stream for stream, buffer in buffers.items() if buffer.is_inference()]
+    if streams:
+        comfy.model_management.synchronize()  # what was brought into it may be in use
+    for stream in streams:
+        del buffers[stream]
+
+
 @contextlib.contextmanager
 def in_training() -> Iterator[None]:
     """Inside, models whose fast path has no derivative take another, where ComfyUI has a flag for it."""

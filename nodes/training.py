@@ -26,7 +26,7 @@ from . import ended_runs, folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
 from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
-from .comfy_offers import folded, has_comparison
+from .comfy_offers import drop_inference_buffers, folded, has_comparison
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -145,10 +145,8 @@ class Train(io.ComfyNode):
                 notes = (*notes, AS_IT_WAS.format(run.name))
             else:
                 result = trainer.run()
-                run, notes = (
-                    TrainingRun(folder.name, result, metadata(trainer), folder),
-                    (*trainer.prepared.notes, *trainer.notes),
-                )
+                run = TrainingRun(folder.name, result, metadata(trainer), folder)
+                notes = (*trainer.prepared.notes, *trainer.notes)
                 ended_runs.keep(asked, run, notes)
 
             result = run.result
@@ -209,6 +207,7 @@ def settings_of(
 
 def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:
     """Caption → CONDITIONING on the CPU; the first one that the model cannot take is refused."""
+    drop_inference_buffers()
     known, captions = {}, list(dict.fromkeys(pair.caption for pair in pairs))
     bar = ProgressBar(len(captions))
     for caption in captions:

@@ -8,6 +8,7 @@ own; the ComfyUI folder, its models, settings and outputs stay as they are.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -141,6 +142,7 @@ class ComfyServer:
         base: where models, inputs, outputs and settings of this server live. Without it a temporary folder
             is made and removed at the end. The folders exist from construction on, so files can be put there
             before the server starts.
+        borrow: models and input of the ComfyUI folder are read, besides those of ``base``; nothing is written there.
         front_end_root: another build of the frontend to serve.
         env: variables of its environment beside this process's own.
         start_timeout: seconds to wait for the first answer.
@@ -154,13 +156,14 @@ class ComfyServer:
         comfyui: str | None = None,
         base: Path | None = None,
         *,
+        borrow: bool = False,
         front_end_root: Path | None = None,
         env: Mapping[str, str] | None = None,
         start_timeout: float = 180.0,
     ) -> None:
         self.comfyui = locate(comfyui)
         self.front_end_root, self.start_timeout, self.env = front_end_root, start_timeout, dict(env or {})
-        self._own_base = base is None
+        self._own_base, self._borrow = base is None, borrow
         self.base = Path(base or tempfile.mkdtemp(prefix="editloss-comfyui-")).resolve()
         self.log_file = self.base / "comfyui.log"
         self.url = ""
@@ -204,6 +207,8 @@ class ComfyServer:
         ]
         if not _has_gpu():
             command.append("--cpu")
+        if self._borrow:
+            command += self._borrowed()
         if self.front_end_root is not None:
             command += ["--front-end-root", str(self.front_end_root)]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self.env}
@@ -217,6 +222,19 @@ class ComfyServer:
             self.stop()
             raise
         return self
+
+    def _borrowed(self) -> list[str]:
+        """Options with which ComfyUI reads the models and the input of its own folder."""
+        models, pictures = self.comfyui / "models", self.comfyui / "input"
+        folders = sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
+        paths = self.base / "borrowed_models.yaml"
+        paths.write_text(  # JSON is YAML
+            json.dumps({"borrowed": {"base_path": str(models), **{name: name for name in folders}}}), encoding="utf-8"
+        )
+        return [
+            *(["--extra-model-paths-config", str(paths)] if folders else []),
+            *(["--input-directory", str(pictures)] if pictures.is_dir() else []),
+        ]
 
     def _wait(self) -> None:
         deadline = time.monotonic() + self.start_timeout

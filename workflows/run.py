@@ -3,9 +3,15 @@
     python workflows/run.py --list
     python workflows/run.py train_demo
     python workflows/run.py my_workflow.json --out pictures
+    python workflows/run.py --check [my_workflow.json]
 
 ComfyUI is looked for in --comfyui, then in COMFYUI_PATH, then around this pack; if there is none, a small
-private copy is downloaded. Your own ComfyUI's folders are never written to.
+private copy is downloaded. Your own ComfyUI's folders are never written to; a workflow of your own finds the models
+and pictures there.
+
+--check trains nothing. It does what training does before its first step, with the model and settings of the workflow
+(the demo's without one): are gradients right in this ComfyUI, and does the before picture have an effect? Exit status 1
+if not.
 
 Pictures and texts go to the folder results/NAME of this repository, and those of a training run with them: the
 logs, and the LoRAs in loras/, named as they are in models/loras. When a workflow is run again and succeeds, all that
@@ -37,7 +43,7 @@ from ui_to_api import WorkflowError, is_saved_workflow, to_prompt
 HERE = Path(__file__).resolve().parent
 DEFAULT = "train_demo"
 RESULTS = HERE.parent / "results"
-TRAINER = "EditLossTrainKontextLoRA"
+TRAINER, CHECK = "EditLossTrainKontextLoRA", "EditLossSelfCheck"
 NOT_RUN = (2, 4)  # modes of a saved node: muted, bypassed
 
 
@@ -153,7 +159,7 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
     """Start a ComfyUI, run one workflow in it, and put what it shows and trains into ``out``."""
     workflow = read(workflow_file)
     check_out(out)
-    server = ComfyServer(comfyui)
+    server = _server(workflow_file, comfyui)
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     began = time.monotonic()
     try:
@@ -175,6 +181,58 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
         return results.placed
     finally:
         server.close()
+
+
+def check(workflow_file: Path, comfyui: str | None = None) -> bool:
+    """Start a ComfyUI and check each training of a workflow, without training. Prints what is found; True if all is right."""
+    workflow = read(workflow_file)
+    server = _server(workflow_file, comfyui)
+    print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
+    right = True
+    try:
+        server.start()
+        client = Client(server.url)
+        object_info = client.object_info()
+        checks = checks_of(to_prompt(workflow, object_info), object_info)
+        if not checks:
+            raise WorkflowError(f"{workflow_file}: there is no Train Kontext LoRA in it to check")
+        for node_id, prompt in checks.items():
+            lines = ProgressLines(prompt)
+            try:
+                history = client.run(prompt, lines, timeout=3600)
+            finally:
+                lines.finish()
+            (text,) = history.outputs[node_id]["text"]
+            print(f"\n{text}", flush=True)
+            right = right and text.startswith("self-check passed")
+    finally:
+        server.close()
+    return right
+
+
+def checks_of(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each Train Kontext LoRA its id, and a prompt of what stands before it, with the check in its place."""
+    declared = object_info[CHECK]["input"]
+    known = {*declared["required"], *declared["optional"]}
+    made = {}
+    for node_id, node in prompt.items():
+        if node["class_type"] != TRAINER:
+            continue
+        inputs = {name: value for name, value in node["inputs"].items() if name in known}
+        part = {node_id: {**node, "class_type": CHECK, "inputs": inputs}}
+        waiting = [inputs]
+        while waiting:
+            for value in waiting.pop().values():
+                if isinstance(value, list) and len(value) == 2 and value[0] in prompt and value[0] not in part:
+                    part[value[0]] = prompt[value[0]]
+                    waiting.append(prompt[value[0]]["inputs"])
+        made[node_id] = part
+    return made
+
+
+def _server(workflow_file: Path, comfyui: str | None) -> ComfyServer:
+    """For a workflow of this folder one of its own; for a user's own one that reads models and input of that ComfyUI."""
+    return ComfyServer(comfyui, borrow=workflow_file.resolve().parent != HERE)
 
 
 def trains(workflow: dict[str, Any]) -> bool:
@@ -216,6 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--comfyui", metavar="PATH", help="the ComfyUI folder to use")
     parser.add_argument("--list", action="store_true", help="list the workflows and stop")
+    parser.add_argument("--check", action="store_true", help="check the gradients of its training, and train nothing")
     args = parser.parse_args(argv)
     began = time.monotonic()
     if args.list:
@@ -223,6 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         workflow_file = find(args.name)
+        if args.check:
+            return 0 if check(workflow_file, args.comfyui) else 1
         out = (args.out or RESULTS / workflow_file.stem).absolute()
         saved = run(workflow_file, out, args.comfyui)
     except (ComfyError, WorkflowError, OSError) as error:

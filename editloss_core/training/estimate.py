@@ -161,8 +161,8 @@ class EstimateObjective:
         parts: list[tuple[str, Callable[[Tensor], Tensor], Tensor]] = []
         if self.decodes:
             parts.append(("decoder", lambda z: self._decode(z, [index]), z))
-            with torch.no_grad():
-                pixels = self._decode(z, [index])
+            with torch.no_grad():  # away from 0 and 1, where encoders clamp and let gradients pass
+                pixels = 0.1 + 0.8 * self._decode(z, [index])
         for name, encoder in self.encoders.items():
             if self.prepared.reads_latents(name):
 

@@ -644,8 +644,29 @@ def check_a_patched_or_borrowed_weight_is_not_kept() -> None:
         assert_close(found, wanted, 1e-5, type(layer).__name__)
 
 
+@check
+def check_memory_that_was_lent_in_inference_mode_is_let_go_of() -> None:
+    import comfy.model_management as management
+
+    if not hasattr(management, "STREAM_CAST_BUFFERS"):
+        return
+    with torch.inference_mode():
+        frozen = torch.empty(8)
+    management.STREAM_CAST_BUFFERS.update(first=frozen, second=torch.empty(8))
+    try:
+        layer = torch.nn.Linear(2, 2)
+        with torch.inference_mode(), PACK.gradients.differentiable(layer):
+            assert len(management.STREAM_CAST_BUFFERS) == 2
+        with torch.no_grad(), PACK.gradients.differentiable(layer):
+            assert list(management.STREAM_CAST_BUFFERS) == ["second"]
+    finally:
+        management.STREAM_CAST_BUFFERS.clear()
+
+
 def add_bases() -> None:
     for name in BASES:
+        if name.removesuffix("_fast") in QUANTISED and name.endswith("_fast"):
+            CHECKS[f"exact_products_{name}"] = lambda n=name: _exact(n)
         if name in NOT_ON_A_CPU:
             CHECKS[f"base_{name}"] = lambda n=name: _not_on_a_cpu(n)
             continue
@@ -657,6 +678,24 @@ def add_bases() -> None:
             )
         if name.removesuffix("_fast") not in QUANTISED or name in ONE_OF_A_FAMILY:
             CHECKS[f"base_{name}_loaded_in_inference_mode"] = lambda n=name: _base(n, True, True)
+
+
+def _exact(name: str) -> None:
+    """What the self-check asks for: the same layers without rounding their inputs, as those of float32."""
+    b, model = batch(2), BASES[name][0]()
+    expected_loss, expected = gradients(*adapted(in_float32(model)), b)
+    before = [dict(m.__dict__) for m in model.model.diffusion_model.modules()]
+    denoiser, lora = adapted(model)
+    denoiser.load()  # as before each step: to load a model takes back what was done to its layers
+    with denoiser.exact_products():
+        loss, found = gradients(denoiser, lora, b)
+        with torch.no_grad():
+            assert abs(loss_of(denoiser, b) - loss) < 1e-5 * loss
+    assert apart(found, expected) < 1e-5 and abs(loss - expected_loss) < 1e-5 * loss
+    lora.detach()
+    for m, was in zip(model.model.diffusion_model.modules(), before):
+        assert getattr(m, "_full_precision_mm", None) == was.get("_full_precision_mm")
+        assert not getattr(m, "weight_function", None)
 
 
 def _not_on_a_cpu(name: str) -> None:
@@ -905,11 +944,8 @@ def static_model_check() -> None:
     assert CALLS == [False, True], "loaded once more, and only once"
     static = denoiser.model
     assert type(static).__name__ == "ModelPatcher" and not static.is_dynamic() and patched.is_dynamic()
-    assert (
-        static.model is not patched.model
-        and static.load_device == GPU
-        and denoiser.module is static.model.diffusion_model
-    )
+    assert static.model is not patched.model and denoiser.module is static.model.diffusion_model
+    assert static.load_device == GPU
     assert static.patches.keys() == patched.patches.keys() and len(static.patches) == len(other.layers)
     assert static.patches_uuid == patched.patches_uuid != model.patches_uuid
     assert static.model_options["transformer_options"]["mine"] == 7

@@ -26,6 +26,7 @@ import driver_model_encoders as small
 import safetensors.torch
 import torch
 from driver_model_encoders import assert_close, flux_config, import_pack, pictures, randomised, refused
+from driver_self_check import put_back, without_references
 from torch import Tensor
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -374,7 +375,7 @@ def check_cancel_at_any_time_leaves_nothing_behind() -> None:
 
     def run() -> Any:
         shutil.rmtree(output, ignore_errors=True)
-        options = {"validate_every": 1, "gradients_every": 0}
+        options = {"validate_every": 1, "gradients_every": 0, "self_check": False}
         return train(model, vae, clip, encoder, options, name="cancelled", steps=1, batch_size=1, pairs=pairs(2))
 
     with cancelled_at(0) as asked:
@@ -408,7 +409,7 @@ def check_what_newer_comfyui_keeps_under_memory_pressure() -> None:
     import comfy_execution.caching as caching
     from comfy_execution.graph import DynamicPrompt
 
-    if not hasattr(caching, "RAMPressureCache"):
+    if not hasattr(caching, "RAM_CACHE_LARGE_INTERMEDIATE"):  # an older one did not look at sizes
         return
     nodes = {name: {"class_type": "EditLossTrainKontextLoRA", "inputs": {}} for name in ("train", "pictures")}
 
@@ -502,6 +503,49 @@ def check_resume_says_what_changed() -> None:
 
 
 @check
+def check_a_run_with_a_wrong_gradient_learns_nothing_and_says_why() -> None:
+    """With an encoder of pictures, whose decoder works in place as in 0.33, and the copy that mends it taken out."""
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+    encoder = ENCODERS["timm"](model, vae, clip)
+    with put_back(PACK.denoiser.VAEDecoder, "__call__", "decoded.clone()", "decoded"):
+        try:
+            train(model, vae, clip, encoder, name="wrong", seed=3)
+        except RuntimeError as error:
+            said = str(error)
+        else:
+            raise AssertionError("it was not stopped")
+    for words in ("self-check: with ComfyUI ", "\n- decoder: the backward pass says", "Nothing was trained"):
+        assert words in said, said
+    events = [
+        json.loads(line)
+        for line in (small.SCRATCH / "output/editloss/runs/wrong/log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [e.get("event") for e in events] == ["started", "checked", "stopped"], events
+
+    first = train(model, vae, clip, encoder, name="right", seed=3).ui["text"][0]
+    again = train(model, vae, clip, encoder, name="right", seed=3).ui["text"][0]
+    unchecked = train(model, vae, clip, encoder, training={"self_check": False}, name="off", seed=3).ui["text"][0]
+    assert "self-check passed (ComfyUI" in first and "decoder 0.0" in first and "remembered" not in first, first
+    assert ", remembered from 20" in again and "self-check off" in unchecked and "passed" not in unchecked
+
+
+@check
+def check_the_node_says_the_same_without_training() -> None:
+    model, vae, clip = flux(), small.small_vae(16), text_encoder()
+    values = {"batch_size": 1, "rank": 2, "alpha": 2.0, "layers": "all", "seed": 0, "pairs": pairs(2)}
+    before = set((small.SCRATCH / "output").rglob("*"))
+    with torch.inference_mode():
+        text, right = PACK.self_check.SelfCheckNode.execute(model=model, clip=clip, vae=vae, **values).args
+        deaf = without_references(flux())
+        fault, wrong = PACK.self_check.SelfCheckNode.execute(model=deaf, clip=clip, vae=vae, **values).args
+    assert right and text.startswith("self-check passed (ComfyUI") and "\n" not in text, text
+    assert not wrong and "\nreference: the before picture does not change what the model predicts" in fault, fault
+    made = [p for p in set((small.SCRATCH / "output").rglob("*")) - before if p.is_file()]
+    assert not any("runs" in p.parts for p in made), "it trained"
+
+
+@check
 def check_compare_answers_without_pictures() -> None:
     model, vae, clip = flux(), small.small_vae(16), text_encoder()
     run = train(model, vae, clip, name="unseen", steps=1, hold_out=0).args[4]
@@ -547,7 +591,7 @@ def main() -> None:
         "host": "nodes.training_host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
         "compare": "editloss_core.diagnostics.compare", "timm": "editloss_core.encoders.timm_net",
-        "openclip": "editloss_core.encoders.openclip",
+        "openclip": "editloss_core.encoders.openclip", "self_check": "nodes.self_check",
     }  # fmt: skip
     PACK = SimpleNamespace(**{short: importlib.import_module(f"{name}.{m}") for short, m in modules.items()})
     for name, function in CHECKS.items():

@@ -899,3 +899,52 @@ def test_a_lora_is_trained_anew_and_then_the_new_one_is_loaded(
     printed = capsys.readouterr().out
     assert f"LoRA editloss/{place.name}: {out / place}\n" in printed
     assert not (results / "load" / "loras").exists(), "what was only loaded is not a result of the run"
+
+
+# ---------------------------------------------------------------------------- --check
+
+
+def test_the_check_of_a_graph_is_what_stands_before_its_training(object_info: dict[str, Any]) -> None:
+    from run import CHECK, checks_of
+
+    prompt = to_prompt(json.loads((ROOT / "workflows" / "train_demo.json").read_text(encoding="utf-8")), object_info)
+    ((trained, check),) = checks_of(prompt, object_info).items()
+    kinds = {node_id: node["class_type"] for node_id, node in check.items()}
+    assert kinds[trained] == CHECK and {kinds[i] for i in check} > {"EditLossDemoModel", "EditLossRunOptions"}
+    assert not {"EditLossDemoJudge", "EditLossSaveLoRA", "EditLossPlotLosses"} & set(kinds.values())
+    given, asked = prompt[trained]["inputs"], check[trained]["inputs"]
+    assert asked.items() <= given.items() and given.keys() - asked.keys() == {
+        "name", "steps", "learning_rate", "hold_out", "held_out",
+    }  # fmt: skip
+    assert checks_of({k: v for k, v in prompt.items() if k != trained}, object_info) == {}
+
+
+def test_check_of_a_graph_of_the_users_own(tmp_path: Path) -> None:
+    """Nothing is trained or saved, and one line says it all; models and pictures are those of the ComfyUI that is used."""
+    own = tmp_path / "mine.json"
+    own.write_bytes((ROOT / "workflows" / "train_demo.json").read_bytes())
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "workflows" / "run.py"), "--check", str(own)],
+        check=False, capture_output=True, text=True, encoding="utf-8", timeout=600, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"self-check passed \(ComfyUI \S+, .*torch \S+\): LoRA [\d.e-]+ %; velocity [\d.e-]+ %; reference [\d.]+; encoder .*",
+        line,
+    ), line
+    assert os.listdir(tmp_path) == ["mine.json"]
+
+
+def test_a_borrowed_comfyui_is_read_and_not_written_to(tmp_path: Path) -> None:
+    theirs = tmp_path / "ComfyUI"
+    for folder in ("models/loras", "models/vae", "input"):
+        (theirs / folder).mkdir(parents=True)
+    (theirs / "main.py").touch()
+    server = ComfyServer(str(theirs), tmp_path / "base", borrow=True)
+    option, paths, pictures, place = server._borrowed()
+    assert (option, pictures, place) == ("--extra-model-paths-config", "--input-directory", str(theirs / "input"))
+    assert json.loads(Path(paths).read_text(encoding="utf-8")) == {
+        "borrowed": {"base_path": str(theirs / "models"), "loras": "loras", "vae": "vae"}
+    }
+    assert Path(paths).parent == server.base
