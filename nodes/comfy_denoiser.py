@@ -229,9 +229,12 @@ class ComfyDenoiser:
         more = {"reference_latents": [latent], **({} if self.guidance is None else {"guidance": self.guidance})}
         options = {**model.model_options, "transformer_options": self._options()}
         model.pre_run()
-        conds = comfy.sampler_helpers.convert_cond([[item[0][0], {**item[0][1], **more}]])
-        conds = comfy.samplers.encode_model_conds(base.extra_conds, conds, x, x.device, "positive")
-        (denoised,) = comfy.samplers.calc_cond_batch(base, [conds], x, t, options)
+        try:
+            conds = comfy.sampler_helpers.convert_cond([[item[0][0], {**item[0][1], **more}]])
+            conds = comfy.samplers.encode_model_conds(base.extra_conds, conds, x, x.device, "positive")
+            (denoised,) = comfy.samplers.calc_cond_batch(base, [conds], x, t, options)
+        finally:
+            model.cleanup()
         return (x - denoised) / t.view(-1, 1, 1, 1)
 
     @contextlib.contextmanager

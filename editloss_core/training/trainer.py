@@ -271,7 +271,7 @@ class Trainer:
         objective, seed = self.objective, self.settings.seed
         key = identity(self.denoiser, self.lora, about, objective.encoders if objective else {})
         known = None if anew else recall(self._cache, key)
-        if known is not None and all(self.processes.gather([known is not None])):
+        if all(self.processes.gather([known is not None])):  # asked in every process, or one would wait for the others
             return known
         attached = self.lora.attached
         self.lora.attach()
