@@ -14,8 +14,6 @@ import importlib.util
 import json
 import re
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +28,7 @@ from driver_model_encoders import (
     import_pack,
     loaded,
     refused,
+    run_checks,
     small_clip,
     small_flux,
     small_vae,
@@ -1178,17 +1177,7 @@ def main() -> None:
         model=importlib.import_module(f"{name}.nodes.comfy_model"),
         offers=importlib.import_module(f"{name}.nodes.comfy_offers"),
     )
-    for name, function in CHECKS.items():
-        if only not in name:
-            continue
-        torch.manual_seed(0)
-        began = time.monotonic()
-        try:
-            function()
-            error = ""
-        except Exception:  # noqa: BLE001 the test shows it
-            error = traceback.format_exc()
-        print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+    run_checks(CHECKS, only)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ are loaded by ComfyUI's loader and by ``FluxKontextPipeline``'s.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from driver_model_encoders import FLUX, TEXT, assert_close, flux_config, import_pack, randomised
+from driver_model_encoders import FLUX, TEXT, assert_close, flux_config, import_pack, randomised, run_checks
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -148,13 +146,7 @@ def main() -> None:
         convert=importlib.import_module(f"{training}.convert_lora"),
         model=importlib.import_module(f"{training}.diffusers_model"),
     )
-    for name, function in CHECKS.items():
-        try:
-            function()
-            error = ""
-        except Exception:  # noqa: BLE001 the test shows it
-            error = traceback.format_exc()
-        print(json.dumps({"name": name, "error": error}), flush=True)
+    run_checks(CHECKS)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,21 @@ def check(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def run_checks(checks: dict[str, Callable[[], None]], only: str = "") -> None:
+    """Run those whose name contains ``only``, and print a line of JSON for each."""
+    for name, function in checks.items():
+        if only not in name:
+            continue
+        torch.manual_seed(0)
+        began = time.monotonic()
+        try:
+            function()
+            error = ""
+        except Exception:  # noqa: BLE001 the test shows it
+            error = traceback.format_exc()
+        print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+
+
 # ---------------------------------------------------------------------------- ComfyUI and the pack in this process
 
 
@@ -554,15 +569,7 @@ def main() -> None:
     comfy.options.enable_args_parsing()
     MODEL = import_pack(pack)
     GRADIENTS = importlib.import_module(MODEL.__name__.replace("comfy_model", "comfy_gradients"))
-    torch.manual_seed(0)
-    for name, function in CHECKS.items():
-        began = time.monotonic()
-        try:
-            function()
-            error = ""
-        except Exception:  # noqa: BLE001 the test shows it
-            error = traceback.format_exc()
-        print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+    run_checks(CHECKS)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import json
 import math
 import sys
 import textwrap
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +22,7 @@ from typing import Any
 import driver_denoiser as bases
 import torch
 from driver_denoiser import PRESETS, adapted, prompt
-from driver_model_encoders import flux_config, import_pack, randomised, small_flux, small_vae
+from driver_model_encoders import flux_config, import_pack, randomised, run_checks, small_flux, small_vae
 from torch import Tensor
 
 CHECKS: dict[str, Callable[[], None]] = {}
@@ -285,17 +282,7 @@ def main() -> None:
     PACK = SimpleNamespace(**{key: importlib.import_module(f"{name}.{path}") for key, path in modules.items()})
     bases.PACK = PACK
     add_bases()
-    for name, function in CHECKS.items():
-        if only not in name:
-            continue
-        torch.manual_seed(0)
-        began = time.monotonic()
-        try:
-            function()
-            error = ""
-        except Exception:  # noqa: BLE001 the test shows it
-            error = traceback.format_exc()
-        print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+    run_checks(CHECKS, only)
 
 
 if __name__ == "__main__":

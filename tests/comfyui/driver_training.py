@@ -15,8 +15,6 @@ import logging
 import shutil
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +23,7 @@ from typing import Any
 import driver_model_encoders as small
 import safetensors.torch
 import torch
-from driver_model_encoders import assert_close, flux_config, import_pack, pictures, randomised, refused
+from driver_model_encoders import assert_close, flux_config, import_pack, pictures, randomised, refused, run_checks
 from driver_self_check import put_back, without_references
 from torch import Tensor
 
@@ -594,17 +592,7 @@ def main() -> None:
         "openclip": "editloss_core.encoders.openclip", "self_check": "nodes.self_check",
     }  # fmt: skip
     PACK = SimpleNamespace(**{short: importlib.import_module(f"{name}.{m}") for short, m in modules.items()})
-    for name, function in CHECKS.items():
-        if only not in name:
-            continue
-        torch.manual_seed(0)
-        began = time.monotonic()
-        try:
-            function()
-            error = ""
-        except Exception:  # noqa: BLE001 the test shows it
-            error = traceback.format_exc()
-        print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)
+    run_checks(CHECKS, only)
 
 
 if __name__ == "__main__":
