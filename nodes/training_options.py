@@ -21,7 +21,8 @@ from .sockets import ObjectiveSocket, OptionsSocket, TrainingOptions
 CATEGORY = "EditLoss/training"
 
 
-def _schema(node_id: str, display_name: str, description: str, inputs: list) -> io.Schema:
+def _schema(node_id: str, display_name: str, description: str, inputs: list, since: list = ()) -> io.Schema:
+    """``since``: inputs that came later, behind those whose places saved graphs know."""
     return io.Schema(
         node_id=node_id,
         display_name=display_name,
@@ -30,6 +31,7 @@ def _schema(node_id: str, display_name: str, description: str, inputs: list) -> 
         inputs=[
             *inputs,
             OptionsSocket.Input("options", optional=True, tooltip="Options so far, from another Options node."),
+            *since,
         ],
         outputs=[
             OptionsSocket.Output(display_name="options", tooltip="To Train Kontext LoRA, or to the next Options node.")
@@ -183,7 +185,9 @@ class RunOptions(io.ComfyNode):
                 folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 2.5 is Kontext's own.")),
                 io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Compute blocks again in the backward pass: about a third more time, a fraction of the memory."),
                 io.Float.Input("memory_reserve", default=0.0, min=0.0, max=200.0, step=0.5, tooltip="GiB of the GPU to leave free for a step; weights that do not fit beside them wait in main memory. 0 = by an estimate; raise it when memory runs out."),
-                io.Boolean.Input("self_check", default=True, optional=True, tooltip="Before the first step: are the gradients right in this ComfyUI, and does the before picture have an effect? Four passes of the model, once for the same model and settings. Off trains at your own risk."),
+            ],
+            [
+                folded(io.Boolean.Input("self_check", default=True, optional=True, tooltip="Before the first step: are the gradients right in this ComfyUI, and does the before picture have an effect? Four passes of the model, once for the same model and settings. Off trains at your own risk.")),
             ],
         )  # fmt: skip
 

@@ -73,6 +73,26 @@ OTHERS = [
         text=("PreviewAny", {"source": link("export")}),
     ),
     graph(
+        model=("UNETLoader",),
+        clip=("DualCLIPLoader",),
+        vae=("VAELoader",),
+        pairs=("EditLossLoadPairs",),
+        mix=("EditLossRecommendedMix",),
+        run=("EditLossRunOptions",),
+        check=(
+            "EditLossSelfCheck",
+            {
+                "model": link("model"),
+                "clip": link("clip"),
+                "vae": link("vae"),
+                "pairs": link("pairs"),
+                "objective": link("mix"),
+                "options": link("run"),
+            },
+        ),
+        text=("PreviewAny", {"source": link("check")}),
+    ),
+    graph(
         noise=("EditLossNoiseOptions",),
         lora=("EditLossLoRAOptions", {"options": link("noise")}),
         train=("EditLossTrainKontextLoRA", {"options": link("lora")}),
