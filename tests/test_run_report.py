@@ -18,6 +18,7 @@ from editloss_core.diagnostics.statistics import wilson
 from editloss_core.diagnostics.verdict import FAILURES, VERDICTS, Verdict
 from editloss_core.training.log import EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from editloss_core.training.settings import TrainingSettings
+from editloss_core.training.trainer import UNCHECKED
 from editloss_core.training.validation import PICTURE_FOLDER, PreviewRow, save_pictures
 
 ROOT = Path(__file__).parents[1]
@@ -416,3 +417,16 @@ def test_the_command_runs_as_a_module(tmp_path):
         cwd=ROOT, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0 and (folder / "report.html").is_file(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "event, line", [("checked", "self-check passed (ComfyUI 0.33.0): LoRA 0.01 %"), ("unchecked", UNCHECKED)]
+)
+def test_the_self_check_stands_in_the_report(event, line, tmp_path):
+    folder = make_run(tmp_path / "run", [["good"]])
+    log = RunLog.read(folder)
+    log.events.insert(1, EventLog(0, event, (line,)))
+    log.rewrite()
+    run = judge_run(folder)
+    said = line[0].upper() + line[1:]
+    assert run.notes()[0] == said and said in run_report.page(run) and said in run_report.text(run)

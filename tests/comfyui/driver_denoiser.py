@@ -1128,6 +1128,23 @@ for _kind, _channels in (("taesd", 16), ("taesd", 4), ("kl", 4)):
 
 
 @check
+def check_a_latent_format_that_a_node_made_can_be_differentiated() -> None:
+    """Formats of some models keep tensors, which are inference tensors where a node loaded the model."""
+    import comfy.latent_formats
+
+    z = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        model = small_flux()
+        model.model.latent_format = comfy.latent_formats.Wan21()
+        theirs = model.model.process_latent_out(z).clone()
+    x = z.clone().requires_grad_()
+    ours = PACK.denoiser.ComfyDenoiser(model).from_model(x)
+    assert torch.equal(ours, theirs)
+    (gradient,) = torch.autograd.grad(ours.sum(), x)
+    assert_close(gradient, comfy.latent_formats.Wan21().latents_std.expand_as(z), 1e-6, "gradient")
+
+
+@check
 def check_decode_lets_gradients_through_the_clamp() -> None:
     vae = small_vae(16)
     with torch.no_grad():
