@@ -135,13 +135,15 @@ class ComfyDenoiser:
 
     @property
     def patches(self) -> str:
-        """What else acts on the network: attention, wrappers, patches and options."""
+        """What else acts on the network: attention, wrappers, patches and options, and whether all of it is on its device."""
+        model = self.model
         attention = comfy.ldm.modules.attention.optimized_attention
-        options = self.model.model_options.get("transformer_options", {})
-        named = {key: getattr(value, "__qualname__", type(value).__name__) for key, value in options.items()}
-        return f"{attention.__name__} {sorted(named.items())} {sorted(self.model.wrappers)}"
+        whole = model.loaded_size() >= model.model_size()
+        parts = [attention, model.model_options, model.wrappers, sorted(model.object_patches), whole]
+        return str([_named(part) for part in parts])
 
-    code = (Path(__file__).parent,)
+    # What a gradient depends on: this pack, and all of ComfyUI's models, which change without a new version.
+    code = (Path(__file__).parent, Path(comfy.ops.__file__).parent)
 
     def to_model(self, latents: Tensor) -> Tensor:
         """A VAE's latents → the model's."""
@@ -303,6 +305,18 @@ class ComfyDenoiser:
         finally:
             hook.remove()
         return answers[-1].float()
+
+
+def _named(thing: Any) -> Any:
+    """Plain values, and names of functions and classes, that say what a structure of patches is made of."""
+    if isinstance(thing, dict):
+        return {str(key): _named(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [_named(value) for value in thing]
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        return thing
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _whereabouts(patcher) -> tuple[int, int]:

@@ -142,20 +142,22 @@ def plain_kernels() -> Mapping[Any, Callable[..., Any]]:
     """
     found = {}
     for kernel, plain in fused_kernels():
-        written = [i for i, argument in enumerate(kernel.default._schema.arguments) if argument.is_write]
-        found[kernel] = _writing(plain, written) if written else plain
+        arguments = kernel.default._schema.arguments
+        written = {argument.name for argument in arguments if argument.is_write}
+        found[kernel] = _writing(plain, [a.name for a in arguments], written) if written else plain
     return found
 
 
-def _writing(plain: Callable[..., Any], written: list[int]) -> Callable[..., None]:
-    """A kernel that changes its inputs, as ``plain`` on copies whose answers are then written over the inputs.
+def _writing(plain: Callable[..., Any], names: list[str], written: set[str]) -> Callable[..., None]:
+    """A kernel that changes some of its inputs, as ``plain`` on copies whose answers are then written over the inputs.
 
     What ``plain`` keeps for its backward pass stays as it was.
     """
 
     def kernel(*args: Any, **kwargs: Any) -> None:
-        inputs = [args[i] for i in written]
-        answers = plain(*(a.clone() if i in written else a for i, a in enumerate(args)), **kwargs)
+        given = {**dict(zip(names, args)), **kwargs}
+        answers = plain(**{name: x.clone() if name in written else x for name, x in given.items()})
+        inputs = [given[name] for name in names if name in written]
         for x, answer in zip(inputs, answers if isinstance(answers, tuple) else (answers,)):
             x.copy_(answer)
 

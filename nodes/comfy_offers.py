@@ -36,7 +36,7 @@ def program() -> str:
     except ImportError:  # a program that only carries ComfyUI's packages
         version = "of an unknown version"
     parts = [f"ComfyUI {version}", f"torch {torch.__version__}"]
-    if importlib.util.find_spec("comfy_kitchen") is not None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         parts.insert(1, f"comfy-kitchen {importlib.metadata.version('comfy-kitchen')}")
     return ", ".join(parts)
 

@@ -44,6 +44,7 @@ HERE = Path(__file__).resolve().parent
 DEFAULT = "train_demo"
 RESULTS = HERE.parent / "results"
 TRAINER, CHECK = "EditLossTrainKontextLoRA", "EditLossSelfCheck"
+MODEL_OUTPUT = 0  # of the trainer
 NOT_RUN = (2, 4)  # modes of a saved node: muted, bypassed
 
 
@@ -159,7 +160,7 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
     """Start a ComfyUI, run one workflow in it, and put what it shows and trains into ``out``."""
     workflow = read(workflow_file)
     check_out(out)
-    server = _server(workflow_file, comfyui)
+    server = _server(workflow_file, workflow, comfyui)
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     began = time.monotonic()
     try:
@@ -186,7 +187,7 @@ def run(workflow_file: Path, out: Path, comfyui: str | None = None) -> list[Path
 def check(workflow_file: Path, comfyui: str | None = None) -> bool:
     """Start a ComfyUI and check each training of a workflow, without training. Prints what is found; True if all is right."""
     workflow = read(workflow_file)
-    server = _server(workflow_file, comfyui)
+    server = _server(workflow_file, workflow, comfyui)
     print(f"Starting ComfyUI from {server.comfyui} ...", flush=True)
     right = True
     try:
@@ -211,28 +212,47 @@ def check(workflow_file: Path, comfyui: str | None = None) -> bool:
 
 
 def checks_of(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each Train Kontext LoRA its id, and a prompt of what stands before it, with the check in its place."""
+    """For each Train Kontext LoRA its id, and a prompt of what stands before it, with the check in its place.
+
+    A model that comes from another training is the one that went into that.
+    """
     declared = object_info[CHECK]["input"]
     known = {*declared["required"], *declared["optional"]}
+
+    def untrained(value: Any) -> Any:
+        while _is_link(value) and prompt[value[0]]["class_type"] == TRAINER:
+            if value[1] != MODEL_OUTPUT:
+                raise WorkflowError(
+                    f"--check: node {value[0]} would have to train first; check it in a graph of its own"
+                )
+            value = prompt[value[0]]["inputs"]["model"]
+        return value
+
+    def _is_link(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == 2 and value[0] in prompt
+
     made = {}
     for node_id, node in prompt.items():
         if node["class_type"] != TRAINER:
             continue
-        inputs = {name: value for name, value in node["inputs"].items() if name in known}
+        inputs = {name: untrained(value) for name, value in node["inputs"].items() if name in known}
         part = {node_id: {**node, "class_type": CHECK, "inputs": inputs}}
         waiting = [inputs]
         while waiting:
             for value in waiting.pop().values():
-                if isinstance(value, list) and len(value) == 2 and value[0] in prompt and value[0] not in part:
-                    part[value[0]] = prompt[value[0]]
-                    waiting.append(prompt[value[0]]["inputs"])
+                if _is_link(value) and value[0] not in part:
+                    before = prompt[value[0]]
+                    inputs = {name: untrained(v) for name, v in before["inputs"].items()}
+                    part[value[0]] = {**before, "inputs": inputs}
+                    waiting.append(inputs)
         made[node_id] = part
     return made
 
 
-def _server(workflow_file: Path, comfyui: str | None) -> ComfyServer:
-    """For a workflow of this folder one of its own; for a user's own one that reads models and input of that ComfyUI."""
-    return ComfyServer(comfyui, borrow=workflow_file.resolve().parent != HERE)
+def _server(workflow_file: Path, workflow: dict[str, Any], comfyui: str | None) -> ComfyServer:
+    """For a workflow that names models to download, and for a user's own, one that reads what that ComfyUI has."""
+    wants_models = any(node.get("properties", {}).get("models") for node in workflow["nodes"])
+    return ComfyServer(comfyui, borrow=wants_models or workflow_file.resolve().parent != HERE)
 
 
 def trains(workflow: dict[str, Any]) -> bool:

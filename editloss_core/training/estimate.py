@@ -156,22 +156,28 @@ class EstimateObjective:
         return made
 
     def differentiated(self, index: int) -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
-        """What a step differentiates one by one: ``(part, function, its input)`` of a pair, for the self-check."""
+        """What a step differentiates, of one pair: ``(part, function, its input)``, for the self-check.
+
+        An encoder whose terms all have weight 0 only watches, and is left out.
+        """
+        taught = [name for name in self.encoders if any(t.weight for t in self.objective.terms if t.encoder == name)]
+        pictures = [name for name in taught if not self.prepared.reads_latents(name)]
         z = self.prepared.after([index]).to(self.device)
         parts: list[tuple[str, Callable[[Tensor], Tensor], Tensor]] = []
-        if self.decodes:
+        if pictures:
             parts.append(("decoder", lambda z: self._decode(z, [index]), z))
-            with torch.no_grad():  # away from 0 and 1, where encoders clamp and let gradients pass
-                pixels = 0.1 + 0.8 * self._decode(z, [index])
-        for name, encoder in self.encoders.items():
-            if self.prepared.reads_latents(name):
+            with torch.no_grad():  # far from 0 and 1, where encoders clamp and let gradients pass
+                pixels = 0.3 + 0.4 * self._decode(z, [index])
+        for name in taught:
+            encoder = self.encoders[name]
+            if name in pictures:
+                parts.append((f"encoder {name}", lambda x, e=encoder: self._run(e, x, False), pixels))
+            else:
 
                 def of_latents(z: Tensor, encoder: Encoder = encoder) -> Tensor:
                     return self._run(encoder.from_latents, self.prepared.vae.unscaled(z), False)
 
                 parts.append((f"encoder {name}", of_latents, z))
-            else:
-                parts.append((f"encoder {name}", lambda x, e=encoder: self._run(e, x, False), pixels))
         return parts
 
     def without_gates(self) -> EstimateObjective:

@@ -10,7 +10,8 @@ the model, the LoRA, the objective, the precision and the checkpointing of the r
 * the derivative of the output with respect to the reference with 0: a model that does not look at the before picture
   trains without complaint.
 
-It takes four passes of the model, of a step's size: x + d, x − d, x with its gradient, and the sampling path's.
+It takes four passes of the model, of a step's size: x + d, x − d, x with its gradient, and the sampling path's. Where the
+derivative with respect to the reference is 0, one more looks at another reference before it is said to have no effect.
 
 **Tolerances.** Three things part the two derivatives: rounding, the curvature of f, and errors. What the first two come to is
 measured in the same passes, by c = ‖f(x + d) + f(x − d) − 2 f(x)‖ / ‖Δ‖: independent rounding makes up c²/3 of ‖Δ‖², which is
@@ -23,10 +24,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import torch
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from ..device_memory import is_out_of_memory
 from ..encoders.base import Encoder
 from ..files import replacing
+from ..processes import ProcessLost
 from .estimate import EstimateObjective
 from .flow import Denoiser, add_noise, generator_for
 from .lora import LoRA
@@ -45,7 +49,7 @@ from .prepare import Prepared
 TOLERANCES = {torch.float32: 0.002, torch.float16: 0.03, torch.bfloat16: 0.06}
 # Of a velocity, ‖ours − theirs‖ / ‖theirs‖: the same numbers through other kernels. A wrong guidance or position is above 0.1.
 VELOCITY_TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
-BLUR = 1.0
+BLUR = 0.8
 NOISE_LEVEL = 0.6
 NO_EFFECT = 1e-6  # ‖∂v/∂reference‖ / ‖∂v/∂x_t‖ of a reference that is looked at: 0.04 and more in every model tried
 # How far the LoRA is moved, as a share of itself; it makes up about SIZE of the output. Wide enough to stand out from rounding.
@@ -58,6 +62,10 @@ FADING = 4.0
 # that drowns in rounding, wide.
 NARROW, WIDE = (0.001, 0.01), (0.1, 0.08)  # with what is allowed
 FOLDER = "self_checks"  # of what is remembered, in a cache folder
+
+
+class _NoGradient(Exception):
+    """The pass with a gradient stopped; the message says how."""
 
 
 class SelfCheckFailed(RuntimeError):
@@ -171,6 +179,7 @@ class Line:
     def move(self, sign: int) -> None:
         for value, start, direction in zip(self.values, self._start, self.directions):
             value.copy_(start + sign * direction)
+        torch.clear_autocast_cache()  # which would go on with the weights that were there before
 
 
 @dataclass(frozen=True)
@@ -209,6 +218,9 @@ def slope(
         line: the values are leaves that require a gradient.
         inputs: other leaves, whose gradient is wanted too.
         counts: which numbers of a result count, where it is not smooth everywhere.
+
+    Raises:
+        _NoGradient: the pass with a gradient stops, although the others do not.
     """
     with torch.no_grad():
         line.move(1)
@@ -216,7 +228,7 @@ def slope(
         line.move(-1)
         minus = evaluate().float()
         line.move(0)
-    with torch.enable_grad():
+    with _gradient_pass():
         middle = evaluate().float()
     kept = middle.detach()
     difference, second = plus - minus, plus + minus - 2 * kept
@@ -227,11 +239,29 @@ def slope(
     leaves = [*line.values, *inputs]
     gradients: list[Optional[Tensor]] = [None] * len(leaves)
     if middle.requires_grad and norm > 0:
-        gradients = list(torch.autograd.grad(middle, leaves, difference / norm, allow_unused=True))
+        with _gradient_pass():
+            gradients = list(torch.autograd.grad(middle, leaves, difference / norm, allow_unused=True))
     along = sum((g.double() * d).sum() for g, d in zip(gradients, line.directions) if g is not None)
     blur = (second.norm() / norm).item() if norm > 0 else math.inf
     expected = norm.item() * (1 - blur**2 / 3) if norm > 0 else 0.0
     return Slope(2 * float(along), expected, blur, gradients[len(line.values) :], kept)
+
+
+@contextmanager
+def _gradient_pass() -> Iterator[None]:
+    """Gradients are on; what stops the block for want of a derivative is a _NoGradient."""
+    try:
+        with torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        if is_out_of_memory(error) or isinstance(error, ProcessLost):
+            raise
+        raise _NoGradient(f"its gradient cannot be computed ({_in_a_line(error)})") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0] if first else ''}"
 
 
 class LoRALine(Line):
@@ -281,6 +311,7 @@ class LoRALine(Line):
                 self.directions[down].mul_(early)
                 for place in (down, up):
                     self.values[place].copy_(self._start[place] + self.directions[place])
+            torch.clear_autocast_cache()
 
         return hook
 
@@ -319,30 +350,49 @@ def check_network(
     reference = prepared.before([index]).to(device).expand(batch, -1, -1, -1).clone().requires_grad_()
     prompts = [conditioning[index]] * batch
     stock = getattr(denoiser, "stock_velocity", None)
-    found: list[Checked] = []
     with _kept(lora), _exact(denoiser):
         line = LoRALine(lora, STEPS[dtype], generator)
         try:
             try:
                 measured = slope(lambda: denoiser(x, t, [reference], prompts), line, [x, reference])
-            except RuntimeError as error:
-                return [Checked("LoRA", error=math.inf, allowed=0.0, said=_raised(error))]
-            found.append(measured.checked("LoRA", TOLERANCES[dtype]))
-            if stock is not None:
-                with torch.no_grad():
-                    theirs = stock(x.detach(), t, reference.detach(), prompts[0]).float()
-                apart = (measured.middle - theirs).norm() / theirs.norm()
-                sizes = measured.middle.norm().item(), theirs.norm().item()
-                found.append(Checked("velocity", *sizes, apart.item(), VELOCITY_TOLERANCES[dtype]))
-            of_x, of_reference = (0.0 if g is None else g.norm().item() for g in measured.gradients)
-            effect = of_reference / of_x if of_x else 0.0
-            if (
-                effect > NO_EFFECT or not found[0].wrong
-            ):  # else it is a derivative that is missing, and that is said already
-                found.append(Checked("reference", effect, NO_EFFECT, NO_EFFECT / effect if effect else math.inf, 1.0))
+            except _NoGradient as error:
+                return [Checked("LoRA", error=math.inf, allowed=0.0, said=str(error))]
+            found = [measured.checked("LoRA", TOLERANCES[dtype])]
+            with torch.no_grad():
+                if stock is not None:
+                    found.append(
+                        _velocity(measured.middle, lambda: stock(x.detach(), t, reference.detach(), prompts[0]), dtype)
+                    )
+                if not found[0].wrong:  # else a derivative is missing, and that is said already
+                    found.append(_effect(measured, lambda: denoiser(x, t, [reference.flip(-1)], prompts)))
         finally:
             line.release()
     return found
+
+
+def _velocity(ours: Tensor, stock: Callable[[], Tensor], dtype: torch.dtype) -> Checked:
+    try:
+        theirs = stock().float()
+    except (RuntimeError, TypeError, AttributeError) as error:  # a program that does it in another way
+        if is_out_of_memory(error):
+            raise
+        return Checked("velocity", said=f"cannot be told, the sampling path could not be run ({_in_a_line(error)})")
+    apart = ((ours - theirs).norm() / theirs.norm()).item()
+    return Checked("velocity", ours.norm().item(), theirs.norm().item(), apart, VELOCITY_TOLERANCES[dtype])
+
+
+def _effect(measured: Slope, with_another: Callable[[], Tensor]) -> Checked:
+    """Whether the reference changes the output: by its gradient, and if that is 0, by another reference."""
+    if not measured.middle.isfinite().all():
+        return Checked("reference", said="cannot be told, the model's answer is not finite")
+    of_x, of_reference = (0.0 if g is None else g.norm().item() for g in measured.gradients)
+    effect = of_reference / of_x if of_x else 0.0
+    if effect <= NO_EFFECT:
+        middle = measured.middle
+        effect = ((with_another().float() - middle).norm() / middle.norm()).item() if middle.any() else math.nan
+    if math.isnan(effect):
+        return Checked("reference", said="cannot be told, the model's answer is 0")
+    return Checked("reference", effect, NO_EFFECT, NO_EFFECT / effect if effect else math.inf, 1.0)
 
 
 def check_objective_parts(objective: EstimateObjective, index: int, seed: int) -> list[Checked]:
@@ -366,8 +416,8 @@ def check_objective_parts(objective: EstimateObjective, index: int, seed: int) -
             if one.blur > BLUR / 3:
                 (step, allowed) = WIDE
                 one = measured(step)
-        except RuntimeError as error:
-            found.append(Checked(part, error=math.inf, allowed=0.0, said=_raised(error)))
+        except _NoGradient as error:
+            found.append(Checked(part, error=math.inf, allowed=0.0, said=str(error)))
         else:
             found.append(one.checked(part, allowed))
     return found
@@ -378,18 +428,10 @@ def _in_range(pictures: Tensor) -> Tensor:
     return (pictures > 0) & (pictures < 1)
 
 
-def _raised(error: RuntimeError) -> str:
-    """What a pass raised, in a line; an error of memory goes on its way."""
-    if is_out_of_memory(error):
-        raise error
-    first = str(error).strip().splitlines()
-    return f"its gradient cannot be computed ({type(error).__name__}: {first[0] if first else ''})"
-
-
 @contextmanager
 def _kept(lora: LoRA) -> Iterator[None]:
     """Inside, the LoRA's weights may be anything, and it drops nothing; afterwards they are what they were."""
-    before, mode = [p.detach().clone() for p in lora.parameters()], lora.training
+    before, mode = [p.detach().to("cpu", copy=True) for p in lora.parameters()], lora.training
     lora.eval()
     try:
         yield
@@ -414,8 +456,10 @@ def _exact(denoiser: Denoiser):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def identity(denoiser: Denoiser, lora: LoRA, about: Mapping[str, Any], encoders: Mapping[str, Encoder]) -> str:
-    """A key of everything that the check depends on: program, model, precision, settings, and this code itself.
+def identity(
+    denoiser: Denoiser, lora: LoRA, about: Mapping[str, Any], encoders: Mapping[str, Encoder], decode: Any = None
+) -> str:
+    """A key of everything that the check depends on: program, model, precision, settings, and the code of all of them.
 
     Weights do not belong to it, and their shapes and dtypes do: whether a derivative is right does not depend on their values.
     """
@@ -425,9 +469,15 @@ def identity(denoiser: Denoiser, lora: LoRA, about: Mapping[str, Any], encoders:
     for name, part in denoiser.module.named_modules():
         weights = ((key, type(p).__name__, p.dtype, tuple(p.shape)) for key, p in part.named_parameters(recurse=False))
         texts.append(f"{name} {type(part).__qualname__} {list(weights)}")
-    folders = [Path(__file__).parents[1], *getattr(denoiser, "code", ())]
-    for path in (p for folder in folders for p in sorted(folder.rglob("*.py"))):
-        texts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    code = [Path(__file__).parents[1], *getattr(denoiser, "code", ())]
+    for thing in (denoiser, decode, *encoders.values()):
+        made_by = thing if isinstance(thing, FunctionType) else type(thing)
+        texts.append(f"{made_by.__module__}.{made_by.__qualname__}")
+        file = getattr(sys.modules.get(made_by.__module__), "__file__", None)
+        code += [Path(file)] if file else []
+    for path in code:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            texts.append(hashlib.sha256(file.read_bytes()).hexdigest())
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 

@@ -251,7 +251,7 @@ class Trainer:
                 self.log.folder = None
 
     def self_check(self, anew: bool = False) -> SelfCheck:
-        """Whether the gradients of this run are right; nothing is trained or changed.
+        """Whether the gradients of this run are right; nothing is trained or changed. The same in every process.
 
         Args:
             anew: look although the result is remembered.
@@ -259,36 +259,44 @@ class Trainer:
         Raises:
             OutOfMemory, and whatever the host raises.
         """
+        return self._guarded(lambda: self._self_check(anew))
+
+    def _self_check(self, anew: bool) -> SelfCheck:
         batch = self._batch(0)
         rows = len(self.processes.rows(len(batch)))
+        objective, seed = self.objective, self.settings.seed
         about = {
             "batch": rows,
             "latents": list(self.prepared.after(batch[:1]).shape),
             "crop": self.prepared.crop,
             "checkpointing": self._checkpointing,
-            "decoder": self.info.get("decoder") if self.objective and self.objective.decodes else None,
+            "objective": self.info["objective"],
+            "decoder": self.info.get("decoder"),
         }
-        objective, seed = self.objective, self.settings.seed
-        key = identity(self.denoiser, self.lora, about, objective.encoders if objective else {})
+        self._memory.begin()
+        self._memory.enter("model")
+        self.host.before_step()  # where weights are, belongs to what is checked
+        encoders, decode = (objective.encoders, objective.decode) if objective else ({}, None)
+        key = identity(self.denoiser, self.lora, about, encoders, decode)
         known = None if anew else recall(self._cache, key)
         if all(self.processes.gather([known is not None])):  # asked in every process, or one would wait for the others
             return known
+        device = torch.device(self.denoiser.device)
         attached = self.lora.attached
         self.lora.attach()
         try:
-            self._memory.begin()
-            self._memory.enter("model")
-            self.host.before_step()
-            self._check()
-            found = check_network(self.denoiser, self.lora, self.prepared, self.conditioning, batch[0], rows, seed)
-            self._check()
-            if objective:
-                self._memory.enter("objective")
-                found += check_objective_parts(objective, batch[0], seed)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                self._check()
+                found = check_network(self.denoiser, self.lora, self.prepared, self.conditioning, batch[0], rows, seed)
+                self._check()
+                if objective:
+                    self._memory.enter("objective")
+                    found += check_objective_parts(objective, batch[0], seed)
         finally:
             if not attached:
                 self.lora.detach()
-        check = SelfCheck(program_of(self.denoiser), tuple(found))
+        checks = self.processes.gather([SelfCheck(program_of(self.denoiser), tuple(found))])
+        check = next((c for c in checks if c.wrong), checks[0])
         if self.processes.main:
             remember(self._cache, key, check)
         return check
@@ -370,7 +378,7 @@ class Trainer:
         if not self.settings.self_check:
             self.log.add(EventLog(self.step, "unchecked", (UNCHECKED,)))
             return UNCHECKED
-        found = self._guarded(self.self_check)
+        found = self.self_check()
         self.log.add(EventLog(self.step, "checked", (found.line(),), {"parts": [asdict(part) for part in found.parts]}))
         found.raise_if_wrong()
         return found.line()
@@ -637,7 +645,9 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     What only watches (previews, measurements, checkpoints) is no difference, and neither is what ``then`` does not know.
     """
-    harmless = {"gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every", "keep"}
+    harmless = {
+        "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every", "keep", "self_check",
+    }  # fmt: skip
     if now["settings"]["schedule"] == "constant":
         harmless.add("steps")
     old, new = (

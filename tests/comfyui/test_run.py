@@ -918,6 +918,11 @@ def test_the_check_of_a_graph_is_what_stands_before_its_training(object_info: di
     }  # fmt: skip
     assert checks_of({k: v for k, v in prompt.items() if k != trained}, object_info) == {}
 
+    again = {**prompt[trained], "inputs": {**given, "model": [trained, 0]}}
+    (second,) = (check for node_id, check in checks_of({**prompt, "99": again}, object_info).items() if node_id == "99")
+    assert second["99"]["inputs"]["model"] == given["model"], "what is trained before is not trained for a check"
+    assert "EditLossTrainKontextLoRA" not in {node["class_type"] for node in second.values()}
+
 
 def test_check_of_a_graph_of_the_users_own(tmp_path: Path) -> None:
     """Nothing is trained or saved, and one line says it all; models and pictures are those of the ComfyUI that is used."""
