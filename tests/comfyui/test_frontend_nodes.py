@@ -58,7 +58,7 @@ FOUND_BY = {
     "verdict": ({"DiagnoseOutputs"}, 2),
     "diagnose": ({"DiagnoseOutputs"}, 1),
     "before after": ({"LoadPairs"}, 2),
-    "pairs": ({"LoadPairs", "MakePairs", "AuditPairs"}, 4),
+    "pairs": ({"LoadPairs", "MakePairs", "AuditPairs"}, 5),
     "audit": ({"AuditPairs", "AuditEncoders"}, 2),
     "hard negative": ({"StoreHardNegative", "DrawHardNegative"}, 3),
     "embeddings": ({"SaveEmbeddings", "LoadEmbeddings"}, 3),

@@ -90,7 +90,9 @@ def test_stopped_and_resumed_it_keeps_what_an_uninterrupted_run_keeps(step, chec
         files(tmp_path / "halves") == files(tmp_path / "whole") and before.items() <= files(tmp_path / "halves").items()
     )
     events = [(e.event, e.step) for e in RunLog.read(tmp_path / "halves").events]
-    assert events == [("started", 0), ("stopped", step), ("resumed", step), ("ended", 6)]
+    assert [event for event in events if event[0] != "unchecked"] == [
+        ("started", 0), ("stopped", step), ("resumed", step), ("ended", 6),
+    ]  # fmt: skip
 
 
 def test_going_back_loses_no_picture(tmp_path):
@@ -101,7 +103,7 @@ def test_going_back_loses_no_picture(tmp_path):
     again.resume(tmp_path / CHECKPOINT_FOLDER / "step_000002.safetensors")
     again.run()
     assert before.items() < files(tmp_path).items()
-    events = RunLog.read(tmp_path).events
+    events = [event for event in RunLog.read(tmp_path).events if event.event != "unchecked"]
     assert [e.event for e in events] == ["started", "resumed", "ended"]
     assert events[1].notes == ("resumed with other settings or pairs than before: learning_rate 0.01 → 0.3",)
     assert events[1].info["settings"]["learning_rate"] == 0.3
