@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import importlib.metadata
 import importlib.util
 from typing import Any, Callable, Iterator
@@ -22,8 +21,6 @@ from comfy_api.latest import io
 
 # Families of the fused kernels whose answers are differentiable functions of activations; quantised products are not.
 FUSED = ("apply_rope", "rms_rope", "adaln", "rms_adaln", "na3d")
-
-
 # Module of a model under dynamic VRAM → its static copy, so that all nodes that get the same model share one.
 _STATIC: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 WITHOUT_DYNAMIC = "start ComfyUI with --disable-dynamic-vram"
