@@ -31,8 +31,9 @@ from step_tools import machine
 from torch import nn
 
 from editloss_core.embeddings import INDEX
-from editloss_core.encoders.base import freeze, hash_module
+from editloss_core.encoders.base import freeze
 from editloss_core.encoders.vae import VAEEncoder
+from editloss_core.hashing import hash_module
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import LossTerm, recommended
 from editloss_core.pairs import PairSet

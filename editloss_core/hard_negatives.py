@@ -33,6 +33,8 @@ from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 
+from .checks import check_number, check_whole
+
 __all__ = ["HardNegative", "HardNegativeBuffer", "dequantize_image", "image_key", "quantize_image"]
 
 log = logging.getLogger(__name__)
@@ -105,12 +107,11 @@ class HardNegativeBuffer:
         space: str = "image",
         lock_timeout: float = 60.0,
     ) -> None:
-        _check_count("capacity", capacity)
-        _check_count("per_key", per_key)
+        check_whole("capacity", capacity, 1)
+        check_whole("per_key", per_key, 1)
         if not isinstance(space, str) or not space:
             raise ValueError(f"space: expected a non-empty string, got {space!r}")
-        if isinstance(lock_timeout, bool) or not isinstance(lock_timeout, (int, float)) or not lock_timeout >= 0:
-            raise ValueError(f"lock_timeout: expected seconds >= 0, got {lock_timeout!r}")
+        check_number("lock_timeout", lock_timeout, 0.0)
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"folder: expected a folder, got the file {self.folder}")
@@ -173,8 +174,8 @@ class HardNegativeBuffer:
             raise ValueError(f"score: expected a number, got {score!r}")
         if not isinstance(note, str):
             raise ValueError(f"note: expected text, got {note!r}")
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
-            raise ValueError(f"step: expected an integer or None, got {step!r}")
+        if step is not None:
+            check_whole("step", step)
         data = tensor.detach().to("cpu").contiguous().clone()  # a clone, so that a view does not drag its storage along
         with self._lock:
             self._sweep()
@@ -243,9 +244,8 @@ class HardNegativeBuffer:
             ValueError: for a wrong type, or entries under the key that differ in shape or dtype.
         """
         key = _checked_key(key)
-        _check_count("count", count)
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        check_whole("count", count, 1)
+        check_whole("seed", seed)
         with self._lock:
             entries = self._scan()
             candidates = [e for e in entries if e.key == key]
@@ -449,8 +449,3 @@ def _checked_key(key: str) -> str:
     if not isinstance(key, str) or not key:
         raise ValueError(f"key: expected a non-empty string, got {key!r}")
     return _text(key)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import check_number
+
 __all__ = ["estimate_mask", "feather_mask"]
 
 # Differences in Oklab, where 0.02 is about the smallest that an eye sees (Ottosson 2020, "A perceptual color space for
@@ -45,7 +47,7 @@ def feather_mask(mask: Tensor, feather: float) -> Tensor:
     _check_floating("mask", mask)
     if mask.ndim != 3 or mask.numel() == 0:
         raise ValueError(f"mask: expected [B, H, W], got {_shape(mask)}")
-    check_number("feather", feather, 0.0, math.inf)
+    check_number("feather", feather, 0.0)
     if feather >= min(mask.shape[-2:]):
         raise ValueError(f"feather: expected less than the mask's {mask.shape[-2]} x {mask.shape[-1]}, got {feather:g}")
     if feather == 0:
@@ -116,12 +118,12 @@ def estimate_mask(
     """
     check_pair(before, after)
     if not (isinstance(threshold, str) and threshold == "auto"):
-        check_number("threshold", threshold, 0.0, math.inf, open_low=True, also="'auto' or ")
+        check_number("threshold", threshold, 0.0, open_low=True, also="'auto' or ")
     check_number("margin", margin, 0.0, 0.25)
     check_number("min_area", min_area, 0.0, 1.0)
-    check_number("feather", feather, 0.0, math.inf)
+    check_number("feather", feather, 0.0)
     if not isinstance(working_size, int) or working_size < 32:
-        raise ValueError(f"working_size: expected an integer >= 32, got {working_size!r}")
+        raise ValueError(f"working_size: expected a whole number >= 32, got {working_size!r}")
     height, width = before.shape[1:3]
     ratio = min(1.0, working_size / max(height, width))
     size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
@@ -289,14 +291,6 @@ def components(region: Tensor) -> Tensor:
 
 def _shape(x: Tensor) -> str:
     return str(list(x.shape))
-
-
-def check_number(name: str, value: float, low: float, high: float, open_low: bool = False, also: str = "") -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < low or value > high or (open_low and value == low):
-        sign = ">" if open_low else ">="
-        bounds = f"{sign} {low:g}" + (f" and <= {high:g}" if math.isfinite(high) else "")
-        raise ValueError(f"{name}: expected {also}a number {bounds}, got {value!r}")
 
 
 def _check_floating(name: str, x: Tensor) -> None:

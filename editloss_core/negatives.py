@@ -28,7 +28,6 @@ expected.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,7 +36,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .masks import check_number, check_pair, checked_mask, estimate_mask, feather_mask
+from .checks import check_number, check_whole, is_number
+from .masks import check_pair, checked_mask, estimate_mask, feather_mask
 
 __all__ = [
     "OVERLAY_KINDS",
@@ -108,10 +108,9 @@ class OverlaySettings:
             ("spread", 0.0, 2.0),
         ):
             object.__setattr__(self, name, _checked_range(name, getattr(self, name), low, high))
-        check_number("feather", self.feather, 0.0, math.inf)
+        check_number("feather", self.feather, 0.0)
         check_number("max_offset", self.max_offset, 0.0, 0.5)
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+        check_whole("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,7 @@ def make_overlays(
     masks: list[Tensor] = []
     opacities: list[float] = []
     for b, index in enumerate(indices):
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise ValueError(f"indices[{b}]: expected an integer, got {index!r}")
+        check_whole(f"indices[{b}]", index)
         old, new, union = (r[b : b + 1] for r in (regions.before, regions.after, regions.union))
         pair = x0[b : b + 1], x1[b : b + 1]
         change = ((pair[0] - pair[1]).abs().amax(1, keepdim=True) * (union > 0)).amax().item()
@@ -407,7 +405,7 @@ def _regions(
 
 def _checked_range(name: str, value: Sequence[float], low: float, high: float) -> tuple[float, float]:
     numbers = tuple(value) if isinstance(value, (tuple, list)) else ()
-    fine = len(numbers) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers)
+    fine = len(numbers) == 2 and all(map(is_number, numbers))
     if not fine or not low - 1e-9 <= numbers[0] <= numbers[1] <= high + 1e-9:
         raise ValueError(
             f"{name}: expected two numbers (low, high) with {low:g} <= low <= high <= {high:g}, got {value!r}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import losses
+from .checks import check_number, check_option
 from .embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
 from .terms import TERMS, Evaluation, TermReport
 
@@ -78,16 +79,16 @@ class LossTerm:
         """Everything that the public loss would refuse, under this term's own names and before any work."""
         if not isinstance(self.encoder, str) or not self.encoder:
             raise ValueError(f"encoder: expected the name of an encoder, got {self.encoder!r}")
-        losses._check_number("weight", self.weight, minimum=0.0)
-        losses._check_option("agg", self.agg, losses.AGGREGATIONS)
-        losses._check_option("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        check_number("weight", self.weight, 0.0)
+        check_option("agg", self.agg, losses.AGGREGATIONS)
+        check_option("token_weights", self.token_weights, TOKEN_WEIGHTS)
         for name in ("t_min", "t_max"):
-            losses._check_number(name, getattr(self, name), minimum=0.0)
+            check_number(name, getattr(self, name), 0.0)
         if not self.t_min <= self.t_max <= 1.0:
             raise ValueError(f"t_min: expected 0 ≤ t_min ≤ t_max ≤ 1, got t_min {self.t_min:g}, t_max {self.t_max:g}")
         if self.dist is not None:
             l1_too = self.kind in ("geometry_match", "feature_match")
-            losses._check_option("dist", self.dist, losses.MATCHES if l1_too else losses.DISTANCES)
+            check_option("dist", self.dist, losses.MATCHES if l1_too else losses.DISTANCES)
         if (
             self.margin is not None
             and losses.margin_fraction(self.margin)
@@ -95,11 +96,11 @@ class LossTerm:
         ):
             raise ValueError(f"margin: a {self.kind} term needs a number, got {self.margin!r}")
         if self.smooth is not None:
-            losses._check_number("smooth", self.smooth, minimum=0.0)
+            check_number("smooth", self.smooth, 0.0)
         if self.neg_agg is not None:
-            losses._check_option("neg_agg", self.neg_agg, losses.AGGREGATIONS)
+            check_option("neg_agg", self.neg_agg, losses.AGGREGATIONS)
         if self.temperature is not None:
-            losses._check_number("temperature", self.temperature, minimum=0.0, exclusive=True)
+            check_number("temperature", self.temperature, 0.0, open_low=True)
         if self.label not in (None, 0, 1):
             raise ValueError(f"label: expected 1 (same) or 0 (different), got {self.label!r}")
         pictures = tuple(role for role in ROLES if role not in NEGATIVE_ROLES)
@@ -111,7 +112,7 @@ class LossTerm:
             ("negative", negatives),
         ):
             if getattr(self, name) is not None:
-                losses._check_option(name, getattr(self, name), options)
+                check_option(name, getattr(self, name), options)
 
     @property
     def across_batch(self) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .ahead import ahead
-from .encoders.base import hash_tensors
+from .checks import check_whole, is_whole
+from .hashing import hash_tensors
 from .pair_files import (
     MULTIPLE,
     Finding,
@@ -304,8 +305,7 @@ class PairSet:
         what is left over, so it may be smaller.
         """
         for name, value, low in (("batch_size", batch_size, 1), ("seed", seed, None), ("epoch", epoch, 0)):
-            if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
-                raise ValueError(f"{name}: expected an integer{'' if low is None else f' >= {low}'}, got {value!r}")
+            check_whole(name, value, low)
         digest = hashlib.sha256(f"batches/{seed}/{epoch}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         found = []
@@ -326,7 +326,7 @@ class PairSet:
         Raises:
             ValueError: no pair would be left for training.
         """
-        if not isinstance(hold_out, int) or isinstance(hold_out, bool) or not 0 <= hold_out < len(self):
+        if not is_whole(hold_out) or not 0 <= hold_out < len(self):
             raise ValueError(
                 f"hold_out: expected 0 to {len(self) - 1}, so that one of the {len(self)} pairs is left to train on, got "
                 f"{hold_out!r}"
@@ -367,8 +367,7 @@ def _pixels(source: Source, mask: bool) -> Picture:
 
 def _check_settings(resolution: int, min_size: int) -> None:
     for name, value, low in (("resolution", resolution, MULTIPLE), ("min_size", min_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}: expected an integer >= {low} pixels, got {value!r}")
+        check_whole(name, value, low, "pixels")
 
 
 def _checked(

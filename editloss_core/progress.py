@@ -1,10 +1,12 @@
-"""Progress on a terminal."""
+"""Progress of work: how it is reported, and how a terminal shows it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 from tqdm import tqdm
+
+Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 class ConsoleBar:

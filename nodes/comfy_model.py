@@ -20,19 +20,12 @@ from comfy.utils import ProgressBar
 from torch import Tensor, nn
 
 from ..editloss_core.device_memory import is_out_of_memory
-from ..editloss_core.encoders.base import (
-    Encoder,
-    EncoderInfo,
-    PixelEncoder,
-    Preprocess,
-    check_output,
-    hash_module,
-    hash_tensors,
-)
+from ..editloss_core.encoders.base import Encoder, EncoderInfo, PixelEncoder, Preprocess, check_output
 from ..editloss_core.encoders.diffusion import DiffusionFeatureEncoder
 from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from ..editloss_core.encoders.vae import VAEEncoder
+from ..editloss_core.hashing import hash_module, hash_tensors
 from .comfy_gradients import differentiable, usable
 from .comfy_offers import static_clip_vision, static_model, static_vae
 

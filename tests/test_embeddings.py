@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from editloss_core.embeddings import FORMAT, EmbeddingSet, StaleEmbeddings, check_role, hash_images
 from editloss_core.embeddings import sets as module
-from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, hash_tensors
+from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess
 from editloss_core.files import replacing
+from editloss_core.hashing import hash_tensors
 from editloss_core.objective import EditObjective, LossTerm
 
 PATCH = 4

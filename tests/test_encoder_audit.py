@@ -498,9 +498,9 @@ def test_an_encoder_that_answers_not_a_number(pairs):
         ({"encoders": {"x": 3}}, "encoders: .* got int"),
         ({"encoders": {BASELINE: blind()}}, "encoders: expected another name than that of the baseline"),
         ({"crop": 100}, "crop: expected a multiple of 16 pixels, or 0 for the whole picture, got 100"),
-        ({"crop": -16}, "crop: expected an integer >= 0, got -16"),
-        ({"max_pairs": 0}, "max_pairs: expected an integer >= 1, got 0"),
-        ({"batch_size": 1.5}, "batch_size: expected an integer >= 1, got 1.5"),
+        ({"crop": -16}, "crop: expected a whole number >= 0, got -16"),
+        ({"max_pairs": 0}, "max_pairs: expected a whole number >= 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size: expected a whole number >= 1, got 1.5"),
     ],
 )
 def test_wrong_settings_are_named_before_work(pairs, monkeypatch, wrong, message):
@@ -546,7 +546,7 @@ def test_picture_shows_judgements_in_their_colours(audit):
         return int(((picture - wanted).abs().amax(-1) < 0.02).sum())
 
     assert amount("#2e7d4f") > 200 and amount("#c62828") > 200, "green where it sees, red where it is blind"
-    with pytest.raises(ValueError, match="width: expected pixels, got 0"):
+    with pytest.raises(ValueError, match="width: expected a whole number >= 1 pixels, got 0"):
         audit.picture(0)
 
 

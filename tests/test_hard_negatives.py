@@ -502,10 +502,10 @@ def test_another_shape_or_dtype_under_a_key_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(capacity=0), "capacity: expected an integer >= 1, got 0"),
-        (dict(per_key=2.5), "per_key: expected an integer >= 1, got 2.5"),
+        (dict(capacity=0), "capacity: expected a whole number >= 1, got 0"),
+        (dict(per_key=2.5), "per_key: expected a whole number >= 1, got 2.5"),
         (dict(space=""), "space: expected a non-empty string"),
-        (dict(lock_timeout=-1), "lock_timeout: expected seconds >= 0, got -1"),
+        (dict(lock_timeout=-1), "lock_timeout: expected a number >= 0, got -1"),
     ],
 )
 def test_the_buffer_checks_its_options(tmp_path, arguments, words):
@@ -521,9 +521,9 @@ def test_the_buffer_checks_its_options(tmp_path, arguments, words):
         (lambda b: b.store("a", [1.0]), "tensor: expected a torch.Tensor, got list"),
         (lambda b: b.store("a", number(0), score="bad"), "score: expected a number, got 'bad'"),
         (lambda b: b.store("a", number(0), note=3), "note: expected text, got 3"),
-        (lambda b: b.store("a", number(0), step=1.5), "step: expected an integer or None, got 1.5"),
-        (lambda b: b.draw("a", 0), "count: expected an integer >= 1, got 0"),
-        (lambda b: b.draw("a", 1, seed=0.5), "seed: expected an integer, got 0.5"),
+        (lambda b: b.store("a", number(0), step=1.5), "step: expected a whole number, got 1.5"),
+        (lambda b: b.draw("a", 0), "count: expected a whole number >= 1, got 0"),
+        (lambda b: b.draw("a", 1, seed=0.5), "seed: expected a whole number, got 0.5"),
         (lambda b: image_key(torch.zeros(2, 4, 4, 3)), r"image: expected one picture .*got \[2, 4, 4, 3\]"),
         (lambda b: image_key(torch.zeros(4, 4, 3).half()), "image: expected float32 .*got torch.float16"),
         (lambda b: image_key(torch.full((4, 4, 3), math.nan)), "image: .*NaN"),

@@ -634,7 +634,7 @@ def test_report_in_words_numbers_and_a_picture(six):
     assert found.summary().splitlines()[0] == found.headline() and len(found.summary().splitlines()) == 4
     picture = found.picture(1000)
     assert picture.shape[0] == 1 and picture.shape[2:] == (1000, 3) and 0 <= picture.min() < picture.max() <= 1
-    with pytest.raises(ValueError, match="width: expected pixels"):
+    with pytest.raises(ValueError, match="width: expected a whole number"):
         found.picture(0)
 
 

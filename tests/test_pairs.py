@@ -523,7 +523,7 @@ def test_progress_counts_pairs_and_may_stop_the_check(tmp_path):
 
 @pytest.mark.parametrize("options", [{"resolution": 8}, {"resolution": 512.0}, {"min_size": 0}, {"resolution": True}])
 def test_settings_out_of_range(tmp_path, options):
-    with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected an integer >= "):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}: expected a whole number >= "):
         find_pairs(three(tmp_path), **options)
 
 
@@ -725,7 +725,7 @@ def test_batches_depend_on_their_arguments_alone():
 
 @pytest.mark.parametrize("args", [(0, 0, 0), (1, 0, -1), (1.5, 0, 0), (1, "a", 0), (True, 0, 0)])
 def test_bad_batches(args):
-    with pytest.raises(ValueError, match="^(batch_size|seed|epoch): expected an integer"):
+    with pytest.raises(ValueError, match="^(batch_size|seed|epoch): expected a whole number"):
         mixed().batches(*args)
 
 

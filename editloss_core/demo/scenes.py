@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_whole
 from ..files import replacing
 from .drawing import COLOURS, OBJECTS, SIZE, STOOL, background, sprite
 
@@ -115,8 +116,7 @@ def draw(
     >>> draw(5, "replace", "chair", "table").prompt
     'replace the chair with a table'
     """
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+    check_whole("seed", seed, 0)
     rng = random.Random(f"task {seed}")
     colour = rng.choice(list(COLOURS))
     task = rng.choices(TASKS, (0.6, 0.2, 0.2))[0] if task is None else task
@@ -174,11 +174,10 @@ def stool_pairs(count: int, seed: int = 0, start: int = 0) -> list[Example]:
     ['replace the chair with my stool', 'replace the chair with my stool', 'replace the table with my stool']
     """
     if not isinstance(start, int) or not 0 <= start < _STOOLS_EACH:
-        raise ValueError(f"start: expected an integer from 0 to {_STOOLS_EACH - 1}, got {start!r}")
+        raise ValueError(f"start: expected a whole number from 0 to {_STOOLS_EACH - 1}, got {start!r}")
     if not isinstance(count, int) or not 1 <= count <= _STOOLS_EACH - start:
-        raise ValueError(f"count: expected an integer from 1 to {_STOOLS_EACH - start}, got {count!r}")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: expected an integer >= 0, got {seed!r}")
+        raise ValueError(f"count: expected a whole number from 1 to {_STOOLS_EACH - start}, got {count!r}")
+    check_whole("seed", seed, 0)
     others = [name for name in OBJECTS if name != "chair"]
     first = _STOOLS + _STOOLS_EACH * seed
     sources = {i: "chair" if i % 3 < 2 else others[i // 3 % len(others)] for i in range(start, start + count)}

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import losses
+from ..checks import check_whole
 from ..embeddings import EmbeddingSet
-from ..encoders.base import Encoder, EncoderInfo, PixelEncoder, Preprocess, Progress, hash_tensors
+from ..encoders.base import Encoder, EncoderInfo, PixelEncoder, Preprocess
 from ..encoders.timm_net import TimmEncoder
+from ..hashing import hash_tensors
 from ..pairs import MULTIPLE, PairSet
+from ..progress import Progress
 from ..terms import TERMS
 from .encoder_audit_examples import Examples, make_examples
 from .encoder_audit_result import BASELINE, AuditRow, EncoderAudit, Recommendation, count_of, interval, short
@@ -156,8 +159,7 @@ def _check_arguments(
     if BASELINE in encoders:
         raise ValueError(f"encoders: expected another name than that of the baseline, got {BASELINE!r}")
     for name, value, low in (("crop", crop, 0), ("max_pairs", max_pairs, 1), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        check_whole(name, value, low)
     if crop % MULTIPLE:
         raise ValueError(f"crop: expected a multiple of {MULTIPLE} pixels, or 0 for the whole picture, got {crop}")
 

@@ -6,6 +6,7 @@ from typing import Optional
 
 from torch import Tensor
 
+from ..checks import check_whole
 from ..terms import TERMS
 from .encoder_audit_result import SEES, AuditRow, EncoderAudit, count_of, short
 from .sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, new_figure, pixels, wrapped
@@ -20,8 +21,7 @@ def draw(audit: EncoderAudit, width: int) -> Tensor:
     Raises:
         ValueError: a width that is not a positive integer.
     """
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise ValueError(f"width: expected pixels, got {width!r}")
+    check_whole("width", width, 1, "pixels")
     page = _Page(audit, width)
     page.draw()
     return pixels(page.figure)[None]

@@ -16,7 +16,8 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from ..encoders.base import Encoder, hash_tensors
+from ..encoders.base import Encoder
+from ..hashing import hash_tensors
 from ..pair_files import PairProblems, read_caption, read_picture, relative, same_proportions, scan
 from ..pairs import Pair, PairSet, find_pairs
 from .pair_audit_measures import MEASURES, Measured, Sketch, agreeing, measure

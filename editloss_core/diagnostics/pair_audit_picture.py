@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_whole
 from ..masks import oklab
 from ..pair_files import read_picture
 from ..pairs import Pair
@@ -30,8 +31,7 @@ def draw(audit: PairAudit, width: int) -> Tensor:
     Raises:
         ValueError: a width that is not a positive integer.
     """
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise ValueError(f"width: expected pixels, got {width!r}")
+    check_whole("width", width, 1, "pixels")
     page = _Page(audit, width)
     page.draw()
     return pixels(page.figure)[None]

@@ -10,8 +10,10 @@ from typing import Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..encoders.base import WHOLE, Encoder, EncoderInfo, Progress, Region, check_images, hash_tensors
+from ..encoders.base import WHOLE, Encoder, EncoderInfo, Region, check_images
 from ..files import replacing
+from ..hashing import hash_tensors
+from ..progress import Progress
 
 ROLES = ("pred", "gt", "src", "overlay", "hard_negative")
 NEGATIVE_ROLES = ("overlay", "hard_negative")  # may hold several pictures per pair: [B, K, ..., D]

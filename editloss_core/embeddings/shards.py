@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ahead import ahead
+from ..checks import check_whole
 from ..encoders.base import Encoder, EncoderInfo, Region
 from ..files import replacing
 from ..pairs import PairSet
@@ -179,8 +180,7 @@ def load_shards(
 
 def _check(pairs: PairSet, encoders: Sequence[Encoder], masks: bool, batch_size: int, shard_pairs: int) -> None:
     for name, value in (("batch_size", batch_size), ("shard_pairs", shard_pairs)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+        check_whole(name, value, 1)
     names = [encoder.info.name for encoder in encoders]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"encoders: expected at least one, each of another name, got {names or 'none'}")

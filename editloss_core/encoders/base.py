@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..progress import Progress
+
 OUTPUTS = ("global", "tokens", "grid")
 
-Progress = Callable[[int, int], None]
 ImageSize = Union[int, Sequence[int]]
 Region = tuple[float, float, float, float]  # top, left, bottom, right as fractions of a picture
 WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
@@ -226,37 +226,6 @@ class PixelEncoder(Encoder):
         return self._grids[size]
 
 
-def hash_tensors(tensors: Iterable[tuple[str, Tensor]], *texts: str) -> str:
-    """sha256 over names, dtypes, shapes and bytes of tensors, and over texts.
-
-    Every byte counts: 300 MB of weights take about a second.
-    """
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-    for name, tensor in tensors:
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def hash_module(module: nn.Module, *texts: str, progress: Optional[Progress] = None) -> str:
-    """Fingerprint of a network's weights together with what is done before and after it.
-
-    ``progress`` is called with (done, total) tensors: the 24 GB of a FLUX in bf16 take more than a minute.
-    """
-    state = sorted(module.state_dict().items())
-
-    def counted() -> Iterator[tuple[str, Tensor]]:
-        for done, item in enumerate(state):
-            if progress is not None:
-                progress(done, len(state))
-            yield item
-
-    return hash_tensors(counted(), *texts)
-
-
 def freeze(module: nn.Module, device: torch.device) -> nn.Module:
     """An encoder is never trained: eval mode, no parameter gradients, on its device."""
     return module.eval().requires_grad_(False).to(device)
@@ -336,30 +305,6 @@ def building(weights: Union[str, Path, None], random_seed: Optional[int]) -> Ite
         if random_seed is not None:
             torch.default_generator.manual_seed(random_seed)
         yield
-
-
-def read_safetensors(path: Union[str, Path]) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file on the CPU.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for another suffix (pickles can run code) and for a file that is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(
-            f"weights: expected a .safetensors file, got {path.name}; convert it with "
-            f"python -m editloss_core.encoders.convert {path.name} {path.stem}.safetensors"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"weights: {path.name} is not a whole safetensors file ({error})") from error
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], name: str, file: str, ignore: Sequence[str] = ()) -> None:

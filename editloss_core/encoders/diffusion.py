@@ -8,7 +8,8 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from .base import Encoder, EncoderInfo, Region, check_output, hash_tensors
+from ..hashing import hash_tensors
+from .base import Encoder, EncoderInfo, Region, check_output
 from .vae import VAEEncoder, check_latents
 
 

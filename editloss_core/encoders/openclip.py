@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..extras import need
+from ..files import read_safetensors
+from ..hashing import hash_module
 from .base import (
     EncoderInfo,
     ImageSize,
@@ -20,10 +22,8 @@ from .base import (
     check_known,
     check_output,
     freeze,
-    hash_module,
     height_width,
     load_weights,
-    read_safetensors,
 )
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..extras import need
+from ..files import read_safetensors
+from ..hashing import hash_module
 from .base import (
     EncoderInfo,
     ImageSize,
@@ -19,10 +21,8 @@ from .base import (
     check_known,
     check_output,
     freeze,
-    hash_module,
     height_width,
     load_weights,
-    read_safetensors,
 )
 
 

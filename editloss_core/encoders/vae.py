@@ -7,7 +7,8 @@ from typing import Callable, Sequence, Union
 import torch
 from torch import Tensor
 
-from .base import EncoderInfo, ImageSize, PixelEncoder, Preprocess, hash_tensors, height_width
+from ..hashing import hash_tensors
+from .base import EncoderInfo, ImageSize, PixelEncoder, Preprocess, height_width
 
 
 class VAEEncoder(PixelEncoder):

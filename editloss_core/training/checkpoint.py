@@ -12,8 +12,8 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor
 
-from ..encoders.base import hash_tensors
 from ..files import replacing
+from ..hashing import hash_tensors
 
 FORMAT = "editloss-checkpoint-1"
 SET_ASIDE = "set_aside"  # folder below the checkpoints

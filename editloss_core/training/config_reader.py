@@ -10,7 +10,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence, TypeVar, Union, get_args, get_origin
 
-from ..losses import _check_option
+from ..checks import check_option
 from ..negatives import OverlaySettings
 from ..objective import EditObjective, LossTerm
 from ..pairs import MULTIPLE
@@ -334,7 +334,7 @@ def _is(kind: Any, value: Any) -> bool:
         fits = isinstance(value, list) and all(_is(inner[0], v) for v in value)
         return fits and (Ellipsis in inner or len(value) == len(inner))
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool)  # nan and inf have messages of their own
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
@@ -359,7 +359,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _check_model(section: ModelSection) -> None:
-    _check_option("text_device", section.text_device, ("auto", "cpu"))
+    check_option("text_device", section.text_device, ("auto", "cpu"))
 
 
 def _check_estimate(section: EstimateSection) -> None:
@@ -375,7 +375,7 @@ def _check_validation(section: ValidationSection) -> None:
 
 
 def _check_run(section: RunSection) -> None:
-    _check_option("lora_dtype", section.lora_dtype, LORA_DTYPES)
+    check_option("lora_dtype", section.lora_dtype, LORA_DTYPES)
     if section.resume not in ("", LAST) and not section.resume.isdecimal():
         raise ValueError(f"resume: expected '', {LAST!r} or the step of a checkpoint, got {section.resume!r}")
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Sequence, Union
 
-from .lora import write_safetensors
+from ..files import write_safetensors
 from .lora_dialects import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
 
 

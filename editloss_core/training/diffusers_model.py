@@ -15,9 +15,10 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..encoders.base import Progress, hash_module, hash_tensors
+from ..cache import TensorCache
 from ..encoders.vae import VAEEncoder
-from .cache import TensorCache
+from ..hashing import hash_module, hash_tensors
+from ..progress import Progress
 
 PATCH = 2  # latents per token along each side
 TEXT_TOKENS = 512  # of T5; the pipeline's own default

@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional, Protocol, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..losses import _check_number, _check_option
+from ..checks import check_number, check_option
 
 TIMESTEPS = ("logit_normal", "uniform", "shifted")
 ESTIMATE_WEIGHTINGS = ("none", "inverse_square")
@@ -74,11 +74,11 @@ class Timesteps:
     maximum: float = 1.0
 
     def __post_init__(self):
-        _check_option("timesteps", self.kind, TIMESTEPS)
-        _check_number("timestep mean", self.mean, minimum=-10.0)
-        _check_number("timestep std", self.std, minimum=0.0, exclusive=True)
+        check_option("timesteps", self.kind, TIMESTEPS)
+        check_number("timestep mean", self.mean, -10.0)
+        check_number("timestep std", self.std, 0.0, open_low=True)
         for name in ("minimum", "maximum"):
-            _check_number(f"{name} t", getattr(self, name), minimum=0.0)
+            check_number(f"{name} t", getattr(self, name), 0.0)
         if not self.minimum < self.maximum <= 1.0:
             raise ValueError(
                 f"minimum t: expected 0 ≤ minimum < maximum ≤ 1, got minimum {self.minimum:g}, maximum {self.maximum:g}"
@@ -154,8 +154,8 @@ def estimate_weights(t: Tensor, weighting: str = "none", cap: float = 100.0) -> 
     Raises:
         ValueError: an unknown weighting, a cap that is not above 0.
     """
-    _check_option("weighting", weighting, ESTIMATE_WEIGHTINGS)
-    _check_number("cap", cap, minimum=0.0, exclusive=True)
+    check_option("weighting", weighting, ESTIMATE_WEIGHTINGS)
+    check_number("cap", cap, 0.0, open_low=True)
     if weighting == "none":
         return torch.ones_like(t)
     return t.clamp_min(LEAST_T).square().reciprocal().clamp_max(cap)

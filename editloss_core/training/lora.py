@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import replacing
-from ..masks import check_number
+from ..checks import check_number, check_whole
+from ..files import write_safetensors
 
 PREFIX = "diffusion_model."  # of the names in a file; ComfyUI maps them to any model's layers one to one
 # Layers inside the numbered blocks, by the names of ComfyUI's networks and of diffusers' FluxTransformer2DModel. A single
@@ -71,9 +71,8 @@ class LoRASettings:
     layers: str = "attention + MLP"
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank: expected an integer >= 1, got {self.rank!r}")
-        check_number("alpha", self.alpha, 0.0, math.inf, open_low=True)
+        check_whole("rank", self.rank, 1)
+        check_number("alpha", self.alpha, 0.0, open_low=True)
         check_number("dropout", self.dropout, 0.0, 1.0)
         if self.dropout == 1.0:
             raise ValueError("dropout: expected a number below 1, got 1: nothing would be learnt")
@@ -327,36 +326,3 @@ def _refuse_other_formats(names: list[str], prefix: str) -> None:
                 f"lora: expected names that begin with {prefix!r}, got {found[0]!r}, {whose} format. Training continues "
                 "from files that this trainer saved"
             )
-
-
-def write_safetensors(path: Union[str, Path], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, whole or not at all, that depends on its content only.
-
-    Raises:
-        ValueError: for another suffix, metadata that is not text, values that are not finite.
-    """
-    from safetensors.torch import save
-
-    path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"path: expected a .safetensors file, got {path.name}")
-    wrong = [f"{k!r}: {v!r}" for k, v in metadata.items() if not isinstance(k, str) or not isinstance(v, str)]
-    if wrong:
-        raise ValueError(f"metadata: expected texts, got {wrong[0]}")
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"{path.name}: {len(broken)} tensors are not finite in this dtype, among them {_some(broken, 3)}"
-        )
-    data = save(dict(tensors), metadata=dict(metadata))
-    # The library writes metadata in an order that changes with every process.
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    if metadata:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        file.write(memoryview(data)[8 + size :])

@@ -18,7 +18,8 @@ from typing import Any, Mapping, NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from .lora import PREFIX, LoRA, write_safetensors
+from ..files import write_safetensors
+from .lora import PREFIX, LoRA
 
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 PREFIXES = {COMFYUI: PREFIX, DIFFUSERS: "transformer."}

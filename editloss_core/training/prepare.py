@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ahead import ahead, behind
+from ..cache import Entry, TensorCache
+from ..checks import check_whole, is_whole
 from ..device_memory import is_out_of_memory
 from ..embeddings import EmbeddingSet
-from ..encoders.base import Encoder, EncoderInfo, Progress, Region, hash_tensors
+from ..encoders.base import Encoder, EncoderInfo, Region
 from ..encoders.vae import VAEEncoder
+from ..hashing import hash_tensors
 from ..masks import estimate_mask
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import MULTIPLE, Finding, PairImages, PairSet
 from ..processes import Processes
-from .cache import Entry, TensorCache
+from ..progress import Progress
 from .memory import OutOfMemory
 
 if TYPE_CHECKING:
@@ -209,7 +212,7 @@ def prepare(
         encoders: by name (``encoder.info.name``).
         cache_folder: where results are kept as safetensors, under a hash of everything they depend on; None computes them
             anew. Files that are damaged are not trusted but made again. Above 20 GB, what has been of no use for the
-            longest time is removed (:meth:`~editloss_core.training.cache.TensorCache.prune`).
+            longest time is removed (:meth:`~editloss_core.cache.TensorCache.prune`).
         crop: largest side of the window that is cut from the pictures for encoders, in pixels, a multiple of 16: the one
             with the most of the edit mask in it, centred on the mask; 0 takes the whole picture.
         overlay: how to make pictures of the role overlay; None makes none.
@@ -552,10 +555,9 @@ def _check_arguments(
 ) -> None:
     if not len(pairs):
         raise ValueError("pairs: expected at least one, got none")
-    if not isinstance(crop, int) or isinstance(crop, bool) or crop < 0 or crop % MULTIPLE:
+    if not is_whole(crop) or crop < 0 or crop % MULTIPLE:
         raise ValueError(f"crop: expected a multiple of {MULTIPLE} pixels, or 0 for the whole picture, got {crop!r}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+    check_whole("batch_size", batch_size, 1)
     if MULTIPLE % vae.downscale:
         raise ValueError(f"vae: expected 1, 2, 4, 8 or 16 pixels per latent, got {vae.downscale}")
     for size in pairs.buckets:

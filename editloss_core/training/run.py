@@ -11,8 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import encoders
-from ..encoders.base import Encoder, hash_module
+from ..encoders.base import Encoder
 from ..encoders.vae import VAEEncoder
+from ..hashing import hash_module
 from ..pairs import PairSet, find_pairs
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar

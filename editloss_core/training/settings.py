@@ -10,7 +10,7 @@ from typing import Iterable, Optional
 import torch
 from torch import nn
 
-from ..losses import _check_number, _check_option
+from ..checks import check_number, check_option, check_whole
 from ..objective import EditObjective
 from .flow import ESTIMATE_WEIGHTINGS, Timesteps
 
@@ -77,22 +77,22 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "objective_every", "keep"):
-            _check_whole(name, getattr(self, name), 1)
+            check_whole(name, getattr(self, name), 1)
         for name in (
             "warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every",
         ):  # fmt: skip
-            _check_whole(name, getattr(self, name), 0)
+            check_whole(name, getattr(self, name), 0)
         if not isinstance(self.self_check, bool):
             raise ValueError(f"self_check: expected true or false, got {self.self_check!r}")
-        _check_number("learning_rate", self.learning_rate, minimum=0.0, exclusive=True)
+        check_number("learning_rate", self.learning_rate, 0.0, open_low=True)
         for name in ("weight_decay", "clip", "velocity_weight"):
-            _check_number(name, getattr(self, name), minimum=0.0)
-        _check_number("edit_weight", self.edit_weight, minimum=0.0, exclusive=True)
-        _check_number("estimate_cap", self.estimate_cap, minimum=0.0, exclusive=True)
-        _check_option("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        _check_option("schedule", self.schedule, SCHEDULES)
-        _check_option("estimate_weighting", self.estimate_weighting, ESTIMATE_WEIGHTINGS)
-        _check_number("ema", self.ema, minimum=0.0)
+            check_number(name, getattr(self, name), 0.0)
+        check_number("edit_weight", self.edit_weight, 0.0, open_low=True)
+        check_number("estimate_cap", self.estimate_cap, 0.0, open_low=True)
+        check_option("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        check_option("schedule", self.schedule, SCHEDULES)
+        check_option("estimate_weighting", self.estimate_weighting, ESTIMATE_WEIGHTINGS)
+        check_number("ema", self.ema, 0.0)
         if self.ema >= 1.0:
             raise ValueError(f"ema: expected a decay below 1, got {self.ema:g}")
         if self.warmup > self.steps:
@@ -180,8 +180,3 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in named:
             self.values[name].lerp_(p.detach(), 1.0 - decay)
-
-
-def _check_whole(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {value!r}")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..device_memory import is_out_of_memory
-from ..encoders.base import Encoder, hash_tensors
+from ..encoders.base import Encoder
+from ..hashing import hash_tensors
 from ..objective import EditObjective, LossTerm
 from ..processes import Processes, ProcessLost, check_accelerator, check_batch
 from .checkpoint import Checkpoint, CheckpointError, checkpoint_path, checkpoints, tidy

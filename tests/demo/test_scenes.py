@@ -125,8 +125,8 @@ def test_a_set_of_stools_can_be_drawn_in_parts():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((-1,), "seed: expected an integer >= 0, got -1"),
-        ((1.5,), "seed: expected an integer >= 0, got 1.5"),
+        ((-1,), "seed: expected a whole number >= 0, got -1"),
+        ((1.5,), "seed: expected a whole number >= 0, got 1.5"),
         ((1, "swap"), "task: expected one of replace, remove, recolour, got 'swap'"),
         ((1, "replace", "sofa"), "source: expected one of chair, .* got 'sofa'"),
         ((1, "replace", STOOL), "source: expected one of .* got 'stool'"),
@@ -147,7 +147,7 @@ def test_what_cannot_be_drawn_is_refused(arguments, message):
      ((1, 0, -1), "start")],
 )  # fmt: skip
 def test_what_cannot_be_a_set_of_stools_is_refused(arguments, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected an integer"):
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number"):
         stool_pairs(*arguments)
 
 

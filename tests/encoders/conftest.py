@@ -66,7 +66,8 @@ def timms(tmp_path_factory):
 def diffusion():
     """A small VAE and diffusion model: SimpleNamespace(vae, model, build(**options) → DiffusionFeatureEncoder)."""
     from editloss_core.encoders import DiffusionFeatureEncoder, VAEEncoder
-    from editloss_core.encoders.base import freeze, hash_module
+    from editloss_core.encoders.base import freeze
+    from editloss_core.hashing import hash_module
 
     torch.manual_seed(0)
     cpu = torch.device("cpu")

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, freeze, hash_module
+from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, freeze
 from editloss_core.encoders.vae import VAEEncoder
+from editloss_core.hashing import hash_module
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs import PairSet

@@ -246,7 +246,7 @@ def test_captions_are_the_pipelines_and_cached(files, pipeline, tmp_path):
 def test_captions_that_were_of_no_use_for_long_are_pruned_like_all_else(files, tmp_path):
     import os
 
-    from editloss_core.training.cache import TensorCache
+    from editloss_core.cache import TensorCache
 
     encode_captions([PROMPT], lambda: files.load_text(CPU), files.text_fingerprint, tmp_path)
     (path,) = (tmp_path / "captions").iterdir()

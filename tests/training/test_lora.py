@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from editloss_core.encoders.base import read_safetensors
-from editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings, select_layers, write_safetensors
+from editloss_core.files import read_safetensors, write_safetensors
+from editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings, select_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -429,8 +429,8 @@ def test_layers_that_do_not_fit():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
-        ({"rank": 4.0}, "rank: expected an integer >= 1, got 4.0"),
+        ({"rank": 0}, "rank: expected a whole number >= 1, got 0"),
+        ({"rank": 4.0}, "rank: expected a whole number >= 1, got 4.0"),
         ({"rank": True}, "rank: .* got True"),
         ({"alpha": 0.0}, "alpha: expected a number > 0, got 0.0"),
         ({"alpha": float("nan")}, "alpha: .* got nan"),

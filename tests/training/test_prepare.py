@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from editloss_core.cache import TensorCache
 from editloss_core.demo.scenes import stool_pairs, write_folder
-from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, hash_tensors
+from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess
 from editloss_core.encoders.vae import VAEEncoder
+from editloss_core.hashing import hash_tensors
 from editloss_core.masks import estimate_mask
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import recommended
 from editloss_core.pairs import PairProblems, PairSet, find_pairs
-from editloss_core.training.cache import TensorCache
 from editloss_core.training.memory import OutOfMemory
 from editloss_core.training.prepare import Crop, find_crop, prepare
 

@@ -16,8 +16,8 @@ from typing import Any, Mapping, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from ..encoders.base import hash_tensors
-from ..files import replacing
+from .files import replacing
+from .hashing import hash_tensors
 
 log = logging.getLogger(__name__)
 
