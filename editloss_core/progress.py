@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-from tqdm import tqdm
-
 Progress = Callable[[int, int], None]  # called with (done, total)
 
 
@@ -18,6 +16,8 @@ class ConsoleBar:
     """
 
     def __init__(self, what: str, **options: Any):
+        from tqdm import tqdm
+
         self._bar = tqdm(desc=what, **options)
 
     def __enter__(self) -> ConsoleBar:

@@ -22,9 +22,9 @@ from ..embeddings import EmbeddingSet
 from ..encoders.base import Encoder, EncoderInfo, PixelEncoder, Preprocess
 from ..encoders.timm_net import TimmEncoder
 from ..hashing import hash_tensors
+from ..objective import TERMS
 from ..pairs import MULTIPLE, PairSet
 from ..progress import Progress
-from ..terms import TERMS
 from .encoder_audit_examples import Examples, make_examples
 from .encoder_audit_result import BASELINE, AuditRow, EncoderAudit, Recommendation, count_of, interval, short
 from .statistics import grouped_auroc, quantile

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..masks import blur, dilate, estimate_mask
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import PairSet
-from ..training.prepare import find_crop
+from ..pairs.geometry import find_crop
 
 FAINT = OverlaySettings(kinds=("old_over_new",), opacity=(0.25, 0.25), min_visible=0.25)
 MOVED = (

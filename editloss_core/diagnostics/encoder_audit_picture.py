@@ -7,7 +7,7 @@ from typing import Optional
 from torch import Tensor
 
 from ..checks import check_whole
-from ..terms import TERMS
+from ..objective import TERMS
 from .encoder_audit_result import SEES, AuditRow, EncoderAudit, count_of, short
 from .sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, new_figure, pixels, wrapped
 

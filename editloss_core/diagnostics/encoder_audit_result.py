@@ -8,7 +8,7 @@ from typing import Mapping, Optional
 
 from torch import Tensor
 
-from ..terms import TERMS
+from ..objective import TERMS
 from .encoder_audit_examples import Examples
 from .sheet import cell
 from .statistics import Interval

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import replacing
-from ..pair_files import pictures_in, read_picture, relative, subfolder
+from ..pairs.files import pictures_in, read_picture, relative, subfolder
 from .verdict_items import Item
 from .verdict_sheet import heat
 

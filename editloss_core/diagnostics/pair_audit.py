@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..encoders.base import Encoder
 from ..hashing import hash_tensors
-from ..pair_files import PairProblems, read_caption, read_picture, relative, same_proportions, scan
 from ..pairs import Pair, PairSet, find_pairs
+from ..pairs.files import PairProblems, read_caption, read_picture, relative, scan
+from ..pairs.geometry import same_proportions
 from .pair_audit_measures import MEASURES, Measured, Sketch, agreeing, measure
 from .pair_audit_rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_pair
 from .pair_audit_set import copies, find_swapped, likely_partners

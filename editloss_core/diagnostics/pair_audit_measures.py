@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import blur, oklab, tolerant_distance
-from ..pair_files import same_proportions
+from ..pairs.geometry import same_proportions
 from .registration import Registration, detail, luminance, register, turned, warp
 
 FINE, COARSE = 512, 256  # pixels on the long side: for movement, for the change

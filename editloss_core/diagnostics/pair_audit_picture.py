@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ..checks import check_whole
 from ..masks import oklab
-from ..pair_files import read_picture
 from ..pairs import Pair
+from ..pairs.files import read_picture
 from .pair_audit import AuditFinding, PairAudit
 from .pair_audit_rules import KINDS, SEVERITIES
 from .sheet import BAD, GOOD, LINE, MUTED, WARN, Sheet, new_figure, pixels, wrapped

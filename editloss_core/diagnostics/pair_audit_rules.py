@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..pair_files import KINDS as REFUSED
-from ..pair_files import same_proportions, times
+from ..pairs.files import KINDS as REFUSED
+from ..pairs.geometry import same_proportions, times
 
 SEVERITIES = ("error", "warning", "note")
 SHIFT = (

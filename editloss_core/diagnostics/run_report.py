@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..extras import need
 from ..files import replacing
-from ..pair_files import read_picture
-from ..terms import TERMS
+from ..objective import TERMS
+from ..pairs.files import read_picture
 from . import compare, run_charts
 from .run_columns import Columns, counted, middle_cut, number
 from .run_verdicts import NO_FAILURE, Judged, Output, Progress, RunVerdicts, judge_run, matrix, percent

@@ -11,9 +11,8 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from ..objective import NOT_A_NUMBER
-from ..pair_files import read_picture
-from ..terms import TERMS
+from ..objective import NOT_A_NUMBER, TERMS
+from ..pairs.files import read_picture
 from ..training.checkpoint import SET_ASIDE
 from ..training.log import LOG_FILE, PictureLog, RunLog, ValidationLog
 from ..training.settings import TrainingSettings

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..objective import NOT_A_NUMBER, ObjectiveReport
-from ..terms import TERMS
+from ..objective import NOT_A_NUMBER, TERMS, ObjectiveReport
 from .run_verdicts import GOOD, NO_FAILURE, Share
 from .sheet import cell
 from .verdict import FAILURES, VERDICTS, Verdict, judge

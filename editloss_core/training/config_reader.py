@@ -12,9 +12,8 @@ from typing import Any, Callable, Mapping, Optional, Sequence, TypeVar, Union, g
 
 from ..checks import check_option
 from ..negatives import OverlaySettings
-from ..objective import EditObjective, LossTerm
+from ..objective import TERMS, EditObjective, LossTerm
 from ..pairs import MULTIPLE
-from ..terms import TERMS
 from .checkpoint import checkpoints
 from .config import (
     ENCODER_KEYS,

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..encoders.base import Encoder
-from ..objective import EditObjective, LossTerm, ObjectiveReport, gradient_where
+from ..objective import EditObjective, LossTerm, ObjectiveReport, TermReport, gradient_where
 from ..processes import Processes
-from ..terms import TermReport
 from .prepare import Prepared
 
 HALO = 4  # latents around the crop that are decoded too and cut off, so that the crop's border looks as in the whole

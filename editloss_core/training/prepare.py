@@ -22,6 +22,7 @@ from ..hashing import hash_tensors
 from ..masks import estimate_mask
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import MULTIPLE, Finding, PairImages, PairSet
+from ..pairs.geometry import Crop, find_crop
 from ..processes import Processes
 from ..progress import Progress
 from .memory import OutOfMemory
@@ -31,24 +32,6 @@ if TYPE_CHECKING:
 
 METHOD = "1"  # part of every key: count up when masks, crops or embeddings come to be made in another way
 WELL_COVERED = 0.98  # of the edit inside the crop; less gets a note
-
-
-class Crop(NamedTuple):
-    """A window of a pair's pictures, in pixels: multiples of 16.
-
-    ``coverage`` is the share of the edit mask inside it; 1 without a mask.
-    """
-
-    top: int
-    left: int
-    height: int
-    width: int
-    coverage: float = 1.0
-
-    def __call__(self, x: Tensor, downscale: int = 1) -> Tensor:
-        """The window of ``[..., H, W]``; of latents with their pixels per latent as ``downscale``."""
-        top, left, height, width = (v // downscale for v in self[:4])
-        return x[..., top : top + height, left : left + width]
 
 
 class _Layout(NamedTuple):
@@ -506,36 +489,6 @@ class _Work:
                 f"cache: made {len(self.cache.refused)} damaged files again: {', '.join(self.cache.refused[:3])}"
             )
         return notes
-
-
-def find_crop(mask: Optional[Tensor], size: tuple[int, int], crop: int) -> Crop:
-    """The window with the most of a mask in it; among equals the one nearest to the centre of the mask's bounding box.
-
-    Args:
-        mask: ``[H, W]`` in 0…1, or None for a window in the middle.
-        size: (H, W), multiples of 16.
-        crop: see :func:`prepare`.
-    """
-    blocks = [side // MULTIPLE for side in size]
-    window = [min(crop // MULTIPLE, n) if crop else n for n in blocks]
-    free = [n - w for n, w in zip(blocks, window)]
-    if mask is None:
-        return Crop(*(MULTIPLE * v for v in (free[0] // 2, free[1] // 2, *window)))
-    sums = F.avg_pool2d(mask[None, None].double(), MULTIPLE)[0, 0] * MULTIPLE**2
-    total = sums.sum().item()
-    table = F.pad(sums.cumsum(0).cumsum(1), (1, 0, 1, 0))
-    (h, w), (rows, columns) = window, (free[0] + 1, free[1] + 1)
-    inside = table[h:, w:] - table[:rows, w:] - table[h:, :columns] + table[:rows, :columns]
-    solid = mask >= 0.5
-    centre = []
-    for axis in (1, 0):
-        hit = solid.any(axis).nonzero()[:, 0]
-        centre.append((int(hit[0]) + int(hit[-1]) + 1) / 2 / MULTIPLE)
-    tops, lefts = (torch.arange(n + 1, dtype=torch.float64) for n in free)
-    far = (tops + h / 2 - centre[0]).square()[:, None] + (lefts + w / 2 - centre[1]).square()
-    best = int(torch.where(inside >= inside.max() - 1e-6 * total, far, math.inf).argmin())
-    top, left = divmod(best, columns)
-    return Crop(*(MULTIPLE * v for v in (top, left, h, w)), min(1.0, inside[top, left].item() / total))
 
 
 def _key(*parts: str) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..objective import TERMS
 from ..processes import Processes
-from ..terms import TERMS
 from .estimate import Decode, EstimateObjective
 from .flow import Denoiser, add_noise, estimate, generator_for, sample, velocity_loss
 from .gradients import NonFinite, Part, check_losses, parts_of

@@ -38,10 +38,9 @@ from small import (
 )
 
 from editloss_core import losses
-from editloss_core.objective import EditObjective, LossTerm
+from editloss_core.objective import TERMS, EditObjective, LossTerm
 from editloss_core.pairs import PairProblems, PairSet
 from editloss_core.processes import Processes, leave
-from editloss_core.terms import TERMS
 from editloss_core.training import prepare as preparation
 from editloss_core.training.checkpoint import checkpoints
 from editloss_core.training.estimate import EstimateObjective

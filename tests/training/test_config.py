@@ -9,8 +9,7 @@ import pytest
 
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.negatives import OverlaySettings
-from editloss_core.objective import EditObjective, LossTerm, recommended
-from editloss_core.terms import TERMS
+from editloss_core.objective import TERMS, EditObjective, LossTerm, recommended
 from editloss_core.training.config import (
     SECTIONS,
     EstimateSection,

@@ -10,7 +10,7 @@ from small import ALL, LATENTS, StopAfter, prepared_pairs, trainer, without_time
 from editloss_core.diagnostics import run_report
 from editloss_core.diagnostics.run_verdicts import judge_run
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.pair_files import read_picture
+from editloss_core.pairs.files import read_picture
 from editloss_core.training.checkpoint import checkpoints
 from editloss_core.training.log import RunLog
 from editloss_core.training.trainer import CHECKPOINT_FOLDER, Host

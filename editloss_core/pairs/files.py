@@ -1,13 +1,12 @@
 """The files behind pairs: which belong together, what is wrong with them, and their pixels.
 
-Nothing here knows of training: :mod:`.pairs` is the door.
+Nothing here knows of training: :mod:`.pair_set` is the door.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -19,18 +18,12 @@ from threading import Lock
 from typing import NamedTuple, Optional
 
 import numpy as np
-import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 NOT_CAPTIONS = ("readme", "license", "licence", "requirements")  # texts that lie beside pictures and describe none
-MULTIPLE = 16  # pixels: 8 per latent and 2 latents per token in FLUX
-SAME_PROPORTIONS = 0.01  # relative
 NOT_FOLDERS = (".", "_", "@")  # beginnings: hidden, of ai-toolkit and macOS (_controls, __MACOSX), of Synology (@eaDir)
 LISTED = 12  # entries of a folder without pairs that a message names
-
-Size = tuple[int, int]
 
 # Every kind of finding, in the order of the report, with what to do about it.
 KINDS = {
@@ -362,109 +355,3 @@ def _values(image: Image.Image, mode: str) -> tuple[np.ndarray, bool]:
             ground = Image.new("RGBA", image.size, "black" if mode == "L" else "white")
             image = Image.alpha_composite(ground, image)
     return np.asarray(image.convert(mode), dtype=np.float32) / 255.0, transparent
-
-
-def bucket_size(size: Size, resolution: int, upscale: bool = False) -> Size:
-    """The size to train a picture at: multiples of 16 with its proportions and about ``resolution²`` pixels.
-
-    Of the four ways to round the ideal sides up or down to multiples of 16, the one whose proportions, and half as much
-    whose area, come closest on a logarithmic scale, among those of at most 1.02 · resolution² pixels.
-
-    Args:
-        size: of the picture, (height, width).
-        resolution: see above.
-        upscale: if False, neither side is longer than the picture's, unless that is below 16.
-
-    >>> bucket_size((2000, 3000), 1024), bucket_size((500, 500), 1024), bucket_size((500, 500), 1024, upscale=True)
-    ((832, 1248), (496, 496), (1024, 1024))
-    """
-    target = resolution**2
-    scale = math.sqrt(target / (size[0] * size[1]))
-    if not upscale:
-        scale = min(1.0, scale)
-    ideal = [side * scale for side in size]
-    options = []
-    for side, longest in zip(ideal, size):
-        steps = {math.floor(side / MULTIPLE + 1e-9), math.ceil(side / MULTIPLE - 1e-9)}
-        fitting = [MULTIPLE * n for n in steps if n > 0 and (upscale or MULTIPLE * n <= longest)]
-        options.append(fitting or [MULTIPLE])
-
-    def cost(option: Size) -> tuple[bool, float, Size]:
-        height, width = option
-        shape = abs(math.log(width / height * size[0] / size[1]))
-        area = abs(math.log(height * width / (ideal[0] * ideal[1])))
-        return height * width > 1.02 * target, shape + 0.5 * area, option
-
-    return min(((h, w) for h in options[0] for w in options[1]), key=cost)
-
-
-class Box(NamedTuple):
-    """A part of a picture, as fractions of its height and width."""
-
-    top: float
-    left: float
-    bottom: float
-    right: float
-
-
-def cover(size: tuple[int, int], target: tuple[int, int], keep: Optional[Box] = None) -> Box:
-    """The largest part of a picture of ``size`` (height, width) with the proportions of ``target``.
-
-    It is central, or moved by as little as it takes for ``keep`` to be inside; where ``keep`` does not fit, their
-    centres are as near as can be.
-    """
-    scale = max(target[0] / size[0], target[1] / size[1])
-    spans = []
-    for axis in range(2):
-        length = min(1.0, target[axis] / (size[axis] * scale))
-        start = (1.0 - length) / 2
-        if keep is not None:
-            first, last = keep[axis], keep[axis + 2]
-            wanted = (first + last - length) / 2
-            if last - first <= length:
-                wanted = min(max(start, last - length), first)
-            start = min(max(wanted, 0.0), 1.0 - length)
-        spans.append((start, start + length))
-    return Box(spans[0][0], spans[1][0], spans[0][1], spans[1][1])
-
-
-def bounding_box(mask: np.ndarray) -> Optional[Box]:
-    """Where a mask is at least one half; None if it is nowhere."""
-    solid = mask >= 0.5
-    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    if not len(rows):
-        return None
-    height, width = mask.shape
-    return Box(rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width)
-
-
-def resample(values: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:
-    """The part ``box`` of ``[H, W]`` or ``[H, W, 3]`` at ``size`` (height, width): antialiased, float32 in 0…1.
-
-    Pictures bicubically, masks linearly; both about the same centres, so that what lay on one another still does.
-    """
-    height, width = values.shape[:2]
-    if box == (0, 0, 1, 1) and size == (height, width):
-        return torch.from_numpy(values.copy())
-    edges = (box.left * width, box.top * height, min(box.right * width, width), min(box.bottom * height, height))
-    filter_ = Image.Resampling.BILINEAR if values.ndim == 2 else Image.Resampling.BICUBIC
-    channels = [values] if values.ndim == 2 else [values[..., c] for c in range(values.shape[2])]
-    parts = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(c)).resize(size[::-1], filter_, box=edges)) for c in channels
-    ]
-    return torch.from_numpy(np.stack(parts, -1) if values.ndim == 3 else parts[0].copy()).clamp(0.0, 1.0)
-
-
-def times(size: Size) -> str:
-    """A size in words, width first."""
-    return f"{size[1]}×{size[0]}"
-
-
-def same_proportions(a: Size, b: Size) -> bool:
-    """Whether two sizes have the same proportions within 1 %, or within a pixel of the smaller one."""
-    ratio = a[1] / a[0] * b[0] / b[1]
-    if abs(math.log(ratio)) <= math.log1p(SAME_PROPORTIONS):
-        return True
-    small, large = sorted((a, b))
-    scale = min(small[0] / large[0], small[1] / large[1]), max(small[0] / large[0], small[1] / large[1])
-    return any(all(abs(large[k] * s - small[k]) <= 1.0 for k in (0, 1)) for s in scale)

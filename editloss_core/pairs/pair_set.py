@@ -16,41 +16,11 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from .ahead import ahead
-from .checks import check_whole, is_whole
-from .hashing import hash_tensors
-from .pair_files import (
-    MULTIPLE,
-    Finding,
-    Layout,
-    PairProblems,
-    Picture,
-    Size,
-    bounding_box,
-    bucket_size,
-    cover,
-    digest_state,
-    read_caption,
-    read_picture,
-    relative,
-    resample,
-    same_proportions,
-    scan,
-    times,
-)
-
-__all__ = [
-    "MULTIPLE",
-    "Finding",
-    "Pair",
-    "PairImages",
-    "PairProblems",
-    "PairSet",
-    "bucket_size",
-    "find_pairs",
-    "folder_state",
-    "load",
-]
+from ..ahead import ahead
+from ..checks import check_whole, is_whole
+from ..hashing import hash_tensors
+from .files import Finding, Layout, PairProblems, Picture, digest_state, read_caption, read_picture, relative, scan
+from .geometry import MULTIPLE, Size, bounding_box, bucket_size, cover, resample, same_proportions, times
 
 GEOMETRY = "geometry 1"  # part of every fingerprint: what `load` does to a picture
 

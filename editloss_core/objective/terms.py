@@ -2,18 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Optional, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Callable, Iterable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from . import losses
-from .embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
-from .encoders.base import WHOLE, Region
+from .. import losses
+from ..checks import check_number, check_option
+from ..embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
+from ..encoders.base import WHOLE, Region
 
-if TYPE_CHECKING:
-    from .objective import LossTerm
+TOKEN_WEIGHTS = ("mask", "difference", "none")
+NOT_A_NUMBER = "not a number"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of an objective. Only the fields that its ``kind`` uses may differ from their defaults' None.
+
+    Attributes:
+        kind: a key of :data:`TERMS`.
+        encoder: name of the encoder whose embeddings the term reads.
+        weight: factor in the total; 0 only watches.
+        name: unique in an objective (a second one gets a number); made from the kind when empty.
+        anchor, positive, negative: roles; ``negative`` may be ``"in_batch"`` for InfoNCE.
+        reference: role whose distance to ``negative`` the margin ranking compares with.
+        dist: ``"cos"`` or ``"l2"``; match terms know ``"l1"`` too.
+        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
+        margin: number ≥ 0, ``"auto"`` or ``"auto:F"`` (see :mod:`editloss_core.losses`).
+        smooth: softness of the hinge in units of the distance, 0 = hard.
+        neg_agg: over several negatives of one pair.
+        temperature: of InfoNCE.
+        label: 1 pulls, 0 pushes (contrastive).
+        token_weights: ``"mask"``: the edit mask if the embeddings have one; ``"difference"``: d(gt, src) per token;
+            ``"none"``.
+        t_min, t_max: the noise levels at which a trainer counts the term, both ends included.
+    """
+
+    kind: str
+    encoder: str
+    weight: float = 1.0
+    name: str = ""
+    anchor: Optional[str] = None
+    positive: Optional[str] = None
+    negative: Optional[str] = None
+    reference: Optional[str] = None
+    dist: Optional[str] = None
+    agg: str = "mean"
+    margin: Optional[float | str] = None
+    smooth: Optional[float] = None
+    neg_agg: Optional[str] = None
+    temperature: Optional[float] = None
+    label: Optional[int] = None
+    token_weights: str = "mask"
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in TERMS:
+            raise ValueError(f"kind: expected one of {', '.join(TERMS)}, got {self.kind!r}")
+        defaults = TERMS[self.kind].defaults
+        for f in fields(self):
+            if f.default is not None:
+                continue
+            if f.name in defaults and getattr(self, f.name) is None:
+                object.__setattr__(self, f.name, defaults[f.name])
+            elif f.name not in defaults and getattr(self, f.name) is not None:
+                raise ValueError(f"{f.name}: a {self.kind} term has no such setting; it has {', '.join(defaults)}")
+        if not self.name:
+            object.__setattr__(self, "name", self.kind.replace("_", " "))
+        self._check()
+
+    def _check(self) -> None:
+        """Everything that the public loss would refuse, under this term's own names and before any work."""
+        if not isinstance(self.encoder, str) or not self.encoder:
+            raise ValueError(f"encoder: expected the name of an encoder, got {self.encoder!r}")
+        check_number("weight", self.weight, 0.0)
+        check_option("agg", self.agg, losses.AGGREGATIONS)
+        check_option("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        for name in ("t_min", "t_max"):
+            check_number(name, getattr(self, name), 0.0)
+        if not self.t_min <= self.t_max <= 1.0:
+            raise ValueError(f"t_min: expected 0 ≤ t_min ≤ t_max ≤ 1, got t_min {self.t_min:g}, t_max {self.t_max:g}")
+        if self.dist is not None:
+            l1_too = self.kind in ("geometry_match", "feature_match")
+            check_option("dist", self.dist, losses.MATCHES if l1_too else losses.DISTANCES)
+        if (
+            self.margin is not None
+            and losses.margin_fraction(self.margin)
+            and self.kind in ("margin_ranking", "contrastive")
+        ):
+            raise ValueError(f"margin: a {self.kind} term needs a number, got {self.margin!r}")
+        if self.smooth is not None:
+            check_number("smooth", self.smooth, 0.0)
+        if self.neg_agg is not None:
+            check_option("neg_agg", self.neg_agg, losses.AGGREGATIONS)
+        if self.temperature is not None:
+            check_number("temperature", self.temperature, 0.0, open_low=True)
+        if self.label not in (None, 0, 1):
+            raise ValueError(f"label: expected 1 (same) or 0 (different), got {self.label!r}")
+        pictures = tuple(role for role in ROLES if role not in NEGATIVE_ROLES)
+        negatives = (*ROLES, "in_batch") if self.kind == "info_nce" else ROLES
+        for name, options in (
+            ("anchor", pictures),
+            ("positive", pictures),
+            ("reference", pictures),
+            ("negative", negatives),
+        ):
+            if getattr(self, name) is not None:
+                check_option(name, getattr(self, name), options)
+
+    @property
+    def across_batch(self) -> bool:
+        """Whether a sample's loss depends on the other samples of the batch."""
+        return self.negative == "in_batch"
+
+    def gate(self, t: Tensor) -> Tensor:
+        """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""
+        return (t >= self.t_min) & (t <= self.t_max)
+
+    def describe(self) -> str:
+        """The term in one line, with its margin or temperature and what differs from the defaults of its kind.
+
+        >>> LossTerm("triplet", "dino", weight=0.5, negative="overlay", t_max=0.8).describe()
+        '0.5 × triplet (negative overlay, margin 0.2, t 0…0.8)'
+        """
+        usual = {f.name: f.default for f in fields(self)[4:]} | TERMS[self.kind].defaults
+        always = {"margin", "temperature"} & TERMS[self.kind].defaults.keys()
+        notes = []
+        for name in usual:
+            value = getattr(self, name)
+            if name not in ("t_min", "t_max") and (name in always or value != usual[name]):
+                notes.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+        if (self.t_min, self.t_max) != (0.0, 1.0):
+            notes.append(f"t {self.t_min:g}…{self.t_max:g}")
+        line = f"{self.weight:g} × {self.name}"
+        return f"{line} ({', '.join(notes)})" if notes else line
 
 
 @dataclass(frozen=True)
