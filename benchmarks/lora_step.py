@@ -31,10 +31,11 @@ from tqdm import tqdm
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.pairs import PairSet
 from editloss_core.training.flow import add_noise, generator_for, token_count
+from editloss_core.training.host import Host
 from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import Prepared, prepare
 from editloss_core.training.settings import TrainingSettings
-from editloss_core.training.trainer import Host, Trainer
+from editloss_core.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SMALL = {

@@ -38,10 +38,11 @@ from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import LossTerm, recommended
 from editloss_core.pairs import PairSet
 from editloss_core.processes import Processes, leave
+from editloss_core.training.host import Host
 from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
 from editloss_core.training.settings import TrainingSettings
-from editloss_core.training.trainer import Host, Trainer
+from editloss_core.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENCODER = "timm:tf_efficientnet_lite0,random_seed=0,output=grid,image_size=224"

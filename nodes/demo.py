@@ -16,8 +16,8 @@ from comfy_api.latest import io, ui
 from ..editloss_core.demo import judge, model, prompts, scenes
 from ..editloss_core.diagnostics import compare
 from ..editloss_core.pairs import PairSet
+from ..editloss_core.runs.pictures import PreviewRow
 from ..editloss_core.training.flow import generator_for, sample
-from ..editloss_core.training.validation import PreviewRow
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder
 from .comfy_model import vae_encoder

@@ -15,13 +15,14 @@ from comfy_api.latest import io, ui
 from ..editloss_core.diagnostics import compare, curves, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.pairs import Pair, PairSet
-from ..editloss_core.training.checkpoint import checkpoints
+from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
+from ..editloss_core.runs.log import RunLog
 from ..editloss_core.training.flow import Timesteps
-from ..editloss_core.training.log import RunLog
 from ..editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings
 from ..editloss_core.training.prepare import Prepared, prepare
+from ..editloss_core.training.resume import resumable
 from ..editloss_core.training.settings import TrainingSettings, check_objective
-from ..editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer, metadata, resumable
+from ..editloss_core.training.trainer import Trainer, metadata
 from . import ended_runs, folders
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder

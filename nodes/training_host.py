@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..editloss_core.diagnostics import compare, curves
+from ..editloss_core.runs.log import RunLog, StepLog, ValidationLog
+from ..editloss_core.runs.pictures import PreviewRow
 from ..editloss_core.training.estimate import HALO
-from ..editloss_core.training.log import RunLog, StepLog, ValidationLog
+from ..editloss_core.training.host import Host
 from ..editloss_core.training.prepare import Prepared
-from ..editloss_core.training.trainer import Host
-from ..editloss_core.training.validation import PreviewRow
 from .comfy_denoiser import ComfyDenoiser
 
 PREVIEW_SECONDS = 5.0  # between two pictures of the curves

@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 from editloss_core.diagnostics import compare
 from editloss_core.diagnostics.compare import grid
 from editloss_core.diagnostics.verdict_colors import VERDICT_COLORS
-from editloss_core.training.validation import PreviewRow
+from editloss_core.runs.pictures import PreviewRow
 
 COLORS = ((0.9, 0.1, 0.1), (0.1, 0.7, 0.1), (0.1, 0.1, 0.9), (0.7, 0.1, 0.7))
 GOOD, NO_EDIT = (tuple(int(VERDICT_COLORS[v][k : k + 2], 16) / 255 for k in (1, 3, 5)) for v in ("good", "no edit"))

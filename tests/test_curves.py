@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editloss_core.diagnostics import curves, run_columns
-from editloss_core.training.log import VELOCITY, RunLog, Sample, StepLog, TermSample, ValidationLog
+from editloss_core.runs.log import VELOCITY, RunLog, Sample, StepLog, TermSample, ValidationLog
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb

@@ -16,10 +16,10 @@ from editloss_core.diagnostics import run_report, run_verdicts
 from editloss_core.diagnostics.run_verdicts import judge_run
 from editloss_core.diagnostics.statistics import wilson
 from editloss_core.diagnostics.verdict import FAILURES, VERDICTS, Verdict
-from editloss_core.training.log import EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
+from editloss_core.runs.log import EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
+from editloss_core.runs.pictures import PICTURE_FOLDER, PreviewRow, save_pictures
 from editloss_core.training.settings import TrainingSettings
 from editloss_core.training.trainer import UNCHECKED
-from editloss_core.training.validation import PICTURE_FOLDER, PreviewRow, save_pictures
 
 ROOT = Path(__file__).parents[1]
 # What the judge of these tests sees: a level of grey in the output's first pixel stands for a verdict.

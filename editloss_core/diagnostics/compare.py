@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..training.validation import PreviewRow
+from ..runs.pictures import PreviewRow
 from .fonts import Letters
 from .sheet import INK, LINE, MUTED
 from .verdict_colors import color_of, text_on

@@ -7,7 +7,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from ..training.log import VELOCITY, RunLog, ValidationLog
+from ..runs.log import VELOCITY, RunLog, ValidationLog
 from .plotting import draw_held_out, draw_line, draw_raw, frame, level_frame, say, scale
 from .run_columns import (
     BUCKETS,

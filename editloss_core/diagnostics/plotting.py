@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..training.log import RunLog
+from ..runs.log import RunLog
 from .run_columns import BUCKETS, as_float
 from .sheet import LINE, MUTED
 

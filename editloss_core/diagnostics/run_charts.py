@@ -8,7 +8,7 @@ from typing import Mapping, Optional, Sequence
 from markupsafe import Markup
 from torch import Tensor
 
-from ..training.log import VELOCITY, RunLog
+from ..runs.log import VELOCITY, RunLog
 from .plotting import thinned
 from .run_columns import BUCKETS, Columns, smoothed, value_of
 from .run_verdicts import RunVerdicts, percent

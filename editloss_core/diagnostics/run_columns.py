@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..training.log import VELOCITY, RunLog
+from ..runs.log import VELOCITY, RunLog
 from .sheet import INK, from_columns, in_columns
 
 BUCKETS = 5  # of t

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ..objective import NOT_A_NUMBER, TERMS
 from ..pairs.files import read_picture
-from ..training.checkpoint import SET_ASIDE
-from ..training.log import LOG_FILE, PictureLog, RunLog, ValidationLog
-from ..training.settings import TrainingSettings
-from ..training.trainer import CHECKPOINT_FOLDER
-from ..training.validation import PICTURE_FOLDER
+from ..runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE
+from ..runs.log import LOG_FILE, PictureLog, RunLog, ValidationLog
+from ..runs.pictures import PICTURE_FOLDER
 from .run_columns import counted
 from .statistics import wilson
 from .verdict import FAILURES, VERDICTS, Verdict
@@ -64,7 +62,7 @@ class Output:
         step: of the LoRA; None for the base.
         files: "before", "output", "after" and perhaps "mask".
         verdict: None where it could not be judged; ``problem`` says why.
-        signal: what the objective says about the same picture, as in :class:`~editloss_core.training.log.PictureLog`; empty
+        signal: what the objective says about the same picture, as in :class:`~editloss_core.runs.log.PictureLog`; empty
             for a run without an objective.
     """
 
@@ -218,11 +216,11 @@ class RunVerdicts:
         path = self.checkpoint(step)
         if path:
             return path.relative_to(self.folder).as_posix()
-        settings = {**TrainingSettings().as_dict(), **self.settings}
         if not self.was_made(step):
-            every = settings["checkpoint_every"]
-            return f"not there: none was made at this step (checkpoint_every {every}, validate_every {settings['validate_every']})"
-        return f"not there any more: a run keeps its last {settings['keep']} (keep in Run Options)"
+            every, watched = self.settings["checkpoint_every"], self.settings.get("validate_every", "unknown")
+            return f"not there: none was made at this step (checkpoint_every {every}, validate_every {watched})"
+        kept = self.settings.get("keep", "few")
+        return f"not there any more: a run keeps its last {kept} (keep in Run Options)"
 
     def advice(self) -> list[str]:
         """The choice in sentences: which checkpoint, where the loss would have led, and how much can be trusted."""

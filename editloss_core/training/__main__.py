@@ -80,7 +80,7 @@ def _check(path: Path, prog: str) -> int:
 
 
 def _train(path: Path, prog: str) -> int:
-    from .run import accelerator_for, finish, run
+    from .run import accelerator_for, run
 
     try:
         plan = _plan(path)
@@ -107,6 +107,15 @@ def _train(path: Path, prog: str) -> int:
     for tracker in accelerator.trackers:
         tracker.finish()
     return DONE
+
+
+def finish(plan: Any, result: Any) -> None:
+    """The run's report: held-out pictures judged from their pixels."""
+    from ..diagnostics.run_report import write_report
+
+    if result.pictures:
+        print(str(write_report(plan.folder)))
+    print(f"{result.steps} steps, kept in {plan.folder}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..checks import check_option
 from ..negatives import OverlaySettings
 from ..objective import TERMS, EditObjective, LossTerm
 from ..pairs import MULTIPLE
-from .checkpoint import checkpoints
+from ..runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from .config import (
     ENCODER_KEYS,
     ENCODER_KINDS,
@@ -38,7 +38,6 @@ from .diffusers_files import KontextFiles
 from .flow import Timesteps
 from .lora import LoRASettings
 from .settings import TrainingSettings, check_objective
-from .trainer import CHECKPOINT_FOLDER
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objective import ObjectiveReport
 from ..processes import Processes
-from .log import Sample
+from ..runs.log import Sample
 from .lora import LoRA
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import encoders
 from ..encoders.base import Encoder
@@ -22,12 +21,12 @@ from .config_reader import checkpoint_of, kontext_files
 from .diffusers_files import DTYPES, KontextFiles, free_memory
 from .diffusers_model import Caption, FluxDenoiser, VAEDecoder, encode_captions, vae_encoder
 from .footprint import Footprint, empty_transformer, tokens_of
-from .log import StepLog, ValidationLog
+from .host import ConsoleHost
 from .lora import LoRA
 from .lora_dialects import save_both
 from .prepare import Prepared, prepare
-from .trainer import Host, Trainer, TrainingResult, metadata, resumable
-from .validation import PreviewRow
+from .resume import resumable
+from .trainer import Trainer, TrainingResult, metadata
 
 LORA_FILE = "lora.safetensors"  # in ComfyUI's keys; beside it lora_diffusers.safetensors
 GIB = 1 << 30
@@ -201,15 +200,6 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     return result
 
 
-def finish(plan: Plan, result: TrainingResult, say: Say = print) -> None:
-    """The run's report: held-out pictures judged from their pixels."""
-    from ..diagnostics.run_report import write_report  # a later room, which this program alone looks into
-
-    if result.pictures:
-        say(str(write_report(plan.folder)))
-    say(f"{result.steps} steps, kept in {plan.folder}")
-
-
 def make_encoders(config: TrainingConfig, base: Path, vae: nn.Module, device: torch.device) -> dict[str, Encoder]:
     """The encoders that the objective reads, by name.
 
@@ -283,40 +273,3 @@ def _prepared(
             overlay=plan.config.overlay if plan.config.objective.reads("overlay") else None, progress=bar.update,
             accelerator=accelerator,
         )  # fmt: skip
-
-
-class ConsoleHost(Host):
-    """Shows a run on a terminal, and tells the model its guidance for training or for pictures.
-
-    Args:
-        denoiser: the model that is trained.
-        preview_guidance: what it is told while pictures are sampled.
-        steps: of the whole run.
-        shown: False in all but the main process.
-    """
-
-    def __init__(self, denoiser: FluxDenoiser, preview_guidance: float, steps: int, shown: bool = True):
-        self.denoiser, self.preview_guidance = denoiser, preview_guidance
-        self.training_guidance = denoiser.guidance
-        self._bar = tqdm(total=steps, desc="training", disable=not shown, delay=1.0)
-        self._shown = shown
-
-    def before_step(self) -> None:
-        self.denoiser.guidance = self.training_guidance
-
-    def before_pictures(self) -> None:
-        self.denoiser.guidance = self.preview_guidance
-
-    def on_step(self, log: StepLog, total: int) -> None:
-        self._bar.update(log.step - self._bar.n)
-        self._bar.set_postfix_str(f"loss {log.loss:.4g}, gradient {log.gradient_norm:.3g}")
-        if log.step == total:
-            self._bar.close()
-
-    def on_validation(self, log: Optional[ValidationLog], pictures: Sequence[PreviewRow]) -> None:
-        self.denoiser.guidance = self.training_guidance
-        if log is not None and self._shown:
-            values = {"velocity": (log.velocity_base, log.velocity)}
-            values |= {name: (log.terms_base[name], value) for name, value in log.terms.items()}
-            said = ", ".join(f"{name} {base:.4g} → {own:.4g}" for name, (base, own) in values.items())
-            self._bar.write(f"step {log.step}, held-out pairs, base → with the LoRA: {said}")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Optional, Union
 
-from .log import StepLog, ValidationLog
+from ..runs.log import StepLog, ValidationLog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

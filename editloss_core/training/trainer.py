@@ -17,7 +17,9 @@ from ..encoders.base import Encoder
 from ..hashing import hash_tensors
 from ..objective import EditObjective, LossTerm
 from ..processes import Processes, ProcessLost, check_accelerator, check_batch
-from .checkpoint import Checkpoint, CheckpointError, checkpoint_path, checkpoints, tidy
+from ..runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, checkpoint_path, checkpoints, tidy
+from ..runs.log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
+from ..runs.pictures import PreviewRow, save_pictures
 from .estimate import Decode, EstimateObjective
 from .flow import (
     Denoiser,
@@ -38,43 +40,21 @@ from .gradients import (
     output_gradient,
     parts_of,
 )
-from .log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
+from .host import Host
 from .lora import LoRA
 from .memory import OutOfMemory, StepMemory, advice
 from .prepare import Prepared
+from .resume import differences, resumable
 from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
 from .settings import MovingAverage, TrainingSettings, check_objective, every
 from .trackers import scalars, start_trackers
-from .validation import PreviewRow, Validator, save_pictures
+from .validation import Validator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CHECKPOINT_FOLDER = "checkpoints"
 UNCHECKED = "self-check off: whether the gradients of this run are right was not looked at"
 _T = TypeVar("_T")
-
-
-class Host:
-    """What a trainer asks of the program around it. This one does nothing; a subclass overrides what it needs.
-
-    Every process has one of its own, and all are asked and told the same.
-    """
-
-    def check(self) -> None:
-        """Called often; raises (anything) to stop. The run then keeps what was learnt and lets the exception through."""
-
-    def before_step(self) -> None:
-        """Called between graphs: the place to bring models to the device."""
-
-    def before_pictures(self) -> None:
-        """Called before pictures are sampled and decoded."""
-
-    def on_step(self, log: StepLog, total: int) -> None:
-        """After every step, out of ``total``."""
-
-    def on_validation(self, log: Optional[ValidationLog], pictures: Sequence[PreviewRow]) -> None:
-        """After every validation."""
 
 
 @dataclass
@@ -241,7 +221,7 @@ class Trainer:
         self.optimizer.load_state_dict(saved.optimizer)
         for group in self.optimizer.param_groups:  # which came back with the old one; the learning rate is set per step
             group["weight_decay"] = self.settings.weight_decay
-        self.notes += _differences(saved.info, self.info)
+        self.notes += differences(saved.info, self.info)
         if saved.step >= self.settings.steps:
             steps = self.settings.steps
             self.notes.append(f"nothing was left to train: {path.name} is of step {saved.step}, steps is {steps}")
@@ -619,49 +599,6 @@ def _table(parts: Sequence[Part]) -> Tensor:
             for p in parts
         ]
     )
-
-
-def resumable(path: Path, lora: LoRA, settings: TrainingSettings) -> Checkpoint:
-    """The checkpoint at ``path``, if a run of these settings can go on from it.
-
-    Raises:
-        CheckpointError: a file that cannot be used, or of a run with another LoRA, optimiser or model.
-    """
-    saved = Checkpoint.load(path)
-    for name, theirs, mine in (
-        ("lora", saved.info.get("lora"), asdict(lora.settings)),
-        ("optimizer", saved.info.get("settings", {}).get("optimizer"), settings.optimizer),
-    ):
-        if theirs != mine:
-            raise CheckpointError(f"{path.name}: its {name} is {theirs}, this run's is {mine}; use the same to resume")
-    if {n: p.shape for n, p in lora.named_parameters()} != {n: t.shape for n, t in saved.lora.items()}:
-        raise CheckpointError(f"{path.name}: it was made for another model")
-    if (saved.average is None) != (not settings.ema):
-        raise CheckpointError(f"{path.name}: one of the two runs has a moving average (ema), the other has none")
-    return saved
-
-
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One note on what is not as in the run that is resumed, so that the end is not that of a run that was never stopped.
-
-    What only watches (previews, measurements, checkpoints) is no difference, and neither is what ``then`` does not know.
-    """
-    harmless = {
-        "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every", "keep", "self_check",
-    }  # fmt: skip
-    if now["settings"]["schedule"] == "constant":
-        harmless.add("steps")
-    old, new = (
-        {**info.get("settings", {}), **{k: v for k, v in info.items() if k != "settings"}} for info in (then, now)
-    )
-    changed = []
-    for name in sorted(old.keys() & new.keys() - harmless):
-        # As JSON with sorted keys: what was read from a file has its keys in another order, and lists for tuples.
-        before, after = (json.dumps(value[name], sort_keys=True) for value in (old, new))
-        if before != after:
-            short = len(before) + len(after) < 60 and not isinstance(new[name], (dict, list, tuple))
-            changed.append(f"{name} {before} → {after}" if short else name)
-    return [f"resumed with other settings or pairs than before: {', '.join(changed)}"] if changed else []
 
 
 def metadata(trainer: Trainer) -> dict[str, str]:

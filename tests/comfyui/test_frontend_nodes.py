@@ -20,8 +20,8 @@ from frontends import LINKS, SearchBox, add, check_whole, clear, click_title, dr
 from helpers import graph, link
 from PIL import Image
 
-from editloss_core.training.checkpoint import Checkpoint, checkpoints
-from editloss_core.training.log import RunLog
+from editloss_core.runs.checkpoint import Checkpoint, checkpoints
+from editloss_core.runs.log import RunLog
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page

@@ -32,7 +32,7 @@ from small_models import TIMM, TIMM_FILE, write_models
 from editloss_core.demo.scenes import stool_pairs, write_folder
 from editloss_core.embeddings import EmbeddingSet
 from editloss_core.encoders.base import EncoderInfo
-from editloss_core.training.checkpoint import Checkpoint
+from editloss_core.runs.checkpoint import Checkpoint
 
 PROMPTS = int(os.environ.get("EDITLOSS_FUZZ_PROMPTS", "320"))
 SEED = int(os.environ.get("EDITLOSS_FUZZ_SEED", "20251128"))

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from editloss_core.demo.scenes import stool_pairs, write_folder
-from editloss_core.training.checkpoint import Checkpoint, checkpoints
-from editloss_core.training.log import RunLog
+from editloss_core.runs.checkpoint import Checkpoint, checkpoints
+from editloss_core.runs.log import RunLog
 
 TRAIN = {
     "name": "test", "steps": 4, "learning_rate": 2e-3, "batch_size": 2, "rank": 4, "alpha": 8.0, "layers": "all", "seed": 0,

@@ -22,9 +22,8 @@ torch.set_num_threads(1)
 
 from small import prepared_pairs, trainer  # noqa: E402
 
-from editloss_core.training.checkpoint import checkpoints  # noqa: E402
-from editloss_core.training.log import LOG_FILE, RunLog  # noqa: E402
-from editloss_core.training.trainer import CHECKPOINT_FOLDER  # noqa: E402
+from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
+from editloss_core.runs.log import LOG_FILE, RunLog
 
 KILLS = 6
 RUN = {"steps": 30, "checkpoint_every": 4, "ema": 0.9, "accumulation": 2, "batch_size": 2, "schedule": "cosine",

@@ -41,14 +41,14 @@ from editloss_core import losses
 from editloss_core.objective import TERMS, EditObjective, LossTerm
 from editloss_core.pairs import PairProblems, PairSet
 from editloss_core.processes import Processes, leave
+from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
+from editloss_core.runs.log import LOG_FILE, RunLog
 from editloss_core.training import prepare as preparation
-from editloss_core.training.checkpoint import checkpoints
 from editloss_core.training.estimate import EstimateObjective
 from editloss_core.training.gradients import NonFinite
-from editloss_core.training.log import LOG_FILE, RunLog
 from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
-from editloss_core.training.trainer import CHECKPOINT_FOLDER, Trainer
+from editloss_core.training.trainer import Trainer
 
 CHECKS = {}
 NCE = LossTerm("info_nce", PATCHES, name="in batch", weight=0.3)

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 from small import trainer
 
 from editloss_core import processes
-from editloss_core.training.trainer import Host
+from editloss_core.training.host import Host
 
 RUN = {"steps": 6, "checkpoint_every": 2, "batch_size": 2}
 

@@ -18,10 +18,11 @@ from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs import PairSet
 from editloss_core.training.flow import Timesteps
+from editloss_core.training.host import Host
 from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
 from editloss_core.training.settings import TrainingSettings
-from editloss_core.training.trainer import Host, Trainer
+from editloss_core.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 DOWNSCALE, CHANNELS = 8, 12

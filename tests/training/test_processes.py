@@ -21,9 +21,8 @@ from processes_lost import RUN
 from small import equal, trainer, weights
 
 from editloss_core.processes import Processes, check_accelerator, place
-from editloss_core.training.checkpoint import checkpoints
-from editloss_core.training.log import LOG_FILE, RunLog
-from editloss_core.training.trainer import CHECKPOINT_FOLDER
+from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
+from editloss_core.runs.log import LOG_FILE, RunLog
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -11,10 +11,10 @@ from editloss_core.diagnostics import run_report
 from editloss_core.diagnostics.run_verdicts import judge_run
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs.files import read_picture
-from editloss_core.training.checkpoint import checkpoints
-from editloss_core.training.log import RunLog
-from editloss_core.training.trainer import CHECKPOINT_FOLDER, Host
-from editloss_core.training.validation import PICTURE_FOLDER, PreviewRow, save_pictures
+from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
+from editloss_core.runs.log import RunLog
+from editloss_core.runs.pictures import PICTURE_FOLDER, PreviewRow, save_pictures
+from editloss_core.training.host import Host
 
 OPTIONS = {"validate_every": 2, "preview_steps": 2, "previews": 2, "gradients_every": 1}
 

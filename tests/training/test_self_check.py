@@ -19,8 +19,8 @@ from small import (
 from torch.utils.checkpoint import checkpoint
 
 from editloss_core.objective import EditObjective
+from editloss_core.runs.log import RunLog
 from editloss_core.training import self_check
-from editloss_core.training.log import RunLog
 from editloss_core.training.memory import OutOfMemory
 from editloss_core.training.self_check import Line, SelfCheckFailed, slope
 from editloss_core.training.trainer import UNCHECKED

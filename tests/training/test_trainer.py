@@ -31,11 +31,12 @@ from small import (
 )
 
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.training.checkpoint import SET_ASIDE, Checkpoint, checkpoints
+from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE, Checkpoint, checkpoints
+from editloss_core.runs.log import RunLog
 from editloss_core.training.flow import Timesteps
-from editloss_core.training.log import RunLog
+from editloss_core.training.host import Host
 from editloss_core.training.settings import OPTIMIZERS
-from editloss_core.training.trainer import CHECKPOINT_FOLDER, Host, metadata
+from editloss_core.training.trainer import metadata
 
 EVERYTHING = {"ema": 0.9, "accumulation": 2, "warmup": 2, "schedule": "cosine", "steps": 7, "batch_size": 3,
               "lora": {"dropout": 0.3, "rank": 4}, "validate_every": 3, "checkpoint_every": 3,

@@ -21,7 +21,7 @@ from small import (
 
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.training.flow import sample
-from editloss_core.training.trainer import Host
+from editloss_core.training.host import Host
 from editloss_core.training.validation import NOISE_LEVELS
 
 

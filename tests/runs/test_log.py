@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from editloss_core.training.log import LOG_FILE, RunLog, Sample, StepLog, TermSample, ValidationLog
+from editloss_core.runs.log import LOG_FILE, RunLog, Sample, StepLog, TermSample, ValidationLog
 
 
 def step(number, *samples, loss=0.5):

@@ -10,7 +10,7 @@ import torch
 from small import equal
 from torch import nn
 
-from editloss_core.training.checkpoint import SET_ASIDE, Checkpoint, CheckpointError, checkpoints, tidy
+from editloss_core.runs.checkpoint import SET_ASIDE, Checkpoint, CheckpointError, checkpoints, tidy
 from editloss_core.training.settings import OPTIMIZERS, TrainingSettings
 
 

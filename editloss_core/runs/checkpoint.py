@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from torch import Tensor
 from ..files import replacing
 from ..hashing import hash_tensors
 
+if TYPE_CHECKING:
+    pass
+
 FORMAT = "editloss-checkpoint-1"
+CHECKPOINT_FOLDER = "checkpoints"  # of a run
 SET_ASIDE = "set_aside"  # folder below the checkpoints
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")  # names that files.replacing makes
