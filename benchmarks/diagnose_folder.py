@@ -66,7 +66,7 @@ def main() -> None:
         folder.mkdir()
         make(folder, given.count, given.side)
         files = sorted(p for part in PARTS for p in (folder / part).iterdir())
-        command = [sys.executable, "-m", "editloss_core.diagnostics", str(folder), "--workers", str(given.workers)]
+        command = [sys.executable, "-m", "editloss_core.verdict", str(folder), "--workers", str(given.workers)]
         for k in range(given.repeats):
             start = time.perf_counter()
             with ProcessPoolExecutor(given.workers) as pool:
@@ -84,7 +84,7 @@ By `benchmarks/diagnose_folder.py`: {given.count} outputs of {given.side} × {gi
 | | seconds | over reading | a picture |
 |---|---|---|---|
 | reading and decoding the {len(files)} files alone | {least:.1f} | 1 | |
-| `python -m editloss_core.diagnostics`: verdicts, maps, CSV and sheet, start-up included | {best:.1f} | {best / least:.1f} | {best / given.count:.2f} |
+| `python -m editloss_core.verdict`: verdicts, maps, CSV and sheet, start-up included | {best:.1f} | {best / least:.1f} | {best / given.count:.2f} |
 
 Every run: {", ".join(f"{t:.1f}" for t in ours)} s.
 """

@@ -3,7 +3,7 @@
     python benchmarks/docs_pictures.py        # writes docs/pictures/loss_*.webp and docs/pictures/failures.webp
 
 Every curve is a public function of editloss_core evaluated point by point, and its gradient what autograd says; every
-verdict and map is what :func:`editloss_core.diagnostics.verdict.judge` says of the outputs that the example graphs show.
+verdict and map is what :func:`editloss_core.verdict.judge.judge` says of the outputs that the example graphs show.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from editloss_core import losses
 from editloss_core.demo import pictures
-from editloss_core.diagnostics.sheet import INK, LINE, MUTED, Sheet, new_figure, pixels
-from editloss_core.diagnostics.verdict import judge
-from editloss_core.diagnostics.verdict_colors import VERDICT_COLORS, text_on
-from editloss_core.diagnostics.verdict_sheet import FAILURE_OF, heat
+from editloss_core.drawing.colours import VERDICT_COLORS, text_on
+from editloss_core.drawing.sheet import INK, LINE, MUTED, Sheet, new_figure, pixels
+from editloss_core.verdict.judge import judge
+from editloss_core.verdict.picture import FAILURE_OF, heat
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"

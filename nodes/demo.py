@@ -14,7 +14,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..editloss_core.demo import judge, model, prompts, scenes
-from ..editloss_core.diagnostics import compare
+from ..editloss_core.drawing import grid
 from ..editloss_core.pairs import PairSet
 from ..editloss_core.runs.pictures import PreviewRow
 from ..editloss_core.training.flow import generator_for, sample
@@ -151,7 +151,7 @@ class DemoPairs(io.ComfyNode):
         some = {i: "right" for i in range(min(count, 4))}
         some |= {count: "unedited"} if unedited else {}
         some |= {count + unedited: "overlaid"} if overlaid else {}
-        shown = compare.grid(
+        shown = grid.grid(
             [(train[i].before, train[i].after) for i in some],
             ("before", "after"),
             [f"{train[i].prompt} ({kind})" for i, kind in some.items()],
@@ -214,7 +214,7 @@ class DemoJudge(io.ComfyNode):
                 rows.append(PreviewRow(e.prompt, e.before, pictures["base"][i], pictures["with the LoRA"][i], e.after))
         notes = [["", verdicts["base"][i].verdict, verdicts["with the LoRA"][i].verdict, ""] for i in range(len(rows))]
         table = judge.table(verdicts)
-        picture = compare.grid(rows, notes=notes, width=1280)
+        picture = grid.grid(rows, notes=notes, width=1280)
         good = sum(v.verdict == "good" for v in verdicts["with the LoRA"]) / count
         return io.NodeOutput(
             table, picture, good, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, table)}

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..editloss_core.demo import pictures
-from ..editloss_core.diagnostics import compare
+from ..editloss_core.drawing import grid
 from .checks import checked
 from .demo import CATEGORY
 from .notices import say
@@ -53,7 +53,7 @@ class ExamplePictures(io.ComfyNode):
         shown = {"before": pair.before, "after": pair.after, **outputs}
         shown |= {"mask": pair.mask.unsqueeze(-1).expand(-1, -1, 3)}
         rows = [list(shown)[i : i + 2] for i in range(0, len(shown), 2)]
-        picture = compare.grid([[shown[n] for n in row] for row in rows], ("", ""), notes=rows, width=560)
+        picture = grid.grid([[shown[n] for n in row] for row in rows], ("", ""), notes=rows, width=560)
         return io.NodeOutput(
             pair.before[None], pair.after[None], pair.mask[None], torch.stack(list(outputs.values())), "\n".join(outputs),
             pair.caption, ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **say(cls, pair.caption)},

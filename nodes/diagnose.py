@@ -9,10 +9,9 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics import verdict_items, verdict_sheet
-from ..editloss_core.diagnostics.verdict import FAILURES
-from ..editloss_core.diagnostics.verdict_items import Item, share
-from ..editloss_core.diagnostics.verdict_sheet import MAPS, heat
+from ..editloss_core.verdict.items import Item, share, summary, table, with_signals
+from ..editloss_core.verdict.judge import FAILURES
+from ..editloss_core.verdict.picture import MAPS, heat, sheet
 from .checks import checked
 from .notices import say
 from .sockets import EmbeddingsSocket, ObjectiveSocket
@@ -86,8 +85,8 @@ class DiagnoseOutputs(io.ComfyNode):
         if len(failed) == count:
             raise ValueError(failed[0].message)
         if report is not None:
-            items = verdict_items.with_signals(items, report)
-        picture, rate = verdict_sheet.sheet(items, width), share(items, *FAILURES)
+            items = with_signals(items, report)
+        picture, rate = sheet(items, width), share(items, *FAILURES)
         maps = torch.stack([_map(item, name, _nth(output, i)) for i, item in enumerate(items) for name in MAPS])
         low, high = rate.interval
         values = {
@@ -96,10 +95,10 @@ class DiagnoseOutputs(io.ComfyNode):
         }
         notes = [f"{item.name}: {item.message}" for item in failed]
         disagreeing = sum(bool(item.disagreement) for item in items)
-        lines = [verdict_items.summary(items), f"failing: {rate}"]
+        lines = [summary(items), f"failing: {rate}"]
         if report is not None:
             lines.append(f"the training signal says something else for {disagreeing} of {rate.n}")
-        text = verdict_items.table(items)
+        text = table(items)
         shown = say(cls, "\n".join(lines + notes), notes, text)
         return io.NodeOutput(
             picture, maps, text, json.dumps(values, allow_nan=False), rate.value,

@@ -6,7 +6,7 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics import report as reports
+from ..editloss_core import objective_report as reports
 from .checks import checked
 from .notices import say
 from .sockets import EmbeddingsSocket, ObjectiveSocket

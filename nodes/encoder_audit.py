@@ -8,7 +8,8 @@ import comfy.model_management
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics.encoder_audit import audit_encoders
+from ..editloss_core.encoder_audit.audit import audit_encoders
+from ..editloss_core.encoder_audit.picture import audit_picture
 from ..editloss_core.encoders.base import Encoder
 from .checks import checked
 from .notices import say
@@ -87,7 +88,7 @@ class AuditEncoders(io.ComfyNode):
             progress=lambda done, total: bar.update_absolute(done, total),
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )  # fmt: skip
-        picture, text = audit.picture(width), audit.text()
+        picture, text = audit_picture(audit, width), audit.text()
         margins = {r.failure: r.margin or 0.0 for r in audit.recommendations}
         values = json.dumps(audit.as_dict(), allow_nan=False)
         advice = "\n".join(f"{r.term}: {r.reason}" for r in audit.recommendations)

@@ -8,7 +8,8 @@ import comfy.model_management
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics.pair_audit import audit
+from ..editloss_core.pair_audit.audit import audit
+from ..editloss_core.pair_audit.picture import audit_picture
 from ..editloss_core.pairs import folder_state
 from . import folders
 from .checks import checked
@@ -84,7 +85,7 @@ class AuditPairs(io.ComfyNode):
             progress=lambda done, total: bar.update_absolute(done, total),
             check=comfy.model_management.throw_exception_if_processing_interrupted,
         )  # fmt: skip
-        picture, text, counts = found.picture(width), found.text(), found.counts()
+        picture, text, counts = audit_picture(found, width), found.text(), found.counts()
         values = json.dumps(found.as_dict(), allow_nan=False)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(

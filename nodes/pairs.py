@@ -8,7 +8,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics import compare
+from ..editloss_core.drawing import grid
 from ..editloss_core.pairs import PairSet, find_pairs, folder_state
 from . import folders
 from .checks import checked
@@ -63,7 +63,7 @@ def sheet(pairs: PairSet) -> torch.Tensor:
         mask = torch.full(images.before.shape[:2], 0.5) if images.mask is None else images.mask
         rows.append((images.before, images.after, mask.unsqueeze(-1).expand(-1, -1, 3)))
     names = [pair.name for pair in pairs.pairs[: len(rows)]]
-    return compare.grid(rows, ("before", "after", "mask (grey: none)"), names, width=900)
+    return grid.grid(rows, ("before", "after", "mask (grey: none)"), names, width=900)
 
 
 class LoadPairs(io.ComfyNode):

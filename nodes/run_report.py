@@ -6,8 +6,8 @@ import comfy.model_management
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics import run_report
-from ..editloss_core.diagnostics.run_verdicts import judge_run
+from ..editloss_core.run_report.report import picture, text, write_page
+from ..editloss_core.run_report.verdicts import judge_run
 from .checks import checked
 from .folders import RUN_FOLDER
 from .notices import say
@@ -54,16 +54,16 @@ class RunReport(io.ComfyNode):
             bar.update_absolute(done, total)
 
         judged = judge_run(run.folder, progress)
-        path = run_report.write_page(judged)
-        picture, text = run_report.picture(judged, width), run_report.text(judged)
+        path = write_page(judged)
+        shown, said = picture(judged, width), text(judged)
         page = f"output/{RUN_FOLDER.as_posix()}/{run.name}/{path.name}"
         best = judged.best
         kept = judged.checkpoint(best.step) if best else None
         name = kept.relative_to(judged.folder).as_posix() if kept else ""
-        shown = say(cls, "\n".join([*judged.advice(), page]), (), text)
+        notices = say(cls, "\n".join([*judged.advice(), page]), (), said)
         return io.NodeOutput(
-            picture, text, page, best.step if best else 0, name,
-            ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **shown},
+            shown, said, page, best.step if best else 0, name,
+            ui={**ui.PreviewImage(shown, cls=cls).as_dict(), **notices},
         )  # fmt: skip
 
 

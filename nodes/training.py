@@ -12,9 +12,10 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.diagnostics import compare, curves, sheet
+from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.pairs import Pair, PairSet
+from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from ..editloss_core.runs.log import RunLog
 from ..editloss_core.training.flow import Timesteps
@@ -403,7 +404,7 @@ class Compare(io.ComfyNode):
     def execute(cls, run, width=1280) -> io.NodeOutput:
         rows = run.result.pictures
         if rows:
-            picture = compare.grid(rows, width=width)
+            picture = grid.grid(rows, width=width)
             sides = [[getattr(row, name)[None] for row in rows] for name in SIDES]
             shown = ui.PreviewImage(picture, cls=cls).as_dict()
             if has_comparison():

@@ -12,7 +12,8 @@ from comfy.utils import ProgressBar
 from PIL import Image
 from torch import Tensor
 
-from ..editloss_core.diagnostics import compare, curves
+from ..editloss_core.drawing import grid
+from ..editloss_core.run_report import curves
 from ..editloss_core.runs.log import RunLog, StepLog, ValidationLog
 from ..editloss_core.runs.pictures import PreviewRow
 from ..editloss_core.training.estimate import HALO
@@ -71,7 +72,7 @@ class ComfyHost(Host):
         if log is not None:
             self.log.add(log)
         if pictures:
-            self._held_out = to_pil(compare.grid(pictures)[0])
+            self._held_out = to_pil(grid.grid(pictures)[0])
             self._show(self.log.validations[-1].step if self.log.validations else 0, True)
 
     def _show(self, step: int, with_picture: bool) -> None:

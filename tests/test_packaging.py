@@ -168,7 +168,7 @@ def test_wheel_asks_for_what_the_core_needs(installed):
 
 WITHOUT_EXTRAS = """
 import json
-import editloss_core.diagnostics.__main__, editloss_core.diagnostics.sheet, editloss_core.encoders
+import editloss_core.verdict.__main__, editloss_core.drawing.sheet, editloss_core.encoders
 {readme}
 said = {{"file": editloss_core.__file__, "loss": loss.item(), "finite": bool(z_pred.grad.isfinite().all())}}
 from editloss_core.demo.model import load_autoencoder, load_diffusion
@@ -176,13 +176,13 @@ said["weights"] = [len(load_autoencoder()), len(load_diffusion())]
 for name, call in {{
     "timm": lambda: editloss_core.encoders.TimmEncoder("vit_tiny_patch16_224"),
     "open_clip": lambda: editloss_core.encoders.OpenCLIPEncoder("ViT-B-32"),
-    "matplotlib": lambda: editloss_core.diagnostics.sheet.new_figure(800, 4, 3),
+    "matplotlib": lambda: editloss_core.drawing.sheet.new_figure(800, 4, 3),
 }}.items():
     try:
         call()
     except ModuleNotFoundError as error:
         said[name] = str(error)
-said["judging"] = editloss_core.diagnostics.__main__.main(["edits", "--out", "judged"])
+said["judging"] = editloss_core.verdict.__main__.main(["edits", "--out", "judged"])
 print(json.dumps(said))
 """
 
@@ -203,9 +203,9 @@ def test_core_works_without_comfyui_and_without_extras(installed, tmp_path):
 
 
 def test_diagnostics_of_the_wheel_judge_a_folder(installed, tmp_path):
-    command = ("-m", "editloss_core.diagnostics")
+    command = ("-m", "editloss_core.verdict")
     told = run(installed, tmp_path, *command, "--help")
-    assert told.returncode == 0 and told.stdout.startswith("usage: python -m editloss_core.diagnostics")
+    assert told.returncode == 0 and told.stdout.startswith("usage: python -m editloss_core.verdict")
 
     shipped = installed / "editloss_core" / "demo" / "pictures"
     for part, folder in (("before", shipped), ("after", shipped), ("output", ROOT / "tests" / "pictures")):

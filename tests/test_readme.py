@@ -10,7 +10,7 @@ import pytest
 import editloss_core
 from editloss_core import losses
 from editloss_core.demo import pictures
-from editloss_core.diagnostics.verdict import judge
+from editloss_core.verdict.judge import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

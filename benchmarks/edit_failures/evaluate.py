@@ -26,9 +26,9 @@ from peers import PEERS, Peers
 from render import Scene, load_scene
 from tqdm import tqdm
 
-from editloss_core.diagnostics.statistics import Interval, grouped_auroc, wilson
-from editloss_core.diagnostics.verdict import FAILURES, VERDICTS, judge
+from editloss_core.drawing.statistics import Interval, grouped_auroc, wilson
 from editloss_core.masks import oklab
+from editloss_core.verdict.judge import FAILURES, VERDICTS, judge
 
 OURS = "verdict"
 SEEN = 0.04  # Oklab; a pixel further than this from the after picture's differs visibly

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Curve
 
-from editloss_core.diagnostics.verdict_colors import VERDICT_COLORS
+from editloss_core.drawing.colours import VERDICT_COLORS
 
 HERE = Path(__file__).parent
 ICON, BANNER = (400, 400), (1680, 720)  # pixels; 21:9

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..diagnostics.statistics import wilson
+from ..drawing.statistics import wilson
 from .scenes import Example
 
 __all__ = ["VERDICTS", "Verdict", "copy_source", "judge", "table"]

@@ -1,1 +1,1 @@
-"""Pictures and tables that show what the losses say, and where."""
+"""Old names of two programs: ``python -m editloss_core.verdict`` and ``python -m editloss_core.run_report``."""

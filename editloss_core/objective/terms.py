@@ -15,6 +15,7 @@ from ..encoders.base import WHOLE, Region
 
 TOKEN_WEIGHTS = ("mask", "difference", "none")
 NOT_A_NUMBER = "not a number"
+NO_FAILURE = "no failure"  # what a signal says that points to none
 
 
 @dataclass(frozen=True)

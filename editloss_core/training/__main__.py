@@ -111,7 +111,7 @@ def _train(path: Path, prog: str) -> int:
 
 def finish(plan: Any, result: Any) -> None:
     """The run's report: held-out pictures judged from their pixels."""
-    from ..diagnostics.run_report import write_report
+    from ..run_report.report import write_report
 
     if result.pictures:
         print(str(write_report(plan.folder)))

@@ -589,7 +589,7 @@ def main() -> None:
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
         "host": "nodes.training_host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
-        "compare": "editloss_core.diagnostics.compare", "timm": "editloss_core.encoders.timm_net",
+        "compare": "editloss_core.drawing.grid", "timm": "editloss_core.encoders.timm_net",
         "openclip": "editloss_core.encoders.openclip", "self_check": "nodes.self_check",
     }  # fmt: skip
     PACK = SimpleNamespace(**{short: importlib.import_module(f"{name}.{m}") for short, m in modules.items()})

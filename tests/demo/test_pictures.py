@@ -8,8 +8,8 @@ import torch
 from editloss_core.demo import judge as drawn
 from editloss_core.demo import pictures
 from editloss_core.demo.scenes import stool_pairs
-from editloss_core.diagnostics.pair_audit import audit
-from editloss_core.diagnostics.verdict import judge
+from editloss_core.pair_audit.audit import audit
+from editloss_core.verdict.judge import judge
 
 
 @pytest.mark.parametrize("scene", pictures.SCENES)

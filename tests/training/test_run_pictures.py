@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from small import ALL, LATENTS, StopAfter, prepared_pairs, trainer, without_times
 
-from editloss_core.diagnostics import run_report
-from editloss_core.diagnostics.run_verdicts import judge_run
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs.files import read_picture
+from editloss_core.run_report import report
+from editloss_core.run_report.verdicts import judge_run
 from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from editloss_core.runs.log import RunLog
 from editloss_core.runs.pictures import PICTURE_FOLDER, PreviewRow, save_pictures
@@ -175,6 +175,6 @@ def test_a_real_run_is_reported(tmp_path):
     assert [v.failing.n for v in (run.base, *run.validations)] == [2] * 4 and run.best and not run.cut_off
     assert run.terms_of == {"no edit": ["no edit"], "distorted": ["geometry"], "overlay": ["overlay"]}
     assert run.checkpoint(run.best.step) and run.settings["steps"] == 6
-    html = run_report.write_page(run).read_text(encoding="utf-8")
+    html = report.write_page(run).read_text(encoding="utf-8")
     assert html.count("<figure") == 2 * 6 and "Signal says, judge says" in html and "Ended at step 6" in html
-    assert run_report.page(judge_run(tmp_path / "run")) == html
+    assert report.page(judge_run(tmp_path / "run")) == html

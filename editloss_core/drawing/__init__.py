@@ -1,0 +1,1 @@
+"""What every report draws with: grids, sheets, fonts, colours, statistics."""

@@ -1,0 +1,1 @@
+"""Which encoder sees which failure, measured on one's own pairs."""

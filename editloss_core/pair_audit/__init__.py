@@ -1,0 +1,1 @@
+"""Before training: what is wrong with a set of pairs."""

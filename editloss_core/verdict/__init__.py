@@ -1,0 +1,1 @@
+"""Whether an edit failed, how and where, judged from pixels and geometry."""
