@@ -583,7 +583,7 @@ def test_pixels_measure_colours_at_places():
 )
 def test_real_weights_see_more_in_later_layers(pairs, tmp_path):
     """Measured on 12 drawn pairs: overlays 0.91, 0.95, 1.00, 1.00, 1.00 by layer, and the sharpest contrast in the last two."""
-    sys.path.insert(0, str(Path(__file__).parent / "encoders"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "encoders"))
     try:
         from lite0 import write_lite0
     finally:

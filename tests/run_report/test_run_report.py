@@ -22,7 +22,7 @@ from editloss_core.training.settings import TrainingSettings
 from editloss_core.training.trainer import UNCHECKED
 from editloss_core.verdict.judge import FAILURES, VERDICTS, Verdict
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What the judge of these tests sees: a level of grey in the output's first pixel stands for a verdict.
 GREYS = {verdict: (20 + 40 * i) / 255 for i, verdict in enumerate(VERDICTS)}
 TERMS = {"no edit": "no_edit_identity", "overlay": "overlay_avoidance"}

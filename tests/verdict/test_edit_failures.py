@@ -12,7 +12,7 @@ from PIL import Image
 
 pytest.importorskip("scipy")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PICTURES = HERE / "pictures"
 PAIRS = HERE.parent / "editloss_core" / "demo" / "pictures"
 sys.path.insert(0, str(HERE.parent / "benchmarks" / "edit_failures"))

@@ -20,7 +20,7 @@ from editloss_core.verdict import picture as verdict_sheet
 from editloss_core.verdict.folder import Entry, judge_entry, judge_folder, save, scan
 from editloss_core.verdict.judge import FAILURES, MEASURES, Verdict
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAIR = draw(3, "replace", "chair", "table")
 
 
