@@ -29,10 +29,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from editloss_core.encoders.vae import VAEEncoder
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.pairs import PairSet
-from editloss_core.training.flow import add_noise, generator_for, token_count
+from editloss_core.training.flow import add_noise, generator_for
 from editloss_core.training.host import Host
-from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import Prepared, prepare
 from editloss_core.training.settings import TrainingSettings
 from editloss_core.training.trainer import Trainer
@@ -62,8 +63,10 @@ parser.add_argument("--steps", type=int, default=7, help="steps that are timed, 
 parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
 
 
-class FluxDenoiser:
+class BareDenoiser:
     """FluxTransformer2DModel as a Denoiser of the core; peft's is called through the same code."""
+
+    edit_model = KONTEXT
 
     def __init__(self, module: nn.Module, device: torch.device, words: Tensor, pooled: Tensor):
         self.module, self.device = module, device
@@ -120,7 +123,9 @@ class Theirs:
             of diffusers does.
     """
 
-    def __init__(self, ours: LoRA, network: nn.Module, denoiser: FluxDenoiser, prepared: Prepared, settings, adapters):
+    def __init__(
+        self, ours: LoRA, network: nn.Module, denoiser: BareDenoiser, prepared: Prepared, settings, adapters
+    ):
         from peft import LoraConfig
 
         self.prepared, self.settings = prepared, settings
@@ -143,7 +148,7 @@ class Theirs:
         module.train()
         if any(isinstance(m, nn.Module) and getattr(m, "gradient_checkpointing", False) for m in network.modules()):
             module.enable_gradient_checkpointing()
-        self.denoiser = FluxDenoiser(module, denoiser.device, denoiser.words, denoiser.pooled)
+        self.denoiser = BareDenoiser(module, denoiser.device, denoiser.words, denoiser.pooled)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -155,7 +160,7 @@ class Theirs:
         self.optimizer.zero_grad()
         generator = generator_for(self.settings.seed, "training", number)
         x0, reference = (z.to(device) for z in (self.prepared.after(indices), self.prepared.before(indices)))
-        t = self.settings.timesteps.draw(len(indices), token_count(x0), generator).to(device)
+        t = self.settings.timesteps.draw(len(indices), KONTEXT.mu(KONTEXT.tokens(x0)), generator).to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         predicted = self.denoiser(add_noise(x0, noise, t), t, [reference], [None] * len(indices))
         target = noise - x0
@@ -252,7 +257,7 @@ def compare(args, config: dict, dtype: str, adapters: torch.dtype, checkpointing
     network.train()  # diffusers checkpoints in training mode only
     g = torch.Generator().manual_seed(1)
     words = torch.randn(1, 512 if args.size == "flux" else 64, network.config.joint_attention_dim, generator=g)
-    denoiser = FluxDenoiser(network, device, words, torch.randn(1, network.config.pooled_projection_dim, generator=g))
+    denoiser = BareDenoiser(network, device, words, torch.randn(1, network.config.pooled_projection_dim, generator=g))
     lora = LoRA(network, LoRASettings(args.rank, args.alpha, layers="attention + MLP"))
     with torch.no_grad():
         for layer in lora.layers:

@@ -34,12 +34,13 @@ from editloss_core.embeddings import INDEX
 from editloss_core.encoders.base import freeze
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.hashing import hash_module
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import LossTerm, recommended
 from editloss_core.pairs import PairSet
 from editloss_core.processes import Processes, leave
 from editloss_core.training.host import Host
-from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
 from editloss_core.training.settings import TrainingSettings
 from editloss_core.training.trainer import Trainer
@@ -80,6 +81,8 @@ class Transformer(nn.Module):
 
 class Small:
     """:class:`Transformer` as a Denoiser."""
+
+    edit_model = KONTEXT  # whose schedule it is sampled on
 
     def __init__(self, channels: int, width: int, blocks: int):
         torch.manual_seed(0)

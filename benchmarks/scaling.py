@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--out benchmarks/results/scaling_arithmetic.md]
 
 Parameters are counted on diffusers' own class without weights (torch's meta device); the rest follows from them by
-editloss_core/training/footprint.py, whose docstrings have the formulas.
+editloss_core/models/footprint.py, whose docstrings have the formulas.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import argparse
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
+from editloss_core.lora.lora import LoRASettings, layer_features, select_layers
+from editloss_core.models.base import PRESETS
+from editloss_core.models.folder import empty_network
+from editloss_core.models.footprint import Footprint
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.training.config_reader import read_config
-from editloss_core.training.footprint import Footprint, empty_transformer, tokens_of
-from editloss_core.training.lora import LAYER_PRESETS, LoRASettings, layer_features, select_layers
-from editloss_core.training.lora_dialects import MLP_RATIO, comfyui_name, diffusers_names
 
 ROOT = Path(__file__).resolve().parents[1]
-KONTEXT = {  # transformer/config.json of FLUX.1 Kontext dev
+CONFIG = {  # transformer/config.json of FLUX.1 Kontext dev
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,
@@ -47,18 +49,25 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str
 
 
 def of(layers: str, rank: int) -> Footprint:
-    return Footprint.of(NETWORK, LoRASettings(rank=rank, alpha=float(rank), layers=layers))
+    return footprint(LoRASettings(rank=rank, alpha=float(rank), layers=layers))
+
+
+def footprint(lora: LoRASettings) -> Footprint:
+    chosen = select_layers(NETWORK, lora.layers, KONTEXT).values()
+    return Footprint.of(KONTEXT, NETWORK, [layer_features(part) for part in chosen], lora.rank)
 
 
 def fused_parameters(layers: str, rank: int) -> int:
     """Of the same LoRA in ComfyUI's keys, where q, k, v (and the MLP's input) of a block are one layer of a higher rank."""
     wholes: dict[str, list[tuple[int, int]]] = {}
     for name, part in select_layers(NETWORK, layers).items():
-        wholes.setdefault(comfyui_name(name)[0], []).append(layer_features(part))
+        wholes.setdefault(KONTEXT.names.comfyui(name)[0], []).append(layer_features(part))
     total = 0
     for whole, parts in wholes.items():
-        width, count = parts[0][0], len(diffusers_names(whole))
-        rows = sum(out for _, out in parts) if len(parts) == count else (3 + (count - 3) * MLP_RATIO) * width
+        width, count = parts[0][0], len(KONTEXT.names.diffusers(whole))
+        rows = (
+            sum(out for _, out in parts) if len(parts) == count else (3 + (count - 3) * KONTEXT.names.mlp_ratio) * width
+        )
         total += len(parts) * rank * (width + rows)
     return total
 
@@ -67,7 +76,7 @@ def lora_sizes() -> Iterator[str]:
     yield "## The LoRA\n"
     yield "File sizes in bf16. ComfyUI's file has the zeros beside the diagonal of each block of ranks.\n"
     rows = []
-    for layers in LAYER_PRESETS:
+    for layers in PRESETS:
         for rank in (8, 16, 32, 64):
             found = of(layers, rank)
             sizes = [size / GIB for size in found.lora_bytes().values()]
@@ -102,7 +111,7 @@ def activations() -> Iterator[str]:
     yield "## Activations of the transformer, one pair\n"
     rows = []
     for side in (512, 768, 1024):
-        tokens = tokens_of(side, side)
+        tokens = KONTEXT.sample_tokens(side, side)
         flops = found.step_flops(tokens, 1)
         rows.append(
             (
@@ -121,13 +130,13 @@ def shipped() -> Iterator[str]:
     rows = []
     for name, processes, sharded in SHIPPED:
         config = read_config(ROOT / "configs" / f"{name}.toml", files=False)
-        found = Footprint.of(NETWORK, config.lora)
+        found = footprint(config.lora)
         share = -(-config.training.batch_size // processes)
         parts = [found.weight_bytes(config.model.dtype, config.model.quantization, processes if sharded else 1)]
         parts.append(sum(found.lora_bytes(config.training.optimizer, bool(config.training.ema)).values()))
         parts.append(
             found.activation_bytes(
-                tokens_of(1024, 1024), share, config.model.dtype, config.model.gradient_checkpointing
+                KONTEXT.sample_tokens(1024, 1024), share, config.model.dtype, config.model.gradient_checkpointing
             )
         )
         pairs = config.training.batch_size * config.training.accumulation
@@ -140,7 +149,7 @@ def shipped() -> Iterator[str]:
 
 
 def exchanged() -> Iterator[str]:
-    found, tokens = of("attention + MLP", 32), tokens_of(1024, 1024)
+    found, tokens = of("attention + MLP", 32), KONTEXT.sample_tokens(1024, 1024)
     seconds = found.step_flops(tokens, 2) / (TFLOPS * SHARE * 1e12)
     yield "## Between processes, in a step of two pairs each, rank 32\n"
     yield (
@@ -174,5 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    NETWORK = empty_transformer(KONTEXT)
+    NETWORK = empty_network(KONTEXT, CONFIG)
     main()

@@ -217,7 +217,7 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
 
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy_denoiser"), pack("nodes.comfy_model")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
-    lora, prepare = pack("editloss_core.training.lora"), pack("editloss_core.training.prepare")
+    lora, prepare = pack("editloss_core.lora.lora"), pack("editloss_core.training.prepare")
     settings, trainers = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")
     timm_net = pack("editloss_core.encoders.timm_net")
     large = args.size == "kontext"

@@ -1,4 +1,4 @@
-"""ComfyUI's MODEL as a :class:`~editloss_core.training.flow.Denoiser` of the core, and a VAE as a decoder with gradients.
+"""ComfyUI's MODEL as a :class:`~editloss_core.models.base.Denoiser` of the core, and a VAE as a decoder with gradients.
 
 Like all files ``comfy_*.py`` it reaches into ComfyUI's model internals.
 """
@@ -6,6 +6,7 @@ Like all files ``comfy_*.py`` it reaches into ComfyUI's model internals.
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, Sequence
 
@@ -29,7 +30,7 @@ from .comfy_gradients import (
     thaw_attributes,
     usable,
 )
-from .comfy_model import check_flow_model, check_vae, is_loaded, load_for_call, model_inputs
+from .comfy_model import check_flow_model, check_vae, edit_model_of, is_loaded, load_for_call, model_inputs
 from .comfy_offers import program, static_model, static_vae
 
 # What an entry can say that has no meaning for one training pair; leaving it out silently would train something else.
@@ -99,21 +100,28 @@ class ComfyDenoiser:
     Args:
         model: ComfyUI MODEL.
         guidance: what a guidance-distilled model is told; 1 is usual in training, 2.5 in sampling with Kontext. None takes
-            each conditioning's own value, or ComfyUI's 3.5. It may be changed between calls.
+            each conditioning's own value, or ComfyUI's 3.5.
         checkpointing: keep each block's inputs only and compute the blocks again in the backward pass: about a third
             more time, a fraction of the memory.
 
     Raises:
-        ValueError: for a model that does not predict velocity.
+        ValueError: for a model that does not predict velocity, or is none of the known edit models.
     """
 
     def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True):
         check_flow_model(model)
         model = static_model(model)
+        self.edit_model = edit_model_of(model)
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
         thaw_attributes(model.model.latent_format)
         self._loaded: list[tuple[int, int]] = []
+
+    def told(self, guidance: Optional[float]) -> ComfyDenoiser:
+        """The same MODEL, told another guidance; see ``guidance`` above."""
+        other = copy.copy(self)
+        other.guidance = guidance
+        return other
 
     @property
     def module(self) -> nn.Module:
@@ -186,7 +194,7 @@ class ComfyDenoiser:
         self._inputs(z, [z], item)
 
     def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Any]) -> Tensor:
-        """As in :class:`~editloss_core.training.flow.Denoiser`; contexts of different lengths run one after the other.
+        """As in :class:`~editloss_core.models.base.Denoiser`; contexts of different lengths run one after the other.
 
         Raises:
             ValueError: for a batch that does not fit together, for conditioning of another model, with more than one
@@ -228,7 +236,7 @@ class ComfyDenoiser:
         """
         model, base = self.model, self.model.model
         latent = self.from_model(reference[:1])
-        more = {"reference_latents": [latent], **({} if self.guidance is None else {"guidance": self.guidance})}
+        more = {"reference_latents": [latent], **self._said()}
         options = {**model.model_options, "transformer_options": self._options()}
         model.pre_run()
         try:
@@ -238,6 +246,11 @@ class ComfyDenoiser:
         finally:
             model.cleanup()
         return (x - denoised) / t.view(-1, 1, 1, 1)
+
+    def _said(self) -> dict[str, Any]:
+        """What stands in a conditioning beside prompt and references."""
+        said = {"guidance": self.guidance, "reference_latents_method": self.edit_model.reference_method}
+        return {name: value for name, value in said.items() if value is not None}
 
     @contextlib.contextmanager
     def exact_products(self) -> Iterator[None]:
@@ -278,8 +291,7 @@ class ComfyDenoiser:
         cond.pop("reference_latents", None)
         if references:
             cond["reference_latents"] = references
-        if self.guidance is not None:
-            cond["guidance"] = self.guidance
+        cond.update(self._said())
         inputs = model_inputs(base, cond, x)
         if references:
             if "ref_latents" not in inputs:

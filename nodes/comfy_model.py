@@ -26,6 +26,8 @@ from ..editloss_core.encoders.openclip import OpenCLIPEncoder
 from ..editloss_core.encoders.timm_net import TimmEncoder
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.hashing import hash_module, hash_tensors
+from ..editloss_core.models import registry
+from ..editloss_core.models.base import EditModel
 from .comfy_gradients import differentiable, usable
 from .comfy_offers import static_clip_vision, static_model, static_vae
 
@@ -258,6 +260,18 @@ def check_flow_model(model) -> None:
             f"model: expected a flow-matching model (FLUX and kin), got {type(base).__name__} with "
             f"{type(base.model_sampling).__name__} sampling"
         )
+
+
+def edit_model_of(model) -> EditModel:
+    """What is known about a MODEL.
+
+    Raises:
+        ValueError: nothing; with the models that are known.
+    """
+    try:
+        return registry.of_comfyui(type(model.model).__name__)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
 
 
 def model_inputs(base, cond: dict, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:

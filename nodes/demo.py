@@ -17,7 +17,7 @@ from ..editloss_core.demo import judge, model, prompts, scenes
 from ..editloss_core.drawing import grid
 from ..editloss_core.pairs import PairSet
 from ..editloss_core.runs.pictures import PreviewRow
-from ..editloss_core.training.flow import generator_for, sample
+from ..editloss_core.training.flow import generator_for
 from .checks import checked
 from .comfy_denoiser import ComfyDenoiser, VAEDecoder
 from .comfy_model import vae_encoder
@@ -235,7 +235,9 @@ def edit(patcher, clip, vae, examples, steps, seed, progress=None) -> torch.Tens
             if progress is not None:
                 progress(done, total)
 
-        latents = sample(denoiser, noise.to(denoiser.device), [before.to(denoiser.device)], conditioning, steps, check)
+        latents = denoiser.edit_model.sample(
+            denoiser, noise.to(denoiser.device), [before.to(denoiser.device)], conditioning, steps, progress=check
+        )
         return decode(latents).clamp(0, 1).float().cpu()
 
 

@@ -15,7 +15,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ..editloss_core.training.lora import LoRA
+from ..editloss_core.lora.lora import LoRA
 from .sockets import TrainingRun
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..editloss_core.training.lora import LAYER_PRESETS
+from ..editloss_core.models.base import PRESETS
 from ..editloss_core.training.settings import check_objective
 from .checks import checked
 from .notices import say
@@ -31,7 +31,7 @@ class SelfCheckNode(io.ComfyNode):
                 io.Int.Input("rank", default=16, min=1, max=1024, tooltip="As in Train Kontext LoRA."),
                 io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="As in Train Kontext LoRA."),
                 io.Combo.Input(
-                    "layers", options=list(LAYER_PRESETS), default="attention + MLP",
+                    "layers", options=list(PRESETS), default="attention + MLP",
                     tooltip="As in Train Kontext LoRA. If all fails, try attention: the fault may be in the layers that it leaves out.",
                 ),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of the directions that are tried."),

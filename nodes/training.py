@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Optional, Sequence
 
 import comfy.model_management
 import comfy.sd
@@ -14,12 +14,13 @@ from comfy_api.latest import io, ui
 
 from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
-from ..editloss_core.pairs import Pair, PairSet
+from ..editloss_core.lora.lora import LoRA, LoRASettings
+from ..editloss_core.models.base import PRESETS, Preview
+from ..editloss_core.pairs import PairSet
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from ..editloss_core.runs.log import RunLog
 from ..editloss_core.training.flow import Timesteps
-from ..editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings
 from ..editloss_core.training.prepare import Prepared, prepare
 from ..editloss_core.training.resume import resumable
 from ..editloss_core.training.settings import TrainingSettings, check_objective
@@ -73,7 +74,7 @@ def settings_inputs() -> list[io.Input]:
         io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Size of the LoRA: 8 to 32 for one object."),
         folded(io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="The update is scaled by alpha / rank. Equal to rank is a good start.")),
         io.Combo.Input(
-            "layers", options=list(LAYER_PRESETS), default="attention + MLP",
+            "layers", options=list(PRESETS), default="attention + MLP",
             tooltip="Which layers learn. attention is smallest; all adds modulation and embedders. LoRA Options takes patterns.",
         ),
         io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of everything random, and of which pairs are held out. The same seed gives the same LoRA on a CPU."),
@@ -175,7 +176,7 @@ def make_trainer(
     denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
     for encoder_name in objective.objective.encoders:
         check_shared(objective.encoders[encoder_name], denoiser.model)
-    lora = LoRA(denoiser.module, lora_settings, settings.seed)
+    lora = LoRA(denoiser.module, lora_settings, settings.seed, denoiser.edit_model)
     encoder = vae_encoder(vae, 0, model.model.latent_format)
     if decoder is not None:
         check_decoder(decoder, vae)
@@ -183,16 +184,18 @@ def make_trainer(
     if resume:
         resumable(resume.checkpoint, lora, settings)
 
-    prompts = _conditioning(clip, [*pairs, *(held_out or ())], denoiser)
+    sets = [pairs] if held_out is None else [pairs, held_out]
+    conditioning, *watching = _conditioning(clip, sets, denoiser)
     train, watched = (_prepared(some, encoder, objective, options) for some in (pairs, held_out))
     host = _host(denoiser, decode, train, objective, settings, options)
     trainer = Trainer(
-        denoiser, lora, train, [prompts[pair.caption] for pair in pairs], settings,
+        denoiser, lora, train, conditioning, settings,
         objective=objective.objective, encoders=objective.encoders, decode=decode,
-        validation=watched, validation_conditioning=[prompts[pair.caption] for pair in held_out or ()],
+        validation=watched, validation_conditioning=watching[0] if watching else (),
         folder=folder,
         info=_info(model, decode, train, options),
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
+        preview=Preview(options.preview_guidance),
     )  # fmt: skip
     return trainer, host
 
@@ -207,20 +210,31 @@ def settings_of(
     )
 
 
-def _conditioning(clip, pairs: Iterable[Pair], denoiser: ComfyDenoiser) -> dict[str, list]:
-    """Caption → CONDITIONING on the CPU; the first one that the model cannot take is refused."""
+def _conditioning(clip, sets: Sequence[PairSet], denoiser: ComfyDenoiser) -> list[list[Any]]:
+    """CONDITIONING on the CPU for each pair of each set; the first one that the model cannot take is refused.
+
+    Pairs whose captions are equal, and whose before pictures are where the model reads them, share one.
+    """
     drop_inference_buffers()
-    known, captions = {}, list(dict.fromkeys(pair.caption for pair in pairs))
-    bar = ProgressBar(len(captions))
-    for caption in captions:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        with torch.no_grad():
-            entries = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
-        own = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
-        denoiser.check(own)
-        known[caption] = own
-        bar.update(1)
-    return known
+    model = denoiser.edit_model
+    keys = [
+        [(pair.caption, pairs.fingerprint(i) if model.reads_picture else "") for i, pair in enumerate(pairs)]
+        for pairs in sets
+    ]
+    known: dict[tuple[str, str], Any] = {}
+    bar = ProgressBar(len({key for own in keys for key in own}))
+    for pairs, own in zip(sets, keys):
+        for i, key in enumerate(own):
+            if key in known:
+                continue
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            before = pairs.load(i).before if model.reads_picture else None
+            with torch.no_grad():
+                entries = clip.encode_from_tokens_scheduled(model.tokenize(clip, pairs[i].caption, before))
+            known[key] = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
+            denoiser.check(known[key])
+            bar.update(1)
+    return [[known[key] for key in own] for own in keys]
 
 
 def _own(value):
@@ -270,7 +284,7 @@ def _host(
         )  # fmt: skip
     if train.reads_pictures:
         patchers.append(decode.patcher)
-    return ComfyHost(denoiser, patchers, options.preview_guidance, reserve, settings.steps)
+    return ComfyHost(denoiser, patchers, reserve, settings.steps)
 
 
 class Resume(io.ComfyNode):

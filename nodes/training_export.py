@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..editloss_core.files import replacing
+from ..editloss_core.models.folder import QUANTIZATIONS
 from ..editloss_core.pairs import PairSet
 from ..editloss_core.training.config import (
     RATHER_IN_RUN,
@@ -18,7 +19,6 @@ from ..editloss_core.training.config import (
     encoder_section,
     to_toml,
 )
-from ..editloss_core.training.diffusers_files import QUANTIZATIONS
 from ..editloss_core.training.settings import check_objective
 from . import folders
 from .checks import checked

@@ -32,7 +32,6 @@ class ComfyHost(Host):
     Args:
         denoiser: the model that is trained.
         patchers: of decoder and encoders that take part in a step, which have to stay on the device with the model.
-        preview_guidance: what a guidance-distilled model is told while pictures are sampled.
         reserve: bytes of the device to leave free for a step's activations; weights that do not fit beside them wait in
             main memory.
         steps: of the whole run.
@@ -42,12 +41,10 @@ class ComfyHost(Host):
         self,
         denoiser: ComfyDenoiser,
         patchers: Sequence[Any],
-        preview_guidance: Optional[float],
         reserve: int,
         steps: int,
     ):
-        self.denoiser, self.patchers, self.preview_guidance = denoiser, list(patchers), preview_guidance
-        self.training_guidance, self.reserve = denoiser.guidance, reserve
+        self.denoiser, self.patchers, self.reserve = denoiser, list(patchers), reserve
         self.log = RunLog()
         self._bar = ProgressBar(steps)
         self._held_out: Optional[Image.Image] = None  # as they were at the last validation
@@ -57,18 +54,13 @@ class ComfyHost(Host):
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def before_step(self) -> None:
-        self.denoiser.guidance = self.training_guidance
         self.denoiser.load(self.patchers, self.reserve)
-
-    def before_pictures(self) -> None:
-        self.denoiser.guidance = self.preview_guidance
 
     def on_step(self, log: StepLog, total: int) -> None:
         self.log.add(log)
         self._show(log.step, time.monotonic() - self._shown > PREVIEW_SECONDS)
 
     def on_validation(self, log: Optional[ValidationLog], pictures: Sequence[PreviewRow]) -> None:
-        self.denoiser.guidance = self.training_guidance
         if log is not None:
             self.log.add(log)
         if pictures:

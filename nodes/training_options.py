@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 
 from comfy_api.latest import io
 
+from ..editloss_core.lora.lora import LoRASettings
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from ..editloss_core.objective import EditObjective
 from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timesteps
-from ..editloss_core.training.lora import LoRASettings
 from ..editloss_core.training.settings import OPTIMIZERS, SCHEDULES, TrainingSettings
 from .checks import checked
 from .comfy_offers import folded

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads for all cores in each process would mostly wait for the other's. Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# small.py and small_kontext.py, which several rooms' tests train and load.
+sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -19,9 +19,9 @@ from editloss_core.demo.scenes import edit_region, stool_pairs
 from editloss_core.embeddings import EmbeddingSet
 from editloss_core.encoders.base import EncoderInfo
 from editloss_core.encoders.timm_net import TimmEncoder
+from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.training.flow import velocity_loss
-from editloss_core.training.lora import LoRA, LoRASettings
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "own-trainer.md").read_text(encoding="utf-8")
 FLUX = {

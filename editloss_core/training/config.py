@@ -8,10 +8,10 @@ from typing import Any, Iterator, Mapping, get_type_hints
 
 from ..encoders.base import Encoder
 from ..encoders.vae import VAEEncoder
+from ..lora.lora import LoRASettings
 from ..negatives import OverlaySettings
 from ..objective import EditObjective, LossTerm
 from .flow import Timesteps
-from .lora import LoRASettings
 from .settings import TrainingSettings
 
 LORA_DTYPES = ("bf16", "fp16", "fp32")
@@ -22,10 +22,10 @@ RATHER_IN_RUN = ("checkpoint_every", "keep")
 
 @dataclass(frozen=True)
 class ModelSection:
-    """``[model]``: see :class:`~editloss_core.training.diffusers_files.KontextFiles`.
+    """``[model]``: see :class:`~editloss_core.models.folder.ModelFolder`.
 
     Attributes:
-        path: folder of FLUX.1 Kontext in diffusers' layout.
+        path: folder of the model in diffusers' layout.
         transformer: a single file of the transformer, in place of the folder's.
         decoder: folder of a small autoencoder (TAEF1) that decodes estimates and previews.
         dtype, quantization: how the transformer is kept.

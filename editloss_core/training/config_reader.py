@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence, TypeVar, Union, get_args, get_origin
 
 from ..checks import check_option
+from ..lora.lora import LoRASettings
+from ..models.folder import ModelFolder
 from ..negatives import OverlaySettings
 from ..objective import TERMS, EditObjective, LossTerm
 from ..pairs import MULTIPLE
@@ -34,9 +36,7 @@ from .config import (
     ValidationSection,
     keys_of,
 )
-from .diffusers_files import KontextFiles
 from .flow import Timesteps
-from .lora import LoRASettings
 from .settings import TrainingSettings, check_objective
 
 if sys.version_info >= (3, 11):
@@ -383,9 +383,9 @@ def _check_run(section: RunSection) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def kontext_files(section: ModelSection, base: Path) -> KontextFiles:
+def model_folder(section: ModelSection, base: Path) -> ModelFolder:
     """The model's files; relative paths are below ``base``."""
-    return KontextFiles(
+    return ModelFolder(
         base / section.path,
         base / section.transformer if section.transformer else None,
         base / section.decoder if section.decoder else None,
@@ -422,7 +422,7 @@ def _look_for_files(reader: _Reader, base: Path) -> None:
     """What the sections name and is not there goes to the reader's problems."""
     made = reader.made
     if "model" in made:
-        for text in kontext_files(made["model"], base).faults():
+        for text in model_folder(made["model"], base).faults():
             key, _, rest = text.partition(": ")
             reader.say(("model", key), rest)
     for section in ("pairs", "validation"):

@@ -1,4 +1,4 @@
-"""A LoRA of FLUX from ComfyUI's keys to diffusers', or back, with the same output.
+"""A LoRA of a known model from ComfyUI's keys to diffusers', or back, with the same output.
 
 python -m editloss_core.training.convert_lora my_edit.safetensors my_edit_diffusers.safetensors
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Sequence, Union
 
 from ..files import write_safetensors
-from .lora_dialects import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
+from ..lora.keys import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
 
 
 def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: bool = False) -> tuple[str, int]:
@@ -23,7 +23,7 @@ def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: 
     Raises:
         FileNotFoundError: if there is no ``source``.
         FileExistsError: if ``target`` exists and ``overwrite`` is False.
-        ValueError: for files that are not safetensors, and what is no LoRA of FLUX.
+        ValueError: for files that are not safetensors, and what is no LoRA of a known model.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -8,10 +8,10 @@ from typing import NamedTuple, NoReturn, Optional, Sequence
 import torch
 from torch import Tensor
 
+from ..lora.lora import LoRA
 from ..objective import ObjectiveReport
 from ..processes import Processes
 from ..runs.log import Sample
-from .lora import LoRA
 
 
 class NonFinite(ArithmeticError):

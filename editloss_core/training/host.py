@@ -6,7 +6,6 @@ from typing import Optional, Sequence
 
 from ..runs.log import StepLog, ValidationLog
 from ..runs.pictures import PreviewRow
-from .diffusers_model import FluxDenoiser
 
 
 class Host:
@@ -21,9 +20,6 @@ class Host:
     def before_step(self) -> None:
         """Called between graphs: the place to bring models to the device."""
 
-    def before_pictures(self) -> None:
-        """Called before pictures are sampled and decoded."""
-
     def on_step(self, log: StepLog, total: int) -> None:
         """After every step, out of ``total``."""
 
@@ -32,28 +28,18 @@ class Host:
 
 
 class ConsoleHost(Host):
-    """Shows a run on a terminal, and tells the model its guidance for training or for pictures.
+    """Shows a run on a terminal.
 
     Args:
-        denoiser: the model that is trained.
-        preview_guidance: what it is told while pictures are sampled.
         steps: of the whole run.
         shown: False in all but the main process.
     """
 
-    def __init__(self, denoiser: FluxDenoiser, preview_guidance: float, steps: int, shown: bool = True):
+    def __init__(self, steps: int, shown: bool = True):
         from tqdm import tqdm
 
-        self.denoiser, self.preview_guidance = denoiser, preview_guidance
-        self.training_guidance = denoiser.guidance
         self._bar = tqdm(total=steps, desc="training", disable=not shown, delay=1.0)
         self._shown = shown
-
-    def before_step(self) -> None:
-        self.denoiser.guidance = self.training_guidance
-
-    def before_pictures(self) -> None:
-        self.denoiser.guidance = self.preview_guidance
 
     def on_step(self, log: StepLog, total: int) -> None:
         self._bar.update(log.step - self._bar.n)
@@ -62,7 +48,6 @@ class ConsoleHost(Host):
             self._bar.close()
 
     def on_validation(self, log: Optional[ValidationLog], pictures: Sequence[PreviewRow]) -> None:
-        self.denoiser.guidance = self.training_guidance
         if log is not None and self._shown:
             values = {"velocity": (log.velocity_base, log.velocity)}
             values |= {name: (log.terms_base[name], value) for name, value in log.terms.items()}

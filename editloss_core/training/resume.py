@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Mapping
 
+from ..lora.lora import LoRA
 from ..runs.checkpoint import Checkpoint, CheckpointError
-from .lora import LoRA
 from .settings import TrainingSettings
 
 

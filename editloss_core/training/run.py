@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
@@ -13,17 +13,20 @@ from .. import encoders
 from ..encoders.base import Encoder
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
+from ..lora.keys import save_both
+from ..lora.lora import LoRA, layer_features, select_layers
+from ..models.autoencoder import VAEDecoder, vae_encoder
+from ..models.base import Preview
+from ..models.captions import encode_captions
+from ..models.denoiser import DiffusersDenoiser
+from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
+from ..models.footprint import Footprint
 from ..pairs import PairSet, find_pairs
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar
 from .config import TimmSection, TrainingConfig, VAESection
-from .config_reader import checkpoint_of, kontext_files
-from .diffusers_files import DTYPES, KontextFiles, free_memory
-from .diffusers_model import Caption, FluxDenoiser, VAEDecoder, encode_captions, vae_encoder
-from .footprint import Footprint, empty_transformer, tokens_of
+from .config_reader import checkpoint_of, model_folder
 from .host import ConsoleHost
-from .lora import LoRA
-from .lora_dialects import save_both
 from .prepare import Prepared, prepare
 from .resume import resumable
 from .trainer import Trainer, TrainingResult, metadata
@@ -53,7 +56,7 @@ class Plan:
 
     config: TrainingConfig
     base: Path
-    files: KontextFiles
+    files: ModelFolder
     pairs: PairSet
     held_out: Optional[PairSet]
     footprint: Footprint
@@ -75,7 +78,7 @@ class Plan:
         parts = {"weights": footprint.weight_bytes(model.dtype, model.quantization)}
         parts |= footprint.lora_bytes(settings.optimizer, bool(settings.ema))
         share = -(-settings.batch_size // processes)
-        tokens = tokens_of(*largest)
+        tokens = self.files.edit_model.sample_tokens(*largest)
         parts["activations"] = footprint.activation_bytes(tokens, share, model.dtype, model.gradient_checkpointing)
         kept = model.dtype if model.quantization == "none" else model.quantization
         buckets = ", ".join(f"{w}×{h}: {len(members)}" for (h, w), members in self.pairs.buckets.items())
@@ -108,11 +111,14 @@ def plan(config: TrainingConfig, base: Path, progress: Optional[Callable[[int, i
         ValueError: what does not fit together: layers that the model does not have, too few pairs, another run's checkpoint.
     """
     pairs, held_out = load_pairs(config, base, progress)
-    files = kontext_files(config.model, base)
-    network = empty_transformer(files.config("transformer"))
-    footprint, checkpoint = Footprint.of(network, config.lora), checkpoint_of(config.run, base)
+    files = model_folder(config.model, base)
+    edit_model = files.edit_model
+    network = empty_network(edit_model, files.config("transformer"))
+    adapted = [layer_features(part) for part in select_layers(network, config.lora.layers, edit_model).values()]
+    footprint = Footprint.of(edit_model, network, [sizes for sizes in adapted if sizes], config.lora.rank)
+    checkpoint = checkpoint_of(config.run, base)
     if checkpoint is not None:
-        resumable(checkpoint, LoRA(network, config.lora), config.training)
+        resumable(checkpoint, LoRA(network, config.lora, model=edit_model), config.training)
     return Plan(config, base, files, pairs, held_out, footprint, checkpoint)
 
 
@@ -179,13 +185,13 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     vae = plan.files.load_vae(device)
     made = make_encoders(config, plan.base, vae, device)
     with accelerator.main_process_first():  # which fills the cache; the others read it
-        captions = _captions(plan, device, main)
+        captions, watched_captions = _captions(plan, device, main)
     free_memory()
     latents = vae_encoder(vae)
     train, watched = (_prepared(some, latents, made, plan, accelerator) for some in (plan.pairs, plan.held_out))
     trainer = make_trainer(
-        plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, captions, train, watched
-    )
+        plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, train, watched, captions, watched_captions,
+    )  # fmt: skip
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
     result = trainer.run()
@@ -224,27 +230,30 @@ def make_trainer(
     accelerator: Any,
     decode: VAEDecoder,
     made: Mapping[str, Encoder],
-    captions: Mapping[str, Caption],
     train: Prepared,
     watched: Optional[Prepared],
+    captions: Sequence[Any],
+    watched_captions: Sequence[Any],
 ) -> Trainer:
     """The trainer of a plan, with what was loaded and encoded for it; the transformer is loaded here."""
     config, model = plan.config, plan.config.model
     # Weights that are shared out never are on one device together.
     shared_out = getattr(accelerator, "is_fsdp2", False)
     transformer = plan.files.load_transformer(torch.device("cpu") if shared_out else accelerator.device)
-    denoiser = FluxDenoiser(transformer, model.guidance, model.gradient_checkpointing, accelerator.device)
-    lora = LoRA(transformer, config.lora, config.training.seed)
+    edit_model = plan.files.edit_model
+    denoiser = DiffusersDenoiser(
+        edit_model, transformer, model.guidance, model.gradient_checkpointing, accelerator.device
+    )
+    lora = LoRA(transformer, config.lora, config.training.seed, edit_model)
     denoiser.module = place(transformer, accelerator)
-    host = ConsoleHost(denoiser, config.validation.preview_guidance, config.training.steps, accelerator.is_main_process)
+    host = ConsoleHost(config.training.steps, accelerator.is_main_process)
     return Trainer(
-        denoiser, lora, train,
-        [captions[pair.caption] for pair in plan.pairs], config.training,
+        denoiser, lora, train, captions, config.training,
         objective=config.objective, encoders=made, decode=decode,
-        validation=watched, validation_conditioning=[captions[pair.caption] for pair in plan.held_out or ()],
+        validation=watched, validation_conditioning=watched_captions, preview=Preview(config.validation.preview_guidance),
         folder=plan.folder,
         info={
-            "model": f"FluxTransformer2DModel in {model.dtype if model.quantization == 'none' else model.quantization}",
+            "model": f"{edit_model.parts.transformer} in {model.dtype if model.quantization == 'none' else model.quantization}",
             "guidance": model.guidance,
             "decoder": hash_module(decode.vae) if train.reads_pictures else "",
         },
@@ -253,13 +262,15 @@ def make_trainer(
     )  # fmt: skip
 
 
-def _captions(plan: Plan, device: torch.device, shown: bool) -> dict[str, Caption]:
-    texts = [pair.caption for pair in (*plan.pairs, *(plan.held_out or ()))]
-    place = torch.device("cpu") if plan.config.model.text_device == "cpu" else device
+def _captions(plan: Plan, device: torch.device, shown: bool) -> tuple[list[Any], list[Any]]:
+    """Of the pairs to train on, and of those to watch."""
+    place, files = torch.device("cpu") if plan.config.model.text_device == "cpu" else device, plan.files
+    sets = [plan.pairs] if plan.held_out is None else [plan.pairs, plan.held_out]
     with ConsoleBar("captions", disable=not shown, delay=1.0) as bar:
-        return encode_captions(
-            texts, lambda: plan.files.load_text(place), plan.files.text_fingerprint, plan.cache, bar.update
+        train, *watched = encode_captions(
+            files.edit_model, sets, lambda: files.load_text(place), files.text_fingerprint, plan.cache, bar.update
         )
+    return train, watched[0] if watched else []
 
 
 def _prepared(

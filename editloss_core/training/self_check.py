@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from ..device_memory import is_out_of_memory
 from ..encoders.base import Encoder
 from ..files import replacing
+from ..lora.lora import LoRA
+from ..models.base import Denoiser
 from ..processes import ProcessLost
 from .estimate import EstimateObjective
-from .flow import Denoiser, add_noise, generator_for
-from .lora import LoRA
+from .flow import add_noise, generator_for
 from .prepare import Prepared
 
 # Of a derivative, by the precision that the model computes in. Measured on Flux networks of 5 and 30 blocks with right

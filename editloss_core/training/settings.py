@@ -21,7 +21,7 @@ TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch")
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of a run; the LoRA's own are :class:`~editloss_core.training.lora.LoRASettings`.
+    """Settings of a run; the LoRA's own are :class:`~editloss_core.lora.lora.LoRASettings`.
 
     Attributes:
         steps: optimiser steps.

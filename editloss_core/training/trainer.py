@@ -15,21 +15,15 @@ from torch import Tensor
 from ..device_memory import is_out_of_memory
 from ..encoders.base import Encoder
 from ..hashing import hash_tensors
+from ..lora.lora import LoRA
+from ..models.base import Denoiser, Preview
 from ..objective import EditObjective, LossTerm
 from ..processes import Processes, ProcessLost, check_accelerator, check_batch
 from ..runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, checkpoint_path, checkpoints, tidy
 from ..runs.log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from ..runs.pictures import PreviewRow, save_pictures
 from .estimate import Decode, EstimateObjective
-from .flow import (
-    Denoiser,
-    add_noise,
-    estimate,
-    estimate_weights,
-    generator_for,
-    token_count,
-    velocity_loss,
-)
+from .flow import add_noise, estimate, estimate_weights, generator_for, velocity_loss
 from .gradients import (
     NonFinite,
     Part,
@@ -41,7 +35,6 @@ from .gradients import (
     parts_of,
 )
 from .host import Host
-from .lora import LoRA
 from .memory import OutOfMemory, StepMemory, advice
 from .prepare import Prepared
 from .resume import differences, resumable
@@ -101,6 +94,7 @@ class Trainer:
         resolution, checkpointing: only for the advice when memory runs out, and to tell what the self-check depends on.
         cache: folder in which a self-check that passed is remembered; None looks every time.
         host: the program around.
+        preview: what the model is told while pictures are sampled; None: what it is told in training.
         accelerator: whose processes train together, and whose trackers are told every step; the denoiser is on its device,
             see :func:`~editloss_core.processes.place`.
 
@@ -127,6 +121,7 @@ class Trainer:
         checkpointing: bool = False,
         cache: Optional[Path] = None,
         host: Optional[Host] = None,
+        preview: Optional[Preview] = None,
         accelerator: Optional[Accelerator] = None,
     ):
         self.processes = Processes(accelerator)
@@ -187,7 +182,7 @@ class Trainer:
                 )
             self.validator = Validator(
                 denoiser, lora, validation, validation_conditioning, settings, on_estimates(validation, alone), decode,
-                self._check, self.processes,
+                self._check, self.processes, preview,
             )  # fmt: skip
         lora.to(denoiser.device)
         self.optimizer = settings.make_optimizer(lora.parameters())
@@ -422,7 +417,6 @@ class Trainer:
         return pictures
 
     def _pictures(self) -> list[PreviewRow]:
-        self.host.before_pictures()
         return self.validator.pictures()
 
     @contextmanager
@@ -452,12 +446,12 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            crop = None
+            crop, model = None, self.denoiser.edit_model
             if self.objective is not None and self.objective.decodes:
                 crop = max(((c.height, c.width) for c in self.prepared.crops), key=lambda c: c[0] * c[1])
             text = advice(
                 self._memory,
-                tokens=2 * max(token_count(self.prepared.after([i])) for i in range(len(self.prepared))),
+                tokens=2 * max(model.tokens(self.prepared.after([i])) for i in range(len(self.prepared))),
                 batch_size=self.settings.batch_size,
                 checkpointing=self._checkpointing,
                 crop=crop,
@@ -509,7 +503,7 @@ class Trainer:
         The losses are differentiated to the model's output first, so that decoder and encoders are gone before the
         backward pass of the model begins.
         """
-        settings, device = self.settings, self.denoiser.device
+        settings, device, model = self.settings, self.denoiser.device, self.denoiser.edit_model
         batch = self._batch(number)
         rows = self.processes.rows(len(batch))
         indices = [batch[i] for i in rows]
@@ -518,7 +512,7 @@ class Trainer:
         references = [self.prepared.before(indices).to(device)]
         masks = self.prepared.latent_masks(indices) if settings.edit_weight != 1.0 else None
         # Drawn for the whole batch: what a sample gets does not depend on the process that works on it.
-        levels = settings.timesteps.draw(len(batch), token_count(x0), generator)
+        levels = settings.timesteps.draw(len(batch), model.mu(model.tokens(x0)), generator)
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)
         t, noise = levels[rows].to(device), noise[rows].to(device)
         x_t = add_noise(x0, noise, t)

@@ -8,14 +8,15 @@ from typing import Any, Callable, Optional, Sequence
 import torch
 from torch import Tensor
 
+from ..lora.lora import LoRA
+from ..models.base import Denoiser, Preview
 from ..objective import TERMS
 from ..processes import Processes
 from ..runs.log import VELOCITY, ValidationLog
 from ..runs.pictures import PreviewRow
 from .estimate import Decode, EstimateObjective
-from .flow import Denoiser, add_noise, estimate, generator_for, sample, velocity_loss
+from .flow import add_noise, estimate, generator_for, velocity_loss
 from .gradients import NonFinite, Part, check_losses, parts_of
-from .lora import LoRA
 from .prepare import Prepared
 from .settings import TrainingSettings
 
@@ -36,6 +37,7 @@ class Validator:
         decode: for pictures; without it there are none.
         check: called between model calls; raises to stop.
         processes: that validate together.
+        preview: what the model is told while pictures are sampled; None: what it is told in training.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Validator:
         decode: Optional[Decode] = None,
         check: Callable[[], None] = lambda: None,
         processes: Optional[Processes] = None,
+        preview: Optional[Preview] = None,
     ):
-        self.processes = processes or Processes()
+        self.processes, self.preview = processes or Processes(), preview
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.objective, self.decode, self.check = settings, objective, decode, check
         self._base_losses: Optional[tuple[dict[float, float], dict[str, float]]] = None
@@ -139,12 +142,13 @@ class Validator:
         """An output, and what the objective says about it."""
         with nullcontext() if with_lora else self.lora.disabled():
             x0 = self.prepared.after([index])
-            latents = sample(
+            latents = self.denoiser.edit_model.sample(
                 self.denoiser,
                 self._to(self._noise(index, x0, "picture")),
                 [self._to(self.prepared.before([index]))],
                 [self.conditioning[index]],
                 self.settings.preview_steps,
+                self.preview,
                 lambda done, total: self.check(),
             )
             signal = self._signal(latents, index)

@@ -1190,7 +1190,7 @@ def main() -> None:
     PACK = SimpleNamespace(
         denoiser=importlib.import_module(f"{name}.nodes.comfy_denoiser"),
         gradients=importlib.import_module(f"{name}.nodes.comfy_gradients"),
-        lora=importlib.import_module(f"{name}.editloss_core.training.lora"),
+        lora=importlib.import_module(f"{name}.editloss_core.lora.lora"),
         model=importlib.import_module(f"{name}.nodes.comfy_model"),
         offers=importlib.import_module(f"{name}.nodes.comfy_offers"),
     )

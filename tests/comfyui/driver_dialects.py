@@ -73,7 +73,7 @@ def in_comfyui(patcher: Any) -> Tensor:
 
 @torch.no_grad()
 def in_diffusers(net: Any) -> Tensor:
-    return PACK.model.FluxDenoiser(net, guidance=2.5, checkpointing=False)(*inputs()[1])
+    return PACK.model.DiffusersDenoiser(KONTEXT, net, guidance=2.5, checkpointing=False)(*inputs()[1])
 
 
 def pipeline(net: Any) -> Any:

@@ -276,7 +276,7 @@ def main() -> None:
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
     modules = {
         "denoiser": "nodes.comfy_denoiser", "gradients": "nodes.comfy_gradients", "offers": "nodes.comfy_offers",
-        "check": "editloss_core.training.self_check", "lora": "editloss_core.training.lora", "model": "nodes.comfy_model",
+        "check": "editloss_core.training.self_check", "lora": "editloss_core.lora.lora", "model": "nodes.comfy_model",
         "out_of_place": "editloss_core.training.out_of_place",
     }  # fmt: skip
     PACK = SimpleNamespace(**{key: importlib.import_module(f"{name}.{path}") for key, path in modules.items()})

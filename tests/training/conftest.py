@@ -1,14 +1,7 @@
 """What all tests of the training package share."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-HERE = Path(__file__).resolve().parent
-if str(HERE) not in sys.path:  # the module beside this file
-    sys.path.insert(0, str(HERE))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,19 +12,20 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.denoiser import DiffusersDenoiser
+from editloss_core.models.folder import ModelFolder
+from editloss_core.models.kontext import KONTEXT, Caption
 from editloss_core.processes import leave, place
 from editloss_core.training.__main__ import main
-from editloss_core.training.diffusers_files import KontextFiles
-from editloss_core.training.diffusers_model import Caption, FluxDenoiser
-from editloss_core.training.lora import LoRA, LoRASettings
 
 BLOCKS = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
 
 
 def gradients(folder: Path, accelerator: Accelerator, shared_out: bool) -> list[torch.Tensor]:
     """Of this process' own sample."""
-    transformer = KontextFiles(folder, dtype="fp32").load_transformer(torch.device("cpu"))
-    denoiser = FluxDenoiser(transformer, device=accelerator.device)
+    transformer = ModelFolder(folder, dtype="fp32").load_transformer(torch.device("cpu"))
+    denoiser = DiffusersDenoiser(KONTEXT, transformer, device=accelerator.device)
     lora = LoRA(transformer, LoRASettings(2, 3.0, layers="all"))
     with torch.no_grad():
         for i, layer in enumerate(lora.layers):

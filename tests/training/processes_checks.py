@@ -38,6 +38,7 @@ from small import (
 )
 
 from editloss_core import losses
+from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.objective import TERMS, EditObjective, LossTerm
 from editloss_core.pairs import PairProblems, PairSet
 from editloss_core.processes import Processes, leave
@@ -46,7 +47,6 @@ from editloss_core.runs.log import LOG_FILE, RunLog
 from editloss_core.training import prepare as preparation
 from editloss_core.training.estimate import EstimateObjective
 from editloss_core.training.gradients import NonFinite
-from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
 from editloss_core.training.trainer import Trainer
 

@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 from processes_checks import EVERYTHING, RUN, alone, pairs, same_run
 from small import SmallDenoiser, conditioning, encoders, parts, prepared_pairs, settings
 
+from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.processes import leave, place
-from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.trainer import Trainer
 
 

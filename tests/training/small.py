@@ -14,12 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, freeze
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.hashing import hash_module
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs import PairSet
 from editloss_core.training.flow import Timesteps
 from editloss_core.training.host import Host
-from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.prepare import prepare
 from editloss_core.training.settings import TrainingSettings
 from editloss_core.training.trainer import Trainer
@@ -131,10 +132,12 @@ class Net(nn.Module):
 
 
 class SmallDenoiser:
-    """The protocol of flow.Denoiser around a :class:`Net` with fixed random weights.
+    """The protocol of models.base.Denoiser around a :class:`Net` with fixed random weights.
 
     ``conditioning``: tensors ``[2]``.
     """
+
+    edit_model = KONTEXT  # whose schedule it is sampled on
 
     def __init__(self, width=32, checkpointing=False, seed=0):
         self.module, self.device, self.checkpointing = Net(width), CPU, checkpointing

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 
 from editloss_core.encoders.vae import VAEEncoder
+from editloss_core.lora.lora import LoRASettings
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import TERMS, EditObjective, LossTerm, recommended
 from editloss_core.training.config import (
@@ -26,7 +27,6 @@ from editloss_core.training.config import (
 )
 from editloss_core.training.config_reader import ConfigError, checkpoint_of, parse_config, read_config
 from editloss_core.training.flow import Timesteps
-from editloss_core.training.lora import LoRASettings
 from editloss_core.training.settings import TrainingSettings
 
 MINIMAL = '[model]\npath = "kontext"\n[pairs]\nfolder = "pairs"\n[run]\nfolder = "runs/a"\n'

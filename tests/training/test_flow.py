@@ -6,15 +6,13 @@ import pytest
 import torch
 from scipy import stats
 
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.training.flow import (
     Timesteps,
     add_noise,
     estimate,
     estimate_weights,
     generator_for,
-    sample,
-    shift,
-    token_count,
     velocity_loss,
 )
 
@@ -26,7 +24,7 @@ def latents(*shape, seed=0):
 
 
 def draw(count=COUNT, tokens=256, seed=0, **options):
-    return Timesteps(**options).draw(count, tokens, torch.Generator().manual_seed(seed))
+    return Timesteps(**options).draw(count, KONTEXT.mu(tokens), torch.Generator().manual_seed(seed))
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
@@ -70,7 +68,7 @@ def test_logit_normal_has_the_logits_of_a_normal(mean, std):
 
 @pytest.mark.parametrize("tokens, mu", [(256, 0.5), (4096, 1.15), (1024, 0.63)])
 def test_shifted_raises_the_mean_by_flux_s_straight_line(tokens, mu):
-    assert shift(tokens) == pytest.approx(mu)
+    assert KONTEXT.mu(tokens) == pytest.approx(mu)
     logits = torch.logit(draw(kind="shifted", mean=0.2, tokens=tokens).double())
     assert stats.kstest(logits, stats.norm(0.2 + mu, 1.0).cdf).pvalue > 0.01
 
@@ -120,7 +118,7 @@ def test_bad_timesteps(options, message):
 
 
 def test_tokens_are_patches_of_latents():
-    assert token_count(torch.zeros(1, 16, 128, 128)) == 4096 and token_count(torch.zeros(1, 16, 5, 3)) == 6
+    assert KONTEXT.tokens(torch.zeros(1, 16, 128, 128)) == 4096 and KONTEXT.tokens(torch.zeros(1, 16, 5, 3)) == 6
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -201,7 +199,7 @@ class Field:
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_the_exact_field_of_one_picture_leads_to_it_in_any_number_of_steps(steps):
     x0, noise = latents(2, 3, 8, 8), latents(2, 3, 8, 8, seed=1)
-    found = sample(Field(lambda x, t: (x - x0) / t), noise, [x0], ["a", "b"], steps)
+    found = KONTEXT.sample(Field(lambda x, t: (x - x0) / t), noise, [x0], ["a", "b"], steps)
     torch.testing.assert_close(found, x0, atol=1e-5, rtol=0)
 
 
@@ -210,7 +208,7 @@ def test_a_linear_equation_converges_to_its_solution_at_first_order():
     noise, a = latents(1, 2, 4, 4), 0.8
     errors = []
     for steps in (20, 40, 80):
-        found = sample(Field(lambda x, t: a * x), noise, [], [None], steps)
+        found = KONTEXT.sample(Field(lambda x, t: a * x), noise, [], [None], steps)
         errors.append((found - noise * math.exp(-a)).abs().max().item())
     assert errors[2] < 0.02 and errors[0] / errors[1] == pytest.approx(2, rel=0.1) == errors[1] / errors[2]
 
@@ -219,7 +217,7 @@ def test_a_linear_equation_converges_to_its_solution_at_first_order():
 def test_the_schedule_is_flux_s(side, mu):
     """t' = exp(μ) / (exp(μ) + 1/t − 1), at 256 and 4096 tokens."""
     field, told = Field(lambda x, t: x), []
-    sample(field, torch.zeros(1, 1, side, side), [1], [2], 4, lambda *at: told.append(at))
+    KONTEXT.sample(field, torch.zeros(1, 1, side, side), [1], [2], 4, progress=lambda *at: told.append(at))
     expected = [math.exp(mu) / (math.exp(mu) + 1 / t - 1) for t in (1.0, 0.75, 0.5, 0.25)]
     assert field.times == pytest.approx(expected, rel=1e-6)
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)] and field.seen == [([1], [2])] * 4
@@ -228,7 +226,7 @@ def test_the_schedule_is_flux_s(side, mu):
 def test_sampling_leaves_no_graph_and_the_noise_as_it_was():
     noise, weight = latents(1, 2, 4, 4), torch.ones((), requires_grad=True)
     kept = noise.clone()
-    assert not sample(Field(lambda x, t: weight * x), noise, [], [None], 2).requires_grad
+    assert not KONTEXT.sample(Field(lambda x, t: weight * x), noise, [], [None], 2).requires_grad
     assert torch.equal(noise, kept)
 
 

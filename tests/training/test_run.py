@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from small_kontext import write_kontext
 
+from editloss_core.lora.lora import LoRASettings
 from editloss_core.objective import recommended
 from editloss_core.training.__main__ import main
 from editloss_core.training.config import (
@@ -30,7 +31,6 @@ from editloss_core.training.config import (
     ValidationSection,
     to_toml,
 )
-from editloss_core.training.lora import LoRASettings
 from editloss_core.training.settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +192,7 @@ def test_check_prints_the_plan_and_trains_nothing(base, capsys):
             "no linear layer of FluxTransformer2DModel matches 'double_blocks.*'",
         ),
         ({"validation": ValidationSection(hold_out=4)}, "hold_out: expected 0 to 3"),
-        ({"model": ModelSection("pairs")}, "line 2: model.path: expected FLUX.1 Kontext in diffusers' layout"),
+        ({"model": ModelSection("pairs")}, "line 2: model.path: expected an edit model in diffusers' layout (FLUX.1 Kontext)"),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(base, capsys, change, expected):

@@ -27,11 +27,11 @@ from small import (
 )
 
 from editloss_core import device_memory
+from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, CheckpointError, checkpoints
 from editloss_core.runs.log import RunLog
 from editloss_core.training.host import Host
-from editloss_core.training.lora import LoRA, LoRASettings
 from editloss_core.training.memory import OutOfMemory, StepMemory, advice
 from editloss_core.training.resume import resumable
 from editloss_core.training.trainer import NonFinite

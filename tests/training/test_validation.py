@@ -19,8 +19,8 @@ from small import (
     weights,
 )
 
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.training.flow import sample
 from editloss_core.training.host import Host
 from editloss_core.training.validation import NOISE_LEVELS
 
@@ -181,7 +181,7 @@ def test_pictures_are_what_the_sampler_and_the_decoder_make():
         assert picture.shape == (32, 32, 3) and 0 <= picture.min() and picture.max() <= 1
         if attached:
             made.lora.attach()
-        z = sample(made.denoiser, noise, [held_out().before([0])], [made.validator.conditioning[0]], 3)
+        z = KONTEXT.sample(made.denoiser, noise, [held_out().before([0])], [made.validator.conditioning[0]], 3)
         torch.testing.assert_close(picture, parts()[0].decode(z)[0].clamp(0, 1))
 
 

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 from small_kontext import VAE, write_kontext
 
-from editloss_core.training.diffusers_files import KontextFiles
-from editloss_core.training.diffusers_model import Caption, FluxDenoiser, VAEDecoder
-from editloss_core.training.lora import LoRA, LoRASettings
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.autoencoder import VAEDecoder
+from editloss_core.models.denoiser import DiffusersDenoiser
+from editloss_core.models.folder import ModelFolder
+from editloss_core.models.kontext import KONTEXT, Caption
 
 CPU = torch.device("cpu")
 
@@ -38,14 +40,14 @@ def change(path, **values):
 
 
 def test_nothing_is_wrong_with_a_whole_folder(whole):
-    assert KontextFiles(whole).faults() == []
+    assert ModelFolder(whole).faults() == []
 
 
 def test_every_missing_part_is_named_at_once(folder):
     for part in ("vae", "tokenizer_2", "text_encoder"):
         shutil.rmtree(folder / part)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    said = KontextFiles(folder, dtype="bf61", quantization="nf5").faults()
+    said = ModelFolder(folder, dtype="bf61", quantization="nf5").faults()
     for part, what in (
         ("vae", "there is no config.json"),
         ("tokenizer_2", "there is no tokenizer"),
@@ -60,7 +62,7 @@ def test_every_missing_part_is_named_at_once(folder):
 @pytest.mark.parametrize(
     ("file", "values", "expected"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "expected the folder of a FluxKontextPipeline, got one of a FluxPipeline"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "expected an edit model that is known (FLUX.1 Kontext), got a folder of FluxPipeline"),
         ("transformer/config.json", {"_class_name": "SD3Transformer2DModel"}, "transformer: expected a FluxTransformer2DModel, got a SD3"),
         ("transformer/config.json", {"in_channels": 96}, "expected in_channels 16 (2×2 latents of 4 channels), got 96: that is not Kontext"),
         ("transformer/config.json", {"out_channels": 8}, "transformer: expected out_channels 16, got 8"),
@@ -71,16 +73,16 @@ def test_every_missing_part_is_named_at_once(folder):
 )  # fmt: skip
 def test_what_is_not_kontext_is_told_by_its_config(folder, file, values, expected):
     change(folder / file, **values)
-    said = KontextFiles(folder).faults()
+    said = ModelFolder(folder).faults()
     assert len(said) == 1 and expected in said[0]
 
 
 def test_no_folder_and_no_diffusers_folder(tmp_path):
-    assert KontextFiles(tmp_path / "none").faults() == [f"path: there is no folder {tmp_path / 'none'}"]
-    (said,) = KontextFiles(tmp_path).faults()
+    assert ModelFolder(tmp_path / "none").faults() == [f"path: there is no folder {tmp_path / 'none'}"]
+    (said,) = ModelFolder(tmp_path).faults()
     assert "in diffusers' layout" in said and "there is no model_index.json" in said
     (tmp_path / "model_index.json").write_text("{")
-    assert "is not JSON" in KontextFiles(tmp_path).faults()[0]
+    assert "is not JSON" in ModelFolder(tmp_path).faults()[0]
 
 
 def test_a_single_file_is_looked_at(whole, tmp_path):
@@ -95,11 +97,11 @@ def test_a_single_file_is_looked_at(whole, tmp_path):
         ("broken.safetensors", "not a whole safetensors file"),
         ("diffusers.safetensors", "has no double_blocks.0.img_attn.qkv.weight among its 1 tensors"),
     ):
-        (said,) = KontextFiles(whole, transformer=tmp_path / name).faults()
+        (said,) = ModelFolder(whole, transformer=tmp_path / name).faults()
         assert said.startswith("transformer: ") and expected in said
     folder = shutil.copytree(whole, tmp_path / "without")
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    assert KontextFiles(folder, transformer=tmp_path / "fine.safetensors").faults() == []
+    assert ModelFolder(folder, transformer=tmp_path / "fine.safetensors").faults() == []
 
 
 def test_a_decoder_is_looked_at_and_decodes(whole, tmp_path):
@@ -114,12 +116,12 @@ def test_a_decoder_is_looked_at_and_decodes(whole, tmp_path):
         ("none", "decoder: there is no config.json"),
         ("wide", "decoder: expected one for latents of 4 channels, got 16"),
     ):
-        (said,) = KontextFiles(whole, decoder=tmp_path / name).faults()
+        (said,) = ModelFolder(whole, decoder=tmp_path / name).faults()
         assert said.startswith(expected)
-    (said,) = KontextFiles(whole, decoder=whole / "text_encoder").faults()
+    (said,) = ModelFolder(whole, decoder=whole / "text_encoder").faults()
     assert "expected a folder of a AutoencoderKL or a AutoencoderTiny" in said
     for name in ("tiny", "large"):
-        files = KontextFiles(whole, decoder=tmp_path / name)
+        files = ModelFolder(whole, decoder=tmp_path / name)
         assert files.faults() == []
         decode = VAEDecoder(files.load_decoder(CPU))
         z = torch.randn(1, 4, 4, 4).requires_grad_()
@@ -127,12 +129,12 @@ def test_a_decoder_is_looked_at_and_decodes(whole, tmp_path):
         assert pictures.shape == (1, 32, 32, 3) and 0 <= pictures.min() and pictures.max() <= 1
         assert torch.autograd.grad(pictures.sum(), z)[0].abs().max() > 0
         assert decode.checkpointing == (name == "large")
-    assert KontextFiles(whole).load_decoder(CPU) is None
+    assert ModelFolder(whole).load_decoder(CPU) is None
 
 
 def learns(transformer, dtype):
     """One step down the gradient of a LoRA on it makes the loss smaller."""
-    denoiser = FluxDenoiser(transformer, checkpointing=True)
+    denoiser = DiffusersDenoiser(KONTEXT, transformer, checkpointing=True)
     lora = LoRA(denoiser.module, LoRASettings(rank=2, alpha=2.0)).attach()
     g = torch.Generator().manual_seed(0)
     caption = Caption(torch.randn(8, 24, generator=g), torch.randn(20, generator=g))
@@ -154,7 +156,7 @@ def learns(transformer, dtype):
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_dtypes(whole, name):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    made = KontextFiles(whole, dtype=name).load_transformer(CPU)
+    made = ModelFolder(whole, dtype=name).load_transformer(CPU)
     assert {p.dtype for p in made.parameters()} == {dtype} and not any(p.requires_grad for p in made.parameters())
     learns(made, dtype)
 
@@ -164,7 +166,7 @@ def test_dtypes(whole, name):
     [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("torchao_int8", "torchao")],
 )
 def test_quantised_loading(whole, name, package):
-    files = KontextFiles(whole, quantization=name)
+    files = ModelFolder(whole, quantization=name)
     if importlib.util.find_spec(package) is None:
         (said,) = files.faults()
         assert said.startswith(f"quantization: {name} needs a package; pip install {package}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("diffusers")
@@ -9,18 +11,13 @@ pytest.importorskip("diffusers")
 import torch
 from small_kontext import write_kontext
 
-from editloss_core.training.diffusers_files import KontextFiles
-from editloss_core.training.diffusers_model import (
-    FluxDenoiser,
-    VAEDecoder,
-    encode_captions,
-    hash_folders,
-    pack,
-    position_ids,
-    unpack,
-    vae_encoder,
-)
-from editloss_core.training.lora import LoRA, LoRASettings
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.autoencoder import VAEDecoder, vae_encoder
+from editloss_core.models.captions import encode_captions
+from editloss_core.models.denoiser import DiffusersDenoiser
+from editloss_core.models.folder import ModelFolder, hash_folders
+from editloss_core.models.kontext import KONTEXT, Kontext, pack, position_ids, unpack
+from editloss_core.pairs import PairSet
 
 CPU = torch.device("cpu")
 PROMPT = "Make it a square."
@@ -33,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(folder):
-    return KontextFiles(folder, dtype="fp32")
+    return ModelFolder(folder, dtype="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,15 @@ def pipeline(folder):
 
 @pytest.fixture(scope="module")
 def caption(files):
-    return encode_captions([PROMPT], lambda: files.load_text(CPU), files.text_fingerprint)[PROMPT]
+    return encode_captions(KONTEXT, [asked(PROMPT)], lambda: files.load_text(CPU), files.text_fingerprint)[0][0]
+
+
+def asked(*captions):
+    """Pairs of these captions, each with pictures of its own."""
+    ramp = torch.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3)
+    pictures = torch.stack([ramp.roll(i, 0) for i in range(len(captions))])
+    pairs = PairSet.from_images(pictures, 1 - pictures, None, "-", names=[f"p{i}" for i in range(len(captions))])
+    return replace(pairs, pairs=tuple(replace(p, caption=c) for p, c in zip(pairs, captions)))
 
 
 def draw(*shape, seed=0):
@@ -91,7 +96,7 @@ def test_a_forward_pass_is_the_pipelines(files, pipeline, caption):
     height, width = 48, 80
     picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1))
     steps = called(pipeline, picture)
-    denoiser = FluxDenoiser(files.load_transformer(CPU), guidance=2.5)
+    denoiser = DiffusersDenoiser(KONTEXT, files.load_transformer(CPU), guidance=2.5)
     reference = vae_encoder(files.load_vae(CPU)).latents(picture.movedim(1, -1))
     assert len(steps) == 3
     for given, theirs in steps:
@@ -120,9 +125,9 @@ def test_in_bfloat16_it_is_the_pipelines_too(folder, caption):
     pipeline = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     steps = called(pipeline, torch.rand(1, 3, 32, 32))
-    half = KontextFiles(folder, dtype="bf16")
-    denoiser = FluxDenoiser(half.load_transformer(CPU), guidance=2.5)
-    own = encode_captions([PROMPT], lambda: half.load_text(CPU), half.text_fingerprint)[PROMPT]
+    half = ModelFolder(folder, dtype="bf16")
+    denoiser = DiffusersDenoiser(KONTEXT, half.load_transformer(CPU), guidance=2.5)
+    own = encode_captions(KONTEXT, [asked(PROMPT)], lambda: half.load_text(CPU), half.text_fingerprint)[0][0]
     for given, theirs in steps:
         x = given["hidden_states"]
         latents = [unpack(part, 4, 4).float() for part in x.chunk(2, 1)]
@@ -132,7 +137,7 @@ def test_in_bfloat16_it_is_the_pipelines_too(folder, caption):
 
 
 def test_a_batch_is_its_samples_and_a_reference_may_have_another_size(files, caption):
-    denoiser = FluxDenoiser(files.load_transformer(CPU))
+    denoiser = DiffusersDenoiser(KONTEXT, files.load_transformer(CPU))
     other = caption._replace(tokens=caption.tokens.flip(0), pooled=-caption.pooled)
     x, reference, t = draw(2, 4, 4, 6), draw(2, 4, 8, 4, seed=1), torch.tensor([0.2, 0.9])
     with torch.no_grad():
@@ -144,7 +149,7 @@ def test_a_batch_is_its_samples_and_a_reference_may_have_another_size(files, cap
 
 
 def test_what_does_not_fit_together_is_refused(files, caption):
-    denoiser = FluxDenoiser(files.load_transformer(CPU))
+    denoiser = DiffusersDenoiser(KONTEXT, files.load_transformer(CPU))
     x = draw(2, 4, 4, 4)
     with pytest.raises(ValueError, match="expected one, as FluxKontextPipeline takes it for a sample, got 2"):
         denoiser(x, torch.rand(2), [x, x], [caption] * 2)
@@ -176,7 +181,7 @@ def gradients(denoiser, lora, caption, t=0.6):
 def test_checkpointing_changes_no_gradient_and_finite_differences_agree(files, caption):
     found = []
     for checkpointing in (False, True):
-        denoiser = FluxDenoiser(files.load_transformer(CPU), checkpointing=checkpointing)
+        denoiser = DiffusersDenoiser(KONTEXT, files.load_transformer(CPU), checkpointing=checkpointing)
         lora = trained(denoiser)
         found.append(gradients(denoiser, lora, caption))
     (loss, plain), (_, again) = found
@@ -230,17 +235,35 @@ def test_captions_are_the_pipelines_and_cached(files, pipeline, tmp_path):
 
     said = []
     texts = [PROMPT, "Remove the “cat”.", PROMPT]
-    first = encode_captions(texts, load, files.text_fingerprint, tmp_path, lambda *at: said.append(at))
-    assert list(first) == texts[:2] and said == [(1, 2), (2, 2)]
+    sets, told = [asked(*texts), asked(*texts[1:])], files.text_fingerprint
+    first, watched = encode_captions(KONTEXT, sets, load, told, tmp_path, lambda *at: said.append(at))
+    assert len(first) == 3 and len(watched) == 2 and said == [(1, 2), (2, 2)]
+    assert first[2] is first[0] is watched[1] and first[1] is watched[0] is not first[0]
     with torch.no_grad():
         tokens, pooled, _ = pipeline.encode_prompt(texts[1])
-    assert torch.equal(first[texts[1]].tokens, tokens[0]) and torch.equal(first[texts[1]].pooled, pooled[0])
-    again = encode_captions(texts, load, files.text_fingerprint, tmp_path)
-    assert len(calls) == 1 and all(torch.equal(a, b) for t in first for a, b in zip(first[t], again[t]))
-    encode_captions([*texts, "Another."], load, files.text_fingerprint, tmp_path)
-    encode_captions(texts, load, "others", tmp_path)
+    assert torch.equal(first[1].tokens, tokens[0]) and torch.equal(first[1].pooled, pooled[0])
+    (again,) = encode_captions(KONTEXT, sets[:1], load, told, tmp_path)
+    assert len(calls) == 1 and all(torch.equal(a, b) for x, y in zip(first, again) for a, b in zip(x, y))
+    encode_captions(KONTEXT, [asked(*texts, "Another.")], load, told, tmp_path)
+    encode_captions(KONTEXT, sets, load, "others", tmp_path)
     assert len(calls) == 3
-    assert all(not t.is_inference() and t.device == CPU for t in again[PROMPT])
+    assert all(not t.is_inference() and t.device == CPU for t in again[0])
+
+
+def test_where_the_picture_is_read_each_pair_has_its_own(tmp_path):
+    """As for models whose text encoder sees the before picture: here one whose 'tokens' are that picture's mean."""
+
+    class Seeing(Kontext):
+        reads_picture = True
+
+        def encode(self, pipeline, caption, before):
+            return {"tokens": before.mean().expand(1, 1).clone(), "pooled": before[0, 0]}
+
+    pairs, loads = asked(PROMPT, PROMPT, "Another."), []
+    (made,) = encode_captions(Seeing(), [pairs], lambda: loads.append(1), "f", tmp_path)
+    assert [c.pooled.tolist() for c in made] == [pairs.load(i).before[0, 0].tolist() for i in range(3)]
+    (again,) = encode_captions(Seeing(), [pairs], lambda: loads.append(1), "f", tmp_path)
+    assert loads == [1] and all(torch.equal(a.pooled, b.pooled) for a, b in zip(made, again))
 
 
 def test_captions_that_were_of_no_use_for_long_are_pruned_like_all_else(files, tmp_path):
@@ -248,7 +271,7 @@ def test_captions_that_were_of_no_use_for_long_are_pruned_like_all_else(files, t
 
     from editloss_core.cache import TensorCache
 
-    encode_captions([PROMPT], lambda: files.load_text(CPU), files.text_fingerprint, tmp_path)
+    encode_captions(KONTEXT, [asked(PROMPT)], lambda: files.load_text(CPU), files.text_fingerprint, tmp_path)
     (path,) = (tmp_path / "captions").iterdir()
     os.utime(path, (1, 1))
     TensorCache(tmp_path).prune(limit=1)

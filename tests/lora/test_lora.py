@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from editloss_core.files import read_safetensors, write_safetensors
-from editloss_core.training.lora import LAYER_PRESETS, LoRA, LoRASettings, select_layers
+from editloss_core.lora.lora import LoRA, LoRASettings, select_layers
+from editloss_core.models.base import PRESETS
+from editloss_core.models.kontext import KONTEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,7 +56,7 @@ def flux_names():
     def single():
         return Part(linear1=nn.Linear(8, 36), linear2=nn.Linear(20, 8), modulation=Part(lin=nn.Linear(8, 24)))
 
-    return Part(
+    return type("Flux", (Part,), {})(
         img_in=nn.Linear(8, 8),
         txt_in=nn.Linear(8, 8),
         time_in=Part(in_layer=nn.Linear(8, 8), out_layer=nn.Linear(8, 8)),
@@ -81,7 +83,7 @@ DIFFUSERS = """
 
 def diffusers_names():
     """Linear layers by the names of diffusers' FluxTransformer2DModel (0.42)."""
-    root = Part()
+    root = type("FluxTransformer2DModel", (Part,), {})()
     for name in DIFFUSERS:
         *path, last = name.split(".")
         place = root
@@ -415,7 +417,7 @@ def test_patterns():
 def test_layers_that_do_not_fit():
     net = flux_names()
     with pytest.raises(
-        ValueError, match=r"layers: no linear layer of Part matches 'attn'; it has 32, among them img_in, .*final"
+        ValueError, match=r"layers: no linear layer of Flux matches 'attn'; it has 32, among them img_in, .*final"
     ):
         LoRA(net, LoRASettings(layers="attention, attn"))
     with pytest.raises(ValueError, match="takes out every layer"):
@@ -423,6 +425,8 @@ def test_layers_that_do_not_fit():
     with pytest.raises(ValueError, match="layers: Sequential has no linear layers"):
         LoRA(nn.Sequential(nn.Embedding(4, 4), nn.Conv2d(3, 3, 1)), LoRASettings(layers="all"))
     with pytest.raises(ValueError, match="no linear layer of Net matches 'attention'"):
+        LoRA(Net(), LoRASettings(layers="attention"), model=KONTEXT)
+    with pytest.raises(ValueError, match="layers: what 'attention' is, is known for FLUX.1 Kontext and not for Net"):
         LoRA(Net(), LoRASettings(layers="attention"))
 
 
@@ -516,7 +520,7 @@ def test_round_trip(tmp_path):
 SAVE = """
 import sys, torch
 from torch import nn
-from editloss_core.training.lora import LoRA, LoRASettings
+from editloss_core.lora.lora import LoRA, LoRASettings
 net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
 LoRA(net, LoRASettings(layers="all"), 3).save(sys.argv[1], {k: k.upper() for k in "abcdefgh"})
 """
@@ -609,6 +613,6 @@ def test_other_formats_are_named(prefix, whose):
 
 
 def test_presets_are_what_settings_name():
-    for name in LAYER_PRESETS:
+    for name in PRESETS:
         LoRASettings(layers=name)
-    assert LoRASettings().layers in LAYER_PRESETS
+    assert LoRASettings().layers in PRESETS

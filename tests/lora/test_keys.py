@@ -10,25 +10,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from editloss_core.training import convert_lora
-from editloss_core.training.lora import LoRA, LoRASettings
-from editloss_core.training.lora_dialects import (
-    BLOCKS,
+from editloss_core.lora.keys import (
     COMFYUI,
     DIFFUSERS,
-    OUTSIDE,
-    SWAPPED,
     Update,
-    comfyui_name,
-    diffusers_names,
     from_tensors,
     fuse,
     save_both,
     split,
     to_tensors,
 )
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.kontext import KONTEXT
+from editloss_core.training import convert_lora
 
-WIDTH = 6
+WIDTH, NAMES = 6, KONTEXT.names
 # ComfyUI's layer → (outputs, inputs) in a FLUX of this width.
 SIZES = {
     "double_blocks.0.img_attn.qkv": (3 * WIDTH, WIDTH), "double_blocks.0.img_attn.proj": (WIDTH, WIDTH),
@@ -55,43 +51,43 @@ def delta(u):
 
 def parts_of(layer):
     """diffusers' layers of one of ComfyUI's, with their rows."""
-    names, (outputs, _) = diffusers_names(layer), SIZES[layer]
+    names, (outputs, _) = NAMES.diffusers(layer), SIZES[layer]
     rows = [outputs] if len(names) == 1 else [WIDTH] * 3 + ([outputs - 3 * WIDTH] if len(names) > 3 else [])
     return dict(zip(names, rows))
 
 
 def test_every_layer_of_flux_has_a_name_in_both():
-    layers = {layer for _, _, inside in BLOCKS for layer in inside} | set(OUTSIDE)
+    layers = {layer for _, _, inside in NAMES.blocks for layer in inside} | set(NAMES.outside)
     assert len(layers) == len(SIZES)
     for layer in SIZES:
-        for i, name in enumerate(diffusers_names(layer)):
-            assert comfyui_name(name) == (layer, i)
+        for i, name in enumerate(NAMES.diffusers(layer)):
+            assert NAMES.comfyui(name) == (layer, i)
 
 
 @pytest.mark.parametrize("layer", SIZES)
 def test_split_is_exact(layer):
     whole = update(*SIZES[layer])
-    found = split({layer: whole})
-    assert list(found) == list(diffusers_names(layer))
+    found = split({layer: whole}, NAMES)
+    assert list(found) == list(NAMES.diffusers(layer))
     rows = torch.cat([u.up for u in found.values()])
-    if layer == SWAPPED:
+    if layer in NAMES.swapped:
         rows = torch.cat([rows[WIDTH:], rows[:WIDTH]])
     assert torch.equal(rows, whole.up)
     assert all(torch.equal(u.down, whole.down) and u.alpha == whole.alpha for u in found.values())
-    again = fuse(found)[layer]  # the shared A is seen: the rank does not grow
+    again = fuse(found, NAMES)[layer]  # the shared A is seen: the rank does not grow
     assert torch.equal(again.down, whole.down) and torch.equal(again.up, whole.up) and again.alpha == whole.alpha
 
 
 @pytest.mark.parametrize("layer", SIZES)
 def test_fuse_is_exact(layer):
     parts = {n: update(rows, SIZES[layer][1], seed=i) for i, (n, rows) in enumerate(parts_of(layer).items())}
-    (found,) = fuse(parts).values()
+    (found,) = fuse(parts, NAMES).values()
     expected = torch.cat([delta(u) for u in parts.values()])
-    if layer == SWAPPED:
+    if layer in NAMES.swapped:
         expected = torch.cat([expected[WIDTH:], expected[:WIDTH]])
     assert torch.equal(delta(found), expected)
     assert found.rank == 3 * len(parts) and found.scale == 5 / 3
-    again = split({layer: found})  # and the zeros beside the diagonal are seen: the ranks are what they were
+    again = split({layer: found}, NAMES)  # and the zeros beside the diagonal are seen: the ranks are what they were
     assert list(again) == list(parts)
     for name, u in parts.items():
         assert (
@@ -107,10 +103,10 @@ def test_parts_may_be_missing_and_have_other_ranks_and_alphas(missing):
         for i, (n, rows) in enumerate(names.items())
         if i != missing
     }
-    (found,) = fuse(parts).values()
+    (found,) = fuse(parts, NAMES).values()
     expected = torch.cat([delta(parts[n]) if n in parts else torch.zeros(rows, WIDTH) for n, rows in names.items()])
     assert torch.allclose(delta(found), expected, atol=1e-5) and found.up.shape[0] == 7 * WIDTH
-    again = split({"single_blocks.12.linear1": found})
+    again = split({"single_blocks.12.linear1": found}, NAMES)
     assert list(again) == list(parts)
     assert all(
         torch.allclose(delta(again[n]), delta(u), atol=1e-5) and again[n].rank == u.rank for n, u in parts.items()
@@ -119,7 +115,7 @@ def test_parts_may_be_missing_and_have_other_ranks_and_alphas(missing):
 
 def test_one_that_learnt_nothing_stays_whole():
     whole = update(3 * WIDTH, WIDTH)._replace(up=torch.zeros(3 * WIDTH, 3))
-    found = split({"double_blocks.3.txt_attn.qkv": whole})
+    found = split({"double_blocks.3.txt_attn.qkv": whole}, NAMES)
     assert len(found) == 3 and all(torch.equal(u.down, whole.down) and not u.up.any() for u in found.values())
 
 
@@ -148,7 +144,7 @@ def test_one_that_learnt_nothing_stays_whole():
 )
 def test_what_is_not_of_flux_is_refused(function, updates, expected):
     with pytest.raises(ValueError, match=expected):
-        function(updates)
+        function(updates, NAMES)
 
 
 # ---------------------------------------------------------------------------- files
@@ -235,7 +231,8 @@ def test_the_pipeline_loads_it_at_the_right_strength(folder, tmp_path, layers):
     from diffusers import FluxKontextPipeline
     from small_kontext import transformer
 
-    from editloss_core.training.diffusers_model import Caption, FluxDenoiser
+    from editloss_core.models.denoiser import DiffusersDenoiser
+    from editloss_core.models.kontext import Caption
 
     net = transformer(4)
     lora = LoRA(net, LoRASettings(rank=3, alpha=5.0, layers=layers))
@@ -248,7 +245,9 @@ def test_the_pipeline_loads_it_at_the_right_strength(folder, tmp_path, layers):
 
     def velocity(module):
         with torch.no_grad():
-            return FluxDenoiser(module, checkpointing=False)(x, torch.tensor([0.7]), [reference], [caption])
+            return DiffusersDenoiser(KONTEXT, module, checkpointing=False)(
+                x, torch.tensor([0.7]), [reference], [caption]
+            )
 
     base = velocity(net)
     with lora.attach().disabled():

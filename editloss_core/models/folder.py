@@ -1,6 +1,6 @@
-"""FLUX.1 Kontext from a folder in diffusers' layout: looked at before any work, loaded part by part when it is its turn.
+"""An edit model from a folder in diffusers' layout: looked at before any work, loaded part by part when it is its turn.
 
-    FOLDER/model_index.json, transformer/, vae/, text_encoder/ (CLIP), text_encoder_2/ (T5), tokenizer/, tokenizer_2/
+    FOLDER/model_index.json, transformer/, vae/, and the text encoders and tokenizers of the model
 
 Nothing is ever downloaded. diffusers, transformers and what quantises are imported where they are used.
 """
@@ -8,17 +8,19 @@ Nothing is ever downloaded. diffusers, transformers and what quantises are impor
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
 import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Optional
+from typing import Any, Iterable, Mapping, Optional
 
 import torch
 from torch import nn
 
-from .diffusers_model import PATCH, hash_folders
+from . import registry
+from .base import EditModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTIZATIONS = {  # → packages
@@ -27,21 +29,11 @@ QUANTIZATIONS = {  # → packages
     "int8": ("bitsandbytes",),
     "torchao_int8": ("torchao",),
 }
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-CLASSES = {
-    "transformer": ("FluxTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("T5EncoderModel",),
-}
-DECODERS = ("AutoencoderKL", "AutoencoderTiny")
-PIPELINE = "FluxKontextPipeline"
-# Of the original layout, with the prefixes under which programs keep it.
-SINGLE_FILE_KEY, SINGLE_FILE_PREFIXES = "double_blocks.0.img_attn.qkv.weight", ("", "model.diffusion_model.")
+SINGLE_FILE_PREFIXES = ("", "model.diffusion_model.")  # under which programs keep a transformer in the original layout
 
 
 @dataclass(frozen=True)
-class KontextFiles:
+class ModelFolder:
     """Where the parts of a model are, and how they are to be loaded.
 
     Attributes:
@@ -59,6 +51,23 @@ class KontextFiles:
     dtype: str = "bf16"
     quantization: str = "none"
 
+    @property
+    def edit_model(self) -> EditModel:
+        """By model_index.json.
+
+        Raises:
+            ValueError: it is of no known model, or not there.
+        """
+        index = _json(self.folder / "model_index.json")
+        if isinstance(index, str):
+            raise ValueError(
+                f"path: expected an edit model in diffusers' layout ({registry.titles()}) in {self.folder}; {index}"
+            )
+        try:
+            return registry.of_pipeline(index.get("_class_name"))
+        except ValueError as error:
+            raise ValueError(f"path: {error} ({self.folder})") from None
+
     def faults(self) -> list[str]:
         """Everything that would stop :meth:`load_transformer` and the others, found without loading a weight."""
         faults = []
@@ -73,11 +82,15 @@ class KontextFiles:
                 faults.append(f"quantization: {self.quantization} needs a package; pip install {package}")
         if not self.folder.is_dir():
             return [*faults, f"path: there is no folder {self.folder}"]
-        faults += self._faults_of_parts()
+        try:
+            model = self.edit_model
+        except ValueError as error:
+            return [*faults, str(error)]
+        faults += self._faults_of_parts(model)
         if self.transformer is not None:
-            faults += _faults_of_single_file(self.transformer)
+            faults += _faults_of_single_file(self.transformer, model)
         if self.decoder is not None:
-            faults += self._faults_of_decoder()
+            faults += self._faults_of_decoder(self.decoder, model)
         return faults
 
     def faults_on(self, device: torch.device) -> list[str]:
@@ -95,41 +108,42 @@ class KontextFiles:
     @property
     def text_fingerprint(self) -> str:
         """Of all that makes a caption's embedding."""
-        return hash_folders([self.folder / part for part in TEXT_PARTS], self.dtype)
+        return hash_folders([self.folder / part for part in self._text_parts], self.dtype)
 
-    def _faults_of_parts(self) -> list[str]:
-        index = _json(self.folder / "model_index.json")
-        if isinstance(index, str):
-            return [f"path: expected FLUX.1 Kontext in diffusers' layout in {self.folder}; {index}"]
-        faults, kind = [], index.get("_class_name")
-        if kind != PIPELINE:
-            faults.append(f"path: expected the folder of a {PIPELINE}, got one of a {kind} ({self.folder})")
+    @property
+    def _text_parts(self) -> list[str]:
+        parts = self.edit_model.parts
+        return [*parts.texts, *parts.tokenizers]
+
+    def _faults_of_parts(self, model: EditModel) -> list[str]:
+        faults: list[str] = []
         configs = {}
-        for part, classes in CLASSES.items():
+        wanted = {"transformer": model.parts.transformer, "vae": model.parts.autoencoder, **model.parts.texts}
+        for part, kind in wanted.items():
             config = _json(self.folder / part / "config.json")
             if isinstance(config, str):
                 faults.append(f"path: {part}: {config}")
                 continue
             found = config.get("_class_name") or (config.get("architectures") or [None])[0]
-            if found not in classes:
-                faults.append(f"path: {part}: expected a {' or a '.join(classes)}, got a {found}")
+            if found != kind:
+                faults.append(f"path: {part}: expected a {kind}, got a {found}")
                 continue
             configs[part] = config
             single = part == "transformer" and self.transformer is not None
             if not single and not any((self.folder / part).glob("*.safetensors")):
                 faults.append(f"path: {part}: there are no weights (.safetensors) in {self.folder / part}")
-        for part in ("tokenizer", "tokenizer_2"):
+        for part in model.parts.tokenizers:
             if not any((self.folder / part / n).is_file() for n in ("tokenizer.json", "vocab.json", "spiece.model")):
                 faults.append(f"path: {part}: there is no tokenizer in {self.folder / part}")
-        return faults + _misfits(configs)
+        return faults + _misfits(configs, model)
 
-    def _faults_of_decoder(self) -> list[str]:
-        config = _json(self.decoder / "config.json")
+    def _faults_of_decoder(self, decoder: Path, model: EditModel) -> list[str]:
+        config = _json(decoder / "config.json")
         if isinstance(config, str):
             return [f"decoder: {config}"]
         kind = config.get("_class_name")
-        if kind not in DECODERS:
-            return [f"decoder: expected a folder of a {' or a '.join(DECODERS)}, got a {kind}"]
+        if kind not in model.parts.decoders:
+            return [f"decoder: expected a folder of a {' or a '.join(model.parts.decoders)}, got a {kind}"]
         own = _json(self.folder / "vae" / "config.json")
         wanted = own.get("latent_channels") if isinstance(own, dict) else None
         found = config.get("latent_channels")
@@ -140,21 +154,23 @@ class KontextFiles:
     # -- loading ----------------------------------------------------------------------------------------------------
 
     def load_text(self, device: torch.device) -> Any:
-        """A ``FluxKontextPipeline`` with text encoders and tokenizers alone."""
-        from diffusers import FluxKontextPipeline
+        """The model's pipeline with text encoders and tokenizers alone."""
+        import diffusers
 
+        kind = getattr(diffusers, self.edit_model.parts.pipeline)
         with warnings.catch_warnings():  # the name that older versions know is deprecated in newer ones
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = FluxKontextPipeline.from_pretrained(
+            pipeline = kind.from_pretrained(
                 str(self.folder), transformer=None, vae=None, torch_dtype=DTYPES[self.dtype], local_files_only=True
             )
         return pipeline.to(device)
 
     def load_vae(self, device: torch.device) -> nn.Module:
         """The autoencoder, frozen, in float32: it is small, and half precision overflows in it."""
-        from diffusers import AutoencoderKL
+        import diffusers
 
-        return _frozen(AutoencoderKL.from_pretrained(str(self.folder), subfolder="vae", local_files_only=True), device)
+        kind = getattr(diffusers, self.edit_model.parts.autoencoder)
+        return _frozen(kind.from_pretrained(str(self.folder), subfolder="vae", local_files_only=True), device)
 
     def load_decoder(self, device: torch.device) -> Optional[nn.Module]:
         """The small autoencoder, frozen; None without one."""
@@ -167,15 +183,16 @@ class KontextFiles:
 
     def load_transformer(self, device: torch.device) -> nn.Module:
         """The transformer, frozen, quantised if so chosen."""
-        from diffusers import FluxTransformer2DModel
+        import diffusers
 
+        kind = getattr(diffusers, self.edit_model.parts.transformer)
         options: dict[str, Any] = {"torch_dtype": DTYPES[self.dtype], "local_files_only": True}
         if self.quantization != "none":  # quantised on the device: bitsandbytes' weights cannot be moved afterwards
             options |= {"quantization_config": self._quantization_config(), "device_map": {"": device}}
         if self.transformer is None:
-            made = FluxTransformer2DModel.from_pretrained(str(self.folder), subfolder="transformer", **options)
+            made = kind.from_pretrained(str(self.folder), subfolder="transformer", **options)
         else:
-            made = FluxTransformer2DModel.from_single_file(
+            made = kind.from_single_file(
                 str(self.transformer), config=str(self.folder), subfolder="transformer", **options
             )
         made.requires_grad_(False).eval()
@@ -194,6 +211,14 @@ class KontextFiles:
         from torchao.quantization import Int8WeightOnlyConfig
 
         return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def empty_network(model: EditModel, config: Mapping[str, Any]) -> nn.Module:
+    """diffusers' network of a config without its weights (on torch's meta device)."""
+    import diffusers
+
+    with torch.device("meta"):
+        return getattr(diffusers, model.parts.transformer).from_config(dict(config))
 
 
 def free_memory() -> None:
@@ -218,29 +243,26 @@ def _json(path: Path) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else f"{path} is not a JSON object"
 
 
-def _misfits(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list[str]:
     """Parts that do not belong together, by their sizes."""
     faults = []
-    flux, vae = configs.get("transformer", {}), configs.get("vae", {})
-    inputs, channels = flux.get("in_channels"), vae.get("latent_channels")
-    if inputs and channels and inputs != PATCH**2 * channels:
+    network, vae, patch = configs.get("transformer", {}), configs.get("vae", {}), model.patch
+    inputs, channels = network.get("in_channels"), vae.get("latent_channels")
+    if inputs and channels and inputs != patch**2 * channels:
         faults.append(
-            f"path: transformer: expected in_channels {PATCH**2 * channels} ({PATCH}×{PATCH} latents of {channels} channels), "
-            f"got {inputs}: that is not Kontext, which sees its picture as tokens (FLUX.1 Fill has 384, Canny and Depth 128)"
+            f"path: transformer: expected in_channels {patch**2 * channels} ({patch}×{patch} latents of {channels} channels), "
+            f"got {inputs}: that is not {model.parts.others or model.title}"
         )
-    if flux.get("out_channels") not in (None, inputs):
-        faults.append(f"path: transformer: expected out_channels {inputs}, got {flux['out_channels']}")
-    for part, theirs, mine in (
-        ("text_encoder", "hidden_size", "pooled_projection_dim"),
-        ("text_encoder_2", "d_model", "joint_attention_dim"),
-    ):
-        wanted, found = flux.get(mine), configs.get(part, {}).get(theirs)
+    if network.get("out_channels") not in (None, inputs):
+        faults.append(f"path: transformer: expected out_channels {inputs}, got {network['out_channels']}")
+    for part, theirs, mine in model.parts.text_widths:
+        wanted, found = network.get(mine), configs.get(part, {}).get(theirs)
         if wanted and found and wanted != found:
             faults.append(f"path: {part}: expected {theirs} {wanted}, which the transformer takes, got {found}")
     return faults
 
 
-def _faults_of_single_file(path: Path) -> list[str]:
+def _faults_of_single_file(path: Path, model: EditModel) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     if path.suffix.lower() != ".safetensors":
@@ -252,9 +274,24 @@ def _faults_of_single_file(path: Path) -> list[str]:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         return [f"transformer: {path.name} is not a whole safetensors file ({error})"]
-    if not any(prefix + SINGLE_FILE_KEY in names for prefix in SINGLE_FILE_PREFIXES):
+    if not any(prefix + model.parts.original_key in names for prefix in SINGLE_FILE_PREFIXES):
         return [
-            f"transformer: expected a FLUX transformer in the original layout, {path.name} has no {SINGLE_FILE_KEY} among "
-            f"its {len(names)} tensors; a file from diffusers belongs in the folder's transformer/"
+            f"transformer: expected {model.title}'s transformer in the original layout, {path.name} has no "
+            f"{model.parts.original_key} among its {len(names)} tensors; a file from diffusers belongs in the folder's transformer/"
         ]
     return []
+
+
+def hash_folders(folders: Iterable[Path], *texts: str) -> str:
+    """sha256 over the files of folders: small ones by content, weights by name, size and time of change.
+
+    T5's weights are 9 GB: what reads them only to find that they are known has lost what the cache saves.
+    """
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for folder in folders:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            status = path.stat()
+            digest.update(f"\0{folder.name}/{path.relative_to(folder).as_posix()} {status.st_size}\0".encode())
+            large = status.st_size > 16_000_000
+            digest.update(str(status.st_mtime_ns).encode() if large else path.read_bytes())
+    return digest.hexdigest()

@@ -9,18 +9,25 @@ pytest.importorskip("diffusers")
 import torch
 from small_kontext import TRANSFORMER, transformer
 
-from editloss_core.training.diffusers_model import TEXT_TOKENS, Caption, FluxDenoiser
-from editloss_core.training.footprint import Footprint, empty_transformer, tokens_of
-from editloss_core.training.lora import LoRA, LoRASettings
+from editloss_core.lora.lora import LoRA, LoRASettings, layer_features, select_layers
+from editloss_core.models.denoiser import DiffusersDenoiser
+from editloss_core.models.folder import empty_network
+from editloss_core.models.footprint import Footprint
+from editloss_core.models.kontext import KONTEXT, Caption
 from editloss_core.training.settings import TrainingSettings
+
+
+def footprint(net, settings):
+    chosen = select_layers(net, settings.layers, KONTEXT).values()
+    return Footprint.of(KONTEXT, net, [layer_features(part) for part in chosen], settings.rank)
 
 
 @pytest.mark.parametrize("layers", ["attention", "attention + MLP", "all"])
 def test_counts_are_those_of_the_network_and_its_lora(layers):
     net, settings = transformer(), LoRASettings(3, 3.0, layers=layers)
     lora = LoRA(net, settings)
-    found = Footprint.of(empty_transformer(TRANSFORMER), settings)
-    assert found == Footprint.of(net, settings)
+    found = footprint(empty_network(KONTEXT, TRANSFORMER), settings)
+    assert found == footprint(net, settings)
     assert found.parameters == sum(p.numel() for p in net.parameters())
     assert found.trainable == sum(p.numel() for p in lora.parameters()) and found.layers == len(lora.layers)
     assert found.weight_bytes("fp32") == sum(p.nbytes for p in net.parameters())
@@ -36,7 +43,7 @@ def test_the_optimizer_takes_what_is_said():
         p.grad = torch.ones_like(p)
     optimizer.step()
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
-    said = Footprint.of(transformer(), LoRASettings(4, 4.0)).lora_bytes("adamw", ema=True)
+    said = footprint(transformer(), LoRASettings(4, 4.0)).lora_bytes("adamw", ema=True)
     own = sum(p.nbytes for p in lora.parameters())
     assert said == {"LoRA": own, "gradients": own, "optimizer": state, "moving average": own}
 
@@ -50,7 +57,7 @@ def test_checkpointing_keeps_less_by_about_what_is_said():
     caption = Caption(torch.randn(64, 24, generator=g), torch.randn(20, generator=g))
     kept = []
     for checkpointing in (False, True):
-        denoiser = FluxDenoiser(net, checkpointing=checkpointing)
+        denoiser = DiffusersDenoiser(KONTEXT, net, checkpointing=checkpointing)
         if not checkpointing:
             net.disable_gradient_checkpointing()
         own, saved = {p.data_ptr() for p in net.parameters()}, {}
@@ -65,7 +72,7 @@ def test_checkpointing_keeps_less_by_about_what_is_said():
         kept.append(sum(saved.values()))
         del v, saved
     lora.detach()
-    found, tokens = Footprint.of(net, LoRASettings(2, 2.0)), 64 + 2 * 16 * 16
+    found, tokens = footprint(net, LoRASettings(2, 2.0)), 64 + 2 * 16 * 16
     said = found.activation_bytes(tokens, 1, "fp32", checkpointing=False)
     assert 0.6 < kept[0] / said < 1.7
     # Of the checkpointed blocks only the inputs are kept; the one that is computed again comes with the backward pass.
@@ -75,10 +82,10 @@ def test_checkpointing_keeps_less_by_about_what_is_said():
 
 def test_flux_has_the_numbers_that_everyone_knows():
     shape = {"guidance_embeds": True}  # diffusers' defaults are FLUX.1's
-    found = Footprint.of(empty_transformer(shape), LoRASettings(16, 16.0))
+    found = footprint(empty_network(KONTEXT, shape), LoRASettings(16, 16.0))
     assert found.parameters == 11_901_408_320 and found.blocks == 57 and found.width == 3072
     assert 23.7e9 < found.weight_bytes() < 23.9e9 and 6.6e9 < found.weight_bytes(quantization="nf4") < 6.8e9
-    assert tokens_of(1024, 1024) == TEXT_TOKENS + 2 * 4096
+    assert KONTEXT.sample_tokens(1024, 1024) == 512 + 2 * 4096
     assert found.exchanged_bytes(1) == {"gradients of the LoRA": 0}
     eight = found.exchanged_bytes(8, sharded=True)
     assert eight["gradients of the LoRA"] == int(2 * 7 / 8 * 4 * found.trainable)

@@ -22,23 +22,10 @@ from torch.nn import functional as F
 
 from ..checks import check_number, check_whole
 from ..files import write_safetensors
+from ..models.base import PRESETS, EditModel
+from ..models.registry import of_network, titles
 
 PREFIX = "diffusion_model."  # of the names in a file; ComfyUI maps them to any model's layers one to one
-# Layers inside the numbered blocks, by the names of ComfyUI's networks and of diffusers' FluxTransformer2DModel. A single
-# block's first layer makes queries, keys, values and the MLP's input, its last one takes attention's and the MLP's output
-# together: both count as attention, or two thirds of a Flux would have none.
-_ATTENTION = (
-    "*blocks.*attn*.*",
-    "*single_blocks.*.linear1",
-    "*single_blocks.*.linear2",
-    "*single_transformer_blocks.*.proj_out",
-)
-_MLP = ("*blocks.*mlp*.*", "*blocks.*.ff.*", "*blocks.*.ff_context.*", "*single_transformer_blocks.*.proj_mlp")
-LAYER_PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": _ATTENTION,
-    "attention + MLP": (*_ATTENTION, *_MLP),
-    "all": ("*",),
-}
 # Names that other trainers write, and whose they are.
 _OTHER_FORMATS = {
     "lora_unet_": "kohya's",
@@ -79,11 +66,17 @@ class LoRASettings:
         _patterns(self.layers)
 
 
-def select_layers(module: nn.Module, layers: str) -> dict[str, nn.Module]:
+def select_layers(module: nn.Module, layers: str, model: Optional[EditModel] = None) -> dict[str, nn.Module]:
     """The linear layers of ``module`` that ``layers`` (see :class:`LoRASettings`) names, in the network's order.
 
+    Args:
+        module: the network.
+        layers: presets and patterns.
+        model: says what the presets comprise; None takes the known model that the network's class belongs to.
+
     Raises:
-        ValueError: for a pattern without a match (with a few of the names there are), and if nothing is left.
+        ValueError: for a preset of a network that no known model has, for a pattern without a match (with a few of the
+            names there are), and if nothing is left.
 
     >>> net = nn.ModuleDict({"double_blocks": nn.ModuleList([nn.ModuleDict({"img_mlp": nn.Sequential(nn.Linear(2, 3))})])})
     >>> list(select_layers(net, "*_mlp.*"))
@@ -95,7 +88,7 @@ def select_layers(module: nn.Module, layers: str) -> dict[str, nn.Module]:
     chosen: set[str] = set()
     taken_out: set[str] = set()
     for item, out in _patterns(layers):
-        globs = LAYER_PRESETS.get(item, (item,))
+        globs = _preset(item, module, model) if item in PRESETS else (item,)
         found = {name for name in known if any(fnmatchcase(name, glob) for glob in globs)}
         if not found:
             raise ValueError(
@@ -108,6 +101,18 @@ def select_layers(module: nn.Module, layers: str) -> dict[str, nn.Module]:
     return {name: part for name, part in known.items() if name in chosen - taken_out}
 
 
+def _preset(name: str, module: nn.Module, model: Optional[EditModel]) -> tuple[str, ...]:
+    kind = type(module).__name__
+    model = model or of_network(kind)
+    if model is not None:
+        return model.layers[name]
+    if name == "all":
+        return ("*",)
+    raise ValueError(
+        f"layers: what {name!r} is, is known for {titles()} and not for {kind}; name its layers by patterns, or take 'all'"
+    )
+
+
 def _patterns(layers: str) -> list[tuple[str, bool]]:
     """(preset or pattern, whether it takes layers out) for every item of a ``layers`` text."""
     if not isinstance(layers, str):
@@ -116,7 +121,7 @@ def _patterns(layers: str) -> list[tuple[str, bool]]:
     parsed = [(item.removeprefix("-").strip(), item.startswith("-")) for item in items]
     if all(out for _, out in parsed):
         raise ValueError(
-            f"layers: expected {', '.join(map(repr, LAYER_PRESETS))} or patterns such as 'double_blocks.*', got "
+            f"layers: expected {', '.join(map(repr, PRESETS))} or patterns such as 'double_blocks.*', got "
             f"{layers!r}; to take layers out, begin with what they are taken from, as in 'all, -*mod*'"
         )
     return parsed
@@ -177,6 +182,7 @@ class LoRA(nn.Module):
         settings: size and place.
         seed: of A; every layer draws from a generator of its own, by its name, so that the same seed gives the same
             bytes whatever other layers are chosen.
+        model: see :func:`select_layers`.
 
     Raises:
         ValueError: if ``settings.layers`` does not fit the network.
@@ -187,10 +193,16 @@ class LoRA(nn.Module):
     ['diffusion_model.0.alpha', 'diffusion_model.0.lora_down.weight', 'diffusion_model.0.lora_up.weight']
     """
 
-    def __init__(self, module: nn.Module, settings: LoRASettings = LoRASettings(), seed: int = 0):
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: LoRASettings = LoRASettings(),
+        seed: int = 0,
+        model: Optional[EditModel] = None,
+    ):
         super().__init__()
         self.settings = settings
-        self.targets = select_layers(module, settings.layers)  # a dict: its modules are not registered as parts
+        self.targets = select_layers(module, settings.layers, model)  # a dict: its modules are not registered as parts
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained

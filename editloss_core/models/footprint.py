@@ -7,14 +7,12 @@ objective's encoders come on top.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Sequence
 
-import torch
 from torch import nn
 
-from .diffusers_files import DTYPES
-from .diffusers_model import PATCH, TEXT_TOKENS
-from .lora import LoRASettings, layer_features, select_layers
+from .base import EditModel
+from .folder import DTYPES
 
 # Bytes a weight of a linear layer takes; the rest of the network keeps its dtype. nf4: half a byte, and a float32 scale for
 # each 64 weights; int8: a byte (the scale of a row is nothing beside it).
@@ -22,17 +20,6 @@ QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "torchao_int8": 1.0}
 # Bytes of state a trained parameter takes: two float32 moments; two of a byte; Prodigy's two and two more vectors.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "prodigy": 16.0}
 MASTER_BYTES = 4  # LoRA parameters and their gradients are float32
-# A block of width d keeps about 17·d values per token for its backward pass, beside its input: qkv 3, normalised input 2,
-# attention 1, MLP 4 + 4, and 3 in the residual and gates.
-BLOCK_VALUES = 17
-
-
-def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
-    """diffusers' ``FluxTransformer2DModel`` of a config without its weights (on torch's meta device)."""
-    from diffusers import FluxTransformer2DModel
-
-    with torch.device("meta"):
-        return FluxTransformer2DModel.from_config(dict(config))
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,7 @@ class Footprint:
         parameters: of the transformer, all frozen.
         linear: those of them that are weights of linear layers, which quantisation packs.
         width, blocks: of the transformer.
+        block_values: numbers per token and width that a block keeps for its backward pass, beside its input.
         layers: that get a LoRA.
         trainable: parameters of the LoRA.
     """
@@ -53,22 +41,26 @@ class Footprint:
     blocks: int
     layers: int
     trainable: int
+    block_values: int
 
     @classmethod
-    def of(cls, transformer: nn.Module, lora: LoRASettings) -> Footprint:
+    def of(cls, model: EditModel, network: nn.Module, adapted: Sequence[tuple[int, int]], rank: int) -> Footprint:
         """Of a network, with or without weights.
 
-        Raises:
-            ValueError: if the LoRA's ``layers`` do not fit it.
+        Args:
+            model: that it is of.
+            network: diffusers' class.
+            adapted: (in, out) of each layer that gets a LoRA.
+            rank: of the LoRA.
         """
-        chosen = select_layers(transformer, lora.layers)
         return cls(
-            parameters=sum(p.numel() for p in transformer.parameters()),
-            linear=sum(m.weight.numel() for m in transformer.modules() if isinstance(m, nn.Linear)),
-            width=transformer.inner_dim,
-            blocks=len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks),
-            layers=len(chosen),
-            trainable=sum(lora.rank * sum(layer_features(part)) for part in chosen.values()),
+            parameters=sum(p.numel() for p in network.parameters()),
+            linear=sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear)),
+            width=getattr(network, model.width_attribute),
+            blocks=sum(len(getattr(network, name)) for name in model.block_attributes),
+            layers=len(adapted),
+            trainable=sum(rank * sum(sizes) for sizes in adapted),
+            block_values=model.block_values,
         )
 
     def weight_bytes(self, dtype: str = "bf16", quantization: str = "none", shards: int = 1) -> int:
@@ -88,10 +80,10 @@ class Footprint:
         """Of the transformer's forward pass: every block's input, and what one block keeps (or all of them).
 
         Args:
-            tokens: of one sample, see :func:`tokens_of`.
+            tokens: of one sample, see :meth:`.EditModel.sample_tokens`.
             batch: samples of a pass in this process.
         """
-        kept = self.blocks + BLOCK_VALUES if checkpointing else self.blocks * (1 + BLOCK_VALUES)
+        kept = self.blocks + self.block_values if checkpointing else self.blocks * (1 + self.block_values)
         return batch * tokens * self.width * kept * DTYPES[dtype].itemsize
 
     def exchanged_bytes(self, processes: int, dtype: str = "bf16", sharded: bool = False) -> dict[str, int]:
@@ -118,8 +110,3 @@ class Footprint:
         attention = 4 * self.width * tokens**2
         again = int(checkpointing)
         return int(batch * self.blocks * (linear * (2 + again) + attention * (3.5 + again)))
-
-
-def tokens_of(height: int, width: int, downscale: int = 8) -> int:
-    """Tokens of a sample: the text's, and those of the picture and of its reference, for a picture of this size in pixels."""
-    return TEXT_TOKENS + 2 * (height // (downscale * PATCH)) * (width // (downscale * PATCH))

@@ -1,11 +1,11 @@
-"""A LoRA of FLUX.1 in ComfyUI's keys and in diffusers', and the way between them.
+"""A LoRA in ComfyUI's keys and in diffusers', and the way between them; which layers are which, the model's file says.
 
 ComfyUI keeps queries, keys and values of a block in one layer (in single blocks with the MLP's input), diffusers each in a
 layer of its own. A LoRA B·A of the whole layer is one for each part, with the same A and the part's rows of B. A LoRA for
 each part is one for the whole layer with all of their A below one another and their B as blocks on the diagonal; its rank
 is the sum of theirs. Both ways are exact, and back again gives the ranks that there were.
 
-The last layer's modulation has shift and scale in the opposite order.
+Some layers have their halves in the opposite order.
 """
 
 from __future__ import annotations
@@ -13,55 +13,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Union
+from typing import Any, Collection, Mapping, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
 
 from ..files import write_safetensors
+from ..models.base import LayerNames
+from ..models.registry import of_layers
 from .lora import PREFIX, LoRA
 
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 PREFIXES = {COMFYUI: PREFIX, DIFFUSERS: "transformer."}
 SUFFIXES = {COMFYUI: ("lora_down.weight", "lora_up.weight"), DIFFUSERS: ("lora_A.weight", "lora_B.weight")}
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers writes rank and alpha
-
-# ComfyUI's layer → diffusers', inside a block. Several are the rows of the one, from above.
-DOUBLE_BLOCK = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-SINGLE_BLOCK = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-OUTSIDE = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-BLOCKS = (
-    ("double_blocks", "transformer_blocks", DOUBLE_BLOCK),
-    ("single_blocks", "single_transformer_blocks", SINGLE_BLOCK),
-)
-SWAPPED = "final_layer.adaLN_modulation.1"  # its halves
-MLP_RATIO = 4  # rows of proj_mlp for each of to_q's, in every FLUX
 
 
 class Update(NamedTuple):
@@ -83,49 +48,18 @@ class Update(NamedTuple):
 Updates = Mapping[str, Update]  # layer, without prefix → its update
 
 
-def comfyui_name(layer: str) -> tuple[str, int]:
-    """diffusers' layer → (ComfyUI's, which of its parts).
-
-    >>> comfyui_name("single_transformer_blocks.3.proj_mlp")
-    ('single_blocks.3.linear1', 3)
-    """
-    for ours, theirs, inside in BLOCKS:
-        head, _, rest = layer.partition(".")
-        number, _, name = rest.partition(".")
-        if head == theirs:
-            return next(
-                ((f"{ours}.{number}.{whole}", parts.index(name)) for whole, parts in inside.items() if name in parts),
-                ("", 0),
-            )
-    return next(((whole, 0) for whole, (part,) in OUTSIDE.items() if part == layer), ("", 0))
-
-
-def diffusers_names(layer: str) -> tuple[str, ...]:
-    """ComfyUI's layer → diffusers'; none for a layer that FLUX does not have.
-
-    >>> diffusers_names("double_blocks.0.txt_attn.proj")
-    ('transformer_blocks.0.attn.to_add_out',)
-    """
-    for ours, theirs, inside in BLOCKS:
-        head, _, rest = layer.partition(".")
-        number, _, name = rest.partition(".")
-        if head == ours:
-            return tuple(f"{theirs}.{number}.{part}" for part in inside.get(name, ()))
-    return OUTSIDE.get(layer, ())
-
-
-def split(updates: Updates) -> dict[str, Update]:
+def split(updates: Updates, layers: LayerNames) -> dict[str, Update]:
     """ComfyUI's updates as diffusers': the same A, the part's rows of B, without what is zero in them.
 
     Raises:
-        ValueError: for a layer that FLUX does not have, or of a size that it cannot have.
+        ValueError: for a layer that the model does not have, or of a size that it cannot have.
     """
     found: dict[str, Update] = {}
     for layer, update in updates.items():
-        names = diffusers_names(layer)
+        names = layers.diffusers(layer)
         if not names:
-            raise ValueError(f"lora: FLUX has no layer {layer!r} in ComfyUI's names")
-        if layer == SWAPPED:
+            raise ValueError(f"lora: {layers.model} has no layer {layer!r} in ComfyUI's names")
+        if layer in layers.swapped:
             update = update._replace(up=torch.cat(update.up.chunk(2)[::-1]))
         if len(names) == 1:
             found[names[0]] = update
@@ -133,7 +67,9 @@ def split(updates: Updates) -> dict[str, Update]:
         width = update.down.shape[1]
         sizes = [width] * 3 + [len(update.up) - 3 * width] * (len(names) - 3)
         if sum(sizes) != len(update.up) or min(sizes) < 1:
-            raise ValueError(f"lora: {layer} has {len(update.up)} outputs for {width} inputs, which FLUX's do not")
+            raise ValueError(
+                f"lora: {layer} has {len(update.up)} outputs for {width} inputs, which {layers.model}'s do not"
+            )
         parts = dict(zip(names, (_without_zeros(update, up) for up in update.up.split(sizes))))
         teaching = {name: part for name, part in parts.items() if part.rank}
         found |= teaching or {name: update._replace(up=up) for name, up in zip(names, update.up.split(sizes))}
@@ -149,32 +85,32 @@ def _without_zeros(update: Update, up: Tensor) -> Update:
     return Update(down, up[:, used].contiguous(), update.alpha * len(down) / update.rank)
 
 
-def fuse(updates: Updates) -> dict[str, Update]:
+def fuse(updates: Updates, layers: LayerNames) -> dict[str, Update]:
     """diffusers' updates as ComfyUI's: parts that share their A keep its rank, others stand beside one another.
 
     A part that has no update gets rows of zeros.
 
     Raises:
-        ValueError: for a layer that FLUX does not have, or parts that do not fit together.
+        ValueError: for a layer that the model does not have, or parts that do not fit together.
     """
     groups: dict[str, dict[int, Update]] = {}
     for layer, update in updates.items():
-        whole, part = comfyui_name(layer)
+        whole, part = layers.comfyui(layer)
         if not whole:
-            raise ValueError(f"lora: FLUX has no layer {layer!r} in diffusers' names")
+            raise ValueError(f"lora: {layers.model} has no layer {layer!r} in diffusers' names")
         groups.setdefault(whole, {})[part] = update
     found = {}
     for whole, parts in groups.items():
-        count = len(diffusers_names(whole))
-        found[whole] = parts[0] if count == 1 else _fused(whole, parts, count)
-        if whole == SWAPPED:
+        count = len(layers.diffusers(whole))
+        found[whole] = parts[0] if count == 1 else _fused(whole, parts, count, layers.mlp_ratio)
+        if whole in layers.swapped:
             found[whole] = found[whole]._replace(up=torch.cat(found[whole].up.chunk(2)[::-1]))
     return found
 
 
-def _fused(whole: str, parts: Mapping[int, Update], count: int) -> Update:
+def _fused(whole: str, parts: Mapping[int, Update], count: int, mlp_ratio: int) -> Update:
     width = next(iter(parts.values())).down.shape[1]
-    rows = [width] * 3 + [MLP_RATIO * width] * (count - 3)
+    rows = [width] * 3 + [mlp_ratio * width] * (count - 3)
     for part, update in parts.items():
         if update.down.shape[1] != width or (part < 3 and len(update.up) != width):
             raise ValueError(
@@ -274,16 +210,35 @@ def _alpha(header: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def converted(updates: Updates, dialect: str, wanted: str) -> Updates:
-    """Updates of one dialect in the other."""
+    """Updates of one dialect in the other, by the names of the known model that has all of their layers.
+
+    Raises:
+        ValueError: there is none, or parts do not fit together.
+    """
     if dialect == wanted:
         return updates
-    return split(updates) if wanted == DIFFUSERS else fuse(updates)
+    layers = of_layers(updates, dialect == COMFYUI).names
+    return split(updates, layers) if wanted == DIFFUSERS else fuse(updates, layers)
+
+
+def own_dialect(layers: Collection[str]) -> str:
+    """Whose names a network's layers have.
+
+    Raises:
+        ValueError: neither program's names of a known model.
+    """
+    try:
+        of_layers(layers, comfyui=True)
+    except ValueError:
+        of_layers(layers, comfyui=False)
+        return DIFFUSERS
+    return COMFYUI
 
 
 def save_both(
     lora: LoRA, path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None, dtype: torch.dtype = torch.float32
 ) -> tuple[Path, Path]:
-    """A LoRA of FLUX in both dialects: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in diffusers'.
+    """A LoRA of a known model in both dialects: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in diffusers'.
 
     Args:
         lora: on a network of either program.
@@ -292,7 +247,7 @@ def save_both(
         dtype: of the matrices in the files.
     """
     path = Path(path)
-    own = COMFYUI if any(name.startswith("double_blocks.") for name in lora.targets) else DIFFUSERS
+    own = own_dialect(lora.targets)
     updates = {
         name: Update(layer.down.detach().cpu(), layer.up.detach().cpu(), lora.settings.alpha)
         for name, layer in zip(lora.targets, lora.layers)

@@ -1,0 +1,1 @@
+"""LoRAs of any network, and their names in files."""

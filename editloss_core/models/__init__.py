@@ -1,0 +1,1 @@
+"""Edit models: one small file each, found in the registry, and what is shared by all of them."""

@@ -1,0 +1,279 @@
+"""What an edit model is: everything about it that is neither ComfyUI's nor diffusers' own, one subclass and instance a model.
+
+A model's file says what its parts are called in both programs, which layers a LoRA takes, how its captions are encoded,
+where its reference goes, what it is told and how pictures are sampled from it, how noise levels depend on the size, and what
+its layers are called in LoRA files. :mod:`.registry` knows them all; :mod:`.kontext` is the example to begin from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Callable, Mapping, Optional, Protocol, Sequence
+
+import torch
+from torch import Tensor, nn
+
+PRESETS = ("attention", "attention + MLP", "all")  # of layers; what each comprises is the model's to say
+CHECKED_STEPS = 20  # calls of the model for a picture, where nothing else is said
+
+
+class Denoiser(Protocol):
+    """A model that predicts velocity.
+
+    Attributes:
+        module: the network; LoRA layers are found in it, by the names that files use (without prefix).
+        device: where it wants its inputs.
+        edit_model: what is known about it.
+
+    The self-check (:mod:`~editloss_core.training.self_check`) also uses what a denoiser has of these:
+
+    * ``program``: what it runs in, with its version; ``dtype``: what it computes in; ``patches``: text that changes with
+      what else acts on the model; ``code``: folders or files whose code it depends on.
+    * ``stock_velocity(x_t, t, reference, conditioning)``: what the program's own sampling path computes for a batch of one
+      pair at one noise level, with the one conditioning object.
+    * ``exact_products()``: a context in which quantised layers do not round their inputs.
+    """
+
+    module: nn.Module
+    device: torch.device
+    edit_model: EditModel
+
+    def told(self, guidance: Optional[float]) -> Denoiser:
+        """The same model with the same weights, told another guidance. Asked for where previews have one of their own."""
+        ...
+
+    def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Any]) -> Tensor:
+        """Velocity ``[B, C, h, w]`` in float32, differentiable with respect to x_t and the LoRA's weights.
+
+        Args:
+            x_t: ``[B, C, h, w]`` float32.
+            t: ``[B]`` float32 in 0…1.
+            references: latents ``[B, C, h', w']`` that the model looks at: the before picture.
+            conditioning: B objects, one per sample, that only the denoiser understands.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How a picture of a held-out pair is asked for.
+
+    Attributes:
+        guidance: what a guidance-distilled model is told; None takes what the program would.
+        cfg: scale of classifier-free guidance, v = n + cfg · (p − n); 1 asks the model once.
+        negative: what stands in the place of the caption for n, as the denoiser takes it; needed where cfg is not 1.
+    """
+
+    guidance: Optional[float] = None
+    cfg: float = 1.0
+    negative: Any = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The classes of a model's parts in diffusers' layout, by name: nothing of it is imported to know them.
+
+    Attributes:
+        pipeline: in model_index.json.
+        transformer: of the network.
+        autoencoder: of the autoencoder.
+        decoders: of those that may decode in its place.
+        texts: folder → class, of the text encoders.
+        tokenizers: folders.
+        text_widths: (text encoder's folder, its key, the transformer's key): numbers of their configs that have to be equal.
+        patch: latents per token along each side.
+        original_key: a tensor by which a single file in the original layout is known.
+        others: what a network with other inputs would be, for the message.
+    """
+
+    pipeline: str
+    transformer: str
+    autoencoder: str
+    decoders: tuple[str, ...]
+    texts: Mapping[str, str]
+    tokenizers: tuple[str, ...]
+    text_widths: tuple[tuple[str, str, str], ...]
+    original_key: str
+    others: str = ""
+
+
+Rows = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """A model's linear layers in ComfyUI's names and in diffusers', as LoRA files have them.
+
+    Attributes:
+        model: its name, for messages.
+        blocks: (ComfyUI's list of blocks, diffusers', ComfyUI's layer in a block → diffusers'). Several are the rows of the
+            one, from above.
+        outside: the same for layers that are in no block.
+        swapped: ComfyUI's layers whose halves diffusers has in the opposite order.
+        mlp_ratio: rows of a fourth part for each of the first three's, where queries, keys, values and an MLP's input are one.
+    """
+
+    model: str
+    blocks: tuple[tuple[str, str, Rows], ...]
+    outside: Rows = field(default_factory=dict)
+    swapped: tuple[str, ...] = ()
+    mlp_ratio: int = 4
+
+    def comfyui(self, layer: str) -> tuple[str, int]:
+        """diffusers' layer → (ComfyUI's, which of its parts); ("", 0) for a layer that the model does not have."""
+        head, _, rest = layer.partition(".")
+        number, _, name = rest.partition(".")
+        for ours, theirs, inside in self.blocks:
+            if head == theirs:
+                found = ((f"{ours}.{number}.{w}", parts.index(name)) for w, parts in inside.items() if name in parts)
+                return next(found, ("", 0))
+        return next(((whole, parts.index(layer)) for whole, parts in self.outside.items() if layer in parts), ("", 0))
+
+    def diffusers(self, layer: str) -> tuple[str, ...]:
+        """ComfyUI's layer → diffusers'; none for a layer that the model does not have."""
+        head, _, rest = layer.partition(".")
+        number, _, name = rest.partition(".")
+        for ours, theirs, inside in self.blocks:
+            if head == ours:
+                return tuple(f"{theirs}.{number}.{part}" for part in inside.get(name, ()))
+        return self.outside.get(layer, ())
+
+
+class EditModel:
+    """One edit model. A subclass fills in the attributes and overrides what is not as below.
+
+    Attributes:
+        id: permanent; it may stand in files.
+        title: what people call it.
+        comfyui_model: class of its MODEL's ``model`` (``comfy.model_base``), by name. A subclass of it is another model.
+        comfyui_network: class of its network there.
+        parts: its classes in diffusers.
+        layers: preset → patterns over names of layers, of both programs' networks.
+        names: of its layers in LoRA files.
+        reference_method: ComfyUI's ``reference_latents_method``, None where the network needs none.
+        reads_picture: whether its captions are encoded with the before picture.
+        guidance, preview_guidance: what it is told in training and for pictures; None where it is told nothing.
+        preview_cfg: scale of classifier-free guidance in the stock workflow, 1 without.
+        preview_steps: of the stock workflow.
+        patch: latents per token along each side.
+        downscale: pixels per latent along each side.
+        text_tokens: of a caption.
+        width_attribute, block_attributes: where diffusers' network has its width and its blocks.
+        block_values: numbers per token and width that a block keeps for its backward pass beside its input.
+    """
+
+    id: str
+    title: str
+    comfyui_model: str
+    comfyui_network: str
+    parts: Parts
+    layers: Mapping[str, tuple[str, ...]]
+    names: LayerNames
+    reference_method: Optional[str] = None
+    reads_picture: bool = False
+    guidance: Optional[float] = None
+    preview_guidance: Optional[float] = None
+    preview_cfg: float = 1.0
+    preview_steps: int = 20
+    patch: int = 2
+    downscale: int = 8
+    text_tokens: int = 512
+    width_attribute: str = "inner_dim"
+    block_attributes: tuple[str, ...] = ("transformer_blocks",)
+    block_values: int = 17
+
+    # -- noise levels -----------------------------------------------------------------------------------------------
+
+    def mu(self, tokens: int, steps: Optional[int] = None) -> float:
+        """By how much logit(t) is raised for a picture of ``tokens`` tokens, in training, or sampled in ``steps`` steps."""
+        raise NotImplementedError
+
+    def tokens(self, latents: Tensor) -> int:
+        """Of one picture ``[B, C, h, w]``."""
+        return math.ceil(latents.shape[-2] / self.patch) * math.ceil(latents.shape[-1] / self.patch)
+
+    def sample_tokens(self, height: int, width: int) -> int:
+        """Of a whole sample: the caption's, and those of a picture of this size in pixels and of its reference."""
+        side = self.downscale * self.patch
+        return self.text_tokens + 2 * (height // side) * (width // side)
+
+    def times(self, tokens: int, steps: int) -> Tensor:
+        """``[steps + 1]`` noise levels from 1 to 0 of a sampled picture."""
+        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return torch.sigmoid(torch.logit(even) + self.mu(tokens, steps)).float()
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        references: Sequence[Tensor],
+        conditioning: Sequence[Any],
+        steps: int = CHECKED_STEPS,
+        preview: Optional[Preview] = None,
+        progress: Optional[Callable[[int, int], None]] = None,
+    ) -> Tensor:
+        """Latents by Euler's method from pure noise, on the model's own schedule.
+
+        Args:
+            denoiser, references, conditioning: as in :class:`Denoiser`.
+            noise: ε ``[B, C, h, w]``.
+            steps: calls of the model (twice as many with classifier-free guidance).
+            preview: what the model is told; None asks it as it is asked in training.
+            progress: called with (done, steps).
+
+        Raises:
+            ValueError: classifier-free guidance without something to be guided away from.
+        """
+        asked = denoiser if preview is None else denoiser.told(preview.guidance)
+        guided = preview is not None and preview.cfg != 1.0
+        if guided and preview.negative is None:
+            raise ValueError(f"negative: expected it with cfg {preview.cfg:g}, got none")
+        times, x = self.times(self.tokens(noise), steps), noise
+        for i, (t, following) in enumerate(zip(times, times[1:])):
+            levels = t.expand(len(x)).to(x.device)
+            v = asked(x, levels, references, conditioning)
+            if guided:
+                v = self.guided(v, asked(x, levels, references, [preview.negative] * len(x)), preview.cfg)
+            x = x + (following - t).item() * v.to(x)
+            if progress is not None:
+                progress(i + 1, steps)
+        return x
+
+    def guided(self, positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); a model that rescales overrides it."""
+        return negative + cfg * (positive - negative)
+
+    # -- captions ---------------------------------------------------------------------------------------------------
+
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+        """What ComfyUI's CLIP is asked to encode.
+
+        Args:
+            clip: the text encoder.
+            before: the before picture ``[H, W, 3]`` where the model :attr:`reads_picture`, else None.
+        """
+        return clip.tokenize(caption)
+
+    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
+        """A caption by diffusers' pipeline, as tensors to keep; see :meth:`caption`."""
+        raise NotImplementedError
+
+    def caption(self, tensors: Mapping[str, Tensor]) -> Any:
+        """What :meth:`velocity` takes for a sample, made of what :meth:`encode` gave."""
+        raise NotImplementedError
+
+    # -- diffusers' network -----------------------------------------------------------------------------------------
+
+    def velocity(
+        self, denoiser: Any, x_t: Tensor, t: Tensor, references: Sequence[Tensor], captions: Sequence[Any]
+    ) -> Tensor:
+        """By diffusers' transformer, in its own dtype; :class:`.denoiser.DiffusersDenoiser` has checked the batch."""
+        raise NotImplementedError
+
+    def stock_velocity(self, denoiser: Any, x: Tensor, t: Tensor, reference: Tensor, caption: Any) -> Tensor:
+        """(x − x') / t, x' being what diffusers' pipeline makes of x in one step from t to 0, for a batch of one pair."""
+        raise NotImplementedError

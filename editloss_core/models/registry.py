@@ -1,0 +1,64 @@
+"""The edit models that are known, and who a class, a folder or a file belongs to.
+
+What is not here is refused by name: a model that was never tried may ignore its reference, or train on a caption that should
+have seen the picture, without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Collection, Optional
+
+from .base import EditModel
+from .kontext import KONTEXT
+
+MODELS: tuple[EditModel, ...] = (KONTEXT,)
+
+
+def titles() -> str:
+    """The known models, for a message."""
+    return ", ".join(model.title for model in MODELS)
+
+
+def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
+    model = next((model for model in MODELS if matches(model)), None)
+    if model is None:
+        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}")
+    return model
+
+
+def by_id(name: str) -> EditModel:
+    """The model of a permanent id.
+
+    Raises:
+        ValueError: unknown; the known ones are named. So do the others.
+    """
+    return _the(lambda model: model.id == name, repr(name))
+
+
+def of_comfyui(base: str) -> EditModel:
+    """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one."""
+    return _the(lambda model: model.comfyui_model == base, f"ComfyUI's {base}")
+
+
+def of_pipeline(pipeline: Optional[str]) -> EditModel:
+    """By the pipeline that a folder in diffusers' layout is for."""
+    return _the(lambda model: model.parts.pipeline == pipeline, f"a folder of {pipeline}")
+
+
+def of_network(network: str) -> Optional[EditModel]:
+    """By the class of a network in either program; None for one that is not known, whose layers have to be named."""
+    return next((model for model in MODELS if network in (model.comfyui_network, model.parts.transformer)), None)
+
+
+def of_layers(layers: Collection[str], comfyui: bool) -> EditModel:
+    """By the names of a LoRA's layers, without prefix, in ComfyUI's dialect or in diffusers'."""
+
+    def strange(model: EditModel) -> Optional[str]:
+        knows = model.names.diffusers if comfyui else lambda layer: model.names.comfyui(layer)[0]
+        return next((layer for layer in layers if not knows(layer)), None)
+
+    model = next((model for model in MODELS if strange(model) is None), None)
+    if model is None:
+        program = "ComfyUI's" if comfyui else "diffusers'"
+        raise ValueError(f"lora: no known model ({titles()}) has a layer {strange(MODELS[0])!r} in {program} names")
+    return model
