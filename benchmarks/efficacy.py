@@ -74,7 +74,7 @@ def against(plain: str, verdicts: dict[str, list], seconds: dict[str, list[float
 def main() -> None:
     args = parser.parse_args()
     pack = start(args.comfyui)
-    demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy_denoiser"), pack("nodes.comfy_model")
+    demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     scenes, judge = pack("editloss_core.demo.scenes"), pack("editloss_core.demo.judge")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
     flow, lora, prepare = (pack(f"editloss_core.training.{n}") for n in ("flow", "lora", "prepare"))

@@ -123,9 +123,7 @@ class Theirs:
             of diffusers does.
     """
 
-    def __init__(
-        self, ours: LoRA, network: nn.Module, denoiser: BareDenoiser, prepared: Prepared, settings, adapters
-    ):
+    def __init__(self, ours: LoRA, network: nn.Module, denoiser: BareDenoiser, prepared: Prepared, settings, adapters):
         from peft import LoraConfig
 
         self.prepared, self.settings = prepared, settings

@@ -215,7 +215,7 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
     """What is measured, by name: three trainers on one model and one preparation."""
     import comfy.sd
 
-    demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy_denoiser"), pack("nodes.comfy_model")
+    demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
     lora, prepare = pack("editloss_core.lora.lora"), pack("editloss_core.training.prepare")
     settings, trainers = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")

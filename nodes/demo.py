@@ -19,8 +19,9 @@ from ..editloss_core.pairs import PairSet
 from ..editloss_core.runs.pictures import PreviewRow
 from ..editloss_core.training.flow import generator_for
 from .checks import checked
-from .comfy_denoiser import ComfyDenoiser, VAEDecoder
-from .comfy_model import vae_encoder
+from .comfy.decoder import VAEDecoder
+from .comfy.denoiser import ComfyDenoiser
+from .comfy.encoders import vae_encoder
 from .notices import say
 from .sockets import PairsSocket
 

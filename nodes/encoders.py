@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io
 
 from ..editloss_core.encoders.base import Encoder
-from . import comfy_model
 from .checks import checked
-from .comfy_offers import folded
+from .comfy import encoders
+from .comfy.offers import folded
 from .folders import ENCODER_FOLDER, NO_WEIGHTS, encoder_weights, encoder_weights_path, state_of
 from .notices import say
 from .sockets import EncoderSocket
@@ -94,7 +94,7 @@ class OpenCLIP(io.ComfyNode):
     def execute(cls, architecture, weights, output, crop=False, name="") -> io.NodeOutput:
         path = encoder_weights_path(weights)
         with torch.inference_mode(False):
-            encoder = comfy_model.ManagedOpenCLIP(architecture.strip(), path, output=output, crop=crop)
+            encoder = encoders.ManagedOpenCLIP(architecture.strip(), path, output=output, crop=crop)
         return _answer(cls, encoder, name)
 
 
@@ -135,7 +135,7 @@ class Timm(io.ComfyNode):
     def execute(cls, model_name, weights, output, layer, image_size=0, crop=False, name="") -> io.NodeOutput:
         path = encoder_weights_path(weights)
         with torch.inference_mode(False):
-            encoder = comfy_model.ManagedTimm(
+            encoder = encoders.ManagedTimm(
                 model_name.strip(), path, output=output, layer=layer, image_size=image_size, crop=crop
             )
         return _answer(cls, encoder, name)
@@ -160,7 +160,7 @@ class VAELatents(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, vae, image_size=0, name="") -> io.NodeOutput:
-        return _answer(cls, comfy_model.vae_encoder(vae, image_size), name)
+        return _answer(cls, encoders.vae_encoder(vae, image_size), name)
 
 
 class ClipVision(io.ComfyNode):
@@ -175,7 +175,7 @@ class ClipVision(io.ComfyNode):
                 io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision."),
                 _output_input("grid"),
                 io.Combo.Input(
-                    "layer", options=list(comfy_model.CLIP_VISION_LAYERS), default="last",
+                    "layer", options=list(encoders.CLIP_VISION_LAYERS), default="last",
                     tooltip="For grid and tokens: the last layer, or the one before, which CLIP trained less for captions.",
                 ),
                 _crop_input(),
@@ -187,7 +187,7 @@ class ClipVision(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, clip_vision, output, layer, crop=False, name="") -> io.NodeOutput:
-        return _answer(cls, comfy_model.ClipVisionEncoder(clip_vision, output, layer, crop), name)
+        return _answer(cls, encoders.ClipVisionEncoder(clip_vision, output, layer, crop), name)
 
 
 class DiffusionFeatures(io.ComfyNode):
@@ -224,7 +224,7 @@ class DiffusionFeatures(io.ComfyNode):
     def execute(
         cls, model, vae, conditioning, block, noise_level, seed, output, image_size=0, name=""
     ) -> io.NodeOutput:
-        encoder = comfy_model.diffusion_encoder(
+        encoder = encoders.diffusion_encoder(
             model, vae, conditioning, block.strip(), noise_level, seed, output, image_size
         )
         return _answer(cls, encoder, name)

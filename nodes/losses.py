@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..editloss_core import losses
 from ..editloss_core.objective import PRESETS, TERMS, TOKEN_WEIGHTS, LossTerm, recommended
 from .checks import checked
-from .comfy_offers import folded
+from .comfy.offers import folded
 from .notices import say
 from .sockets import EncoderSocket, ObjectiveSocket, WiredObjective
 

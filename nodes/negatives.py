@@ -11,7 +11,7 @@ from ..editloss_core.masks import check_pair, estimate_mask
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings, make_overlays
 from . import folders
 from .checks import checked
-from .comfy_offers import folded
+from .comfy.offers import folded
 from .notices import say
 
 CATEGORY = "EditLoss/negatives"

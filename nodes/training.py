@@ -27,9 +27,12 @@ from ..editloss_core.training.settings import TrainingSettings, check_objective
 from ..editloss_core.training.trainer import Trainer, metadata
 from . import ended_runs, folders
 from .checks import checked
-from .comfy_denoiser import ComfyDenoiser, VAEDecoder, check_decoder
-from .comfy_model import check_shared, fingerprint, patchers_of, vae_encoder
-from .comfy_offers import drop_inference_buffers, folded, has_comparison
+from .comfy.decoder import VAEDecoder, check_decoder
+from .comfy.denoiser import ComfyDenoiser
+from .comfy.encoders import vae_encoder
+from .comfy.host import ComfyHost, step_memory
+from .comfy.loading import check_shared, fingerprint, patchers_of
+from .comfy.offers import drop_inference_buffers, folded, has_comparison
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -44,7 +47,6 @@ from .sockets import (
     TrainingRun,
     WiredObjective,
 )
-from .training_host import ComfyHost, step_memory
 
 CATEGORY = "EditLoss/training"
 NO_PICTURES = (

@@ -13,7 +13,7 @@ from ..editloss_core.objective import EditObjective
 from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timesteps
 from ..editloss_core.training.settings import OPTIMIZERS, SCHEDULES, TrainingSettings
 from .checks import checked
-from .comfy_offers import folded
+from .comfy.offers import folded
 from .losses import objective_output
 from .notices import say
 from .sockets import ObjectiveSocket, OptionsSocket, TrainingOptions

@@ -35,10 +35,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comfy_client import Client, ComfyError, History, Progress
-from comfy_results import LORAS, give_loras, replacing_results
-from comfy_server import ComfyServer
-from ui_to_api import WorkflowError, is_saved_workflow, to_prompt
+from runner.client import Client, ComfyError, History, Progress
+from runner.results import LORAS, give_loras, replacing_results
+from runner.server import ComfyServer
+from runner.ui_to_api import WorkflowError, is_saved_workflow, to_prompt
 
 HERE = Path(__file__).resolve().parent
 DEFAULT = "train_demo"

@@ -26,12 +26,12 @@ for folder in (HERE, HERE.parents[1] / "workflows"):  # helpers; comfy_server, c
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from comfy_server import cache_folder
+from runner.server import cache_folder
 
 if TYPE_CHECKING:
-    from comfy_client import Client
-    from comfy_server import ComfyServer
     from playwright.sync_api import Browser, Page
+    from runner.client import Client
+    from runner.server import ComfyServer
 
 REQUIRED = (
     "torch",
@@ -127,7 +127,7 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
     it. (Without git it is a link to the checkout.) No connection to another host is let through, and after the last test
     nothing of the pack must have asked for one.
     """
-    from comfy_server import PACK, ComfyServer
+    from runner.server import PACK, ComfyServer
 
     base = _base(tmp_path_factory, "comfyui")
     asked = base / "connections.jsonl"
@@ -146,8 +146,8 @@ def comfyui_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySe
 @pytest.fixture(scope="session")
 def newest_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """The same ComfyUI behind the newest frontend."""
-    from comfy_server import ComfyServer
     from frontends import newest_frontend
+    from runner.server import ComfyServer
 
     with ComfyServer(base=_base(tmp_path_factory, "newest"), front_end_root=newest_frontend()) as server:
         yield server
@@ -156,7 +156,7 @@ def newest_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySer
 def _base(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     """A folder for one server, with the pack and the page's settings."""
     import archive
-    from comfy_server import PACK
+    from runner.server import PACK
 
     base = tmp_path_factory.mktemp(name)
     archive.unpack(base / "custom_nodes" / PACK)
@@ -168,7 +168,7 @@ def _base(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def client(comfyui_server: ComfyServer) -> Client:
-    from comfy_client import Client
+    from runner.client import Client
 
     return Client(comfyui_server.url)
 

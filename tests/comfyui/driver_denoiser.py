@@ -1,4 +1,4 @@
-"""Checks of nodes/comfy_denoiser.py inside a real ComfyUI process; test_denoiser.py starts it and reads the result.
+"""Checks of nodes/comfy/denoiser.py inside a real ComfyUI process; test_denoiser.py starts it and reads the result.
 
     cd ComfyUI && python …/driver_denoiser.py PACK_FOLDER SCRATCH_FOLDER
 
@@ -858,7 +858,7 @@ def check_load_brings_everything_and_costs_nothing_twice() -> None:
 
     model, vae = small_flux(), small_vae(16)
     denoiser = PACK.denoiser.ComfyDenoiser(model)
-    decoder = PACK.denoiser.VAEDecoder(vae, denoiser.from_model)
+    decoder = PACK.decoder.VAEDecoder(vae, denoiser.from_model)
     calls: list[list[Any]] = []
     stock = management.load_models_gpu
 
@@ -939,7 +939,7 @@ def static_model_check() -> None:
         patched, _ = comfy.sd.load_lora_for_models(model, None, other.tensors(), 1.0, 0.0)
         patched.model_options["transformer_options"]["mine"] = 7
         denoiser = PACK.denoiser.ComfyDenoiser(patched)
-        encoder = PACK.model.diffusion_encoder(patched, small_vae(16), prompt(), "double_blocks.1", 0.3, 0)
+        encoder = PACK.encoders.diffusion_encoder(patched, small_vae(16), prompt(), "double_blocks.1", 0.3, 0)
     assert CALLS == [False, True], "loaded once more, and only once"
     static = denoiser.model
     assert type(static).__name__ == "ModelPatcher" and not static.is_dynamic() and patched.is_dynamic()
@@ -949,12 +949,12 @@ def static_model_check() -> None:
     assert static.patches_uuid == patched.patches_uuid != model.patches_uuid
     assert static.model_options["transformer_options"]["mine"] == 7
     assert not any(p.is_inference() for p in static.model.parameters())
-    (shared, _) = PACK.model.patchers_of(encoder)
+    (shared, _) = PACK.loading.patchers_of(encoder)
     assert shared.model is static.model and not shared.is_dynamic()
-    PACK.model.check_shared(encoder, static)
+    PACK.loading.check_shared(encoder, static)
     plain = PACK.denoiser.ComfyDenoiser(model)
     assert plain.model.model is static.model and not plain.model.patches and CALLS == [False, True]
-    refused(lambda: PACK.model.check_shared(encoder, plain.model), "objective", "other LoRAs")
+    refused(lambda: PACK.loading.check_shared(encoder, plain.model), "objective", "other LoRAs")
     nowhere = _dynamic_flux()
     nowhere.cached_patcher_init = None
     refused(lambda: PACK.denoiser.ComfyDenoiser(nowhere), "model", "Load Diffusion Model", "--disable-dynamic-vram")
@@ -970,9 +970,9 @@ def static_vae_check() -> None:
     with torch.inference_mode(), dynamic():
         vae = comfy.sd.VAE(sd=dict(state), device=GPU, dtype=torch.float32)
         assert vae.patcher.is_dynamic() and vae.patcher.cached_patcher_init is None
-        decoder = PACK.denoiser.VAEDecoder(vae)
+        decoder = PACK.decoder.VAEDecoder(vae)
         decoder.vae.device = vae.device = CPU  # which the encoder asks for at once
-        encoder = PACK.model.vae_encoder(vae)
+        encoder = PACK.encoders.vae_encoder(vae)
     static = decoder.vae
     assert static is not vae and vae.patcher.is_dynamic() and not static.patcher.is_dynamic()
     assert encoder.patchers == (static.patcher,) and static.patcher.model is static.first_stage_model
@@ -986,7 +986,7 @@ def static_vae_check() -> None:
     with dynamic():
         odd = comfy.sd.VAE(sd=dict(state), device=GPU, dtype=torch.float32)
     odd.first_stage_model.register_buffer("unknown", torch.zeros(1))
-    refused(lambda: PACK.denoiser.VAEDecoder(odd), "vae", "TAESD cannot be copied", "--disable-dynamic-vram")
+    refused(lambda: PACK.decoder.VAEDecoder(odd), "vae", "TAESD cannot be copied", "--disable-dynamic-vram")
 
 
 def static_clip_vision_check() -> None:
@@ -1000,7 +1000,7 @@ def static_clip_vision_check() -> None:
         with torch.inference_mode(), dynamic():
             clip = comfy.clip_vision.ClipVisionModel(still.config)
             assert clip.patcher.is_dynamic() and clip.load_sd(state) == ([], [])
-            encoder = PACK.model.ClipVisionEncoder(clip, "tokens")
+            encoder = PACK.encoders.ClipVisionEncoder(clip, "tokens")
     finally:
         management.text_encoder_device = stock
     static = encoder.clip
@@ -1013,7 +1013,7 @@ def static_clip_vision_check() -> None:
     with torch.no_grad():
         assert_close(static.model(pixel_values=x)[0], still.model(pixel_values=x)[0], 1e-2, "tokens of the copy")
     with dynamic():
-        assert PACK.model.ClipVisionEncoder(clip, "global").clip is static
+        assert PACK.encoders.ClipVisionEncoder(clip, "global").clip is static
 
 
 @contextlib.contextmanager
@@ -1093,7 +1093,7 @@ def _decode(kind: str, channels: int, inference: bool, checkpointing: bool) -> N
         vae = small_vae(channels, kind)
         z = torch.randn(2, channels, 5, 7, generator=torch.Generator().manual_seed(2))
     model = small_flux().model
-    decoder = PACK.denoiser.VAEDecoder(vae, model.process_latent_out, checkpointing)
+    decoder = PACK.decoder.VAEDecoder(vae, model.process_latent_out, checkpointing)
     with loaded(inference):
         theirs = vae.decode(model.process_latent_out(z)).clone()
         assert torch.equal(decoder(z), theirs)
@@ -1150,7 +1150,7 @@ def check_decode_lets_gradients_through_the_clamp() -> None:
     with torch.no_grad():
         vae.first_stage_model.taesd_decoder[-1].bias.fill_(3.0)  # far above white everywhere
     z = torch.randn(1, 16, 4, 4).requires_grad_()
-    pictures = PACK.denoiser.VAEDecoder(vae)(z)
+    pictures = PACK.decoder.VAEDecoder(vae)(z)
     assert pictures.max() <= 1 and (pictures == 1).float().mean() > 0.9
     pictures.sum().backward()
     assert z.grad.abs().max() > 1e-3
@@ -1161,13 +1161,13 @@ def check_decode_refusals() -> None:
     import comfy.sd
 
     vae = small_vae(16)
-    refused(lambda: PACK.denoiser.VAEDecoder(vae)(torch.zeros(1, 4, 8, 8)), "latents", "16", "[1, 4, 8, 8]")
-    refused(lambda: PACK.denoiser.VAEDecoder(comfy.sd.VAE(sd={})), "vae", "no weights")
-    PACK.denoiser.check_decoder(small_vae(16), vae)
-    refused(lambda: PACK.denoiser.check_decoder(small_vae(4), vae), "decoder", "16 channels", "got 4 channels")
-    refused(lambda: PACK.denoiser.check_decoder(comfy.sd.VAE(sd={}), vae), "decoder", "no weights")
+    refused(lambda: PACK.decoder.VAEDecoder(vae)(torch.zeros(1, 4, 8, 8)), "latents", "16", "[1, 4, 8, 8]")
+    refused(lambda: PACK.decoder.VAEDecoder(comfy.sd.VAE(sd={})), "vae", "no weights")
+    PACK.decoder.check_decoder(small_vae(16), vae)
+    refused(lambda: PACK.decoder.check_decoder(small_vae(4), vae), "decoder", "16 channels", "got 4 channels")
+    refused(lambda: PACK.decoder.check_decoder(comfy.sd.VAE(sd={}), vae), "decoder", "no weights")
     vae.latent_dim = 3
-    refused(lambda: PACK.denoiser.VAEDecoder(vae), "vae", "3 latent dimensions")
+    refused(lambda: PACK.decoder.VAEDecoder(vae), "vae", "3 latent dimensions")
 
 
 def main() -> None:
@@ -1186,13 +1186,15 @@ def main() -> None:
     add_bases()
     add_low_memory()
     dynamic_checks()
-    name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
+    name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     PACK = SimpleNamespace(
-        denoiser=importlib.import_module(f"{name}.nodes.comfy_denoiser"),
-        gradients=importlib.import_module(f"{name}.nodes.comfy_gradients"),
+        decoder=importlib.import_module(f"{name}.nodes.comfy.decoder"),
+        denoiser=importlib.import_module(f"{name}.nodes.comfy.denoiser"),
+        loading=importlib.import_module(f"{name}.nodes.comfy.loading"),
+        gradients=importlib.import_module(f"{name}.nodes.comfy.gradients"),
         lora=importlib.import_module(f"{name}.editloss_core.lora.lora"),
-        model=importlib.import_module(f"{name}.nodes.comfy_model"),
-        offers=importlib.import_module(f"{name}.nodes.comfy_offers"),
+        encoders=importlib.import_module(f"{name}.nodes.comfy.encoders"),
+        offers=importlib.import_module(f"{name}.nodes.comfy.offers"),
     )
     run_checks(CHECKS, only)
 

@@ -59,7 +59,7 @@ def inputs() -> tuple[list[Any], list[Any]]:
     x, reference = torch.randn(2, 2, 16, 6, 10, generator=g)
     context, pooled = torch.randn(2, TEXT, FLUX["context_in_dim"], generator=g), torch.randn(2, 24, generator=g)
     conditioning = [[[context[i : i + 1], {"pooled_output": pooled[i : i + 1]}]] for i in range(2)]
-    captions = [PACK.model.Caption(context[i], pooled[i]) for i in range(2)]
+    captions = [PACK.kontext.Caption(context[i], pooled[i]) for i in range(2)]
     shared = [x, torch.tensor([0.3, 0.9]), [reference]]
     return [*shared, conditioning], [*shared, captions]
 
@@ -73,7 +73,7 @@ def in_comfyui(patcher: Any) -> Tensor:
 
 @torch.no_grad()
 def in_diffusers(net: Any) -> Tensor:
-    return PACK.model.DiffusersDenoiser(KONTEXT, net, guidance=2.5, checkpointing=False)(*inputs()[1])
+    return PACK.diffusers.DiffusersDenoiser(PACK.kontext.KONTEXT, net, guidance=2.5, checkpointing=False)(*inputs()[1])
 
 
 def pipeline(net: Any) -> Any:
@@ -137,14 +137,15 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
-    training = f"{name}.editloss_core.training"
+    name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
+    core = f"{name}.editloss_core"
     PACK = SimpleNamespace(
-        denoiser=importlib.import_module(f"{name}.nodes.comfy_denoiser"),
-        lora=importlib.import_module(f"{training}.lora"),
-        dialects=importlib.import_module(f"{training}.lora_dialects"),
-        convert=importlib.import_module(f"{training}.convert_lora"),
-        model=importlib.import_module(f"{training}.diffusers_model"),
+        denoiser=importlib.import_module(f"{name}.nodes.comfy.denoiser"),
+        lora=importlib.import_module(f"{core}.lora.lora"),
+        dialects=importlib.import_module(f"{core}.lora.keys"),
+        convert=importlib.import_module(f"{core}.training.convert_lora"),
+        kontext=importlib.import_module(f"{core}.models.kontext"),
+        diffusers=importlib.import_module(f"{core}.models.denoiser"),
     )
     run_checks(CHECKS)
 

@@ -1,4 +1,4 @@
-"""Checks of nodes/comfy_model.py inside a real ComfyUI process; test_model_encoders.py starts it and reads the result.
+"""Checks of nodes/comfy/encoders.py inside a real ComfyUI process; test_model_encoders.py starts it and reads the result.
 
     cd ComfyUI && python …/driver_model_encoders.py PACK_FOLDER SCRATCH_FOLDER
 
@@ -51,7 +51,7 @@ def run_checks(checks: dict[str, Callable[[], None]], only: str = "") -> None:
 
 
 def import_pack(folder: Path) -> Any:
-    """nodes/comfy_model.py, with the pack under a path-like name, as ComfyUI loads custom nodes."""
+    """nodes/comfy/encoders.py, with the pack under a path-like name, as ComfyUI loads custom nodes."""
     name = str(folder).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -59,7 +59,7 @@ def import_pack(folder: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    return importlib.import_module(f"{name}.nodes.comfy_model")
+    return importlib.import_module(f"{name}.nodes.comfy.encoders")
 
 
 def randomised(module: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> torch.nn.Module:
@@ -568,7 +568,7 @@ def main() -> None:
 
     comfy.options.enable_args_parsing()
     MODEL = import_pack(pack)
-    GRADIENTS = importlib.import_module(MODEL.__name__.replace("comfy_model", "comfy_gradients"))
+    GRADIENTS = importlib.import_module(MODEL.__name__.replace("comfy.encoders", "comfy.gradients"))
     run_checks(CHECKS)
 
 

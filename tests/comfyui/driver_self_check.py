@@ -118,11 +118,11 @@ def check_an_output_that_is_made_in_place() -> None:
     for seed in SEEDS:
         vae = small_vae(16)
         vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)  # as 0.33 has it
-        decoder = PACK.denoiser.VAEDecoder(vae, small_flux().model.process_latent_out)
+        decoder = PACK.decoder.VAEDecoder(vae, small_flux().model.process_latent_out)
         objective = SimpleNamespace(differentiated=lambda i, d=decoder, s=seed: [("decoder", d, Pairs(s).after([i]))])
         right = PACK.check.SelfCheck("", tuple(PACK.check.check_objective_parts(objective, 0, seed)))
         assert not right.wrong, right.line()
-        with put_back(PACK.denoiser.VAEDecoder, "__call__", "decoded.clone()", "decoded"):
+        with put_back(PACK.decoder.VAEDecoder, "__call__", "decoded.clone()", "decoded"):
             wrong = PACK.check.check_objective_parts(objective, 0, seed)
         stopped(PACK.check.SelfCheck(PACK.offers.program(), tuple(wrong)), "decoder", "finite differences")
 
@@ -273,10 +273,10 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
+    name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     modules = {
-        "denoiser": "nodes.comfy_denoiser", "gradients": "nodes.comfy_gradients", "offers": "nodes.comfy_offers",
-        "check": "editloss_core.training.self_check", "lora": "editloss_core.lora.lora", "model": "nodes.comfy_model",
+        "denoiser": "nodes.comfy.denoiser", "gradients": "nodes.comfy.gradients", "offers": "nodes.comfy.offers",
+        "check": "editloss_core.training.self_check", "lora": "editloss_core.lora.lora", "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder",
         "out_of_place": "editloss_core.training.out_of_place",
     }  # fmt: skip
     PACK = SimpleNamespace(**{key: importlib.import_module(f"{name}.{path}") for key, path in modules.items()})

@@ -81,10 +81,10 @@ def pairs(count: int = 2, seed: int = 1) -> Any:
 
 
 ENCODERS: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "clip_vision": lambda model, vae, clip: PACK.model.ClipVisionEncoder(small.small_clip("clip"), "grid"),
-    "timm": lambda model, vae, clip: PACK.model.ManagedTimm("test_vit", None, random_seed=0),
-    "openclip": lambda model, vae, clip: PACK.model.ManagedOpenCLIP("ViT-S-32-alt", None, "tokens", random_seed=0),
-    "other_vae": lambda model, vae, clip: PACK.model.vae_encoder(small.small_vae(4, "kl")),
+    "clip_vision": lambda model, vae, clip: PACK.encoders.ClipVisionEncoder(small.small_clip("clip"), "grid"),
+    "timm": lambda model, vae, clip: PACK.encoders.ManagedTimm("test_vit", None, random_seed=0),
+    "openclip": lambda model, vae, clip: PACK.encoders.ManagedOpenCLIP("ViT-S-32-alt", None, "tokens", random_seed=0),
+    "other_vae": lambda model, vae, clip: PACK.encoders.vae_encoder(small.small_vae(4, "kl")),
     "features_of_the_model_itself": lambda model, vae, clip: _features(model, vae, clip),
     "features_of_a_clone": lambda model, vae, clip: _features(model.clone(), vae, clip),
     "features_of_another_model": lambda model, vae, clip: _features(flux(), vae, clip),
@@ -94,7 +94,7 @@ ENCODERS: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 def _features(model: Any, vae: Any, clip: Any) -> Any:
     cond = clip.encode_from_tokens_scheduled(clip.tokenize("a picture"))
-    return PACK.model.diffusion_encoder(model, vae, cond, "double_blocks.1", 0.3, 0)
+    return PACK.encoders.diffusion_encoder(model, vae, cond, "double_blocks.1", 0.3, 0)
 
 
 def train(model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = None, **values: Any) -> Any:
@@ -163,7 +163,7 @@ def _step_with(kind: str) -> None:
     assert calls and all(between for between, _ in calls), f"{kind}: something was loaded inside a graph"
     loaded = {id(m) for _, models in calls for m in models}
     reads_latents = kind.startswith("features") and kind != "features_of_pictures"
-    needed = {id(p.model) for p in PACK.model.patchers_of(encoder, reads_latents)}
+    needed = {id(p.model) for p in PACK.loading.patchers_of(encoder, reads_latents)}
     assert needed and id(model.model) in loaded and needed <= loaded
     assert (id(vae.first_stage_model) in loaded) != reads_latents, (
         "the decoder is loaded for pictures and only for them"
@@ -227,14 +227,14 @@ def _alike(managed: Any, plain: Any, network: Any) -> None:
 
 @check
 def check_managed_timm_is_the_plain_one_and_survives_unloading() -> None:
-    managed = PACK.model.ManagedTimm("test_vit", None, random_seed=0)
+    managed = PACK.encoders.ManagedTimm("test_vit", None, random_seed=0)
     _alike(managed, PACK.timm.TimmEncoder("test_vit", None, random_seed=0), managed.network)
 
 
 @check
 def check_managed_openclip_is_the_plain_one_and_survives_unloading() -> None:
     for output in ("global", "grid"):
-        managed = PACK.model.ManagedOpenCLIP("RN50", None, output, random_seed=0)
+        managed = PACK.encoders.ManagedOpenCLIP("RN50", None, output, random_seed=0)
         _alike(managed, PACK.openclip.OpenCLIPEncoder("RN50", None, output, random_seed=0), managed.network)
 
 
@@ -243,7 +243,7 @@ def check_plain_layers_are_loaded_and_unloaded_as_a_whole() -> None:
     import comfy.model_management as management
 
     management.unload_all_models()
-    encoder = PACK.model.ManagedTimm("test_vit", None, random_seed=0)
+    encoder = PACK.encoders.ManagedTimm("test_vit", None, random_seed=0)
     (patcher,) = encoder.patchers
     entry = management.LoadedModel(patcher)
     entry.model_load(lowvram_model_memory=1)  # where no more than a byte is free
@@ -258,7 +258,7 @@ def check_an_encoder_that_nobody_has_is_gone() -> None:
 
     import comfy.model_management as management
 
-    encoder = PACK.model.ManagedTimm("test_vit", None, random_seed=0)
+    encoder = PACK.encoders.ManagedTimm("test_vit", None, random_seed=0)
     with torch.no_grad():
         encoder(pictures(32, 32))
     gone = weakref.ref(encoder.network)
@@ -278,7 +278,7 @@ def check_step_memory_counts_decoder_and_encoders() -> None:
         model, vae, clip = flux(), small.small_vae(16), text_encoder()
     encoder = ENCODERS["timm"](model, vae, clip)
     prepared = PACK.prepare.prepare(
-        pairs(), PACK.model.vae_encoder(vae, 0, model.model.latent_format), {encoder.info.name: encoder}, crop=32
+        pairs(), PACK.encoders.vae_encoder(vae, 0, model.model.latent_format), {encoder.info.name: encoder}, crop=32
     )
 
     def estimate(decoder: Any = None, encoders: Any = (), checkpointing: bool = True) -> float:
@@ -367,7 +367,7 @@ def check_cancel_at_any_time_leaves_nothing_behind() -> None:
     import comfy.model_management as management
 
     model, vae, clip = flux(), small.small_vae(16), text_encoder()
-    encoder = PACK.model.ClipVisionEncoder(small.small_clip("clip"), "grid")
+    encoder = PACK.encoders.ClipVisionEncoder(small.small_clip("clip"), "grid")
     networks = (model.model, vae.first_stage_model, encoder.clip.model)
     output = small.SCRATCH / "output" / "editloss"
 
@@ -507,7 +507,7 @@ def check_a_run_with_a_wrong_gradient_learns_nothing_and_says_why() -> None:
     vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
     encoder = ENCODERS["timm"](model, vae, clip)
     new = {"rank": 5, "alpha": 5.0}  # no other check has a run that is remembered for it
-    with put_back(PACK.denoiser.VAEDecoder, "__call__", "decoded.clone()", "decoded"):
+    with put_back(PACK.decoder.VAEDecoder, "__call__", "decoded.clone()", "decoded"):
         try:
             train(model, vae, clip, encoder, name="wrong", **new)
         except RuntimeError as error:
@@ -583,11 +583,11 @@ def main() -> None:
 
     folder_paths.set_output_directory(str(small.SCRATCH / "output"))
     folder_paths.set_temp_directory(str(small.SCRATCH / "temp"))
-    name = import_pack(pack).__name__.removesuffix(".nodes.comfy_model")
+    name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     modules = {
-        "model": "nodes.comfy_model", "denoiser": "nodes.comfy_denoiser", "training": "nodes.training",
+        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
-        "host": "nodes.training_host", "sockets": "nodes.sockets", "notices": "nodes.notices",
+        "host": "nodes.comfy.host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
         "compare": "editloss_core.drawing.grid", "timm": "editloss_core.encoders.timm_net",
         "openclip": "editloss_core.encoders.openclip", "self_check": "nodes.self_check",

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comfy_server import PACK, cache_folder
 from helpers import open_prompt
-from ui_to_api import to_prompt
+from runner.server import PACK, cache_folder
+from runner.ui_to_api import to_prompt
 
 if TYPE_CHECKING:
-    from comfy_client import Client
-    from comfy_server import ComfyServer
     from playwright.sync_api import Browser, Page, Route
+    from runner.client import Client
+    from runner.server import ComfyServer
 
 NEWEST_FRONTEND = "1.58.1"  # of comfyui-frontend-package
 ROOT = Path(__file__).resolve().parents[2]

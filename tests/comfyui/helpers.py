@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import locate, pack_root
+from runner.server import locate, pack_root
 
 
 def graph(**nodes: tuple[Any, ...]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers import graph, link
 from PIL import Image
-from ui_to_api import to_prompt
+from runner.ui_to_api import to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "web" / "docs" / "pictures"

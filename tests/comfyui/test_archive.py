@@ -12,7 +12,7 @@ from pathlib import Path
 
 import archive
 import pytest
-from comfy_server import PACK
+from runner.server import PACK
 
 HERE, ROOT = Path(__file__).parent, archive.ROOT
 FILES = archive.files() or []

@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
-from comfy_client import Client, NodeError
 from helpers import graph, link
 from PIL import Image
+from runner.client import Client, NodeError
 
 
 def diagnosis(**more: Any) -> dict[str, Any]:

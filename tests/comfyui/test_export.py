@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import tomllib
-from comfy_client import Client, ComfyError
-from comfy_server import ComfyServer
 from helpers import graph, link
+from runner.client import Client, ComfyError
+from runner.server import ComfyServer
 from safetensors import safe_open
 from small_models import TIMM, TIMM_FILE, write_models
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from comfy_client import Client
 from frontends import LINKS, SearchBox, add, check_whole, clear, click_title, drop, finished, images_in_help, wire
 from helpers import graph, link
 from PIL import Image
+from runner.client import Client
 
 from editloss_core.runs.checkpoint import Checkpoint, checkpoints
 from editloss_core.runs.log import RunLog

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_client import Client, NodeError
-from comfy_server import ComfyServer
 from fuzz_prompts import WANTED, draw_prompt, pool
 from helpers import graph, link
 from PIL import Image
+from runner.client import Client, NodeError
+from runner.server import ComfyServer
 from safetensors.torch import save_file
 from small_models import TIMM, TIMM_FILE, write_models
 

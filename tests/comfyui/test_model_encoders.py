@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_client import Client
-from comfy_server import ComfyServer
 from driver_model_encoders import CHECKS
 from helpers import graph, link, run_driver
 from PIL import Image
+from runner.client import Client
+from runner.server import ComfyServer
 
 
 @pytest.fixture(scope="module")

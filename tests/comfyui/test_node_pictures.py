@@ -9,9 +9,9 @@ import re
 
 import node_pictures
 import pytest
-from comfy_server import PACK
 from node_pictures import DESCRIBED, FOLDER, describe, neighbourhoods
 from PIL import Image
+from runner.server import PACK
 from test_served_files import fetch
 
 UPDATE = os.environ.get("EDITLOSS_UPDATE_PICTURES") == "1"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfy_client import Client, NodeError
-from comfy_server import ComfyServer, pack_root
 from helpers import graph, link
 from PIL import Image, ImageFilter
+from runner.client import Client, NodeError
+from runner.server import ComfyServer, pack_root
 from small_models import CLIP, CLIP_FILE, DATASET, MODEL_FILE, TIMM, TIMM_FILE, VAE_FILE, vae, write_models
 from torch import Tensor
 

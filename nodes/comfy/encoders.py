@@ -1,8 +1,8 @@
 """VAE, CLIP_VISION and MODEL as encoders of the core, its own encoders under ComfyUI's model management, and gradients
 through them.
 
-The files ``comfy_*.py`` are the only ones that reach into ComfyUI's model internals. ComfyUI's own paths are written for
-inference: ``ClipVisionModel.encode_image`` rounds pixels, and see comfy_gradients.py. What is made here goes around all of
+ComfyUI's own paths are written for
+inference: ``ClipVisionModel.encode_image`` rounds pixels, and see gradients.py. What is made here goes around all of
 it when a gradient is asked for, and is a plain forward pass when not.
 """
 
@@ -10,94 +10,25 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import comfy.conds
 import comfy.model_management
-import comfy.model_patcher
-import comfy.model_sampling
 import comfy.sampler_helpers
 import torch
-from comfy.utils import ProgressBar
 from torch import Tensor, nn
 
-from ..editloss_core.device_memory import is_out_of_memory
-from ..editloss_core.encoders.base import Encoder, EncoderInfo, PixelEncoder, Preprocess, check_output
-from ..editloss_core.encoders.diffusion import DiffusionFeatureEncoder
-from ..editloss_core.encoders.openclip import OpenCLIPEncoder
-from ..editloss_core.encoders.timm_net import TimmEncoder
-from ..editloss_core.encoders.vae import VAEEncoder
-from ..editloss_core.hashing import hash_module, hash_tensors
-from ..editloss_core.models import registry
-from ..editloss_core.models.base import EditModel
-from .comfy_gradients import differentiable, usable
-from .comfy_offers import static_clip_vision, static_model, static_vae
+from ...editloss_core.device_memory import is_out_of_memory
+from ...editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, check_output
+from ...editloss_core.encoders.diffusion import DiffusionFeatureEncoder
+from ...editloss_core.encoders.openclip import OpenCLIPEncoder
+from ...editloss_core.encoders.timm_net import TimmEncoder
+from ...editloss_core.encoders.vae import VAEEncoder
+from ...editloss_core.hashing import hash_tensors
+from .flow_model import check_flow_model, model_inputs
+from .gradients import differentiable
+from .loading import WholePatcher, fingerprint, load_for_call
+from .offers import static_clip_vision, static_model, static_vae
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
 PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
-
-
-def fingerprint(module: nn.Module, *texts: str) -> str:
-    """:func:`hash_module` with the node's progress bar, which its cancel button stops."""
-    bar = ProgressBar(1)
-    return hash_module(module, *texts, progress=lambda done, total: bar.update_absolute(done, total))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whose weights are on the device when
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def is_loaded(patcher) -> bool:
-    """Whether ComfyUI counts the model as loaded, in full or in part: itself, or a clone with the same weights."""
-    return any(
-        other is patcher or (other.model is patcher.model and other.patches_uuid == patcher.patches_uuid)
-        for other in comfy.model_management.loaded_models()
-    )
-
-
-def load_for_call(patcher, memory_required: float) -> None:
-    """Bring a model to its device before a call, but not while gradients are on if it is there already.
-
-    Loading may push another model out, and a graph may still need that one's weights where they are.
-    """
-    if not (is_loaded(patcher) and torch.is_grad_enabled()):
-        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
-
-
-def patchers_of(encoder: Encoder, reads_latents: bool = False) -> list[Any]:
-    """ComfyUI's patchers of all that has to be on its device while the encoder runs.
-
-    Args:
-        encoder: from one of the encoder nodes.
-        reads_latents: it is given latents (``from_latents``), so that the VAE in it has nothing to do.
-    """
-    if isinstance(encoder, VAEEncoder) and reads_latents:
-        return []
-    behind = patchers_of(encoder.vae, reads_latents) if isinstance(encoder, DiffusionFeatureEncoder) else []
-    return [*getattr(encoder, "patchers", ()), *behind]
-
-
-def check_shared(encoder: Encoder, model) -> None:
-    """ValueError if the encoder runs the weights of ``model`` with other LoRAs on them: ComfyUI keeps them once only."""
-    for patcher in patchers_of(encoder):
-        if patcher.model is model.model and patcher.patches_uuid != model.patches_uuid:
-            raise ValueError(
-                f"objective: the encoder {encoder.info.name!r} runs the same weights as model, but with other LoRAs or patches; "
-                "wire one and the same MODEL to both, or load it twice"
-            )
-
-
-class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """For a network of plain torch layers, which run with all of their weights on the device or not at all.
-
-    ComfyUI's own layers bring a weight that waits in main memory in for each product; to take some of the weights away, or
-    to load only as many as fit, would break the others.
-    """
-
-    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
-
-    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        return 0  # ComfyUI then unloads all of it, if it needs the room
 
 
 class _Managed(PixelEncoder):
@@ -250,53 +181,6 @@ def _patch_size(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # MODEL
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_flow_model(model) -> None:
-    """ValueError unless it predicts velocity."""
-    base = model.model
-    if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
-        raise ValueError(
-            f"model: expected a flow-matching model (FLUX and kin), got {type(base).__name__} with "
-            f"{type(base.model_sampling).__name__} sampling"
-        )
-
-
-def edit_model_of(model) -> EditModel:
-    """What is known about a MODEL.
-
-    Raises:
-        ValueError: nothing; with the models that are known.
-    """
-    try:
-        return registry.of_comfyui(type(model.model).__name__)
-    except ValueError as error:
-        raise ValueError(f"model: {error}") from None
-
-
-def model_inputs(base, cond: dict, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:
-    """What the model makes of one prompt for latents ``x`` [B, C, h, w], as ComfyUI's samplers do it.
-
-    Args:
-        base: ``comfy.model_base.BaseModel``.
-        cond: one entry of ``comfy.sampler_helpers.convert_cond``.
-        x: on the device where the model runs.
-
-    Raises:
-        ValueError: if something is missing that this model needs.
-    """
-    missing = None
-    if base.model_config.unet_config.get("vec_in_dim") and cond.get("pooled_output") is None:
-        missing = "'pooled_output'"  # which newer ComfyUI takes for zeros
-    try:
-        inputs = base.extra_conds(**{k: usable(v, x.device) for k, v in cond.items()}, noise=x, device=x.device)
-    except KeyError as error:
-        missing = error
-    if missing:
-        raise ValueError(
-            f"conditioning: {type(base).__name__} needs {missing}; make it with the model's own text encoder"
-        )
-    return {name: value.process_cond(batch_size=len(x), device=x.device, area=None) for name, value in inputs.items()}
 
 
 def diffusion_encoder(

@@ -12,14 +12,14 @@ from comfy.utils import ProgressBar
 from PIL import Image
 from torch import Tensor
 
-from ..editloss_core.drawing import grid
-from ..editloss_core.run_report import curves
-from ..editloss_core.runs.log import RunLog, StepLog, ValidationLog
-from ..editloss_core.runs.pictures import PreviewRow
-from ..editloss_core.training.estimate import HALO
-from ..editloss_core.training.host import Host
-from ..editloss_core.training.prepare import Prepared
-from .comfy_denoiser import ComfyDenoiser
+from ...editloss_core.drawing import grid
+from ...editloss_core.run_report import curves
+from ...editloss_core.runs.log import RunLog, StepLog, ValidationLog
+from ...editloss_core.runs.pictures import PreviewRow
+from ...editloss_core.training.estimate import HALO
+from ...editloss_core.training.host import Host
+from ...editloss_core.training.prepare import Prepared
+from .denoiser import ComfyDenoiser
 
 PREVIEW_SECONDS = 5.0  # between two pictures of the curves
 PREVIEW_SIZE = 1024

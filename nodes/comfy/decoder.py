@@ -1,0 +1,87 @@
+"""A VAE as a decoder with gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from .encoders import check_vae
+from .gradients import (
+    checkpointed,
+    differentiable,
+    usable,
+)
+from .loading import load_for_call
+from .offers import static_vae
+
+
+def check_decoder(decoder, vae) -> None:
+    """ValueError unless ``decoder`` is a VAE that decodes the latents of ``vae`` to pictures of the same size."""
+    check_vae(decoder, "decoder")
+    (channels, scale), found = ((v.latent_channels, v.downscale_ratio) for v in (vae, decoder))
+    if found != (channels, scale):
+        raise ValueError(
+            f"decoder: expected one for the latents of the VAE, {channels} channels and {scale} pixels each, got "
+            f"{found[0]} channels and {found[1]} pixels"
+        )
+
+
+class VAEDecoder:
+    """Latents in a model's space ``[B, C, h, w]`` → pictures ``[B, H, W, 3]`` in 0…1 on the VAE's device, with gradients.
+
+    The numbers are those of ``VAE.decode``. The clamp to 0…1 lets gradients pass, as everywhere in the pack: a value out
+    of range would have none, and could never come back.
+
+    Args:
+        vae: ComfyUI VAE; one in TAESD's layout is a small, fast decoder.
+        from_model: from the model's latents to the VAE's, ``ComfyDenoiser.from_model``.
+        checkpointing: compute the decoder's blocks again in the backward pass.
+
+    Raises:
+        ValueError: for a VAE of audio or video or without weights; when called, for latents of other channels.
+    """
+
+    def __init__(self, vae, from_model: Callable[[Tensor], Tensor] = lambda z: z, checkpointing: bool = True):
+        check_vae(vae)
+        vae = static_vae(vae)
+        self.vae, self.from_model, self.checkpointing = vae, from_model, checkpointing
+        vae.first_stage_model.requires_grad_(False)
+        zero, half = (float(vae.process_output(torch.tensor(v))) for v in (0.0, 0.5))
+        self._offset, self._slope = zero, 2 * (half - zero)  # of what process_output does before it clamps
+
+    @property
+    def patcher(self):
+        """For :meth:`ComfyDenoiser.load`."""
+        return self.vae.patcher
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.device
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent along each side."""
+        return self.vae.downscale_ratio
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        vae, net = self.vae, self.vae.first_stage_model
+        if latents.ndim != 4 or latents.shape[1] != vae.latent_channels:
+            raise ValueError(
+                f"latents: expected [B, {vae.latent_channels}, h, w] for this VAE, got {list(latents.shape)}"
+            )
+        load_for_call(vae.patcher, vae.memory_used_decode(latents.shape, vae.vae_dtype))
+        training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(differentiable(net))
+            if training and self.checkpointing:
+                stack.enter_context(checkpointed(getattr(net, "decoder", net)))
+            z = self.from_model(usable(latents, vae.device)).to(vae.vae_dtype)
+            decoded = net.decode(z).float()
+        pictures = vae.process_output(decoded.clone())  # it may work in place
+        if training:
+            unclamped = self._offset + self._slope * decoded
+            pictures = unclamped + (pictures - unclamped).detach()
+        return pictures.movedim(1, -1)

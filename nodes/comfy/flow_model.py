@@ -1,0 +1,59 @@
+"""A MODEL that predicts velocity: whether it does, what is known about it, and what it makes of a prompt."""
+
+from __future__ import annotations
+
+import comfy.conds
+import comfy.model_sampling
+import comfy.sampler_helpers
+from torch import Tensor
+
+from ...editloss_core.models import registry
+from ...editloss_core.models.base import EditModel
+from .gradients import usable
+
+
+def check_flow_model(model) -> None:
+    """ValueError unless it predicts velocity."""
+    base = model.model
+    if not isinstance(base.model_sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            f"model: expected a flow-matching model (FLUX and kin), got {type(base).__name__} with "
+            f"{type(base.model_sampling).__name__} sampling"
+        )
+
+
+def edit_model_of(model) -> EditModel:
+    """What is known about a MODEL.
+
+    Raises:
+        ValueError: nothing; with the models that are known.
+    """
+    try:
+        return registry.of_comfyui(type(model.model).__name__)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from None
+
+
+def model_inputs(base, cond: dict, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:
+    """What the model makes of one prompt for latents ``x`` [B, C, h, w], as ComfyUI's samplers do it.
+
+    Args:
+        base: ``comfy.model_base.BaseModel``.
+        cond: one entry of ``comfy.sampler_helpers.convert_cond``.
+        x: on the device where the model runs.
+
+    Raises:
+        ValueError: if something is missing that this model needs.
+    """
+    missing = None
+    if base.model_config.unet_config.get("vec_in_dim") and cond.get("pooled_output") is None:
+        missing = "'pooled_output'"  # which newer ComfyUI takes for zeros
+    try:
+        inputs = base.extra_conds(**{k: usable(v, x.device) for k, v in cond.items()}, noise=x, device=x.device)
+    except KeyError as error:
+        missing = error
+    if missing:
+        raise ValueError(
+            f"conditioning: {type(base).__name__} needs {missing}; make it with the model's own text encoder"
+        )
+    return {name: value.process_cond(batch_size=len(x), device=x.device, area=None) for name, value in inputs.items()}
