@@ -2,7 +2,8 @@
 
 ``old_workflows/VERSION`` holds the example graphs as the page saved them with that version, and as ``NAME.api.json`` the
 prompts that it made of them. With EDITLOSS_KEEP_WORKFLOWS=1 those of today are put there; once a version is out, nobody
-edits its folder.
+edits its folder. ``tests/made_before/prompts`` holds the prompts that ``workflows/ui_to_api.py`` made of the example
+graphs in ComfyUI 0.3.75 before the modules of 0.1.0 moved.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = Path(__file__).with_name("old_workflows")
+
+
+def api_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.api.json")
+
+
 SAVED = sorted(path for path in OLD.glob("*/*.json") if not path.name.endswith(".api.json"))
+MADE_BEFORE = sorted((ROOT / "tests" / "made_before" / "prompts").glob("*.json"))
+PROMPTS = [*map(api_file, SAVED), *MADE_BEFORE]
 KEEP = os.environ.get("EDITLOSS_KEEP_WORKFLOWS") == "1"
 
 SLOTS = """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.id, {
@@ -35,18 +44,14 @@ SLOTS = """() => Object.fromEntries(window.app.graph.nodes.map(n => [n.id, {
 
 @pytest.fixture(scope="module", autouse=True)
 def example_files(comfyui_server):
-    """What the graphs of 0.1.0 load, by name: pictures in ``input``, and weights among the encoders."""
+    """What the prompts load, by name: pictures in ``input``, and weights among the encoders."""
     pictures, weights = comfyui_server.input_dir, comfyui_server.models_dir / "editloss_encoders"
-    for path in map(api_file, SAVED):
+    for path in PROMPTS:
         for node in json.loads(path.read_text(encoding="utf-8")).values():
             if node["class_type"] in ("LoadImage", "LoadImageMask"):
                 Image.new("RGB", (64, 64)).save(pictures / node["inputs"]["image"])
             elif node["class_type"] == "EditLossTimmEncoder":
                 save_file({"empty": torch.zeros(1)}, weights / node["inputs"]["weights"])
-
-
-def api_file(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.api.json")
 
 
 def refusals(client, prompt: dict[str, Any]) -> list[str]:
@@ -92,6 +97,7 @@ def test_keep_todays_workflows(page, object_info):
 
 def test_there_are_files_of_an_earlier_version():
     assert SAVED and all(api_file(path).is_file() for path in SAVED)
+    assert {path.name for path in MADE_BEFORE} == {path.name for path in SAVED if path.parent.name == "0.1.0"}
 
 
 def test_graphs_open_whole_and_are_accepted(page, client, object_info):
@@ -133,11 +139,22 @@ def test_graphs_open_whole_and_are_accepted(page, client, object_info):
 
 def test_prompts_are_accepted(client):
     wrong = {
-        path.name: said
-        for path in map(api_file, SAVED)
+        f"{path.parent.name}/{path.name}": said
+        for path in PROMPTS
         if (said := refusals(client, json.loads(path.read_text(encoding="utf-8"))))
     }
     assert wrong == {}
+
+
+def test_prompts_name_inputs_that_their_nodes_have(object_info):
+    """Which ComfyUI does not look at: a name that a node does not know is left out without a word."""
+    wrong = []
+    for path in PROMPTS:
+        for node in json.loads(path.read_text(encoding="utf-8")).values():
+            declared = object_info[node["class_type"]]["input"]
+            known = {*declared.get("required", ()), *declared.get("optional", ())}
+            wrong += [f"{path.name}: {node['class_type']}.{name}" for name in node["inputs"] if name not in known]
+    assert wrong == []
 
 
 def test_a_prompt_that_is_not_accepted_would_be_noticed(client):
