@@ -25,22 +25,25 @@ for name in ("diffusers", "timm", "jinja2", "matplotlib"):
     pytest.importorskip(name)
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "training"))
-
 from small import ALL, LATENTS, PATCHES, Patches, parts, trainer, weights
 from small_kontext import VAE
 
-from editloss_core.diagnostics.run_report import write_report
-from editloss_core.diagnostics.run_verdicts import judge_run
-from editloss_core.diagnostics.verdict import FAILURES
 from editloss_core.embeddings import INDEX, EmbeddingSet, StaleEmbeddings, encode_pairs, load_shards
 from editloss_core.encoders import TimmEncoder
-from editloss_core.encoders.base import hash_module
 from editloss_core.hard_negatives import HardNegativeBuffer, image_key, quantize_image
+from editloss_core.hashing import hash_module
+from editloss_core.lora.keys import save_both
+from editloss_core.lora.lora import LoRA, LoRASettings
+from editloss_core.models.autoencoder import vae_encoder
+from editloss_core.models.captions import encode_captions
+from editloss_core.models.folder import ModelFolder
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.pairs import find_pairs
-from editloss_core.training.checkpoint import Checkpoint, checkpoint_path
+from editloss_core.pairs import PairSet, find_pairs
+from editloss_core.run_report.report import write_report
+from editloss_core.run_report.verdicts import judge_run
+from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, checkpoint_path
+from editloss_core.runs.log import RunLog
 from editloss_core.training.config import (
     EstimateSection,
     ModelSection,
@@ -55,16 +58,11 @@ from editloss_core.training.config import (
 )
 from editloss_core.training.config_reader import read_config
 from editloss_core.training.convert_lora import convert_lora
-from editloss_core.training.diffusers_files import KontextFiles
-from editloss_core.training.diffusers_model import encode_captions, vae_encoder
 from editloss_core.training.flow import Timesteps
-from editloss_core.training.log import RunLog
-from editloss_core.training.lora import LoRA, LoRASettings
-from editloss_core.training.lora_dialects import save_both
 from editloss_core.training.prepare import prepare
 from editloss_core.training.self_check import recall
 from editloss_core.training.settings import TrainingSettings
-from editloss_core.training.trainer import CHECKPOINT_FOLDER
+from editloss_core.verdict.judge import FAILURES
 
 MADE = ROOT / "tests" / "made_before"
 BLEND = OverlaySettings(kinds=("blend",))
@@ -263,18 +261,21 @@ def test_nothing_of_a_cache_is_made_again(made, tmp_path):
 def test_no_caption_of_a_cache_is_encoded_again(made):
     """``cache/captions`` is of ``CAPTION`` by the pipeline of ``small_kontext.write_kontext``. ``kontext`` has the
     parts of its folder that read text, without their weights; the key holds the fingerprint of these."""
-    fingerprint = KontextFiles(made / "kontext", dtype="fp32").text_fingerprint
+    (made / "kontext" / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}', encoding="utf-8")
+    fingerprint = ModelFolder(made / "kontext", dtype="fp32").text_fingerprint
+    picture = torch.linspace(0, 1, 64 * 64 * 3).reshape(1, 64, 64, 3)
+    pairs = [PairSet.from_images(picture, 1 - picture, None, CAPTION)]
 
     def load():
         raise AssertionError("the text encoders were loaded")
 
-    found = encode_captions([CAPTION], load, fingerprint, made / "cache")[CAPTION]
+    ((found,),) = encode_captions(KONTEXT, pairs, load, fingerprint, made / "cache")
     (kept,) = (MADE / "cache" / "captions").iterdir()
     assert found.tokens.shape == (512, 24) and found.pooled.shape == (20,)
     close(found._asdict(), load_file(kept), rtol=0, atol=0)
-    for other in (fingerprint[::-1], KontextFiles(made / "kontext", dtype="bf16").text_fingerprint):
+    for other in (fingerprint[::-1], ModelFolder(made / "kontext", dtype="bf16").text_fingerprint):
         with pytest.raises(AssertionError, match="were loaded"):
-            encode_captions([CAPTION], load, other, made / "cache")
+            encode_captions(KONTEXT, pairs, load, other, made / "cache")
 
 
 def test_a_self_check_is_remembered():
