@@ -37,6 +37,7 @@ from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.models.autoencoder import vae_encoder
 from editloss_core.models.captions import encode_captions
 from editloss_core.models.folder import ModelFolder
+from editloss_core.models.kontext import KONTEXT
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.pairs import PairSet, find_pairs

@@ -1077,12 +1077,14 @@ def check_model_without_reference_latents_is_refused() -> None:
 
     model, b = small_flux(), batch(2)
     model.model.__class__ = Deaf
+    refused(lambda: PACK.denoiser.ComfyDenoiser(model), "model", "that is known (FLUX.1 Kontext)", "ComfyUI's Deaf")
+    Deaf.__name__ = "Flux"
     denoiser = PACK.denoiser.ComfyDenoiser(model)
     with torch.no_grad():
-        refused(lambda: denoiser(b.x, b.t, b.references, b.conditioning), "model", "reference latents", "Deaf")
+        refused(lambda: denoiser(b.x, b.t, b.references, b.conditioning), "model", "reference latents", "Flux")
         denoiser(b.x, b.t, [], b.conditioning)
     with refusing_to_run(denoiser):
-        refused(lambda: denoiser.check(b.conditioning[0]), "model", "reference latents", "Deaf")
+        refused(lambda: denoiser.check(b.conditioning[0]), "model", "reference latents", "Flux")
 
 
 # ---------------------------------------------------------------------------- decoding

@@ -311,16 +311,15 @@ def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> Non
         theirs = {p.caption: clip.encode_from_tokens_scheduled(clip.tokenize(p.caption)) for p in known}
         with torch.inference_mode(False), torch.enable_grad():
             denoiser = PACK.denoiser.ComfyDenoiser(model)
-            found = PACK.training._conditioning(clip, known, denoiser)
-            assert found.keys() == theirs.keys()
-            for caption, entries in found.items():
-                (context, extra), (expected, more) = entries[0], theirs[caption][0]
+            (found,) = PACK.training._conditioning(clip, [known], denoiser)
+            for pair, entries in zip(known, found, strict=True):
+                (context, extra), (expected, more) = entries[0], theirs[pair.caption][0]
                 assert torch.equal(context, expected) and torch.equal(extra["pooled_output"], more["pooled_output"])
                 assert not context.is_inference() and not extra["pooled_output"].is_inference()
                 assert context.shape == (1, 77, WIDTH) and context.device == CPU and not context.requires_grad
             x = torch.randn(2, 16, 8, 8).requires_grad_()
             t = torch.full((2,), 0.5)
-            denoiser(x, t, [x.detach()], list(found.values())).square().mean().backward()
+            denoiser(x, t, [x.detach()], found).square().mean().backward()
     assert x.grad.abs().max() > 0
 
 
@@ -585,7 +584,7 @@ def main() -> None:
     folder_paths.set_temp_directory(str(small.SCRATCH / "temp"))
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     modules = {
-        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
+        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
         "host": "nodes.comfy.host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
