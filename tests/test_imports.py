@@ -22,7 +22,7 @@ LATER = [
     "accelerate",
 ]
 # Programs of their own, that nothing imports.
-PROGRAMS = {"diagnostics.__main__", "verdict.__main__", "embeddings.__main__", "demo.train", "demo.train_autoencoder"}
+PROGRAMS = {"diagnostics.__main__", "verdict.__main__", "embeddings.__main__"}
 
 
 def imported(code):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from editloss_core.demo import train
 from editloss_core.demo.judge import judge
 from editloss_core.demo.model import AUTOENCODER, DIFFUSION, FLUX, Autoencoder, load_autoencoder, load_diffusion
 from editloss_core.demo.scenes import HELD_OUT, TASKS, draw, stool_pairs
-from editloss_core.demo.train_autoencoder import principal_components, set_encoder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "demo_model"))
+import train_small_kontext as train
+from train_autoencoder import principal_components, set_encoder
 
 
 @pytest.fixture(scope="module")
