@@ -77,13 +77,13 @@ def main() -> None:
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     scenes, judge = pack("editloss_core.demo.scenes"), pack("editloss_core.demo.judge")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
-    flow, lora, prepare = (pack(f"editloss_core.training.{n}") for n in ("flow", "lora", "prepare"))
+    flow, prepare = pack("editloss_core.training.flow"), pack("editloss_core.training.prepare")
+    lora = pack("editloss_core.lora.lora")
     settings, trainer = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")
-    import comfy.sd
 
     training, size, pairs = demo_settings(json.loads((ROOT / "workflows" / "train_demo.json").read_text("utf-8")))
     training.update({k: json.loads(v) for k, v in (item.split("=", 1) for item in args.set)})
-    vae = comfy.sd.VAE(sd=demo.model.load_autoencoder())
+    vae = demo.small_vae()
     clip = demo.SmallTextEncoder()
     encoder = models.vae_encoder(vae)
     name = encoder.info.name
