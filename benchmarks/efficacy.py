@@ -77,7 +77,7 @@ def main() -> None:
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     scenes, judge = pack("editloss_core.demo.scenes"), pack("editloss_core.demo.judge")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
-    flow, prepare = pack("editloss_core.training.flow"), pack("editloss_core.training.prepare")
+    prepare = pack("editloss_core.training.prepare")
     lora = pack("editloss_core.lora.lora")
     settings, trainer = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")
 

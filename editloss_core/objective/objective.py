@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from ..embeddings import EmbeddingSet
-from .terms import NOT_A_NUMBER, TERMS, Evaluation, LossTerm, TermReport
+from .distances import DistanceTable
+from .evaluation import TermReport, evaluate
+from .terms import TERMS, LossTerm
+
+NOT_A_NUMBER = "not a number"
+NO_FAILURE = "no failure"  # what a signal says that points to none
 
 
 def _plain(values: Optional[Tensor]):
@@ -152,9 +157,9 @@ class EditObjective:
                 weights = inside if weights is None else weights * inside.to(weights)
             if weights is not None:
                 seen = _with_gradients_where(weights > 0, embeddings)
-            evaluation = Evaluation(terms, seen, details)
+            table = DistanceTable(terms, seen, details)
             for term in terms:
-                reports[term.name] = TERMS[term.kind].evaluate(evaluation, term).counting(weights)
+                reports[term.name] = evaluate(table, term).counting(weights)
         in_order = tuple(reports[term.name] for term in self.terms)
         counted = [r.weighted for r in in_order if r.term.weight > 0]
         return ObjectiveReport(sum(counted) if counted else torch.zeros(()), in_order)
