@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Callable, Mapping, Optional
 
 from torch import Tensor
@@ -87,7 +86,7 @@ class LossTerm:
             check_option("dist", self.dist, TERMS[self.kind].dists)
         self.settings.check()
 
-    @cached_property
+    @property
     def settings(self) -> Family:
         """What the term's kind uses, with types."""
         family = TERMS[self.kind].family

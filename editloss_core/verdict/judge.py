@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Mapping, Optional
 
 import torch
@@ -98,16 +99,33 @@ class Verdict:
     mask: Optional[Tensor] = None
 
 
+class _JudgesAtWork:
+    """Threads of this process that judge now, and how many threads torch had before the first of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.at_work, self.threads = Lock(), 0, 1
+
+
+_JUDGES = _JudgesAtWork()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """The many small tensors of a verdict gain nothing from several threads, and on a busy machine lose: at 128 × 128 pixels a
-    picture took 4 s of two cores that others used as well, and 0.5 s of one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    picture took 4 s of two cores that others used as well, and 0.5 s of one.
+
+    The number is the whole process': judges in several threads give back what was there before any of them."""
+    with _JUDGES.lock:
+        if not _JUDGES.at_work:
+            _JUDGES.threads = torch.get_num_threads()
+        _JUDGES.at_work += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _JUDGES.lock:
+            _JUDGES.at_work -= 1
+            torch.set_num_threads(_JUDGES.threads)  # those before the first of them, whoever is the last
 
 
 @torch.no_grad()

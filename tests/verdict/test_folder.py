@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from editloss_core.demo.scenes import draw
-from editloss_core.drawing.statistics import wilson
+from editloss_core.drawing.statistics import Share, wilson
 from editloss_core.verdict import __main__ as command
 from editloss_core.verdict import folder as folders
 from editloss_core.verdict import items as verdict_items
@@ -230,7 +230,7 @@ def test_a_picture_that_could_not_be_asked_is_not_a_picture_that_passed():
     asked = Verdict("distorted", dict.fromkeys(FAILURES, 0.9), {})
     unasked = Verdict("good", {**dict.fromkeys(FAILURES, 0.1), "distorted": None}, {})
     items = [verdict_items.Item("a", asked), *(verdict_items.Item(str(i), unasked) for i in range(9))]
-    assert command.rate(items, "distorted") == (1, 1) and command.rate(items, command.ANY) == (1, 10)
+    assert command.rate(items, "distorted") == Share(1, 1) and command.rate(items, command.ANY) == Share(1, 10)
     assert command.status(items, {"distorted": 0.5}) == 1 and command.status(items, {"any": 0.5}) == 0
     assert "1 of 1 " in command.report(items, {})
 

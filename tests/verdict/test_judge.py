@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,35 @@ def test_judging_takes_one_thread_and_gives_the_others_back(monkeypatch):
         with pytest.raises(ValueError, match="before"):
             judge(example.before[..., :1], example.after)
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_judges_at_once_leave_torch_s_threads_as_they_were():
+    """The second begins while the first is at work, and ends after it."""
+    from editloss_core.verdict.judge import one_thread
+
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def second():
+        with one_thread():
+            inside.set()
+            assert leave.wait(60)
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            other = threading.Thread(target=second)
+            other.start()
+            assert inside.wait(60)
+        leave.set()
+        other.join()
+        fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        assert torch.get_num_threads() == 2 and seen == [2, 2]
     finally:
         torch.set_num_threads(before)
 
