@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Callable, Collection, Optional
+from typing import Callable, Collection, Iterable, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ class ObjectiveReport:
 
     total: Tensor
     terms: tuple[TermReport, ...]
+
+    @classmethod
+    def of(cls, reports: Iterable[TermReport], terms: Sequence[LossTerm]) -> ObjectiveReport:
+        """The reports of ``terms``, which come in any order; what only watches adds nothing to the total."""
+        by_name = {report.term.name: report for report in reports}
+        in_order = tuple(by_name[term.name] for term in terms)
+        counted = [report.weighted for report in in_order if report.term.weight > 0]
+        return cls(sum(counted, torch.zeros(())), in_order)
 
     def as_dict(self) -> dict:
         """Plain numbers and lists, for JSON; what is not finite becomes None."""
@@ -149,7 +157,7 @@ class EditObjective:
         for term in self.terms:
             always = t is None or (term.t_min, term.t_max) == (0.0, 1.0)
             by_gate.setdefault(None if always else (term.t_min, term.t_max), []).append(term)
-        reports: dict[str, TermReport] = {}
+        reports: list[TermReport] = []
         for gate, terms in by_gate.items():
             weights, seen = sample_weights, embeddings
             if gate is not None:
@@ -158,11 +166,8 @@ class EditObjective:
             if weights is not None:
                 seen = _with_gradients_where(weights > 0, embeddings)
             table = DistanceTable(terms, seen, details)
-            for term in terms:
-                reports[term.name] = evaluate(table, term).counting(weights)
-        in_order = tuple(reports[term.name] for term in self.terms)
-        counted = [r.weighted for r in in_order if r.term.weight > 0]
-        return ObjectiveReport(sum(counted) if counted else torch.zeros(()), in_order)
+            reports += [evaluate(table, term).counting(weights) for term in terms]
+        return ObjectiveReport.of(reports, self.terms)
 
 
 def _with_gradients_where(counts: Tensor, embeddings: EmbeddingSet) -> EmbeddingSet:
