@@ -483,7 +483,11 @@ def margin_ranking_on_distances(
 
 
 def contrastive_on_distances(
-    distance: Tensor, y: Tensor, margin: float = 1.0, reduction: str = "mean", weights: Optional[Tensor] = None
+    distance: Tensor,
+    y: Union[Tensor, float],
+    margin: float = 1.0,
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
 ) -> Tensor:
     """½ · y · d² + ½ · (1 − y) · max(0, margin − d)², on distances ``[B]`` that the caller has.
 

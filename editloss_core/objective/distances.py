@@ -11,6 +11,13 @@ from .. import losses
 from ..embeddings import NEGATIVE_ROLES, ROLES, EmbeddingSet
 from .terms import LossTerm
 
+Key = tuple[str, str, str, str]  # encoder, distance, and two roles in the order of ROLES
+
+
+def _key(encoder: str, dist: str, a: str, b: str) -> Key:
+    first, second = sorted((a, b), key=ROLES.index)
+    return encoder, dist, first, second
+
 
 class DistanceTable:
     """The token distances of one evaluation, keyed by encoder, distance and the two roles in the order of ROLES."""
@@ -18,7 +25,7 @@ class DistanceTable:
     def __init__(self, terms: Sequence[LossTerm], embeddings: EmbeddingSet, details: bool):
         self.embeddings, self.details = embeddings, details
         self.batch = 1
-        self.tokens: dict[tuple[str, str, str, str], list[Tensor]] = {}
+        self.tokens: dict[Key, list[Tensor]] = {}
         self._weights: dict[tuple[str, str], Optional[Tensor]] = {}
         self._prefetch(terms)
 
@@ -37,8 +44,8 @@ class DistanceTable:
         Distances that are constants for the gradient (automatic margins, weights, what pictures show) come last and
         without a graph, unless a term has them as its own.
         """
-        own: dict[tuple, None] = {}
-        constant: dict[tuple, None] = {}
+        own: dict[Key, None] = {}
+        constant: dict[Key, None] = {}
         for term in terms:
             settings = term.settings
             needed = settings.constants(False)
@@ -48,21 +55,21 @@ class DistanceTable:
                 there = {role for role, encoder in self.embeddings.tensors if encoder == term.encoder}
                 needed += [pair for pair in settings.constants(True) if there.issuperset(pair[1:])]
             for pairs, group in ((settings.pairs(), own), (needed, constant)):
-                for dist, *roles in pairs:
-                    for role in roles:
+                for dist, a, b in pairs:
+                    for role in (a, b):
                         self.embeddings.get(role, term.encoder)
-                    group[(term.encoder, dist, *sorted(roles, key=ROLES.index))] = None
+                    group[_key(term.encoder, dist, a, b)] = None
         # The outputs make the batch, whether or not a term reads them; a role that no term reads does not.
-        used = {(role, encoder) for encoder, _, *roles in (*own, *constant) for role in ("pred", *roles)}
+        used = {(role, encoder) for encoder, _, a, b in (*own, *constant) for role in ("pred", a, b)}
         self.batch = max(len(t) for key, t in self.embeddings.tensors.items() if key in used)
         self._compute(own)
         with torch.no_grad():
             self._compute(key for key in constant if key not in own)
 
-    def _compute(self, keys: Iterable[tuple[str, str, str, str]]) -> None:
+    def _compute(self, keys: Iterable[Key]) -> None:
         grouped: dict[tuple[str, str, str], list[str]] = {}
-        for *group, reference in keys:
-            grouped.setdefault(tuple(group), []).append(reference)
+        for encoder, dist, anchor, reference in keys:
+            grouped.setdefault((encoder, dist, anchor), []).append(reference)
         for (encoder, dist, anchor), references in grouped.items():
             lists = [self.roles(role, encoder) for role in references]
             flat = [tensor for items in lists for tensor in items]
@@ -72,8 +79,7 @@ class DistanceTable:
 
     def per_token(self, encoder: str, dist: str, a: str, b: str) -> list[Tensor]:
         """One ``[B, ...]`` for each of K negatives, one for other roles; none if nobody asked for it."""
-        anchor, reference = sorted((a, b), key=ROLES.index)
-        return self.tokens.get((encoder, dist, anchor, reference), [])
+        return self.tokens.get(_key(encoder, dist, a, b), [])
 
     def per_sample(self, term: LossTerm, dist: str, a: str, b: str) -> Tensor:
         """Aggregated as the term does it: ``[B]``, or ``[B, K]`` for a role of several negatives."""

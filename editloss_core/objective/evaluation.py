@@ -179,7 +179,7 @@ def _difference_map(
 
 def _contrastive(table: DistanceTable, term: LossTerm, s: Contrastive) -> TermReport:
     d = table.per_sample(term, s.measured, s.anchor, s.positive)
-    per_sample = losses.contrastive_on_distances(d, s.label, s.width, "none")
+    per_sample = losses.contrastive_on_distances(d, float(s.label), s.width, "none")
     token_map = table.per_token(term.encoder, s.measured, s.anchor, s.positive)[0]
     meaning = f"red: {s.anchor} far from {s.positive}"
     if s.label:

@@ -160,7 +160,7 @@ class EditObjective:
         reports: list[TermReport] = []
         for gate, terms in by_gate.items():
             weights, seen = sample_weights, embeddings
-            if gate is not None:
+            if gate is not None and t is not None:
                 inside = terms[0].gate(t)
                 weights = inside if weights is None else weights * inside.to(weights)
             if weights is not None:

@@ -108,7 +108,7 @@ class LossTerm:
         >>> LossTerm("triplet", "dino", weight=0.5, negative="overlay", t_max=0.8).describe()
         '0.5 × triplet (negative overlay, margin 0.2, t 0…0.8)'
         """
-        usual = {f.name: f.default for f in fields(self)[4:]} | TERMS[self.kind].defaults
+        usual = {**{f.name: f.default for f in fields(self)[4:]}, **TERMS[self.kind].defaults}
         always = {"margin", "temperature"} & TERMS[self.kind].defaults.keys()
         notes = []
         for name in usual:
