@@ -144,7 +144,7 @@ class Item:
         }
 
 
-def share(items: Sequence[Item], *verdicts: str) -> Share:
+def verdict_share(items: Sequence[Item], *verdicts: str) -> Share:
     """How many of the judged items have one of these verdicts."""
     judged = [item.verdict.verdict for item in items if item.verdict]
     return Share(sum(v in verdicts for v in judged), len(judged))
