@@ -137,7 +137,9 @@ def test_clean_folder_has_no_findings(good):
     assert found.findings == () and found.ok and found.headline() == "6 pairs: nothing found"
     assert set(found.per_pair) == {f"p{i}" for i in range(6)}
     assert steps == [(i + 1, 12) for i in range(12)]
-    assert all(v.movement.registered and v.movement.moved < 0.1 and v.mask.uncovered < 0.05 for v in found.per_pair.values())
+    assert all(
+        v.movement.registered and v.movement.moved < 0.1 and v.mask.uncovered < 0.05 for v in found.per_pair.values()
+    )
     assert audit_picture(found, 800).shape[2:] == (800, 3)
     assert any("every pair is swapped" in note for note in found.notes)
 
