@@ -130,17 +130,21 @@ def only(found: PairAudit, kind: str):
 # --- nothing to say --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clean_folder_has_no_findings(good):
     steps = []
     found = audit(good, progress=lambda done, total: steps.append((done, total)))
     assert found.findings == () and found.ok and found.headline() == "6 pairs: nothing found"
     assert set(found.per_pair) == {f"p{i}" for i in range(6)}
     assert steps == [(i + 1, 12) for i in range(12)]
-    assert all(v.movement.registered and v.movement.moved < 0.1 and v.mask.uncovered < 0.05 for v in found.per_pair.values())
+    assert all(
+        v.movement.registered and v.movement.moved < 0.1 and v.mask.uncovered < 0.05 for v in found.per_pair.values()
+    )
     assert audit_picture(found, 800).shape[2:] == (800, 3)
     assert any("every pair is swapped" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_set_of_files_and_of_pictures_give_the_same(good):
     pairs = find_pairs(good)
     assert audit(pairs).findings == ()
@@ -154,6 +158,7 @@ def test_set_of_files_and_of_pictures_give_the_same(good):
         assert all(same[n] == pytest.approx(own[n], abs=1e-5) for n in names)
 
 
+@pytest.mark.slow
 def test_drawn_pairs_give_no_false_alarm(tmp_path):
     """128 pixels across, with flat walls, faint shadows and exact masks."""
     write_folder([*stool_pairs(24), *(draw(1_000_000 + i) for i in range(12))], tmp_path)
@@ -163,6 +168,7 @@ def test_drawn_pairs_give_no_false_alarm(tmp_path):
     assert max(m.moved for m in movements if m.registered and m.agreement > 0.3) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quality", [90, 60, 30])
 def test_jpeg_is_no_movement_and_no_change(six, quality):
     for i in range(6):
@@ -229,6 +235,7 @@ def test_movement_by_a_latent_is_an_error(folder):
     assert only(audit(folder), "shift").severity == "error"
 
 
+@pytest.mark.slow
 def test_movement_of_half_a_pixel_in_a_large_picture_is_nothing(tmp_path):
     before, after, mask = edit(3, 1536)
     save(tmp_path, "large", before, moved(after, x=0.6), mask)
@@ -429,6 +436,7 @@ def test_few_pairs_of_a_target_say_nothing(six):
     assert found.findings == () and any("6 of the pairs" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_captions_that_remove_and_add(tmp_path):
     for seed in range(2):
         base = np.full((SIZE, SIZE, 3), 128, np.uint8) // 2 + room(seed) // 4
@@ -478,6 +486,7 @@ def test_wrong_partners(folder):
     assert "after/p2.png" in found.findings[0].detail
 
 
+@pytest.mark.slow
 def test_copies(six):
     for part in ("before", "after", "mask"):
         shutil.copy(six / part / "p0.png", six / part / "again.png")
@@ -488,6 +497,7 @@ def test_copies(six):
     assert "to the eye" in only(audit(six), "duplicate pair").detail
 
 
+@pytest.mark.slow
 def test_same_before_and_same_after(six):
     before, after, mask = edit(0)
     other = after.copy()

@@ -289,6 +289,7 @@ def test_many_validations_are_thinned_but_not_the_best(tmp_path):
     assert "Shown: 7 of 20 validations." in html and html.count("<figure") == 2 * (7 + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [640, 1600])
 @pytest.mark.parametrize("plan", [[], [[]], [[FINE, BAD]], [[BAD, FINE]] * 30])
 def test_the_picture_and_the_text(plan, width, tmp_path):
@@ -409,6 +410,7 @@ def test_the_command_line(tmp_path, capsys):
     assert "expected a folder that a training run has written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
     folder = make_run(tmp_path / "run", [])
     done = subprocess.run(

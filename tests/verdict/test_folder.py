@@ -151,6 +151,7 @@ def hard(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_command_writes_rows_sheet_and_maps_and_exits_3(hard, tmp_path):
     command_line = [
         sys.executable,
@@ -186,6 +187,7 @@ def test_command_writes_rows_sheet_and_maps_and_exits_3(hard, tmp_path):
     assert not list((tmp_path / "new/out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_one_corrupt_file_of_500_costs_one_row(tmp_path, by_grey, capsys):
     for i in range(500):
         grey(tmp_path / f"before/{i}.png", 0.2)
@@ -204,6 +206,7 @@ def test_one_corrupt_file_of_500_costs_one_row(tmp_path, by_grey, capsys):
         assert page.height <= verdict_sheet.HIGHEST
 
 
+@pytest.mark.slow
 def test_exit_status_by_threshold(tmp_path, by_grey, capsys):
     for i, level in enumerate((0.1, 0.5, 0.9, 0.9)):
         grey(tmp_path / f"before/{i}.png", 0.2)
@@ -269,6 +272,7 @@ def test_memory_holds_the_pictures_of_one_sheet_only(tmp_path, by_grey):
     assert len(with_pictures) == verdict_sheet.MOST_ROWS and with_pictures[-1].verdict.verdict == "no edit"
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_in_the_same_order(hard):
     entries = scan(hard).entries[:3]
     alone, together = (list(judge_folder(entries, workers=n)) for n in (1, 2))

@@ -35,6 +35,7 @@ def lab(picture):
     return F.interpolate(oklab(picture.permute(2, 0, 1)[None]), scale_factor=1.5, mode="bilinear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SCENES)
 def test_the_target_is_good_and_a_copy_is_no_edit(seed):
     example, mask = pair(seed)
@@ -51,6 +52,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SCENES)
 @pytest.mark.parametrize("harmless", HARMLESS.values(), ids=HARMLESS.keys())
 def test_what_a_codec_or_a_camera_does_is_no_failure(seed, harmless):
@@ -110,6 +112,7 @@ def shifted(example, by):
     return example.background * (1 - layer) + torch.roll(example.after, by, (0, 1)) * layer
 
 
+@pytest.mark.slow
 def test_a_bent_object_is_distorted_and_a_shifted_one_is_not():
     good = 0
     for seed in SCENES:
@@ -227,6 +230,7 @@ def test_bad_input_is_named(case):
         judge(*change(example.before, example.after, example.after, mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("seed", SCENES)
 def test_an_output_of_one_colour_shows_neither_object(seed, value):
@@ -290,6 +294,7 @@ def template_pairs():
             yield name, *(torch.from_numpy(np.array(Image.open(f).convert("RGB"))).float() / 255 for f in files)
 
 
+@pytest.mark.slow
 def test_real_edits_get_no_nonsense():
     judged = 0
     for name, before, after in template_pairs():
