@@ -79,12 +79,10 @@ def main() -> None:
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
     flow, lora, prepare = (pack(f"editloss_core.training.{n}") for n in ("flow", "lora", "prepare"))
     settings, trainer = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")
-    import comfy.sd
 
     training, size, pairs = demo_settings(json.loads((ROOT / "workflows" / "train_demo.json").read_text("utf-8")))
     training.update({k: json.loads(v) for k, v in (item.split("=", 1) for item in args.set)})
-    vae = comfy.sd.VAE(sd=demo.model.load_autoencoder())
-    clip = demo.SmallTextEncoder()
+    vae, clip = demo.small_vae(), demo.SmallTextEncoder()
     encoder = models.vae_encoder(vae)
     name = encoder.info.name
     mix = objectives.recommended(name)

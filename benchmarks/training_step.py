@@ -213,7 +213,6 @@ def noise_pairs(pack, pixels: int):
 
 def cases(args, pack, device, dtype: str) -> dict[str, Case]:
     """What is measured, by name: three trainers on one model and one preparation."""
-    import comfy.sd
 
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
@@ -238,7 +237,7 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
         ]
         conditioning = [words] * len(pairs)
     else:
-        patcher, vae, clip = demo.small_flux(), comfy.sd.VAE(sd=demo.model.load_autoencoder()), demo.SmallTextEncoder()
+        patcher, vae, clip = demo.small_flux(), demo.small_vae(), demo.SmallTextEncoder()
         pairs, crop = demo.pair_set(demo.training_pairs(12, 0, 0, seed=0)), 128
         encoder = timm_net.TimmEncoder(args.encoder or "tf_efficientnet_lite0", layer=2, image_size=-1, random_seed=0)
         conditioning = [clip.encode_from_tokens_scheduled(clip.tokenize(p.caption)) for p in pairs]

@@ -556,10 +556,22 @@ def check_compare_answers_without_pictures() -> None:
 
 
 @check
+def check_the_demo_autoencoder_without_its_blocks_of_zeros_is_the_whole_one() -> None:
+    demo = PACK.demo
+    lean, whole = demo.small_vae(), demo.comfy.sd.VAE(sd=demo.model.load_autoencoder())
+    assert type(lean.first_stage_model) is type(whole.first_stage_model)
+    count = [sum(1 for _ in vae.first_stage_model.parameters()) for vae in (lean, whole)]
+    assert 2 * count[0] < count[1], count
+    picture = torch.stack([PACK.scenes.draw(PACK.scenes.HELD_OUT).before])
+    latents = whole.encode(picture)
+    assert torch.equal(lean.encode(picture), latents) and torch.equal(lean.decode(latents), whole.decode(latents))
+
+
+@check
 def check_the_demo_model_does_what_it_was_taught() -> None:
     """In rooms that it has not seen; measured with 32 a task: replace 94 %, remove 97 %, recolour 100 % good."""
     demo, scenes, judge = PACK.demo, PACK.scenes, PACK.judge
-    vae, clip, model = demo.comfy.sd.VAE(sd=demo.model.load_autoencoder()), demo.SmallTextEncoder(), demo.small_flux()
+    vae, clip, model = demo.small_vae(), demo.SmallTextEncoder(), demo.small_flux()
     for task in scenes.TASKS:
         examples = [scenes.draw(scenes.HELD_OUT + 500 + i, task) for i in range(16)]
         verdicts = [v.verdict for v in judge.judge(demo.edit(model, clip, vae, examples, 10, 0), examples)]
