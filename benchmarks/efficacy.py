@@ -77,12 +77,14 @@ def main() -> None:
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     scenes, judge = pack("editloss_core.demo.scenes"), pack("editloss_core.demo.judge")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
-    flow, lora, prepare = (pack(f"editloss_core.training.{n}") for n in ("flow", "lora", "prepare"))
+    prepare = pack("editloss_core.training.prepare")
+    lora = pack("editloss_core.lora.lora")
     settings, trainer = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")
 
     training, size, pairs = demo_settings(json.loads((ROOT / "workflows" / "train_demo.json").read_text("utf-8")))
     training.update({k: json.loads(v) for k, v in (item.split("=", 1) for item in args.set)})
-    vae, clip = demo.small_vae(), demo.SmallTextEncoder()
+    vae = demo.small_vae()
+    clip = demo.SmallTextEncoder()
     encoder = models.vae_encoder(vae)
     name = encoder.info.name
     mix = objectives.recommended(name)

@@ -139,7 +139,7 @@ class Case:
                 super().enter(stage)
                 (case.peak or marks).enter(stage)
 
-        class Watch(self.pack("editloss_core.training.trainer").Host):
+        class Watch(self.pack("editloss_core.training.host").Host):
             def before_step(self):
                 self.stack = ExitStack()
                 self.counting = with_memory and self.trainer.step == WARM_UP
@@ -217,6 +217,7 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
     lora, prepare = pack("editloss_core.lora.lora"), pack("editloss_core.training.prepare")
+    decoders = pack("nodes.comfy.decoder")
     settings, trainers = pack("editloss_core.training.settings"), pack("editloss_core.training.trainer")
     timm_net = pack("editloss_core.encoders.timm_net")
     large = args.size == "kontext"
@@ -260,7 +261,7 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
     def case(objective) -> Case:
         def make_trainer(host, marks, steps):
             denoiser = denoisers.ComfyDenoiser(patcher, 1.0, checkpointing=large)
-            decode = marks.of("decoder", denoisers.VAEDecoder(vae, denoiser.from_model))
+            decode = marks.of("decoder", decoders.VAEDecoder(vae, denoiser.from_model))
             watched = TimedEncoder(pack, encoder, marks)
             host.before_step = bring(denoiser, host.before_step)
             return trainers.Trainer(

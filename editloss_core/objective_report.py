@@ -97,12 +97,12 @@ def picture(
     if ground is None:
         shape = next((images.shape[1:] for images in (gt, src) if images is not None), (256, 256, 3))
         ground = torch.full((1, *shape), 0.6)
-    page = _Page(report, ground, rows, min(total, MAX_COLUMNS), width)
+    page = ObjectiveSheet(report, ground, rows, min(total, MAX_COLUMNS), width)
     page.draw()
     return pixels(page.figure)[None]
 
 
-class _Page(Sheet):
+class ObjectiveSheet(Sheet):
     """The layout, in inches from the top left: a column per output, or for one or two outputs a band each."""
 
     LABEL, CELL, GAP, PER_BAND = 2.3, 2.15, 0.12, 6

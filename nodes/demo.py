@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 
 import comfy.model_management
-import comfy.model_patcher
-import comfy.sd
-import comfy.supported_models
 import torch
-from comfy.ldm.flux.model import FluxParams
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.demo import judge, model, prompts, scenes
+from ..editloss_core.demo import judge, prompts, scenes
 from ..editloss_core.drawing import grid
 from ..editloss_core.pairs import PairSet
 from ..editloss_core.runs.pictures import PreviewRow
@@ -22,6 +18,7 @@ from .checks import checked
 from .comfy.decoder import VAEDecoder
 from .comfy.denoiser import ComfyDenoiser
 from .comfy.encoders import vae_encoder
+from .comfy.small_model import small_flux, small_vae
 from .notices import say
 from .sockets import PairsSocket
 
@@ -40,36 +37,6 @@ class SmallTextEncoder:
     def encode_from_tokens_scheduled(self, tokens: str, **options) -> list:
         context, pooled = prompts.encode(tokens)
         return [[context, {"pooled_output": pooled}]]
-
-
-def small_flux(**options) -> comfy.model_patcher.ModelPatcher:
-    """ComfyUI's Flux class with the small model's sizes and weights; its loaders know the large size only.
-
-    Args:
-        options: what ComfyUI tells a loader whose model it wants again, a copy to train for example; it is the same for all.
-    """
-    with torch.inference_mode(False):
-        config = comfy.supported_models.Flux(model.flux_config(FluxParams))
-        config.set_inference_dtype(torch.float32, None)
-        base = config.get_model({}, device=torch.device("cpu"))
-        base.diffusion_model.load_state_dict(config.process_unet_state_dict(model.load_diffusion()))
-        base.diffusion_model.eval().requires_grad_(False)
-    patcher = comfy.model_patcher.ModelPatcher(
-        base, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    )
-    patcher.cached_patcher_init = (small_flux, ())  # how ComfyUI comes by another copy
-    return patcher
-
-
-def small_vae() -> comfy.sd.VAE:
-    """ComfyUI's TAESD class with the autoencoder's weights. A block of zeros is a ReLU, to the bit: as one it takes no time."""
-    with torch.inference_mode(False):
-        vae = comfy.sd.VAE(sd=model.load_autoencoder())
-        for layers in (vae.first_stage_model.taesd_encoder, vae.first_stage_model.taesd_decoder):
-            for i, layer in enumerate(layers):
-                if hasattr(layer, "conv") and not any(p.any() for p in layer.conv.parameters()):
-                    layers[i] = torch.nn.ReLU()
-    return vae
 
 
 class DemoModel(io.ComfyNode):
@@ -95,10 +62,10 @@ class DemoModel(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls) -> io.NodeOutput:
-        flux = small_flux()
+        flux, vae = small_flux(), small_vae()
         millions = sum(p.numel() for p in flux.model.diffusion_model.parameters()) / 1e6
         text = f"{millions:.1f} million parameters, {scenes.SIZE} pixels. It replaces, removes and recolours; it knows no stool."
-        return io.NodeOutput(flux, SmallTextEncoder(), small_vae(), ui=say(cls, text))
+        return io.NodeOutput(flux, SmallTextEncoder(), vae, ui=say(cls, text))
 
 
 def pair_set(examples: list[scenes.Example]) -> PairSet:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import comfy.model_management
-import comfy.sd
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
@@ -31,7 +30,7 @@ from .comfy.decoder import VAEDecoder, check_decoder
 from .comfy.denoiser import ComfyDenoiser
 from .comfy.encoders import vae_encoder
 from .comfy.host import ComfyHost, step_memory
-from .comfy.loading import check_shared, fingerprint, patchers_of
+from .comfy.loading import check_shared, fingerprint, patchers_of, with_lora
 from .comfy.offers import drop_inference_buffers, folded, has_comparison
 from .notices import say
 from .sockets import (
@@ -156,7 +155,7 @@ class Train(io.ComfyNode):
 
             result = run.result
             tensors = result.lora.tensors()
-            trained, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+            trained = with_lora(model, tensors)
             comfy.model_management.soft_empty_cache()
         lines = [f"{result.steps} steps, kept in output/editloss/runs/{run.name}"]
         lines += [result.self_check] if result.self_check else []

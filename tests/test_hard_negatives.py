@@ -318,6 +318,7 @@ def start(program, *arguments, **options):
     return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stderr=subprocess.PIPE, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_read_at_once(tmp_path):
     processes = [start(WRITE_AND_READ, tmp_path, name) for name in ("one", "two")]
     most = 0
@@ -360,6 +361,7 @@ HardNegativeBuffer(folder, capacity=3).store("a", torch.tensor([9.0]))
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["half written", "not yet replaced"])
 def test_a_writer_killed_while_it_refreshes_an_entry_loses_none(tmp_path, moment):
     buffer = HardNegativeBuffer(tmp_path, capacity=3, lock_timeout=10)
@@ -374,6 +376,7 @@ def test_a_writer_killed_while_it_refreshes_an_entry_loses_none(tmp_path, moment
     assert values(buffer, "a") == [1, 2, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["half written", "not yet replaced"])
 def test_a_writer_killed_at_its_worst_moment(tmp_path, moment):
     buffer = HardNegativeBuffer(tmp_path, capacity=3, lock_timeout=10)
@@ -391,6 +394,7 @@ def test_a_writer_killed_at_its_worst_moment(tmp_path, moment):
     assert list(tmp_path.glob(".editloss-negatives-*.tmp")) == []  # what the dead left is swept
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment(tmp_path):
     process = start(WRITE_FOR_EVER, tmp_path, "victim", stdout=subprocess.PIPE)
     assert process.stdout.readline().strip() == b"ready"

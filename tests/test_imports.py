@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import editloss_core
 
 ROOT = Path(editloss_core.__file__).parent
@@ -22,7 +24,7 @@ LATER = [
     "accelerate",
 ]
 # Programs of their own, that nothing imports.
-PROGRAMS = {"diagnostics.__main__", "verdict.__main__", "embeddings.__main__", "demo.train", "demo.train_autoencoder"}
+PROGRAMS = {"diagnostics.__main__", "verdict.__main__", "embeddings.__main__"}
 
 
 def imported(code):
@@ -38,10 +40,12 @@ print(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}} - before)))
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_core_brings_nothing_but_torch():
     assert not {"numpy", "PIL", "safetensors", *LATER} & set(imported("import editloss_core"))
 
 
+@pytest.mark.slow
 def test_no_module_imports_what_only_some_of_its_work_needs():
     names = [p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in sorted(ROOT.rglob("*.py"))]
     names = [n.removesuffix(".__init__") for n in names if n not in PROGRAMS and n != "__init__"]

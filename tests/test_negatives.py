@@ -361,6 +361,7 @@ DISTORTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTORTIONS)
 @pytest.mark.parametrize("size", [96, 500])
 def test_estimated_mask_covers_the_edit(name, size):

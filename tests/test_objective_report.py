@@ -163,6 +163,7 @@ def test_without_details_no_verdict_is_claimed():
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.parametrize("count, width", [(1, 440), (3, 333), (5, 801)])
 def test_shape_width_and_range(count, width):
@@ -209,6 +210,7 @@ def test_each_column_has_its_own_pictures(drawn):
         assert pixels(image, box).flatten().tolist() == pytest.approx([value] * 3, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_first_columns_are_shown_and_the_rest_is_mentioned(drawn):
     count = MAX_COLUMNS + 3
     image = module.picture(evaluated(*[SRC] * count), grey(count), width=WIDTH)
@@ -280,6 +282,7 @@ def test_tokens_that_did_not_count_are_pale(drawn):
     assert all(neutral(c) for c in cells[:, :2].flatten(0, 1)) and all(red(c) for c in cells[:, 2])
 
 
+@pytest.mark.slow
 def test_bars_are_as_long_as_the_failure_is_near(drawn):
     report = evaluated(GT, SRC, GT, objective=EditObjective((LossTerm("no_edit_identity", "e"),)))
     image = module.picture(report, grey(3), width=1000)
@@ -353,6 +356,7 @@ def test_twelve_terms_of_every_kind(drawn):
     assert all(f"| {t.term.name} |" in text_table(report) for t in report.terms)
 
 
+@pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.parametrize(
     "name", ["word " * 60, "x" * 300, "Kanten schärfer als vorher – “Maß” ≥ 0,5"], ids=["words", "one", "signs"]

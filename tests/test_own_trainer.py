@@ -85,6 +85,7 @@ def test_ten_lines_they_are():
     assert len([line for line in body if line.strip()]) <= 10
 
 
+@pytest.mark.slow
 def test_the_ten_lines_are_the_objective_of_the_core(page, pair):
     """They equal the trainer's own objective on VAE latents, with the mask at token resolution that EmbeddingSet makes."""
     z_overlay, weights = page["constants"](pair.before, pair.after, pair.encode, pair.mask)
@@ -112,6 +113,7 @@ def test_the_ten_lines_are_the_objective_of_the_core(page, pair):
     assert ours.shape == (2,) and (ours > 0).all()
 
 
+@pytest.mark.slow
 def test_a_perfect_velocity_pays_nothing_and_a_copy_pays(page, pair):
     z_overlay, weights = page["constants"](pair.before, pair.after, pair.encode)  # with an estimated mask
     noise, t = torch.randn(pair.z_gt.shape), torch.full((2,), 0.5)
@@ -161,6 +163,7 @@ def autoencoder():
     ).requires_grad_(False)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_whole_step_trains_a_lora_on_flux(page, pair, flux):
     (code,) = blocks("A whole step")
     names = run(code, page)
@@ -192,6 +195,7 @@ def test_the_whole_step_trains_a_lora_on_flux(page, pair, flux):
     assert v.shape == z_gt.shape and (t <= 0.9).any()
 
 
+@pytest.mark.slow
 def test_the_edit_terms_alone_reach_the_lora(page, pair, flux):
     (code,) = blocks("A whole step")
     names = run(code.replace("return loss + (", "return ("), page)
@@ -263,6 +267,7 @@ def toolkit(monkeypatch):
         vars(sys.modules[name]).update(part)
 
 
+@pytest.mark.slow
 def test_the_extension_for_ai_toolkit(page, pair, toolkit):
     trainer_code, extension_code = blocks("In ai-toolkit")
     encoded = []

@@ -18,6 +18,8 @@ from PIL import Image
 import editloss_core
 from editloss_core.extras import EXTRAS, need
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PICTURES = ROOT / "docs" / "registry"

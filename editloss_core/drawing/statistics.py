@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple, Optional, Sequence
 
 import torch
@@ -161,7 +162,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """``count`` of ``n``, with Wilson's interval of 95 %."""
 
     count: int

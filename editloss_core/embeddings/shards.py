@@ -105,7 +105,7 @@ def encode_pairs(
         return [k for k, name in enumerate(files) if not _is_shard(folder / name)]
 
     missing = processes.once(begin, (ValueError, OSError))
-    mine = processes.share(missing)
+    mine = processes.own(missing)
     batches = [batch for k in mine for batch in _batches(pairs, k, shard_pairs, batch_size)]
     total, done = 2 * sum(len(batch.indices) for batch in batches), 0
 

@@ -7,9 +7,7 @@ exceeds d(harmless, gt), with the distance and the edit mask that the loss itsel
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import replace
 from typing import Callable, Mapping, NamedTuple, Optional, Sequence
 
 import torch
@@ -176,12 +174,7 @@ def _at_layers(encoder: Encoder) -> dict[Optional[int], Encoder]:
     wanted = {round((i + 1) * count / few) - 1 for i in range(few)} | {encoder.layer}
     found: dict[Optional[int], Encoder] = {}
     for layer in sorted(wanted):
-        found[layer] = encoder
-        if layer != encoder.layer:
-            other = found[layer] = copy.copy(encoder)
-            other.layer, other._grids = layer, {}
-            own = f"{encoder.info.fingerprint}/layer{layer}"
-            other.info = replace(encoder.info, name=f"{encoder.info.name}@{layer}", fingerprint=own)
+        found[layer] = encoder if layer == encoder.layer else encoder.at_layer(layer)
     return found
 
 

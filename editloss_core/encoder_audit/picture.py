@@ -22,12 +22,12 @@ def audit_picture(audit: EncoderAudit, width: int = 1600) -> Tensor:
         ValueError: a width that is not a positive integer.
     """
     check_whole("width", width, 1, "pixels")
-    page = _Page(audit, width)
+    page = EncoderAuditSheet(audit, width)
     page.draw()
     return pixels(page.figure)[None]
 
 
-class _Page(Sheet):
+class EncoderAuditSheet(Sheet):
     """The layout, in inches from the top left."""
 
     LABEL, COLUMN, ROW, THUMB, LEFT = 2.75, 3.55, 0.56, 1.02, 0.25

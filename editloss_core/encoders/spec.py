@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Union
+from typing import Any, Mapping, NamedTuple, Union
 
 import torch
 
 from .base import Encoder
 
 _SETTINGS = {"weights": str, "output": str, "image_size": int, "crop": bool, "random_seed": int}
-# kind → class, name of its first argument, settings
-KINDS: Mapping[str, tuple[str, str, Mapping[str, type]]] = {
-    "timm": ("TimmEncoder", "model_name", {**_SETTINGS, "layer": int}),
-    "openclip": ("OpenCLIPEncoder", "architecture", {**_SETTINGS, "pretrained_tag": str, "normalize": bool}),
+
+
+class Kind(NamedTuple):
+    """A kind of encoder that is made from a name and a file of weights.
+
+    Attributes:
+        class_name: in :mod:`editloss_core.encoders`.
+        first: its argument that names the model.
+        settings: its other arguments → type.
+    """
+
+    class_name: str
+    first: str
+    settings: Mapping[str, type]
+
+
+KINDS: Mapping[str, Kind] = {
+    "timm": Kind("TimmEncoder", "model_name", {**_SETTINGS, "layer": int}),
+    "openclip": Kind("OpenCLIPEncoder", "architecture", {**_SETTINGS, "pretrained_tag": str, "normalize": bool}),
 }
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -52,7 +67,7 @@ class EncoderSpec:
             )
         if kind not in KINDS:
             raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
-        known, settings = KINDS[kind][2], {}
+        known, settings = KINDS[kind].settings, {}
         for item in rest:
             key, equals, value = item.partition("=")
             if not equals or key not in known:
@@ -72,8 +87,8 @@ class EncoderSpec:
 
         if "weights" in self.settings and not Path(self.settings["weights"]).is_file():
             raise FileNotFoundError(f"weights: no such file: {self.settings['weights']}")
-        class_name, first, _ = KINDS[self.kind]
-        return getattr(encoders, class_name)(**{first: self.name}, **self.settings, device=device)
+        kind = KINDS[self.kind]
+        return getattr(encoders, kind.class_name)(**{kind.first: self.name}, **self.settings, device=device)
 
 
 def _value(key: str, text: str, kind: type) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Mapping, Optional, Union
 
@@ -105,6 +107,20 @@ class TimmEncoder(PixelEncoder):
                 "model_name": model_name, "weights": str(weights), "output": output, "layer": layer,
                 "image_size": image_size, "crop": crop,
             }  # fmt: skip
+
+    def at_layer(self, layer: int) -> TimmEncoder:
+        """This encoder with its answer read at another layer, counted from 0; both share one network.
+
+        Raises:
+            ValueError: an encoder of global features, or a layer that the network does not have.
+        """
+        if self.info.output == "global":
+            raise ValueError("layer: global features are the last layer's")
+        other = copy.copy(self)
+        other.layer, other._grids = _check_layer(self.network, self.info.name, layer), {}
+        own = f"{self.info.fingerprint}/layer{other.layer}"
+        other.info = replace(self.info, name=f"{self.info.name}@{other.layer}", fingerprint=own)
+        return other
 
     def features(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(next(self.network.parameters()).dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
 
 
-def vae_encoder(vae: nn.Module, image_size: int = 0, scaled: bool = True) -> VAEEncoder:
+def vae_encoder(vae: Any, image_size: int = 0, scaled: bool = True) -> VAEEncoder:
     """Latents of diffusers' ``AutoencoderKL``; the posterior's mean, as the pipeline takes it.
 
     Args:
@@ -39,7 +41,7 @@ class VAEDecoder:
         vae: diffusers' ``AutoencoderKL``, or ``AutoencoderTiny`` (TAEF1) as a small, fast decoder; frozen.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: Any):
         self.vae = vae
         self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         # diffusers checkpoints the blocks of its decoders by itself; a small one has too little to keep.

@@ -229,15 +229,15 @@ class EditModel:
             ValueError: classifier-free guidance without something to be guided away from.
         """
         asked = denoiser if preview is None else denoiser.told(preview.guidance)
-        guided = preview is not None and preview.cfg != 1.0
-        if guided and preview.negative is None:
-            raise ValueError(f"negative: expected it with cfg {preview.cfg:g}, got none")
+        cfg, negative = (1.0, None) if preview is None else (preview.cfg, preview.negative)
+        if cfg != 1.0 and negative is None:
+            raise ValueError(f"negative: expected it with cfg {cfg:g}, got none")
         times, x = self.times(self.tokens(noise), steps), noise
         for i, (t, following) in enumerate(zip(times, times[1:])):
             levels = t.expand(len(x)).to(x.device)
             v = asked(x, levels, references, conditioning)
-            if guided:
-                v = self.guided(v, asked(x, levels, references, [preview.negative] * len(x)), preview.cfg)
+            if cfg != 1.0:
+                v = self.guided(v, asked(x, levels, references, [negative] * len(x)), cfg)
             x = x + (following - t).item() * v.to(x)
             if progress is not None:
                 progress(i + 1, steps)

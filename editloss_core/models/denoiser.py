@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any, Callable, Optional, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import EditModel
 
@@ -19,7 +19,7 @@ class DiffusersDenoiser:
 
     Args:
         edit_model: of the transformer.
-        transformer: on its device, in the dtype that it computes in.
+        transformer: of diffusers, on its device, in the dtype that it computes in.
         guidance: what a guidance-distilled model is told; None takes the model's own for training.
         checkpointing: keep each block's inputs only and compute the blocks again in the backward pass.
         device: where inputs go; None: where the weights are.
@@ -28,7 +28,7 @@ class DiffusersDenoiser:
     def __init__(
         self,
         edit_model: EditModel,
-        transformer: nn.Module,
+        transformer: Any,
         guidance: Optional[float] = None,
         checkpointing: bool = True,
         device: Optional[torch.device] = None,

@@ -178,7 +178,8 @@ class ModelFolder:
             return None
         import diffusers
 
-        kind = getattr(diffusers, _json(self.decoder / "config.json")["_class_name"])
+        config = json.loads((self.decoder / "config.json").read_text(encoding="utf-8"))
+        kind = getattr(diffusers, config["_class_name"])
         return _frozen(kind.from_pretrained(str(self.decoder), local_files_only=True), device)
 
     def load_transformer(self, device: torch.device) -> nn.Module:

@@ -165,7 +165,9 @@ class Kontext(EditModel):
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
-        pipeline = FluxKontextPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, denoiser.module)
+        pipeline: Any = FluxKontextPipeline(
+            FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, denoiser.module
+        )
         pipeline.set_progress_bar_config(disable=True)
         side = self.downscale
         after = pipeline(

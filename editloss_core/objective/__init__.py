@@ -1,7 +1,16 @@
 """Objectives: named, weighted terms over roles and encoders, and what they say about a batch."""
 
-from .objective import PRESETS, EditObjective, ObjectiveReport, gradient_where, recommended
-from .terms import NO_FAILURE, NOT_A_NUMBER, TERMS, TOKEN_WEIGHTS, LossTerm, TermReport
+from .evaluation import TermReport
+from .objective import (
+    NO_FAILURE,
+    NOT_A_NUMBER,
+    PRESETS,
+    EditObjective,
+    ObjectiveReport,
+    gradient_where,
+    recommended,
+)
+from .terms import TERMS, TOKEN_WEIGHTS, LossTerm
 
 __all__ = [
     "NOT_A_NUMBER",

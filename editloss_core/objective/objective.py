@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Callable, Collection, Optional
+from typing import Callable, Collection, Iterable, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from ..embeddings import EmbeddingSet
-from .terms import NOT_A_NUMBER, TERMS, Evaluation, LossTerm, TermReport
+from .distances import DistanceTable
+from .evaluation import TermReport, evaluate
+from .terms import TERMS, LossTerm
+
+NOT_A_NUMBER = "not a number"
+NO_FAILURE = "no failure"  # what a signal says that points to none
 
 
 def _plain(values: Optional[Tensor]):
@@ -28,6 +33,14 @@ class ObjectiveReport:
 
     total: Tensor
     terms: tuple[TermReport, ...]
+
+    @classmethod
+    def of(cls, reports: Iterable[TermReport], terms: Sequence[LossTerm]) -> ObjectiveReport:
+        """The reports of ``terms``, which come in any order; what only watches adds nothing to the total."""
+        by_name = {report.term.name: report for report in reports}
+        in_order = tuple(by_name[term.name] for term in terms)
+        counted = [report.weighted for report in in_order if report.term.weight > 0]
+        return cls(sum(counted, torch.zeros(())), in_order)
 
     def as_dict(self) -> dict:
         """Plain numbers and lists, for JSON; what is not finite becomes None."""
@@ -144,20 +157,17 @@ class EditObjective:
         for term in self.terms:
             always = t is None or (term.t_min, term.t_max) == (0.0, 1.0)
             by_gate.setdefault(None if always else (term.t_min, term.t_max), []).append(term)
-        reports: dict[str, TermReport] = {}
+        reports: list[TermReport] = []
         for gate, terms in by_gate.items():
             weights, seen = sample_weights, embeddings
-            if gate is not None:
+            if gate is not None and t is not None:
                 inside = terms[0].gate(t)
                 weights = inside if weights is None else weights * inside.to(weights)
             if weights is not None:
                 seen = _with_gradients_where(weights > 0, embeddings)
-            evaluation = Evaluation(terms, seen, details)
-            for term in terms:
-                reports[term.name] = TERMS[term.kind].evaluate(evaluation, term).counting(weights)
-        in_order = tuple(reports[term.name] for term in self.terms)
-        counted = [r.weighted for r in in_order if r.term.weight > 0]
-        return ObjectiveReport(sum(counted) if counted else torch.zeros(()), in_order)
+            table = DistanceTable(terms, seen, details)
+            reports += [evaluate(table, term).counting(weights) for term in terms]
+        return ObjectiveReport.of(reports, self.terms)
 
 
 def _with_gradients_where(counts: Tensor, embeddings: EmbeddingSet) -> EmbeddingSet:

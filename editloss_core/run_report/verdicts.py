@@ -17,10 +17,18 @@ from ..pairs.files import read_picture
 from ..runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE
 from ..runs.log import LOG_FILE, PictureLog, RunLog, ValidationLog
 from ..runs.pictures import PICTURE_FOLDER
-from ..verdict.judge import FAILURES, GOOD, VERDICTS, Verdict
+from ..verdict.items import as_signal
+from ..verdict.judge import FAILURES, VERDICTS, Verdict
 from ..verdict.judge import judge as judge_picture
 from .columns import counted
 
+BEGINNINGS = ("started", "resumed")  # events that carry what was trained
+# Where a setting is, in the graph and in a configuration file.
+OPTIONS = {
+    "keep": "Run Options; keep in [run]",
+    "previews": "Run Options; [validation]",
+    "validate_every": "Run Options; [validation]",
+}
 Judge = Callable[..., Verdict]
 Progress = Callable[[int, int], None]
 
@@ -60,7 +68,7 @@ class Output:
         """Whether signal and judge say the same; None where one of them says nothing."""
         if self.verdict is None or self.says is None:
             return None
-        return self.says == (NO_FAILURE if self.judged == GOOD else self.judged)
+        return self.says == as_signal(self.verdict.verdict)
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,12 @@ class Judged:
     def counts(self) -> Mapping[str, int]:
         return Counter(o.judged for o in self.outputs if o.verdict)
 
-    def share(self, *verdicts: str) -> Share:
+    def judged_as(self, *verdicts: str) -> Share:
         return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()))
 
     @property
     def failing(self) -> Share:
-        return self.share(*FAILURES)
+        return self.judged_as(*FAILURES)
 
     @property
     def loss(self) -> Optional[float]:
@@ -120,7 +128,7 @@ class RunVerdicts:
     @property
     def info(self) -> Mapping[str, Any]:
         """What was trained, as the run last started or went on; empty for a log that does not say."""
-        return next((e.info for e in reversed(self.log.events) if e.info), {})
+        return next((e.info for e in reversed(self.log.events) if e.event in BEGINNINGS and e.info), {})
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -192,18 +200,21 @@ class RunVerdicts:
             every, watched = self.settings["checkpoint_every"], self.settings.get("validate_every", "unknown")
             return f"not there: none was made at this step (checkpoint_every {every}, validate_every {watched})"
         kept = self.settings.get("keep", "few")
-        return f"not there any more: a run keeps its last {kept} (keep in Run Options)"
+        return f"not there any more: a run keeps its last {kept} ({OPTIONS['keep']})"
 
     def advice(self) -> list[str]:
         """The choice in sentences: which checkpoint, where the loss would have led, and how much can be trusted."""
         best, lowest = self.best, self.lowest
         if not self.validations:
-            return ["No validation: this run watched no held-out pairs, or ended before the first. Set hold_out, and validate_every in Run Options."]  # fmt: skip
+            return [
+                "No validation: this run watched no held-out pairs, or ended before the first. Set hold_out, and validate_every "
+                f"({OPTIONS['validate_every']})."
+            ]
         if best is None:
             kept = "they could not be judged" if self.outputs else "none were kept"
             return [
                 f"No failure rates: of {counted(len(self.validations), 'validation')} with sampled pictures {kept}. Set previews and "
-                "preview_steps in Run Options above 0."
+                f"preview_steps above 0 ({OPTIONS['previews']})."
             ]
         rates = {v.failing.value for v in self.validations if v.failing.n}
         if not self.alike:
@@ -224,7 +235,9 @@ class RunVerdicts:
             )
             instead = f" Of those that are there, step {other.step} {fails}." if other else ""
             said.append(f"Its checkpoint is {self.where(best.step)}.{instead}")
-        if lowest.step == best.step:
+        if lowest is None:
+            said.append("No validation has a loss to choose by.")
+        elif lowest.step == best.step:
             said += ["It has the lowest loss as well."] if len(rates) > 1 else []
         elif lowest.failing.n:
             more = lowest.failing.count - best.failing.count
@@ -236,10 +249,12 @@ class RunVerdicts:
                 n = best.failing.n
                 said.append(
                     f"{counted(n, 'picture')} a validation cannot tell its best step from its worst: the intervals overlap. "
-                    "Hold out more pairs, and raise previews in Run Options."
+                    f"Hold out more pairs, and raise previews ({OPTIONS['previews']})."
                 )
         else:
-            said.append("There is one validation only: lower validate_every in Run Options to have a choice.")
+            said.append(
+                f"There is one validation only: lower validate_every ({OPTIONS['validate_every']}) to have a choice."
+            )
         return said
 
     def notes(self) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Iterator, Mapping, get_type_hints
 
 from ..encoders.base import Encoder
+from ..encoders.spec import KINDS, EncoderSpec
 from ..encoders.vae import VAEEncoder
 from ..lora.lora import LoRASettings
 from ..negatives import OverlaySettings
@@ -122,6 +124,10 @@ class TimmSection:
     image_size: int = 0
     crop: bool = False
 
+    def spec(self, base: Path) -> EncoderSpec:
+        """The encoder, not loaded yet; ``base``: folder of the relative path."""
+        return _spec("timm", vars(self), base)
+
 
 @dataclass(frozen=True)
 class OpenCLIPSection:
@@ -131,6 +137,15 @@ class OpenCLIPSection:
     weights: str
     output: str = "global"
     crop: bool = False
+
+    def spec(self, base: Path) -> EncoderSpec:
+        """As in :class:`TimmSection`."""
+        return _spec("openclip", vars(self), base)
+
+
+def _spec(kind: str, values: Mapping[str, Any], base: Path) -> EncoderSpec:
+    settings = {**values, "weights": str(base / values["weights"])}
+    return EncoderSpec(kind, settings.pop(KINDS[kind].first), settings)
 
 
 def encoder_section(encoder: Encoder) -> VAESection | TimmSection | OpenCLIPSection:

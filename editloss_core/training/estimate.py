@@ -123,9 +123,7 @@ class EstimateObjective:
         if across:
             whole = {name: self.processes.whole(preds[name], batch) for name in EditObjective(across).encoders}
             found += self._evaluate(across, whole, indices, t, sample_weights, details).terms
-        reports = {report.term.name: report for report in found}
-        in_order = tuple(reports[term.name] for term in counting.terms)
-        return ObjectiveReport(sum(report.weighted for report in in_order), in_order)
+        return ObjectiveReport.of(found, counting.terms)
 
     def _evaluate(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 METHOD = "1"  # part of every key: count up when masks, crops or embeddings come to be made in another way
 WELL_COVERED = 0.98  # of the edit inside the crop; less gets a note
+
+_T = TypeVar("_T")
 
 
 class _Layout(NamedTuple):
@@ -255,48 +257,56 @@ class _Work:
         cost = {"masks": 1, "latents": 2, "embeddings": per_pair}
         self.total = sum(cost[at[0]] * len(self._share(entries)) for at, entries in found.items())
 
-        def turns(at: tuple[str, str]) -> Iterator[Sequence[int]]:
-            for i, todo in enumerate(self._turns(at[0], keys[at], found[at])):
-                self.total += cost[at[0]] * len(todo) if i else 0  # the first is part of it already
-                yield todo
-
         def write(at: tuple[str, str], i: int) -> None:
             self.cache.put(at[0], keys[at][i], *found[at][i])
 
+        def work(at: tuple[str, str], read: Callable[[int], _T], make: Callable[[int, _T], Optional[Entry]]) -> None:
+            """What is missing of one kind: read ahead, made, and written behind; None is not kept."""
+            for turn, todo in enumerate(self._turns(at[0], keys[at], found[at])):
+                self.total += cost[at[0]] * len(todo) if turn else 0  # the first is part of it already
+                with ahead(read, todo) as ready, behind(write) as keep:
+                    for i, value in zip(todo, ready):
+                        entry = make(i, value)
+                        if entry is not None:
+                            found[at][i] = entry
+                            keep(at, i)
+
         problems: dict[int, list[Finding]] = {}
-        for todo in turns(("masks", "")):
-            with ahead(self._mask, todo) as made, behind(write) as keep:
-                for i, (mask, wrong) in zip(todo, made):
-                    if wrong:
-                        problems[i] = wrong
-                    else:
-                        found["masks", ""][i] = Entry({} if mask is None else {"mask": mask}, {})
-                        keep(("masks", ""), i)
-                    self._step(1)
+
+        def checked(i: int, made: tuple[Optional[Tensor], list[Finding]]) -> Optional[Entry]:
+            mask, wrong = made
+            self._step(1)
+            if wrong:
+                problems[i] = wrong
+                return None
+            return Entry({} if mask is None else {"mask": mask}, {})
+
+        work(("masks", ""), self._mask, checked)
         if problems:
             raise self.pairs.problems([finding for i in sorted(problems) for finding in problems[i]])
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
-        for todo in turns(("latents", "")):
-            with ahead(self._both, todo) as read, behind(write) as keep:
-                for i, images in zip(todo, read):
-                    z = self._encode(images, i)
-                    self._step(2)
-                    found["latents", ""][i] = Entry({"gt": z[0], "src": z[1]}, {})
-                    keep(("latents", ""), i)
+
+        def encoded(i: int, images: Tensor) -> Entry:
+            z = self._encode(images, i)
+            self._step(2)
+            return Entry({"gt": z[0], "src": z[1]}, {})
+
+        work(("latents", ""), self._both, encoded)
         for name, encoder in encoders.items():
-            at, reads_latents = ("embeddings", name), name in of_latents
+            reads_latents = name in of_latents
 
-            def pictures_of(index: int, whole: bool = reads_latents) -> Optional[Tensor]:
-                return self._pictures(index, masks[index], None if whole else crops[index])
+            def pictures_of(i: int, whole: bool = reads_latents) -> Optional[Tensor]:
+                return self._pictures(i, masks[i], None if whole else crops[i])
 
-            for todo in turns(at):
-                with ahead(pictures_of, todo) as read, behind(write) as keep:
-                    for i, pictures in zip(todo, read):
-                        z = found["latents", ""][i].tensors if reads_latents else None
-                        tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
-                        found[at][i] = Entry(tensors, layout._asdict())
-                        keep(at, i)
+            def embedded(
+                i: int, pictures: Optional[Tensor], encoder: Encoder = encoder, whole: bool = reads_latents
+            ) -> Entry:
+                z = found["latents", ""][i].tensors if whole else None
+                tensors, layout = self._embed(encoder, i, crops[i], z, pictures)
+                return Entry(tensors, layout._asdict())
+
+            work(("embeddings", name), pictures_of, embedded)
         if self.processes.main:
             self.cache.prune()
         return Prepared(
@@ -315,7 +325,7 @@ class _Work:
         )
 
     def _share(self, entries: Sequence[Optional[Entry]]) -> Sequence[int]:
-        return self.processes.share([i for i, entry in enumerate(entries) if entry is None])
+        return self.processes.own([i for i, entry in enumerate(entries) if entry is None])
 
     def _turns(self, kind: str, keys: Sequence[str], entries: list[Optional[Entry]]) -> Iterator[Sequence[int]]:
         """The pairs to work on: this process' share of what is missing, and then what of the others' is not in the cache:

@@ -9,7 +9,6 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import torch
 from torch import nn
 
-from .. import encoders
 from ..encoders.base import Encoder
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
@@ -24,7 +23,7 @@ from ..models.footprint import Footprint
 from ..pairs import PairSet, find_pairs
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar
-from .config import TimmSection, TrainingConfig, VAESection
+from .config import TrainingConfig, VAESection
 from .config_reader import checkpoint_of, model_folder
 from .host import ConsoleHost
 from .prepare import Prepared, prepare
@@ -218,8 +217,7 @@ def make_encoders(config: TrainingConfig, base: Path, vae: nn.Module, device: to
         if isinstance(section, VAESection):
             encoder = vae_encoder(vae, section.image_size, scaled=False)
         else:
-            kind = getattr(encoders, "TimmEncoder" if isinstance(section, TimmSection) else "OpenCLIPEncoder")
-            encoder = kind(**{**vars(section), "weights": base / section.weights}, device=device)
+            encoder = section.spec(base).load(device)
         encoder.info = replace(encoder.info, name=name)
         made[name] = encoder
     return made

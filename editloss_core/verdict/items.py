@@ -39,7 +39,7 @@ class Signal:
     def disagreement(self, verdict: Verdict) -> str:
         """A sentence if it says something else than the judge, or one of them cannot see what the other sees; else ""."""
         name = verdict.verdict
-        judged = NO_FAILURE if name == GOOD else name
+        judged = as_signal(name)
         if self.words == judged or (self.says is None and name == GOOD):
             return ""
         if self.says in FAILURES and verdict.scores.get(self.says) is None:
@@ -47,6 +47,11 @@ class Signal:
         if self.says != NOT_A_NUMBER and name != GOOD and name not in self.toward:
             return f"No term of the objective looks for {_called(name)}."
         return f"They disagree: the training signal says {self.words}, the judge {judged}."
+
+
+def as_signal(verdict: str) -> str:
+    """What a signal has to say to agree with a verdict."""
+    return NO_FAILURE if verdict == GOOD else verdict
 
 
 def signals(report: ObjectiveReport) -> list[Signal]:
@@ -139,7 +144,7 @@ class Item:
         }
 
 
-def share(items: Sequence[Item], *verdicts: str) -> Share:
+def verdict_share(items: Sequence[Item], *verdicts: str) -> Share:
     """How many of the judged items have one of these verdicts."""
     judged = [item.verdict.verdict for item in items if item.verdict]
     return Share(sum(v in verdicts for v in judged), len(judged))

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Mapping, Optional
 
 import torch
@@ -38,6 +39,8 @@ from .measures import (
     Whole,
     above_noise,
     codec_change,
+    coefficient,
+    coefficients,
     filled,
     ghost,
     length,
@@ -45,8 +48,6 @@ from .measures import (
     norm,
     progress_of,
     shape_errors,
-    share,
-    shares,
     slopes,
     softness,
 )
@@ -98,16 +99,33 @@ class Verdict:
     mask: Optional[Tensor] = None
 
 
+class _JudgesAtWork:
+    """Threads of this process that judge now, and how many threads torch had before the first of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.at_work, self.threads = Lock(), 0, 1
+
+
+_JUDGES = _JudgesAtWork()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """The many small tensors of a verdict gain nothing from several threads, and on a busy machine lose: at 128 × 128 pixels a
-    picture took 4 s of two cores that others used as well, and 0.5 s of one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    picture took 4 s of two cores that others used as well, and 0.5 s of one.
+
+    The number is the whole process': judges in several threads give back what was there before any of them."""
+    with _JUDGES.lock:
+        if not _JUDGES.at_work:
+            _JUDGES.threads = torch.get_num_threads()
+        _JUDGES.at_work += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _JUDGES.lock:
+            _JUDGES.at_work -= 1
+            torch.set_num_threads(_JUDGES.threads)  # those before the first of them, whoever is the last
 
 
 @torch.no_grad()
@@ -180,10 +198,10 @@ def _judge_by(whole: Whole) -> Verdict:
     moved, wanted = blur(x - s, 1.0, 3), blur(g - s, 1.0, 3)
     unchanged = 1 - above_noise(moved, weight, ~crop.mask) / norm(wanted, weight)
     towards, off = blur(s - e, 1.0, 3), blur(x - e, 1.0, 3)
-    old_left = share(off, towards, old * (1 - w) * known)
+    old_left = coefficient(off, towards, old * (1 - w) * known)
     edges_s, edges_x, edges_e = (slopes(blur(t, 1.0, 3)) for t in (s, x, e))
     old_edges, told = ghost(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())
-    old_inside = shares(edges_x, (edges_s, edges_e), w)[0] if placed else None
+    old_inside = coefficients(edges_x, (edges_s, edges_e), w)[0] if placed else None
     if placed and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
@@ -191,7 +209,11 @@ def _judge_by(whole: Whole) -> Verdict:
     if placed:
         # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.
         edges_g = slopes(blur(g, 1.0, 3))
-        new_there = max(share(x - s, e - s, w), share(x - s, g - s, new), shares(edges_x, (edges_s, edges_g), new)[1])
+        new_there = max(
+            coefficient(x - s, e - s, w),
+            coefficient(x - s, g - s, new),
+            coefficients(edges_x, (edges_s, edges_g), new)[1],
+        )
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
 
     progress, residual = progress_of(moved, wanted, weight)
@@ -243,7 +265,7 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     if float(core.sum()) < 30:  # a thin mask
         core = inside
     slopes_s, slopes_x = (slopes(blur(t, 1.0, 3)) for t in (s, x))
-    old_edges = share(slopes_x, slopes_s, core)
+    old_edges = coefficient(slopes_x, slopes_s, core)
     background, background_map = whole.background() if masked else (None, torch.zeros(1, 1, *size))
     codec = _codec(background, whole.pictures[0], whole.s, whole.mask)
     measures = dict.fromkeys(MEASURES)

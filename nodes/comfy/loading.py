@@ -6,9 +6,10 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import torch
 from comfy.utils import ProgressBar
-from torch import nn
+from torch import Tensor, nn
 
 from ...editloss_core.encoders.base import Encoder
 from ...editloss_core.encoders.diffusion import DiffusionFeatureEncoder
@@ -60,6 +61,12 @@ def check_shared(encoder: Encoder, model) -> None:
                 f"objective: the encoder {encoder.info.name!r} runs the same weights as model, but with other LoRAs or patches; "
                 "wire one and the same MODEL to both, or load it twice"
             )
+
+
+def with_lora(model, tensors: dict[str, Tensor]):
+    """A MODEL with a LoRA in ComfyUI's names at strength 1, as the stock loader puts it on."""
+    patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+    return patched
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):

@@ -109,6 +109,13 @@ class _SkippedModule(pytest.Module):
         pytest.skip(f"needs {', '.join(MISSING)}: {WHAT_TO_DO}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of this folder needs a ComfyUI."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.comfyui)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Generator[None, list[Any], list[Any]]:
     """Put a skip in the place of every module here, its doctests included, if something is missing."""

@@ -557,8 +557,9 @@ def check_compare_answers_without_pictures() -> None:
 
 @check
 def check_the_demo_autoencoder_without_its_blocks_of_zeros_is_the_whole_one() -> None:
-    demo = PACK.demo
-    lean, whole = demo.small_vae(), demo.comfy.sd.VAE(sd=demo.model.load_autoencoder())
+    import comfy.sd
+
+    lean, whole = PACK.demo.small_vae(), comfy.sd.VAE(sd=PACK.small_model.load_autoencoder())
     assert type(lean.first_stage_model) is type(whole.first_stage_model)
     count = [sum(1 for _ in vae.first_stage_model.parameters()) for vae in (lean, whole)]
     assert 2 * count[0] < count[1], count
@@ -598,6 +599,7 @@ def main() -> None:
     modules = {
         "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
+        "small_model": "editloss_core.demo.model",
         "host": "nodes.comfy.host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
         "compare": "editloss_core.drawing.grid", "timm": "editloss_core.encoders.timm_net",

@@ -131,6 +131,7 @@ def outputs(name, examples):
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", CASES, ids=lambda value: value.replace(" ", "-"))
 def test_constructed_outputs_get_their_name(name, kind, scenes):
     verdicts = judge(outputs(name, scenes[kind]), scenes[kind])
@@ -203,6 +204,7 @@ def test_verdicts_depend_on_nothing_but_their_own_picture(scenes):
     assert judge(pictures * 3 - 1, examples) == judge((pictures * 3 - 1).clamp(0, 1), examples)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_changes_no_verdict():
     """Round trips of the target, the source and a mix."""
     network = Autoencoder()

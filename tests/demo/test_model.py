@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from editloss_core.demo import train
 from editloss_core.demo.judge import judge
 from editloss_core.demo.model import AUTOENCODER, DIFFUSION, FLUX, Autoencoder, load_autoencoder, load_diffusion
 from editloss_core.demo.scenes import HELD_OUT, TASKS, draw, stool_pairs
-from editloss_core.demo.train_autoencoder import principal_components, set_encoder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "demo_model"))
+import train_small_kontext as train
+from train_autoencoder import principal_components, set_encoder
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,7 @@ def test_blocks_that_are_not_in_the_file_are_relus(autoencoder):
     torch.testing.assert_close(autoencoder.decode(z), whole.decode(z), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_latents_have_about_unit_variance_and_pass_the_decoders_clamp(autoencoder):
     z = autoencoder.encode(pictures([draw(HELD_OUT + i) for i in range(24)]))
     assert z.shape == (24, 16, 16, 16)
@@ -60,12 +66,14 @@ def test_latents_have_about_unit_variance_and_pass_the_decoders_clamp(autoencode
     assert (z * autoencoder.vae_scale / 0.3611).abs().quantile(0.99) < 1.5  # 3 · tanh(z / 3) loses 8 % there
 
 
+@pytest.mark.slow
 def test_round_trip_keeps_the_picture(autoencoder):
     x = pictures([draw(HELD_OUT + i) for i in range(24)])
     error = (autoencoder.decode(autoencoder.encode(x)) - x).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 28  # dB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [*TASKS, "stool"])
 def test_round_trip_of_the_target_is_good(autoencoder, task):
     """The stool too, which the autoencoder's training never saw."""

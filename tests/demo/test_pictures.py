@@ -12,6 +12,7 @@ from editloss_core.pair_audit.audit import audit
 from editloss_core.verdict.judge import judge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", pictures.SCENES)
 def test_every_output_is_what_it_is_called(scene):
     pair = pictures.edit(scene)
@@ -31,6 +32,7 @@ def test_an_unknown_scene_is_refused():
         pictures.edit("sofa")
 
 
+@pytest.mark.slow
 def test_the_audit_finds_each_mistake_of_the_pairs_and_no_other():
     found = audit(pictures.example_pairs(resolution=384))
     assert found.counts() == {"error": 2, "warning": 2, "note": 0}

@@ -90,6 +90,7 @@ def test_the_stool_looks_the_same_in_every_colour():
     assert all(torch.equal(pictures[0], other) for other in pictures[1:])
 
 
+@pytest.mark.slow
 def test_no_stool_unless_asked_for():
     prompts = [draw(seed).prompt for seed in range(120)] + [draw(HELD_OUT + s, "replace").prompt for s in range(60)]
     assert not any(STOOL in prompt for prompt in prompts)
@@ -110,6 +111,7 @@ def test_stool_pairs_are_disjoint_held_out_and_mostly_chairs():
     assert sources.count("chair") == 20 and set(sources) == set(OBJECTS)
 
 
+@pytest.mark.slow
 def test_the_last_of_a_stool_set_comes_before_the_first_of_the_next():
     last, following = stool_pairs(1000, 0)[-1].seed, stool_pairs(1, 1)[0].seed
     assert last < following

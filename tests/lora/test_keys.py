@@ -225,6 +225,7 @@ def folder(tmp_path_factory):
     return write_kontext(tmp_path_factory.mktemp("kontext"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["attention", "attention + MLP", "all"])
 def test_the_pipeline_loads_it_at_the_right_strength(folder, tmp_path, layers):
     """alpha is not the rank, so that a loader which overlooks it is found out."""

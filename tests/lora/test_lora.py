@@ -526,6 +526,7 @@ LoRA(net, LoRASettings(layers="all"), 3).save(sys.argv[1], {k: k.upper() for k i
 """
 
 
+@pytest.mark.slow
 def test_files_are_the_same_byte_for_byte_in_every_process(tmp_path):
     made = []
     for i in range(3):

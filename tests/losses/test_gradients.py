@@ -173,6 +173,7 @@ def named_case(request):
     return CASES[request.param]
 
 
+@pytest.mark.slow
 def test_gradcheck(named_case):
     loss, _, inputs = named_case
     assert torch.autograd.gradcheck(loss, leaves(inputs))
@@ -366,6 +367,7 @@ TASK_LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASK_LOSSES)
 def test_compile(name):
     loss = TASK_LOSSES[name]

@@ -90,6 +90,7 @@ def evaluate(loss, inputs, dtype):
 pytestmark = pytest.mark.usefixtures("dots")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_degenerate_inputs_are_finite(loss, dtype):
@@ -99,6 +100,7 @@ def test_degenerate_inputs_are_finite(loss, dtype):
         assert gradients and all(g.isfinite().all() and g.dtype == dtype for g in gradients), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_degenerate_halves_are_finite_and_computed_in_float32(loss, dtype):

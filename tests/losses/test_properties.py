@@ -131,6 +131,7 @@ def test_reductions_agree(inputs, agg, dist):
         close(loss("sum"), none.sum())
 
 
+@pytest.mark.slow
 @settings
 @given(embeddings(3), aggs, dists)
 def test_weights_of_one_are_no_weights(inputs, agg, dist):

@@ -64,6 +64,7 @@ def test_match(layout, kind, agg, name):
         check(name, pred, target, kind=kind, agg=agg, weights=some_weights(weights, layout))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [[1, 0, 1], [True, False, False], [0.25, 1.0, 0.0], 1, 0, 0.5], ids=str)
 @pytest.mark.parametrize("margin", [0, 1.0, 4.5])
 @pytest.mark.parametrize("dist", ["l2", "cos"])

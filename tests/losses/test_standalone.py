@@ -120,6 +120,7 @@ def run(code, folder):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_copy_in_an_empty_folder_runs(tmp_path):
     shutil.copy(SOURCE, tmp_path)
     code = """
@@ -140,6 +141,7 @@ print(losses.__file__)
     assert Path(run(code, tmp_path).strip()).resolve().parent == tmp_path.resolve()
 
 
+@pytest.mark.slow
 def test_no_warning_reaches_the_user(tmp_path):
     code = f"""
 import sys, warnings
@@ -154,6 +156,7 @@ print(losses.torch.numel(z) >= losses.ONE_PASS_ELEMENTS)
     assert run(code, tmp_path).strip() == "True"
 
 
+@pytest.mark.slow
 def test_the_core_imports_with_torch_alone(tmp_path):
     code = f"""
 import sys

@@ -109,6 +109,7 @@ def test_without_a_graph_no_gradient_is_made(monkeypatch):
     assert asked == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", [(16,), (4, 8)], ids=["vectors", "tokens"])
 @pytest.mark.parametrize("agg", ["mean", "max"])
@@ -134,6 +135,7 @@ def test_a_well_separated_positive_keeps_its_small_loss():
 # --- negatives of one tensor -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", [False, True])
 @pytest.mark.parametrize("dist", ["cos", "l2"])
 def test_sixty_four_negatives_without_a_copy(dist, needs):
@@ -174,6 +176,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degenerate", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_to_one_graph(name, degenerate):

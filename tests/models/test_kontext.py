@@ -16,7 +16,7 @@ from editloss_core.models.autoencoder import VAEDecoder, vae_encoder
 from editloss_core.models.captions import encode_captions
 from editloss_core.models.denoiser import DiffusersDenoiser
 from editloss_core.models.folder import ModelFolder, hash_folders
-from editloss_core.models.kontext import KONTEXT, Kontext, pack, position_ids, unpack
+from editloss_core.models.kontext import KONTEXT, Kontext, pack, position_ids, positions, unpack
 from editloss_core.pairs import PairSet
 
 CPU = torch.device("cpu")
@@ -105,13 +105,11 @@ def test_a_forward_pass_is_the_pipelines(files, pipeline, caption):
         with torch.no_grad():
             mine = denoiser(x_t, given["timestep"], [reference], [caption])
         assert torch.allclose(pack(mine), theirs[:, :own], rtol=1e-5, atol=1e-5)
-        assert torch.equal(given["img_ids"], denoiser._positions(6, 10, 6, 10))
+        assert torch.equal(given["img_ids"], positions(6, 10, 6, 10))
     # and each of them matters: the comparison would see a wrong one
     x_t, t = unpack(steps[0][0]["hidden_states"][:, :own], 6, 10), steps[0][0]["timestep"]
     right = denoiser(x_t, t, [reference], [caption])
-    denoiser.guidance = 1.0
-    others = [denoiser(x_t, t, [reference], [caption])]
-    denoiser.guidance = 2.5
+    others = [denoiser.told(1.0)(x_t, t, [reference], [caption])]
     others += [denoiser(x_t, 0.9 * t, [reference], [caption]), denoiser(x_t, t, [reference.flip(-1)], [caption])]
     others += [
         denoiser(x_t, t, [reference], [caption._replace(**{f: 1.1 * getattr(caption, f)})]) for f in caption._fields

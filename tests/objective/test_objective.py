@@ -233,6 +233,7 @@ def agree(embeddings, term):
     return t
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, token_weights", PLACES)
 @pytest.mark.parametrize("kind, settings", CASES, ids=case_id)
 def test_a_term_is_its_public_loss(kind, settings, layout, token_weights):

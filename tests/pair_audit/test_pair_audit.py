@@ -130,17 +130,21 @@ def only(found: PairAudit, kind: str):
 # --- nothing to say --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clean_folder_has_no_findings(good):
     steps = []
     found = audit(good, progress=lambda done, total: steps.append((done, total)))
     assert found.findings == () and found.ok and found.headline() == "6 pairs: nothing found"
     assert set(found.per_pair) == {f"p{i}" for i in range(6)}
     assert steps == [(i + 1, 12) for i in range(12)]
-    assert all(v["registered"] and v["moved"] < 0.1 and v["uncovered"] < 0.05 for v in found.per_pair.values())
+    assert all(
+        v.movement.registered and v.movement.moved < 0.1 and v.mask.uncovered < 0.05 for v in found.per_pair.values()
+    )
     assert audit_picture(found, 800).shape[2:] == (800, 3)
     assert any("every pair is swapped" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_set_of_files_and_of_pictures_give_the_same(good):
     pairs = find_pairs(good)
     assert audit(pairs).findings == ()
@@ -150,25 +154,28 @@ def test_set_of_files_and_of_pictures_give_the_same(good):
     assert made.findings == () and made.where == ""
     names = ("shift_x", "changed_share", "uncovered", "tone")
     for one, two in zip("abcd", (f"p{i}" for i in range(4))):
-        own = audit(pairs).per_pair[two]
-        assert all(made.per_pair[one][n] == pytest.approx(own[n], abs=1e-5) for n in names)
+        own, same = audit(pairs).per_pair[two].as_dict(), made.per_pair[one].as_dict()
+        assert all(same[n] == pytest.approx(own[n], abs=1e-5) for n in names)
 
 
+@pytest.mark.slow
 def test_drawn_pairs_give_no_false_alarm(tmp_path):
     """128 pixels across, with flat walls, faint shadows and exact masks."""
     write_folder([*stool_pairs(24), *(draw(1_000_000 + i) for i in range(12))], tmp_path)
     found = audit(tmp_path)
     assert [f for f in found.findings if f.severity != "note"] == [], found.text()
-    assert max(v["moved"] for v in found.per_pair.values() if v["registered"] and v["agreement"] > 0.3) < 0.3
+    movements = [v.movement for v in found.per_pair.values()]
+    assert max(m.moved for m in movements if m.registered and m.agreement > 0.3) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quality", [90, 60, 30])
 def test_jpeg_is_no_movement_and_no_change(six, quality):
     for i in range(6):
         spoil(six, f"p{i}", by=lambda picture: jpeg(picture, quality))
     found = audit(six)
     assert {f.kind for f in found.findings} <= {"softness", "compression", "tone"} and found.ok
-    assert all(v["moved"] < 0.3 and v["uncovered"] < 0.05 for v in found.per_pair.values())
+    assert all(v.movement.moved < 0.3 and v.mask.uncovered < 0.05 for v in found.per_pair.values())
 
 
 # --- movement --------------------------------------------------------------------------------------------------------
@@ -220,7 +227,7 @@ def test_movement_is_told_with_its_number(folder, kind, change, words):
     finding = only(found, kind)
     assert words in finding.detail and finding.files == ("after/p2.png",) and finding.severity == "warning"
     assert "after/p2.png" in found.text() and KINDS[kind].advice in found.text()
-    assert found.per_pair["p2"]["uncovered"] < 0.05  # the mask is judged once the movement is taken out
+    assert found.per_pair["p2"].mask.uncovered < 0.05  # the mask is judged once the movement is taken out
 
 
 def test_movement_by_a_latent_is_an_error(folder):
@@ -228,6 +235,7 @@ def test_movement_by_a_latent_is_an_error(folder):
     assert only(audit(folder), "shift").severity == "error"
 
 
+@pytest.mark.slow
 def test_movement_of_half_a_pixel_in_a_large_picture_is_nothing(tmp_path):
     before, after, mask = edit(3, 1536)
     save(tmp_path, "large", before, moved(after, x=0.6), mask)
@@ -295,7 +303,7 @@ def test_other_size_of_one_side_is_a_note(folder):
     spoil(folder, by=lambda p: np.asarray(Image.fromarray(p).resize((512, 512), Image.Resampling.BICUBIC)))
     found = audit(folder)
     assert "256×256 and 512×512" in only(found, "sizes").detail and found.ok
-    assert found.per_pair["p2"]["moved"] < 0.2
+    assert found.per_pair["p2"].movement.moved < 0.2
 
 
 # --- no edit, background ---------------------------------------------------------------------------------------------
@@ -335,7 +343,7 @@ def test_tone(folder):
     spoil(folder, by=lambda p: (p * 1.15).clip(0, 255).astype(np.uint8))
     found = audit(folder)
     assert "brighter" in only(found, "tone").detail and found.ok
-    assert found.per_pair["p2"]["uncovered"] < 0.05  # a tone is no change of the picture
+    assert found.per_pair["p2"].mask.uncovered < 0.05  # a tone is no change of the picture
 
 
 def test_softness_and_compression(folder):
@@ -394,7 +402,7 @@ def test_swapped_pair_is_found(six):
     found = audit(six)
     finding = only(found, "swapped")
     assert finding.pairs == ("p4",) and "opposite way" in finding.detail and not found.ok
-    assert found.per_pair["p4"]["support"] < 0 < found.per_pair["p1"]["support"]
+    assert found.per_pair["p4"].support < 0 < found.per_pair["p1"].support
 
 
 def test_swapped_drawn_pairs_are_found(tmp_path):
@@ -428,6 +436,7 @@ def test_few_pairs_of_a_target_say_nothing(six):
     assert found.findings == () and any("6 of the pairs" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_captions_that_remove_and_add(tmp_path):
     for seed in range(2):
         base = np.full((SIZE, SIZE, 3), 128, np.uint8) // 2 + room(seed) // 4
@@ -477,6 +486,7 @@ def test_wrong_partners(folder):
     assert "after/p2.png" in found.findings[0].detail
 
 
+@pytest.mark.slow
 def test_copies(six):
     for part in ("before", "after", "mask"):
         shutil.copy(six / part / "p0.png", six / part / "again.png")
@@ -487,6 +497,7 @@ def test_copies(six):
     assert "to the eye" in only(audit(six), "duplicate pair").detail
 
 
+@pytest.mark.slow
 def test_same_before_and_same_after(six):
     before, after, mask = edit(0)
     other = after.copy()

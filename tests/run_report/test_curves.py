@@ -114,6 +114,7 @@ def test_text_of_two_steps_has_one_mean_by_noise_level():
     assert "Means over all steps" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "names", "options"),
     [
@@ -186,6 +187,7 @@ def test_gradient_shares_are_stacked(figures):
     assert [text.get_text() for text in panel.texts] == ["not measured"] * 4
 
 
+@pytest.mark.slow
 def test_it_says_what_was_not_measured_or_evaluated(figures):
     curves.picture(run(30, NAMES, gradients=False, gate=0.0001))
     words = {text.get_text() for axes in figures[0].axes for text in axes.texts}
@@ -200,6 +202,7 @@ def test_without_an_objective_it_says_so(figures):
     assert any("velocity loss alone" in text.get_text() for text in figures[0].texts)
 
 
+@pytest.mark.slow
 def test_the_share_of_open_hinges_has_an_axis(figures):
     curves.picture(run(20, NAMES))
     right = [axes for axes in figures[0].axes if axes.get_yticks().tolist() == [0, 0.5, 1] and not axes.patches]
@@ -213,6 +216,7 @@ def test_held_out_pairs_are_marked(figures):
     assert [list(line.get_ydata()) for line in marked] == [[0.5] * 4, [0.4] * 4]
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_left_out():
     log = run(30, NAMES, validate=10)
     log.steps[3] = step(4, math.nan, loss=math.inf, overlay=TermSample(None, None))
@@ -260,6 +264,7 @@ def test_thinning_keeps_order_and_spikes(count):
     assert (steps.diff() >= 0).all() and torch.equal(column[steps.long() - 1], thin)
 
 
+@pytest.mark.slow
 def test_names_that_mathtext_would_read_stay_as_they_are(figures):
     curves.picture(run(10, ["$x_{", "a\nb", "猫", ""]), width=400)
     words = [text.get_text() for text in figures[0].texts]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from editloss_core.drawing.statistics import wilson
+from editloss_core.drawing.statistics import Share, wilson
 from editloss_core.run_report import report, verdicts
 from editloss_core.run_report.__main__ import main
 from editloss_core.run_report.verdicts import judge_run
@@ -124,8 +124,8 @@ def test_rates_have_wilsons_interval():
 def test_every_verdict_is_counted(tmp_path):
     run = judge_run(make_run(tmp_path / "run", [list(VERDICTS), ["good"] * 4 + ["distorted"]]))
     first, second = run.validations
-    assert [first.share(v).count for v in VERDICTS] == [1] * 5 and first.failing == (4, 5)
-    assert second.failing == (1, 5) and run.base.share("no edit") == (5, 5)
+    assert [first.judged_as(v).count for v in VERDICTS] == [1] * 5 and first.failing == Share(4, 5)
+    assert second.failing == Share(1, 5) and run.base.judged_as("no edit") == Share(5, 5)
     assert second.failing.interval == wilson(1, 5)
     assert first.score("overlay") == pytest.approx((0.9 + 4 * 0.1) / 5)
 
@@ -289,6 +289,7 @@ def test_many_validations_are_thinned_but_not_the_best(tmp_path):
     assert "Shown: 7 of 20 validations." in html and html.count("<figure") == 2 * (7 + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [640, 1600])
 @pytest.mark.parametrize("plan", [[], [[]], [[FINE, BAD]], [[BAD, FINE]] * 30])
 def test_the_picture_and_the_text(plan, width, tmp_path):
@@ -345,7 +346,7 @@ def test_a_killed_run_is_reported_up_to_its_last_whole_line(kept, tmp_path):
     assert json.loads(lines[-1])["kind"] == "validation"
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:kept])
     run = judge_run(folder)
-    assert [v.step for v in run.validations] == [10] and run.best.failing == (1, 2) and run.cut_off == 1
+    assert [v.step for v in run.validations] == [10] and run.best.failing == Share(1, 2) and run.cut_off == 1
     html = report.page(run)
     Page(html)
     assert "1 line of the log could not be read" in html and "The log ends at step 20 of 20" in html
@@ -359,7 +360,7 @@ def test_files_that_are_missing_or_damaged_are_named_and_the_rest_is_judged(tmp_
     (place / second.files["lora"]).unlink()
     (place / third.files["after"]).write_bytes(b"no picture")
     run = judge_run(folder)
-    assert run.validations[0].failing == (0, 1) and run.base.failing == (2, 2)
+    assert run.validations[0].failing == Share(0, 1) and run.base.failing == Share(2, 2)
     problems = [o.problem for o in run.outputs]
     assert problems[0] == "" and second.files["lora"] in problems[1] and third.files["after"] in problems[2]
     html = report.page(run)
@@ -409,6 +410,7 @@ def test_the_command_line(tmp_path, capsys):
     assert "expected a folder that a training run has written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
     folder = make_run(tmp_path / "run", [])
     done = subprocess.run(
@@ -429,3 +431,28 @@ def test_the_self_check_stands_in_the_report(event, line, tmp_path):
     run = judge_run(folder)
     said = line[0].upper() + line[1:]
     assert run.notes()[0] == said and said in report.page(run) and said in report.text(run)
+
+
+def test_the_self_check_s_word_does_not_hide_what_was_trained(tmp_path):
+    """The event "checked" carries numbers of its own."""
+    folder = make_run(tmp_path / "run", [[FINE, BAD]], batch_size=3)
+    log = RunLog.read(folder)
+    log.events.insert(1, EventLog(0, "checked", ("self-check: right",), {"parts": [{"part": "LoRA"}]}))
+    log.rewrite()
+    run = judge_run(folder)
+    assert run.settings["batch_size"] == 3 and run.info["lora"]["rank"] == 4 and "no edit" in run.terms_of
+
+
+def test_a_run_whose_losses_are_not_known_is_reported(tmp_path):
+    run = judge_run(make_run(tmp_path / "run", [[FINE, BAD], [FINE, FINE]], losses=[None, None]))
+    assert run.lowest is None and run.best.step == 20
+    assert "No validation has a loss to choose by." in run.advice()
+    assert "not known" in report.page(run) and report.picture(run).shape[0] == 1 and "20" in report.text(run)
+
+
+def test_settings_are_named_as_the_graph_and_the_configuration_have_them(tmp_path):
+    run = judge_run(make_run(tmp_path / "run", []))
+    assert run.advice() == [
+        "No validation: this run watched no held-out pairs, or ended before the first. Set hold_out, and validate_every "
+        "(Run Options; [validation])."
+    ]

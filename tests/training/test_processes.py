@@ -24,6 +24,8 @@ from editloss_core.processes import Processes, check_accelerator, place
 from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from editloss_core.runs.log import LOG_FILE, RunLog
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -33,6 +33,8 @@ from editloss_core.training.config import (
 )
 from editloss_core.training.settings import TrainingSettings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = ROOT / "editloss_core" / "demo" / "pictures"
 

@@ -66,6 +66,7 @@ def test_every_validation_keeps_its_pictures_without_loss_and_constants_once(tmp
     }
 
 
+@pytest.mark.slow
 def test_no_previews_and_no_folder_leave_no_pictures(tmp_path):
     for folder, options in ((tmp_path, {"preview_steps": 0}), (None, {})):
         log = made(folder, **options).run().log
@@ -73,6 +74,7 @@ def test_no_previews_and_no_folder_leave_no_pictures(tmp_path):
     assert not (tmp_path / PICTURE_FOLDER).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step, checks", [(3, 0), (2, 1), (4, 12)], ids=["between", "at the validation", "while sampling"]
 )
@@ -109,6 +111,7 @@ def test_going_back_loses_no_picture(tmp_path):
     assert events[1].info["settings"]["learning_rate"] == 0.3
 
 
+@pytest.mark.slow
 def test_taking_the_lora_of_an_earlier_step_leaves_the_run_as_it_is(tmp_path):
     """As the report advises for the step that fails least: resume there with nothing left to train."""
     made(tmp_path).run()
@@ -142,6 +145,7 @@ def test_a_run_without_an_objective_has_no_signals(tmp_path):
     assert [p.signals for p in log.validations[0].pictures] == [{}, {}]
 
 
+@pytest.mark.slow
 def test_a_signal_says_nothing_where_no_term_answers_a_failure(tmp_path):
     watched = EditObjective((LossTerm("feature_match", LATENTS),))
     log = made(tmp_path, objective=watched, steps=2).run().log
@@ -168,6 +172,7 @@ def test_what_cannot_be_seen_is_written_as_black(tmp_path):
         assert image.getpixel((3, 3)) == (0, 255, 0)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_reported(tmp_path):
     """With the judge itself, on pictures that are tiny: numbers for every output, one page, and the same again."""
     made(tmp_path / "run").run()

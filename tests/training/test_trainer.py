@@ -104,6 +104,7 @@ def test_checkpointing_a_model_with_dropout_changes_nothing():
     assert equal(*ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     "step, checks", [(4, 0), (3, 0), (4, 2), (3, 2), (7, 2)],
@@ -138,6 +139,7 @@ def test_an_older_checkpoint_leads_to_the_same_end(tmp_path):
     same_end(whole, again)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(tmp_path):
     """SIGKILL, several times over one run: nothing before the last checkpoint is lost, and the end is the same."""
     import killed_run

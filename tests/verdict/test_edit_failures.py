@@ -21,6 +21,8 @@ import failures  # noqa: E402
 import render  # noqa: E402
 import unseen  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 OUTCOMES = json.loads((PICTURES / "outcomes.json").read_text(encoding="utf-8"))
 LAYERS = ("plate", "old", "new", "old_shadow", "new_shadow")
 CODEC = 0.03  # mean difference of two pictures that WebP or JPEG alone sets apart: 0.002 to 0.016 here

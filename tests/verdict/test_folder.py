@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from editloss_core.demo.scenes import draw
-from editloss_core.drawing.statistics import wilson
+from editloss_core.drawing.statistics import Share, wilson
 from editloss_core.verdict import __main__ as command
 from editloss_core.verdict import folder as folders
 from editloss_core.verdict import items as verdict_items
@@ -151,6 +151,7 @@ def hard(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_command_writes_rows_sheet_and_maps_and_exits_3(hard, tmp_path):
     command_line = [
         sys.executable,
@@ -186,6 +187,7 @@ def test_command_writes_rows_sheet_and_maps_and_exits_3(hard, tmp_path):
     assert not list((tmp_path / "new/out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_one_corrupt_file_of_500_costs_one_row(tmp_path, by_grey, capsys):
     for i in range(500):
         grey(tmp_path / f"before/{i}.png", 0.2)
@@ -204,6 +206,7 @@ def test_one_corrupt_file_of_500_costs_one_row(tmp_path, by_grey, capsys):
         assert page.height <= verdict_sheet.HIGHEST
 
 
+@pytest.mark.slow
 def test_exit_status_by_threshold(tmp_path, by_grey, capsys):
     for i, level in enumerate((0.1, 0.5, 0.9, 0.9)):
         grey(tmp_path / f"before/{i}.png", 0.2)
@@ -230,7 +233,7 @@ def test_a_picture_that_could_not_be_asked_is_not_a_picture_that_passed():
     asked = Verdict("distorted", dict.fromkeys(FAILURES, 0.9), {})
     unasked = Verdict("good", {**dict.fromkeys(FAILURES, 0.1), "distorted": None}, {})
     items = [verdict_items.Item("a", asked), *(verdict_items.Item(str(i), unasked) for i in range(9))]
-    assert command.rate(items, "distorted") == (1, 1) and command.rate(items, command.ANY) == (1, 10)
+    assert command.rate(items, "distorted") == Share(1, 1) and command.rate(items, command.ANY) == Share(1, 10)
     assert command.status(items, {"distorted": 0.5}) == 1 and command.status(items, {"any": 0.5}) == 0
     assert "1 of 1 " in command.report(items, {})
 
@@ -269,6 +272,7 @@ def test_memory_holds_the_pictures_of_one_sheet_only(tmp_path, by_grey):
     assert len(with_pictures) == verdict_sheet.MOST_ROWS and with_pictures[-1].verdict.verdict == "no edit"
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_in_the_same_order(hard):
     entries = scan(hard).entries[:3]
     alone, together = (list(judge_folder(entries, workers=n)) for n in (1, 2))

@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ def lab(picture):
     return F.interpolate(oklab(picture.permute(2, 0, 1)[None]), scale_factor=1.5, mode="bilinear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SCENES)
 def test_the_target_is_good_and_a_copy_is_no_edit(seed):
     example, mask = pair(seed)
@@ -50,6 +52,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SCENES)
 @pytest.mark.parametrize("harmless", HARMLESS.values(), ids=HARMLESS.keys())
 def test_what_a_codec_or_a_camera_does_is_no_failure(seed, harmless):
@@ -109,6 +112,7 @@ def shifted(example, by):
     return example.background * (1 - layer) + torch.roll(example.after, by, (0, 1)) * layer
 
 
+@pytest.mark.slow
 def test_a_bent_object_is_distorted_and_a_shifted_one_is_not():
     good = 0
     for seed in SCENES:
@@ -226,6 +230,7 @@ def test_bad_input_is_named(case):
         judge(*change(example.before, example.after, example.after, mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("seed", SCENES)
 def test_an_output_of_one_colour_shows_neither_object(seed, value):
@@ -289,6 +294,7 @@ def template_pairs():
             yield name, *(torch.from_numpy(np.array(Image.open(f).convert("RGB"))).float() / 255 for f in files)
 
 
+@pytest.mark.slow
 def test_real_edits_get_no_nonsense():
     judged = 0
     for name, before, after in template_pairs():
@@ -315,6 +321,35 @@ def test_judging_takes_one_thread_and_gives_the_others_back(monkeypatch):
         with pytest.raises(ValueError, match="before"):
             judge(example.before[..., :1], example.after)
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_judges_at_once_leave_torch_s_threads_as_they_were():
+    """The second begins while the first is at work, and ends after it."""
+    from editloss_core.verdict.judge import one_thread
+
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def second():
+        with one_thread():
+            inside.set()
+            assert leave.wait(60)
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with one_thread():
+            other = threading.Thread(target=second)
+            other.start()
+            assert inside.wait(60)
+        leave.set()
+        other.join()
+        fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        assert torch.get_num_threads() == 2 and seen == [2, 2]
     finally:
         torch.set_num_threads(before)
 

@@ -47,6 +47,7 @@ def test_items_are_judged_and_refused(items):
     assert items[0].pictures["output"].dtype == torch.uint8 and set(items[2].pictures) == {"before", "output"}
 
 
+@pytest.mark.slow
 def test_a_black_output_is_judged_with_a_note():
     pair = draw(3, "replace", "chair", "table")
     item = Item.judged("black", pair.before, torch.zeros_like(pair.before), pair.after)
@@ -55,6 +56,7 @@ def test_a_black_output_is_judged_with_a_note():
     assert Item.judged("fine", pair.before, pair.after, pair.after).notes == ()
 
 
+@pytest.mark.slow
 def test_sheet_shows_each_verdict_in_its_colour_and_the_maps(items):
     picture = sheet(items, 1000)
     assert picture.shape[0] == 1 and picture.shape[2:] == (1000, 3) and picture.min() >= 0 and picture.max() <= 1
@@ -86,9 +88,10 @@ def test_sheet_is_the_same_twice(items):
     assert torch.equal(sheet(items[:2], 800), sheet(items[:2], 800))
 
 
+@pytest.mark.slow
 def test_hundreds_of_items_fit_and_no_failure_is_crowded_out(monkeypatch):
     drawn = []
-    monkeypatch.setattr(verdict_sheet._Page, "draw_row", lambda self, item, top: drawn.append(item.name))
+    monkeypatch.setattr(verdict_sheet.VerdictSheet, "draw_row", lambda self, item, top: drawn.append(item.name))
     many = [made_up("good", f"good {i}") for i in range(300)] + [made_up("no edit", f"copy {i}") for i in range(100)]
     many += [made_up("overlay", "overlay"), Item("error", None, "no file")]
     picture = sheet(many, 1600)
@@ -100,7 +103,7 @@ def test_hundreds_of_items_fit_and_no_failure_is_crowded_out(monkeypatch):
 
 def test_all_items_in_their_order_where_they_fit(monkeypatch):
     drawn = []
-    monkeypatch.setattr(verdict_sheet._Page, "draw_row", lambda self, item, top: drawn.append(item.name))
+    monkeypatch.setattr(verdict_sheet.VerdictSheet, "draw_row", lambda self, item, top: drawn.append(item.name))
     sheet([made_up(v, v) for v in VERDICTS])
     assert drawn == list(VERDICTS)
 

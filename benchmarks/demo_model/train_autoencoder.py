@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import replacing
-from .model import FLUX_SCALE, FLUX_SHIFT, Autoencoder
+from editloss_core.demo.model import FLUX_SCALE, FLUX_SHIFT, Autoencoder
+from editloss_core.files import replacing
 
 LOG = logging.getLogger(__name__)
 PATCH, CHANNELS = 8, 16
