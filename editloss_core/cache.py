@@ -55,7 +55,7 @@ class TensorCache:
         """The entry of a key; None if there is none that is whole and was written for this key."""
         if self.folder is None:
             return None
-        path = self._path(kind, key)
+        path = self.folder / kind / f"{key}.safetensors"
         if not path.is_file():
             return None
         entry = _read(path, kind, key)
@@ -79,7 +79,7 @@ class TensorCache:
             whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
             metadata = {"format": FORMAT, "kind": kind, "key": key, "about": json.dumps(entry.about)}
             metadata["content"] = _content(whole, metadata)
-            path = self._path(kind, key)
+            path = self.folder / kind / f"{key}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file(whole, temporary, metadata=metadata)
@@ -110,9 +110,6 @@ class TensorCache:
                 "cache: removed %d files (%.1f GB) of %s that were unused for the longest time, to stay within %.0f GB",
                 len(removed), sum(removed) / 1e9, self.folder, limit / 1e9,
             )  # fmt: skip
-
-    def _path(self, kind: str, key: str) -> Path:
-        return self.folder / kind / f"{key}.safetensors"
 
 
 def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:

@@ -22,7 +22,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]], *texts: str) -> str:
     for name, tensor in tensors:
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

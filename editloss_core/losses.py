@@ -37,9 +37,10 @@ was expected. Derivatives of second order are refused with an error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ class _TokenDistances(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, dist, anchor, *references):
+    def forward(ctx: Any, dist: str, anchor: Tensor, *references: Tensor) -> Tuple[Tensor, ...]:
         a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
         work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
         sums = [work.per_token() for _ in rs]
@@ -162,7 +163,7 @@ class _TokenDistances(torch.autograd.Function):
         return tuple(d.view(anchor.shape[:-1]) for d in sums)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         _refuse_second_order()
         saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
         (anchor, *references), scalars = saved[: ctx.inputs], saved[ctx.inputs :]
@@ -176,7 +177,7 @@ class _TokenDistances(torch.autograd.Function):
         for result, reference in zip(results[1:], references):
             pieces = _rows_of_each([reference if result is None else result], anchor.ndim)
             to_rs += pieces if result is not None else [None] * len(pieces)
-        used = [j for j, g in enumerate(grads) if g is not None]
+        used = {j: g for j, g in enumerate(grads) if g is not None}
         for j, to_r in enumerate(to_rs):
             if to_r is not None and j not in used:
                 to_r.zero_()
@@ -184,7 +185,7 @@ class _TokenDistances(torch.autograd.Function):
             to_a.zero_()
         if not used:
             return (None, *results)
-        g = {j: grads[j].reshape(a.shape[:2]) for j in used}
+        g = {j: x.reshape(a.shape[:2]) for j, x in used.items()}
         work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
         if ctx.dist == "cos":
             squares, distances = scalars[: 1 + len(rs)], scalars[1 + len(rs) :]
@@ -200,30 +201,45 @@ class _TokenDistances(torch.autograd.Function):
         return (None, *results)
 
 
-def _cosine_gradients(work, a, rs, slopes, to_a, to_rs) -> None:
+def _cosine_gradients(
+    work: _Blocks,
+    a: Tensor,
+    rs: Sequence[Tensor],
+    slopes: Dict[int, Tuple[Tensor, ...]],
+    to_a: Optional[Tensor],
+    to_rs: Sequence[Optional[Tensor]],
+) -> None:
     """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
-    own = sum(slope[0] for slope in slopes.values())
+    own = functools.reduce(torch.add, [slope[0] for slope in slopes.values()])
     for block in reversed(work.blocks):
         x, total = work.load("anchor", a, block), None
         if to_a is not None:
             total = torch.mul(x, own[block].unsqueeze(-1), out=work.target("total", to_a, block))
         for j, (_, cross_a, own_r, cross_r) in slopes.items():
-            r = work.load("reference", rs[j], block)
-            if to_a is not None:
+            r, to_r = work.load("reference", rs[j], block), to_rs[j]
+            if total is not None:
                 total.addcmul_(r, cross_a[block].unsqueeze(-1))
-            if to_rs[j] is not None:
-                part = torch.mul(r, own_r[block].unsqueeze(-1), out=work.target("product", to_rs[j], block))
-                work.store(part.addcmul_(x, cross_r[block].unsqueeze(-1)), to_rs[j], block)
-        if to_a is not None:
+            if to_r is not None:
+                part = torch.mul(r, own_r[block].unsqueeze(-1), out=work.target("product", to_r, block))
+                work.store(part.addcmul_(x, cross_r[block].unsqueeze(-1)), to_r, block)
+        if to_a is not None and total is not None:
             work.store(total, to_a, block)
 
 
-def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
+def _difference_gradients(
+    work: _Blocks,
+    a: Tensor,
+    rs: Sequence[Tensor],
+    slopes: Dict[int, Tensor],
+    to_a: Optional[Tensor],
+    to_rs: Sequence[Optional[Tensor]],
+    signs: bool,
+) -> None:
     """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
     for block in reversed(work.blocks):
         x, total = work.load("anchor", a, block), None
         for j, slope in slopes.items():
-            slope = slope[block].unsqueeze(-1)
+            slope, to_r = slope[block].unsqueeze(-1), to_rs[j]
             step = torch.sub(x, work.load("reference", rs[j], block), out=work.scratch("product", x.shape))
             step = step.sign_() if signs else step
             if to_a is not None:
@@ -231,9 +247,9 @@ def _difference_gradients(work, a, rs, slopes, to_a, to_rs, signs) -> None:
                     total = torch.mul(step, slope, out=work.target("total", to_a, block))
                 else:
                     total.addcmul_(step, slope)
-            if to_rs[j] is not None:
-                work.store(torch.mul(step, -slope, out=work.target("part", to_rs[j], block)), to_rs[j], block)
-        if to_a is not None:
+            if to_r is not None:
+                work.store(torch.mul(step, -slope, out=work.target("part", to_r, block)), to_r, block)
+        if to_a is not None and total is not None:
             work.store(total, to_a, block)
 
 
@@ -252,7 +268,8 @@ class _Blocks:
         self.one_pass, self.blocks = False, [(slice(None), slice(None))]
         if not self.compiling:
             on_cpu, shape = self.rows.device.type == "cpu", self.rows.shape
-            self.blocks = list(_blocks(*shape, BLOCK_ELEMENTS * (1 if on_cpu else 16)))
+            batch, tokens, features = shape
+            self.blocks = list(_blocks(batch, tokens, features, BLOCK_ELEMENTS * (1 if on_cpu else 16)))
             pays = on_cpu and shape.numel() >= ONE_PASS_ELEMENTS and shape[-1] <= ONE_PASS_FEATURES
             # A block of several samples is one matrix only where they lie one after the other.
             of_one = self.rows[self.blocks[0]].shape[0] == 1
@@ -275,7 +292,8 @@ class _Blocks:
         x = rows[block]
         if x.dtype == self.dtype and (self.compiling or x.stride(-1) == 1):
             return x
-        return x.to(self.dtype) if self.compiling else self.scratch(name, x.shape).copy_(x)
+        memory = self.scratch(name, x.shape)
+        return x.to(self.dtype) if memory is None else memory.copy_(x)
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Σ x·y over the features. One order of adding for all, so that Σ x·y = Σ x·x where y equals x.
@@ -468,7 +486,7 @@ def margin_ranking_on_distances(
     if d_neg.shape[0] != d_pos.shape[0]:
         raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
     _check_same_device(d_pos=d_pos, d_neg=d_neg)
-    if margin_fraction(margin) is not None:
+    if margin_fraction(margin) is not None or isinstance(margin, str):
         raise ValueError(f"margin: expected a number or a tensor, got {margin!r}, which needs embeddings")
     sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
     dtype = _compute_dtype(d_pos, d_neg)
@@ -823,6 +841,7 @@ def info_nce_loss(
 
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
     if bank is None:
+        assert negatives is not None
         references = [positive, *_negative_list("negatives", negatives, anchor)]
         d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
         return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
@@ -840,7 +859,9 @@ def info_nce_loss(
     return _BankInfoNCE.apply(torch.is_grad_enabled(), negatives is None, *parts, factors)
 
 
-def _bank_parts(anchor, bank, d_pos, scale: float, agg: str, token_weights: Optional[Tensor]) -> tuple:
+def _bank_parts(
+    anchor: Tensor, bank: Tensor, d_pos: Tensor, scale: float, agg: str, token_weights: Optional[Tensor]
+) -> Tuple[float, Tensor, Tensor, Optional[Tensor], Tensor]:
     """What :class:`_BankInfoNCE` takes: scale, features of anchors and bank, token weights or None, positive scores."""
     a, n = (_as_rows(_UnitVectors.apply(x)) for x in (anchor, bank))
     tokens = a.shape[1]
@@ -848,7 +869,7 @@ def _bank_parts(anchor, bank, d_pos, scale: float, agg: str, token_weights: Opti
     if agg == "max" and tokens > 1:
         return scale, a, n, a.new_ones(a.shape[:2]) if w is None else w, d_pos * -scale
     # The sum over tokens is one product: Σ_t w_t (1 − cos_t) = Σ_t w_t − (w·a)·n over all features of all tokens.
-    constant = float(tokens)
+    constant: Union[float, Tensor] = float(tokens)
     if w is not None:
         constant = w.sum(1)
         if agg == "mean":
@@ -866,14 +887,14 @@ class _UnitVectors(torch.autograd.Function):
     """x / max(‖x‖, MIN_NORM) over the last dimension, with the gradient fading below MIN_NORM."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         squared = x.square().sum(-1, keepdim=True)
         unit = x * squared.clamp_min(MIN_NORM**2).rsqrt()
         ctx.save_for_backward(unit, squared)
         return unit
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         _refuse_second_order()
         unit, squared = ctx.saved_tensors
         floor = MIN_NORM**2
@@ -893,7 +914,17 @@ class _BankInfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, now, skip_own, scale, a, n, w, p, factors):
+    def forward(
+        ctx: Any,
+        now: bool,
+        skip_own: bool,
+        scale: float,
+        a: Tensor,
+        n: Tensor,
+        w: Optional[Tensor],
+        p: Tensor,
+        factors: Optional[Tensor],
+    ) -> Tensor:
         ctx.options, needs = (skip_own, scale), ctx.needs_input_grad[3:]
         if factors is None:
             loss, _ = _bank_info_nce(skip_own, scale, a, n, w, p, None, ())
@@ -904,18 +935,29 @@ class _BankInfoNCE(torch.autograd.Function):
         return (loss * factors).sum()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
         _refuse_second_order()
         if g.ndim:
-            _, grads = _bank_info_nce(*ctx.options, *ctx.saved_tensors, g, ctx.needs_input_grad[3:])
+            skip_own, scale = ctx.options
+            a, n, w, p = ctx.saved_tensors
+            _, grads = _bank_info_nce(skip_own, scale, a, n, w, p, g, ctx.needs_input_grad[3:])
             return (None, None, None, *grads, None)
         return (None, None, None, *(None if x is None else x * g for x in ctx.saved_tensors))
 
 
-def _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs) -> Tuple[Tensor, List[Optional[Tensor]]]:
+def _bank_info_nce(
+    skip_own: bool,
+    scale: float,
+    a: Tensor,
+    n: Tensor,
+    w: Optional[Tensor],
+    p: Tensor,
+    factors: Optional[Tensor],
+    needs: Sequence[bool],
+) -> Tuple[Tensor, List[Optional[Tensor]]]:
     """Losses, and the gradients of Σ factor · loss for those of a, n, w and p that need one."""
     loss = torch.empty_like(p)
-    grads = [torch.zeros_like(x) if need else None for x, need in zip((a, n, w, p), needs)]
+    grads = [torch.zeros_like(x) if need and x is not None else None for x, need in zip((a, n, w, p), needs)]
     tokens = 1 if w is None else w.shape[1]
     step = max(1 if w is not None else BANK_ROWS, TILE_ELEMENTS // (len(n) * tokens))
     scratch = None if _is_compiling() or w is not None else a.new_empty(min(step, len(a)), len(n))
@@ -935,7 +977,7 @@ def _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs) -> Tuple[Tensor,
             total = s.sub_(top).exp_().sum(1)
             excess = total.log() + top.squeeze(1) - p[rows]
             loss[rows] = F.softplus(excess)
-            if not any(needs):
+            if factors is None or not any(needs):
                 continue
             slope = factors[rows] * excess.sigmoid()  # that of the log of the sum; s / total are its shares
             share = (slope * scale / torch.where(total > 0, total, torch.ones_like(total))).unsqueeze(1)
@@ -951,7 +993,9 @@ def _bank_info_nce(skip_own, scale, a, n, w, p, factors, needs) -> Tuple[Tensor,
     return loss, grads
 
 
-def _add_max_gradients(grads, rows, a, n, w, d, g) -> None:
+def _add_max_gradients(
+    grads: List[Optional[Tensor]], rows: slice, a: Tensor, n: Tensor, w: Tensor, d: Tensor, g: Tensor
+) -> None:
     """Adds those of Σ g · max_t(w d) for some anchors; tokens that share the maximum share its gradient."""
     weighted = d * w[rows].unsqueeze(1)
     share = (weighted == weighted.amax(-1, keepdim=True)).to(d.dtype)
@@ -1087,7 +1131,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _full_precision(device: torch.device):
+def _full_precision(device: torch.device) -> ContextManager[Any]:
     """Autocast off: inside it a matrix product would be rounded to half precision."""
     try:
         return torch.autocast(device.type, enabled=False)

@@ -6,6 +6,7 @@ runs without gradients, in float32.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -132,7 +133,7 @@ def estimate_mask(
         small = [t[b : b + 1].float().permute(0, 3, 1, 2) for t in (before, after)]
         if size != (height, width):
             small = [F.interpolate(t, size=size, mode="area") for t in small]
-        found = _changed(*small, threshold, min_area, round(margin * max(size)))
+        found = _changed(small[0], small[1], threshold, min_area, round(margin * max(size)))
         if size != (height, width):
             found = F.interpolate(found.float(), size=(height, width), mode="bilinear", align_corners=False) > 0.5
         masks.append(found[:, 0])
@@ -221,12 +222,8 @@ def tolerant_distance(a: Tensor, b: Tensor) -> Tensor:
 
     def nearest(x: Tensor, y: Tensor) -> Tensor:
         padded = F.pad(y, (1, 1, 1, 1), mode="replicate")
-        best: Tensor | None = None
-        for i in range(3):
-            for j in range(3):
-                d = (x - padded[..., i : i + height, j : j + width]).square().sum(1, keepdim=True)
-                best = d if best is None else torch.minimum(best, d)
-        return best.sqrt()
+        moved = (padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3))
+        return functools.reduce(torch.minimum, ((x - m).square().sum(1, keepdim=True) for m in moved)).sqrt()
 
     return torch.maximum(nearest(a, b), nearest(b, a))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from .drawing.colours import VERDICT_COLORS, color_of
 from .drawing.sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, cut, new_figure, percent, pixels, wrapped
 from .encoders.base import check_images
 from .objective import NOT_A_NUMBER, TERMS, ObjectiveReport, TermReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FAILURE_NAMES = {
     "no edit": "NO EDIT",
@@ -97,12 +100,12 @@ def picture(
     if ground is None:
         shape = next((images.shape[1:] for images in (gt, src) if images is not None), (256, 256, 3))
         ground = torch.full((1, *shape), 0.6)
-    page = _Page(report, ground, rows, min(total, MAX_COLUMNS), width)
+    page = ObjectiveSheet(report, ground, rows, min(total, MAX_COLUMNS), width)
     page.draw()
     return pixels(page.figure)[None]
 
 
-class _Page(Sheet):
+class ObjectiveSheet(Sheet):
     """The layout, in inches from the top left: a column per output, or for one or two outputs a band each."""
 
     LABEL, CELL, GAP, PER_BAND = 2.3, 2.15, 0.12, 6
@@ -205,7 +208,8 @@ class _Page(Sheet):
         axes.barh(range(len(terms)), values, color=colors, height=0.7, alpha=0.5 if self.in_bands else 1.0)
         axes.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
         for row, (t, value) in enumerate(zip(terms, values)):
-            number, style = f"{float(t.toward_failure[i]):.0%}", {"fontsize": 8, "va": "center", "parse_math": False}
+            number = f"{float(t.toward_failure[i]):.0%}"
+            style: dict[str, Any] = {"fontsize": 8, "va": "center", "parse_math": False}
             if self.in_bands:  # the name stands on the bar, since there is no column for it
                 axes.text(0.02, row, f"{names[row]} {number}", color=INK, **style)
                 continue
@@ -245,12 +249,12 @@ def _number(value: Tensor) -> str:
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:.5g}"
 
 
-def _draw_picture(ax, image: Tensor) -> None:
+def _draw_picture(ax: Axes, image: Tensor) -> None:
     ax.imshow(image.numpy(), interpolation="bilinear", aspect="equal")
     ax.set_axis_off()
 
 
-def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
+def _draw_map(ax: Axes, image: Tensor, t: TermReport, i: int, scale: float) -> None:
     """Diverging colours for differences of distances, pale where a token did not count; over a grey output."""
     from matplotlib import colormaps
 

@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Callable, NoReturn, Optional, Sequence, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Callable, NoReturn, Optional, Sequence, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class Processes:
 
     # -- shares -----------------------------------------------------------------------------------------------------
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def own(self, items: Sequence[T]) -> Sequence[T]:
         """Every ``count``-th of the items, so that all of them are somebody's and nobody's twice."""
         return items[self.rank :: self.count]
 
@@ -107,8 +108,8 @@ class Processes:
         if self.count == 1 or not own:
             return list(own)
         start, stop = (min((self.rank + k) * len(own[0]), total) for k in (0, 1))
-        with self._collective():
-            others = self.accelerator.gather(torch.stack([x.detach() for x in own], 1)).unbind(1)
+        with self._collective() as accelerator:
+            others = accelerator.gather(torch.stack([x.detach() for x in own], 1)).unbind(1)
         return [torch.cat([y[:start], x[: stop - start].to(y), y[stop:total]]) for x, y in zip(own, others)]
 
     def each(self, count: int, work: Callable[[int], T], carried: tuple[type[Exception], ...] = ()) -> list[T]:
@@ -123,17 +124,17 @@ class Processes:
         if self.count == 1:
             return [work(i) for i in range(count)]
         rounds = -(-count // self.count)
-        found = []
+        found: list[tuple[int, Optional[T], Optional[Exception]]] = []
         for i in range(self.rank, rounds * self.count, self.count):
             try:
                 found.append((i, work(min(i, count - 1)), None))
             except carried as error:
                 found.append((i, None, error))
         results = sorted(self.gather(found), key=lambda result: result[0])[:count]
-        for _, _, error in results:
-            if error is not None:
-                raise error
-        return [value for _, value, _ in results]
+        for _, _, failure in results:
+            if failure is not None:
+                raise failure
+        return [cast(T, value) for _, value, _ in results]
 
     def once(self, work: Callable[[], T], carried: tuple[type[Exception], ...] = ()) -> T:
         """What ``work`` gives in process 0, in every process; exceptions of the ``carried`` kinds are raised in every one."""
@@ -145,10 +146,10 @@ class Processes:
                 outcome = [(work(), None)]
             except carried as error:
                 outcome = [(None, error)]
-        value, error = self.gather(outcome)[0]
-        if error is not None:
-            raise error
-        return value
+        value, failure = self.gather(outcome)[0]
+        if failure is not None:
+            raise failure
+        return cast(T, value)
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """The items of all processes, which can be pickled, in the order of the processes."""
@@ -164,16 +165,16 @@ class Processes:
         """Replace each tensor by its sum over the processes, the same to the last bit in each of them; one message for all."""
         if self.count == 1 or not tensors:
             return
-        with self._collective():
-            sums = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), "sum")
+        with self._collective() as accelerator:
+            sums = accelerator.reduce(torch.cat([t.flatten() for t in tensors]), "sum")
         for t, total in zip(tensors, sums.split([t.numel() for t in tensors])):
             t.copy_(total.view_as(t))
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            with self._collective():
-                self.accelerator.wait_for_everyone()
+            with self._collective() as accelerator:
+                accelerator.wait_for_everyone()
 
     def agree(self, values: dict[str, str]) -> None:
         """ValueError in every process unless all have the same values, naming those that differ."""
@@ -187,9 +188,10 @@ class Processes:
                 )
 
     @contextmanager
-    def _collective(self) -> Iterator[None]:
+    def _collective(self) -> Iterator[Accelerator]:
+        assert self.accelerator is not None  # one process has nothing to say to others
         try:
-            yield
+            yield self.accelerator
         except RuntimeError as error:  # torch has no class of its own for what gloo says
             first = str(error).strip().splitlines()[:1]
             raise ProcessLost(
@@ -219,10 +221,10 @@ class Processes:
         os.set_blocking(writing, False)
         ended = threading.Event()
 
-        def note(signum, frame):
+        def note(signum: int, frame: Optional[FrameType]) -> None:
             self._terminated = True
 
-        def watch():
+        def watch() -> None:
             while (signals := os.read(reading, 16)) and signal.SIGTERM not in signals:
                 pass
             if not signals:

@@ -9,7 +9,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.verdict.items import Item, share, summary, table, with_signals
+from ..editloss_core.verdict.items import Item, summary, table, verdict_share, with_signals
 from ..editloss_core.verdict.judge import FAILURES
 from ..editloss_core.verdict.picture import MAPS, heat, sheet
 from .checks import checked
@@ -86,7 +86,7 @@ class DiagnoseOutputs(io.ComfyNode):
             raise ValueError(failed[0].message)
         if report is not None:
             items = with_signals(items, report)
-        picture, rate = sheet(items, width), share(items, *FAILURES)
+        picture, rate = sheet(items, width), verdict_share(items, *FAILURES)
         maps = torch.stack([_map(item, name, _nth(output, i)) for i, item in enumerate(items) for name in MAPS])
         low, high = rate.interval
         values = {

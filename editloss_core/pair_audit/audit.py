@@ -21,7 +21,7 @@ from ..pairs import Pair, PairSet, find_pairs
 from ..pairs.files import PairProblems, read_caption, read_picture, relative, scan
 from ..pairs.geometry import same_proportions
 from .between_pairs import copies, find_swapped, likely_partners
-from .measures import Measured, Sketch, agreeing, measure
+from .measures import Measured, PairMeasures, Sketch, agreeing, measure
 from .result import AuditFinding, PairAudit
 from .rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_pair
 
@@ -165,19 +165,19 @@ class _Run:
             self.add(kind, [pair.name], [self.file(pair, part) for part in parts], detail, severity)
         self.step()
 
-    def _complete(self, pair: Pair, values: Mapping[str, object]) -> None:
+    def _complete(self, pair: Pair, values: PairMeasures) -> None:
         """:func:`find_pairs` says that the proportions differ; what follows from the pictures belongs to it."""
         key = ("proportions", tuple(self.files(pair.name)))
         if key in self.findings:
             found = self.findings[key]
-            self.findings[key] = replace(found, detail=f"{found.detail}; {values['fit']}")
+            self.findings[key] = replace(found, detail=f"{found.detail}; {values.fit}")
 
     def compare(self, others: Optional[PairSet], encoder: Optional[Encoder]) -> None:
         """What shows between pairs, and between sets."""
-        usable = {n: m for n, m in self.measured.items() if not m.values["flat"]}
+        usable = {n: m for n, m in self.measured.items() if not m.values.flat}
         sketches = {n: m.sketch for n, m in usable.items()}
-        edited = {n: s for n, s in sketches.items() if usable[n].values["changed_share"] > 0}
-        lonely = [n for n in edited if usable[n].values["agreement"] < REPAINTED]
+        edited = {n: s for n, s in sketches.items() if usable[n].values.changed_share > 0}
+        lonely = [n for n in edited if usable[n].values.movement.agreement < REPAINTED]
         for name, other, agreement in self._strangers(sketches, lonely):
             self._forget(name, ("background", "mask short", "mask elsewhere", "mask large"))
             detail = f"{self.file(self.items[other], 'after')} shows the place of {self.file(self.items[name], 'before')} ({agreement:.0%} of its blocks)"
@@ -187,12 +187,12 @@ class _Run:
         }
         comparable = {n: s for n, s in edited.items() if n not in lonely and n not in odd}
         captions = {n: self.items[n].caption for n in comparable}
-        edges = {n: usable[n].values["edges"] for n in comparable}
+        edges = {n: usable[n].values.edges for n in comparable}
         swaps, notes, support = find_swapped(comparable, captions, edges, encoder)
         for name, reason in swaps.items():
             self.add("swapped", [name], self.files(name), reason)
         for name, value in support.items():
-            usable[name].values["support"] = value
+            self.measured[name] = replace(usable[name], values=replace(usable[name].values, support=value))
         self.notes += notes
         self._copies(sketches)
         if others is not None:
@@ -274,13 +274,12 @@ def read_and_measure(pair: Pair) -> Measured:
             mask, _ = _pixels(pair.mask, mask=True)
         except ValueError:
             mask = None
-        if mask is not None and (
-            float(mask.max()) < 0.5 or not any(same_proportions(mask.shape, p.shape[:2]) for p in pictures)
-        ):
-            mask = None
-    measured = measure(*pictures, mask)
-    measured.sketch.contents = (contents[0], contents[1])
-    return measured
+        if mask is not None:
+            size = mask.shape[0], mask.shape[1]
+            fits = any(same_proportions(size, (p.shape[0], p.shape[1])) for p in pictures)
+            mask = None if not fits or float(mask.max()) < 0.5 else mask
+    measured = measure(pictures[0], pictures[1], mask)
+    return replace(measured, sketch=replace(measured.sketch, contents=(contents[0], contents[1])))
 
 
 def _pixels(source: Union[Path, Tensor], mask: bool) -> tuple[Tensor, str]:

@@ -84,7 +84,8 @@ def find_swapped(
     for name in sketches:
         groups.setdefault(group_of(captions[name]), []).append(name)
     swaps: dict[str, str] = {}
-    notes, supports, small = [], {}, 0
+    supports: dict[str, float] = {}
+    notes, small = [], 0
     for group, names in groups.items():
         if len(names) < LEAST:
             small += len(names)
@@ -192,7 +193,7 @@ def _colours(crop: np.ndarray, changed: np.ndarray) -> np.ndarray:
 
 def _shapes(crop: np.ndarray, changed: np.ndarray) -> np.ndarray:
     """Square root of the energy of edges over 4 × 4 cells and 8 directions, in the changed part; length 1."""
-    grey = crop.astype(np.float32) @ np.float32([0.2126, 0.7152, 0.0722]) / 255
+    grey = crop.astype(np.float32) @ np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
     down, right = np.gradient(grey)
     angle = np.arctan2(down, right) % np.pi / np.pi * ANGLES
     first, share = angle.astype(int) % ANGLES, angle - np.floor(angle)
@@ -219,7 +220,7 @@ def _soft(values: np.ndarray, low: float, high: float, bins: int) -> np.ndarray:
 
 def copies(
     sketches: Mapping[str, Sketch], others: Optional[Mapping[str, Sketch]] = None
-) -> dict[tuple[str, str], dict]:
+) -> dict[tuple[str, str], dict[str, bool]]:
     """(name, other name) → which of their pictures are copies: keys ``"bb"``, ``"aa"``, ``"ba"`` (before of the first, after
     of the second), ``"ab"``; values: whether they are the same file. Near copies (another compression or size) count.
 

@@ -6,8 +6,8 @@ Everything is measured once per pair on pictures of at most 512 pixels, so that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Optional
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import blur, oklab, tolerant_distance
-from ..pairs.geometry import same_proportions
+from ..pairs.geometry import Size, same_proportions
 from .registration import Registration, detail, luminance, register, turned, warp
 
 FINE, COARSE = 512, 256  # pixels on the long side: for movement, for the change
@@ -27,7 +27,7 @@ CROP, THUMB = 64, 24  # pixels
 FLAT = 0.004  # standard deviation of a picture without content: one step of 8 bits
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sketch:
     """What is kept of a pair for comparisons with the others; about 40 kB.
 
@@ -47,12 +47,136 @@ class Sketch:
     contents: tuple[str, str] = ("", "")
 
 
-@dataclass
-class Measured:
-    """A pair's numbers and sketch. ``values``: names as in :data:`MEASURES`."""
+@dataclass(frozen=True)
+class Movement:
+    """How the background of the after picture lies on that of the before picture.
 
-    values: dict[str, object] = field(default_factory=dict)
-    sketch: Optional[Sketch] = None
+    Attributes:
+        agreement: share of the blocks with detail that are the same before and after, 0…1.
+        at_rest: the same share as the pictures lie.
+        asked: whether there was detail to compare.
+        registered: whether the background was found again, so that what follows can be trusted.
+        shift_x, shift_y: to the right and down, in pixels of the before picture.
+        zoom: growth in per cent.
+        rotation: degrees, clockwise.
+        stretch: growth in width over growth in height, in per cent.
+        moved: the farthest way of a corner, in pixels of the before picture, ≥ 0.
+        moved_sd: standard error of it, in pixels; None where there was nothing to go by.
+    """
+
+    agreement: float
+    at_rest: float
+    asked: bool
+    registered: bool
+    shift_x: float
+    shift_y: float
+    zoom: float
+    rotation: float
+    stretch: float
+    moved: float
+    moved_sd: Optional[float]
+
+
+@dataclass(frozen=True)
+class Texture:
+    """Fine detail and compression of the unchanged part, of pictures of one size.
+
+    Attributes:
+        detail_ratio: fine detail after over before, > 0; None where there is next to none.
+        blocks: strength of JPEG's 8 × 8 blocks before and after, ≥ 0; 0: none.
+    """
+
+    detail_ratio: Optional[float]
+    blocks: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How the mask lies on the change; shares are 0…1.
+
+    Attributes:
+        share: of the picture that the mask covers.
+        uncovered: of the change that lies outside the mask.
+        changed: of the mask in which the picture changes.
+        border: of the picture's border that the mask covers.
+        pixels: white pixels of the mask, at its own size.
+    """
+
+    share: float
+    uncovered: float
+    changed: float
+    border: float
+    pixels: int
+
+
+@dataclass(frozen=True)
+class PairMeasures:
+    """A pair's numbers. :meth:`as_dict` gives them by the names of :data:`MEASURES`.
+
+    Attributes:
+        before_size, after_size: width and height, in pixels.
+        flat: which of "before" and "after" have one colour only.
+        movement: of the background.
+        fit: for other proportions: how the pictures fit, in words; else "".
+        turned: how the after picture is mirrored or turned, in words; "" if it is not.
+        noise: difference that counts as no change, in Oklab, > 0.
+        tone: difference in brightness and colour of the unchanged part, in Oklab, ≥ 0.
+        brightness: the part of it in lightness, -1…1; positive: brighter.
+        changed_share: share of the picture that changed, 0…1.
+        change: 95th percentile of the change in Oklab, where the picture changed; 0 without a change.
+        edges: logarithm of edge energy in the edit region, after over before.
+        texture: None for pictures of two sizes.
+        mask: None without a mask.
+        support: mean agreement of the edit with the others of its caption, -1…1; below 0: the opposite edit; None where
+            too few share the caption.
+    """
+
+    before_size: tuple[int, int]
+    after_size: tuple[int, int]
+    flat: tuple[str, ...]
+    movement: Movement
+    fit: str
+    turned: str
+    noise: float
+    tone: float
+    brightness: float
+    changed_share: float
+    change: float
+    edges: float
+    texture: Optional[Texture] = None
+    mask: Optional[Coverage] = None
+    support: Optional[float] = None
+
+    def as_dict(self) -> dict[str, object]:
+        """Measure → value, of those that the pair has."""
+        values: dict[str, object] = {"before_size": self.before_size, "after_size": self.after_size, "flat": self.flat}
+        values |= vars(self.movement)
+        if self.fit:
+            values["fit"] = self.fit
+        values |= {"turned": self.turned, "noise": self.noise, "tone": self.tone, "brightness": self.brightness}
+        values |= {"changed_share": self.changed_share, "change": self.change}
+        if self.texture is not None:
+            values |= vars(self.texture)
+        if self.mask is not None:
+            values |= {
+                "mask_share": self.mask.share,
+                "uncovered": self.mask.uncovered,
+                "mask_changed": self.mask.changed,
+                "mask_border": self.mask.border,
+                "mask_pixels": self.mask.pixels,
+            }
+        values["edges"] = self.edges
+        if self.support is not None:
+            values["support"] = self.support
+        return values
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A pair's numbers and sketch."""
+
+    values: PairMeasures
+    sketch: Sketch
 
 
 MEASURES = {
@@ -97,38 +221,39 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
         before, after: ``[H, W, 3]`` in 0…1, at least 16 pixels on a side; they may differ in size.
         mask: ``[H, W]`` in 0…1 that reaches one half, or None.
     """
-    size = tuple(before.shape[:2])
-    full = [t.permute(2, 0, 1) for t in (before, after)]
-    fine = [_fit(t, FINE, size) for t in full]
-    values: dict[str, object] = {
-        "before_size": [before.shape[1], before.shape[0]],
-        "after_size": [after.shape[1], after.shape[0]],
-        "flat": [name for name, t in (("before", before), ("after", after)) if float(t.std(dim=(0, 1)).max()) < FLAT],
-    }
-    coarse = [_fit(t, COARSE, size) for t in fine]
-    cover = None if mask is None else _mask(mask, coarse[0].shape[-2:])
+    size, after_size = (before.shape[0], before.shape[1]), (after.shape[0], after.shape[1])
+    full = before.permute(2, 0, 1), after.permute(2, 0, 1)
+    fine = _fit(full[0], FINE, size), _fit(full[1], FINE, size)
+    old, new = _fit(fine[0], COARSE, size), _fit(fine[1], COARSE, size)
+    cover = None if mask is None else _mask(mask, old.shape[-2:])
     found = _registered(*fine, cover)
-    values |= _movement(found, size)
-    if not same_proportions(size, tuple(after.shape[:2])):
-        values |= {"fit": _fit_of(*full), "registered": False}  # no movement of a picture that is cut or squeezed
-    values["turned"] = "" if found.trusted else turned(*fine)
+    movement, fit = _movement(found, size), ""
+    if not same_proportions(size, after_size):  # no movement of a picture that is cut or squeezed
+        movement, fit = replace(movement, registered=False), _fit_of(*full)
     moved = found.trusted and found.farthest(*size) * max(fine[0].shape[-2:]) > CLOSE
-    known = torch.ones(coarse[0].shape[-2:], dtype=torch.bool)
+    known = torch.ones(old.shape[-2:], dtype=torch.bool)
     if moved:
-        coarse[1], known = warp(coarse[1], found)
-    change, quiet, drift = _change(*coarse, known, found)
-    values |= drift
-    region = change > 0
-    values["changed_share"] = float(region.float().mean())
-    values["change"] = float(change[region].quantile(0.95)) if bool(region.any()) else 0.0
-    if tuple(after.shape) == tuple(before.shape):
-        values |= _texture(*full, quiet)
-    if cover is not None:
-        values |= _coverage(cover, change)
-        values["mask_pixels"] = int((mask >= 0.5).sum())
+        new, known = warp(new, found)
+    change = _change(old, new, known, found)
+    region = change.above > 0
+    values = PairMeasures(
+        before_size=size[::-1],
+        after_size=after_size[::-1],
+        flat=tuple(n for n, t in (("before", before), ("after", after)) if float(t.std(dim=(0, 1)).max()) < FLAT),
+        movement=movement,
+        fit=fit,
+        turned="" if found.trusted else turned(*fine),
+        noise=change.noise,
+        tone=change.tone,
+        brightness=change.brightness,
+        changed_share=float(region.float().mean()),
+        change=float(change.above[region].quantile(0.95)) if bool(region.any()) else 0.0,
+        edges=_edges(old, new, region),
+        texture=_texture(*full, change.quiet) if after_size == size else None,
+        mask=None if mask is None or cover is None else _coverage(mask, cover, change.above),
+    )
     window = _window(region if bool(region.any()) or cover is None else cover > 0.5)
-    values["edges"] = _edges(*coarse, region)
-    return Measured(values, _sketch(coarse, region.float(), window))
+    return Measured(values, _sketch([old, new], region.float(), window))
 
 
 @torch.no_grad()
@@ -169,7 +294,7 @@ def _fit_of(before: Tensor, after: Tensor) -> str:
         found = register(*pictures)
         straight = abs(found.stretch - 1) < 0.02 and abs(found.zoom - 1) < 0.05
         agreement[words] = found.agreement if found.trusted and straight else 0.0
-    best = max(agreement, key=agreement.get)
+    best = max(agreement, key=lambda words: agreement[words])
     if agreement[best] >= 0.25:
         return best
     way = turned(before, after)
@@ -199,27 +324,36 @@ def _registered(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Regist
     return register(before, after)
 
 
-def _movement(found: Registration, size: tuple[int, ...]) -> dict[str, object]:
+def _movement(found: Registration, size: Size) -> Movement:
     long = max(size)
-    return {
-        "agreement": found.agreement,
-        "at_rest": found.at_rest,
-        "asked": found.asked,
-        "registered": found.trusted,
-        "shift_x": float(found.shift[0]) * long,
-        "shift_y": float(found.shift[1]) * long,
-        "zoom": 100 * (found.zoom - 1),
-        "rotation": found.rotation,
-        "stretch": 100 * (found.stretch - 1),
-        "moved": found.farthest(*size) * long,
-        "moved_sd": found.sd * long if math.isfinite(found.sd) else None,
-    }
+    return Movement(
+        agreement=found.agreement,
+        at_rest=found.at_rest,
+        asked=found.asked,
+        registered=found.trusted,
+        shift_x=float(found.shift[0]) * long,
+        shift_y=float(found.shift[1]) * long,
+        zoom=100 * (found.zoom - 1),
+        rotation=found.rotation,
+        stretch=100 * (found.stretch - 1),
+        moved=found.farthest(*size) * long,
+        moved_sd=found.sd * long if math.isfinite(found.sd) else None,
+    )
 
 
-def _change(
-    before: Tensor, after: Tensor, known: Tensor, found: Registration
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """(change above the noise ``[h, w]`` in Oklab, where it is quiet ``[h, w]``, differences of the whole picture).
+class Change(NamedTuple):
+    """Where two pictures differ: ``above`` the noise ``[h, w]`` in Oklab (0 elsewhere), where it is ``quiet`` ``[h, w]``,
+    and of the whole picture ``noise``, ``tone`` and ``brightness`` as in :class:`PairMeasures`."""
+
+    above: Tensor
+    quiet: Tensor
+    noise: float
+    tone: float
+    brightness: float
+
+
+def _change(before: Tensor, after: Tensor, known: Tensor, found: Registration) -> Change:
+    """The change between two pictures that lie on one another.
 
     Brightness, contrast and colour of the whole picture, as the quiet half of the pixels has them, are taken out first:
     gain and offset per channel of Oklab.
@@ -252,10 +386,10 @@ def _change(
     crowded = F.avg_pool2d(above[None, None], 3, stride=1, padding=1)[0, 0] > 0.5  # no single pixels, no thin edges
     core = _grown(((d > 1.6 * low) & crowded).float(), 4) > 0
     region = (above > 0) & crowded & core
-    return torch.where(region, d, 0.0), (d <= low) & known[0, 0], {"noise": low, "tone": tone, "brightness": brightness}
+    return Change(torch.where(region, d, 0.0), (d <= low) & known[0, 0], low, tone, brightness)
 
 
-def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> dict[str, object]:
+def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> Texture:
     """Fine detail and JPEG's blocks of the unchanged part, at full size."""
     fine, blocks = [], []
     for picture in (before, after):
@@ -266,7 +400,7 @@ def _texture(before: Tensor, after: Tensor, quiet: Tensor) -> dict[str, object]:
         fine.append(float(bend[still[1:-1, 1:-1]].mean()) if bool(still.any()) else 0.0)
         blocks.append(_blocks(grey, still))
     ratio = fine[1] / fine[0] if min(fine) > 3.0 / 255 else None  # below that it is rounding
-    return {"detail_ratio": ratio, "blocks": blocks}
+    return Texture(ratio, (blocks[0], blocks[1]))
 
 
 def _blocks(grey: Tensor, still: Tensor) -> float:
@@ -286,21 +420,23 @@ def _blocks(grey: Tensor, still: Tensor) -> float:
     return max(0.0, excess / max(usual, 0.5 / 255))
 
 
-def _coverage(mask: Tensor, change: Tensor) -> dict[str, float]:
-    """How a mask ``[h, w]`` lies on the change, which is weighed by its square, so that faint shadows weigh little."""
-    radius = max(1, round(0.012 * max(mask.shape)))
-    solid = (mask > 0.5).float()
-    grown = _grown((mask > 0.1).float(), radius)
+def _coverage(mask: Tensor, cover: Tensor, change: Tensor) -> Coverage:
+    """How a mask, and the same at the change's size (``cover``, ``[h, w]``), lies on the change, which is weighed by its
+    square, so that faint shadows weigh little."""
+    radius = max(1, round(0.012 * max(cover.shape)))
+    solid = (cover > 0.5).float()
+    grown = _grown((cover > 0.1).float(), radius)
     energy = change.square()
     total = float(energy.sum())
     border = torch.cat([solid[0], solid[-1], solid[:, 0], solid[:, -1]])
     area = float(solid.sum())
-    return {
-        "mask_share": float(mask.mean()),
-        "uncovered": float((energy * (1 - grown)).sum()) / total if total > 0 else 0.0,
-        "mask_changed": float((solid * (change > 0)).sum()) / area if area else float((grown * (change > 0)).any()),
-        "mask_border": float(border.mean()),
-    }
+    return Coverage(
+        share=float(cover.mean()),
+        uncovered=float((energy * (1 - grown)).sum()) / total if total > 0 else 0.0,
+        changed=float((solid * (change > 0)).sum()) / area if area else float((grown * (change > 0)).any()),
+        border=float(border.mean()),
+        pixels=int((mask >= 0.5).sum()),
+    )
 
 
 def _window(region: Tensor) -> tuple[int, int, int, int]:

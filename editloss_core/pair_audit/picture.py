@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def audit_picture(audit: PairAudit, width: int = 1600) -> Tensor:
         ValueError: a width that is not a positive integer.
     """
     check_whole("width", width, 1, "pixels")
-    page = _Page(audit, width)
+    page = PairAuditSheet(audit, width)
     page.draw()
     return pixels(page.figure)[None]
 
@@ -54,28 +54,47 @@ def _chosen(audit: PairAudit) -> list[tuple[str, list[AuditFinding]]]:
     return shown or [(name, []) for name in list(audit.pairs)[:4]]
 
 
-class _Page(Sheet):
+class Words(NamedTuple):
+    """A finding and its detail and advice, in lines that fit."""
+
+    finding: AuditFinding
+    detail: str
+    advice: str
+
+
+class Row(NamedTuple):
+    """What is shown of a pair: its findings, before, after and difference (None for what cannot be read), the words of the
+    first findings, and the height of all that in inches."""
+
+    name: str
+    found: list[AuditFinding]
+    pictures: list[Tensor | None]
+    words: list[Words]
+    height: float
+
+
+class PairAuditSheet(Sheet):
     """The layout, in inches from the top left."""
 
     LEFT, CELL, GAP, WORDS, WIDE, HEAD = 0.25, 1.75, 0.1, 5.95, 12.0, 1.05
 
     def __init__(self, audit: PairAudit, width: int):
         self.audit = audit
-        self.rows = []
+        self.rows: list[Row] = []
         for name, found in _chosen(audit):
             pictures = _thumbnails(audit.pairs[name])
             known = [t for t in pictures if t is not None]
             shape = max((t.shape[0] / t.shape[1] for t in known), default=0.5)
-            words = [(f, wrapped(f.detail, COLUMNS, 3), wrapped(f.advice, COLUMNS, 2)) for f in found[:3]]
-            lines = 0.42 + sum(_tall(detail, advice) for _, detail, advice in words)
-            self.rows.append((name, found, pictures, words, max(self.CELL * min(shape, 1.5), lines) + 0.22))
-        listed = {name for name, *_ in self.rows}
+            words = [Words(f, wrapped(f.detail, COLUMNS, 3), wrapped(f.advice, COLUMNS, 2)) for f in found[:3]]
+            lines = 0.42 + sum(_tall(w.detail, w.advice) for w in words)
+            self.rows.append(Row(name, found, pictures, words, max(self.CELL * min(shape, 1.5), lines) + 0.22))
+        listed = {row.name for row in self.rows}
         missing = {n for f in audit.findings for n in f.pairs if n in audit.pairs} - listed
         alone = sum(not any(n in audit.pairs for n in f.pairs) for f in audit.findings)
         self.rest = [f"and {len(missing)} more pairs with findings, in the text"] if missing else []
         if alone:
             self.rest.append(f"{alone} finding{'s' if alone > 1 else ''} about files that make no pair, in the text")
-        height = self.HEAD + sum(row[-1] for row in self.rows) + 0.26 * len(self.rest) + 0.2
+        height = self.HEAD + sum(row.height for row in self.rows) + 0.26 * len(self.rest) + 0.2
         super().__init__(new_figure(width, self.WIDE, height))
 
     def draw(self) -> None:
@@ -83,26 +102,26 @@ class _Page(Sheet):
         tone = next((TONE[s] for s in SEVERITIES[:2] if counts[s]), GOOD)
         self.write(self.LEFT, 0.32, f"Pair audit   {self.audit.headline()}", fontsize=14, weight="bold", color=tone)
         heads = ("before", "after", "difference") if self.rows else ()
-        for i, words in enumerate(heads):
-            self.write(self.LEFT + i * (self.CELL + self.GAP), 0.75, words, fontsize=10, weight="bold")
+        for i, head in enumerate(heads):
+            self.write(self.LEFT + i * (self.CELL + self.GAP), 0.75, head, fontsize=10, weight="bold")
         note = "outline: the mask; difference: as the files lie, black = 0.35 in Oklab or more"
         self.write(self.LEFT + 3 * (self.CELL + self.GAP) + 0.1, 0.75, note, fontsize=8, color=MUTED)
         y = self.HEAD - 0.12
-        for name, found, pictures, words, height in self.rows:
+        for row in self.rows:
             self.line((self.LEFT, self.WIDE - self.LEFT), y, color=LINE, linewidth=0.8)
-            self.draw_row(name, found, pictures, words, y + 0.11, height - 0.22)
-            y += height
+            self.draw_row(row, y + 0.11)
+            y += row.height
         for words in self.rest:
             self.write(self.LEFT, y + 0.1, words, color=MUTED)
             y += 0.26
 
-    def draw_row(self, name: str, found: Sequence[AuditFinding], pictures, words, top: float, height: float) -> None:
-        for i, picture in enumerate(pictures):
+    def draw_row(self, row: Row, top: float) -> None:
+        for i, picture in enumerate(row.pictures):
             left = self.LEFT + i * (self.CELL + self.GAP)
             if picture is None:
                 self.write(left, top + 0.2, "no picture", color=MUTED, fontsize=8)
                 continue
-            tall = min(self.CELL * picture.shape[0] / picture.shape[1], height)
+            tall = min(self.CELL * picture.shape[0] / picture.shape[1], row.height - 0.22)
             axes = self.axes(left, top, self.CELL, tall)
             axes.imshow(picture.numpy(), aspect="equal", interpolation="antialiased")
             axes.set_anchor("NW")
@@ -110,19 +129,19 @@ class _Page(Sheet):
             for side in axes.spines.values():
                 side.set(color=LINE, linewidth=0.6)
         x, y = self.LEFT + 3 * (self.CELL + self.GAP) + 0.1, top + 0.1
-        self.write(x, y, wrapped(name, 70, 1), fontsize=10, weight="bold")
+        self.write(x, y, wrapped(row.name, 70, 1), fontsize=10, weight="bold")
         y += 0.27
-        if not found:
+        if not row.found:
             self.write(x, y, "nothing found; is the picture on the left where the edit starts?", color=MUTED)
-        for finding, detail, advice in words:
+        for finding, detail, advice in row.words:
             self.write(x, y, KINDS[finding.kind].title, weight="bold", color=TONE[finding.severity])
             self.write(x, y + 0.11, detail, fontsize=8.5, va="top", linespacing=1.25)
             self.write(
                 x, y + 0.11 + _LINE * _lines(detail), advice, fontsize=8.5, va="top", color=MUTED, linespacing=1.25
             )
             y += _tall(detail, advice)
-        if len(found) > len(words):
-            self.write(x, y, f"and {len(found) - len(words)} more, in the text", fontsize=8, color=MUTED)
+        if len(row.found) > len(row.words):
+            self.write(x, y, f"and {len(row.found) - len(row.words)} more, in the text", fontsize=8, color=MUTED)
 
 
 def _lines(words: str) -> int:

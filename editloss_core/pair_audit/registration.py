@@ -102,24 +102,25 @@ def register(before: Tensor, after: Tensor, ignore: Optional[Tensor] = None) -> 
     for size in LEVELS:
         ratio = size / max(height, width)
         if ratio < 1 or size == LEVELS[-1]:
-            pyramid.append(tuple(detail(_scaled(grey, min(1.0, ratio))) for grey in greys))
+            old, new = (detail(_scaled(grey, min(1.0, ratio))) for grey in greys)
+            pyramid.append((old, new))
     # A small picture has fewer levels, and its finest one is always the last.
     widths = WIDTHS[-len(pyramid) :]
     finest = pyramid[-1]
     still = torch.eye(3)
-    at_rest, rest_spread = _agreement(*finest, still, ignore)
+    at_rest, rest_spread = _agreement(finest[0], finest[1], still, ignore)
     best, sd = _descend(pyramid, still, widths, ignore)
-    share, spread = _agreement(*finest, best, ignore)
+    share, spread = _agreement(finest[0], finest[1], best, ignore)
     if share < ENOUGH:
         start = _search(*pyramid[min(1, len(pyramid) - 1)])
         if start is not None:
             other, other_sd = _descend(pyramid, start, widths, ignore)
-            other_share, other_spread = _agreement(*finest, other, ignore)
+            other_share, other_spread = _agreement(finest[0], finest[1], other, ignore)
             if other_share > share + 0.05:
                 best, sd, share, spread = other, other_sd, other_share, other_spread
         if float((best - still).abs().max()) > 0.01:  # so far away that the fine levels may have run out of steps
             again, again_sd = _descend(pyramid[-2:], best, widths[-2:], ignore)
-            again_share, again_spread = _agreement(*finest, again, ignore)
+            again_share, again_spread = _agreement(finest[0], finest[1], again, ignore)
             if again_share > share:
                 best, sd, share, spread = again, again_sd, again_share, again_spread
     if at_rest > share + 0.02:
@@ -160,7 +161,7 @@ def turned(before: Tensor, after: Tensor) -> str:
         "turned by 90° anticlockwise": torch.rot90(small[1], -1),
     }
     scores = {way: _correlation(small[0], picture) for way, picture in ways.items()}
-    way = max(scores, key=scores.get)
+    way = max(scores, key=lambda words: scores[words])
     return way if scores[way] > 0.4 and scores[way] > 2 * max(scores[""], ROUGH) else ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ..drawing.sheet import cell, percent
 from ..pairs import Pair
-from .measures import MEASURES
+from .measures import MEASURES, PairMeasures
 from .rules import KINDS, SEVERITIES
 
 ROWS = 100  # of the table in the text
@@ -46,7 +46,7 @@ class PairAudit:
 
     Attributes:
         findings: errors first, each kind together.
-        per_pair: name → measure → value, see :data:`MEASURES`. Pairs that could not be read have none.
+        per_pair: name → what was measured. Pairs that could not be read have none.
         count: pairs in the set, broken ones included.
         notes: what could not be checked, and what the pictures cannot tell.
         where: the folder, in words.
@@ -54,7 +54,7 @@ class PairAudit:
     """
 
     findings: tuple[AuditFinding, ...]
-    per_pair: Mapping[str, Mapping[str, object]]
+    per_pair: Mapping[str, PairMeasures]
     count: int
     notes: tuple[str, ...] = ()
     where: str = ""
@@ -112,7 +112,7 @@ class PairAudit:
                 lines += ["", f"and {len(self.per_pair) - ROWS} more pairs"]
         return "\n".join(lines) + "\n"
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
         """Everything as numbers and texts that JSON can hold."""
         parts = ("kind", "severity", "pairs", "files", "detail", "advice")
         return {
@@ -122,16 +122,19 @@ class PairAudit:
             "counts": self.counts(),
             "findings": [{part: _plain(getattr(f, part)) for part in parts} for f in self.findings],
             "notes": list(self.notes),
-            "per_pair": {name: {k: _plain(v) for k, v in values.items()} for name, values in self.per_pair.items()},
+            "per_pair": {
+                name: {k: _plain(v) for k, v in values.as_dict().items()} for name, values in self.per_pair.items()
+            },
             "measures": dict(MEASURES),
         }
 
 
-def _row(name: str, v: Mapping[str, object]) -> str:
-    x, y, zoom = (round(v[part], 1) + 0.0 for part in ("shift_x", "shift_y", "zoom"))  # + 0.0: no minus before a zero
-    moved = [f"{x:.1f}, {y:.1f}", f"{zoom:.1f} %"] if v["registered"] else ["unknown", "unknown"]
-    cells = [cell(name), f"{v['changed_share']:.1%}", f"{v['change']:.2f}", *moved, f"{v['tone']:.3f}"]
-    return f"| {' | '.join(cells)} | {percent(v.get('uncovered'))} |"
+def _row(name: str, v: PairMeasures) -> str:
+    m = v.movement
+    x, y, zoom = (round(number, 1) + 0.0 for number in (m.shift_x, m.shift_y, m.zoom))  # + 0.0: no minus before a zero
+    moved = [f"{x:.1f}, {y:.1f}", f"{zoom:.1f} %"] if m.registered else ["unknown", "unknown"]
+    cells = [cell(name), f"{v.changed_share:.1%}", f"{v.change:.2f}", *moved, f"{v.tone:.3f}"]
+    return f"| {' | '.join(cells)} | {percent(None if v.mask is None else v.mask.uncovered)} |"
 
 
 def _plain(value: object) -> object:

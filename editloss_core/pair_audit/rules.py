@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..pairs.files import KINDS as REFUSED
-from ..pairs.geometry import same_proportions, times
+from ..pairs.geometry import Size, same_proportions, times
+from .measures import Coverage, Movement, PairMeasures
 
 SEVERITIES = ("error", "warning", "note")
 SHIFT = (
@@ -95,28 +95,28 @@ class Found(NamedTuple):
 BOTH = ("before", "after")
 
 
-def of_pair(v: Mapping[str, object]) -> list[Found]:
-    """What the measures of a pair say; see ``MEASURES``."""
-    flat = [Found("flat", (part,), "all of its pixels are alike") for part in v["flat"]]
-    sizes = [(v[f"{part}_size"][1], v[f"{part}_size"][0]) for part in BOTH]
+def of_pair(v: PairMeasures) -> list[Found]:
+    """What the measures of a pair say."""
+    flat = [Found("flat", (part,), "all of its pixels are alike") for part in v.flat]
+    sizes = v.before_size[::-1], v.after_size[::-1]
     if not same_proportions(*sizes):
         if same_proportions(sizes[0], sizes[1][::-1]):
-            flat.append(Found("size swapped", BOTH, f"{times(sizes[0])} and {times(sizes[1])}; {v['fit']}"))
+            flat.append(Found("size swapped", BOTH, f"{times(sizes[0])} and {times(sizes[1])}; {v.fit}"))
         return flat
     if flat:
         return flat
-    if v["turned"]:
-        return [Found("turned", BOTH, f"the after picture is {v['turned']}")]
-    moved = _movement(v, max(sizes[0]))
-    if v["changed_share"] == 0 and v["tone"] > TONE:
+    if v.turned:
+        return [Found("turned", BOTH, f"the after picture is {v.turned}")]
+    moved = _movement(v.movement, max(sizes[0]))
+    if v.changed_share == 0 and v.tone > TONE:
         return [*moved, *_tone(v, "nothing else changes")]
-    if v["changed_share"] == 0:
+    if v.changed_share == 0:
         taken = ", once the movement is taken out" if moved else ""
-        return [*moved, Found("no edit", BOTH, f"nothing differs by more than {v['noise']:.3f} in Oklab{taken}")]
+        return [*moved, Found("no edit", BOTH, f"nothing differs by more than {v.noise:.3f} in Oklab{taken}")]
     found = [*moved, *_background(v, sizes)]
-    if v["changed_share"] < TINY:
-        found.append(Found("tiny edit", BOTH, f"{v['changed_share']:.3%} of the picture changes"))
-    return found + (_mask(v) if "mask_share" in v else [])
+    if v.changed_share < TINY:
+        found.append(Found("tiny edit", BOTH, f"{v.changed_share:.3%} of the picture changes"))
+    return found + ([] if v.mask is None else _mask(v.mask, v.changed_share))
 
 
 def of_caption(caption: str) -> list[Found]:
@@ -136,14 +136,14 @@ def of_caption(caption: str) -> list[Found]:
     return found
 
 
-def _movement(v: Mapping[str, object], long: int) -> list[Found]:
+def _movement(m: Movement, long: int) -> list[Found]:
     """The largest of shift, zoom, rotation and stretch, by how far it moves a corner; its words name the others too."""
     scale = max(1.0, long / 1024)
-    if not v["registered"] or v["agreement"] < AGREEMENT:
+    if not m.registered or m.agreement < AGREEMENT:
         return []
-    if v["moved"] < max(SHIFT * scale, CERTAIN * (v["moved_sd"] or 0.0)):
+    if m.moved < max(SHIFT * scale, CERTAIN * (m.moved_sd or 0.0)):
         return []
-    x, y, zoom, turn, wide = (v[name] for name in ("shift_x", "shift_y", "zoom", "rotation", "stretch"))
+    x, y, zoom, turn, wide = m.shift_x, m.shift_y, m.zoom, m.rotation, m.stretch
     # kind → (how far the corners move, the least that is told, words); corners lie 0.6 long sides from the middle
     parts = {
         "shift": (math.hypot(x, y), SHIFT * scale, _way(x, "right", "left") + _way(y, "down", "up")),
@@ -158,33 +158,32 @@ def _movement(v: Mapping[str, object], long: int) -> list[Found]:
     if not told:
         return []
     words = ", ".join(part for kind in told for part in parts[kind][2])
-    severity = "error" if v["moved"] >= LATENT * scale else "warning"
-    return [
-        Found(told[0], ("after",), f"the background is {words}; corners move by up to {v['moved']:.1f} px", severity)
-    ]
+    severity = "error" if m.moved >= LATENT * scale else "warning"
+    return [Found(told[0], ("after",), f"the background is {words}; corners move by up to {m.moved:.1f} px", severity)]
 
 
 def _way(pixels: float, positive: str, negative: str) -> list[str]:
     return [f"{abs(pixels):.1f} px {positive if pixels > 0 else negative}"] if abs(pixels) >= 0.05 else []
 
 
-def _background(v: Mapping[str, object], sizes: list[tuple[int, int]]) -> list[Found]:
+def _background(v: PairMeasures, sizes: tuple[Size, Size]) -> list[Found]:
     found = []
     if sizes[0] != sizes[1]:
         found.append(Found("sizes", BOTH, f"{times(sizes[0])} and {times(sizes[1])}"))
-    if not v["registered"]:
-        if v["agreement"] < REPAINTED and v["asked"]:
-            share = f"{v['agreement']:.0%} of the blocks with detail are the same before and after"
+    if not v.movement.registered:
+        if v.movement.agreement < REPAINTED and v.movement.asked:
+            share = f"{v.movement.agreement:.0%} of the blocks with detail are the same before and after"
             found.append(Found("background", BOTH, share))
         return found
     found += _tone(v, "measured outside the edit")
-    ratio = v.get("detail_ratio")
+    if v.texture is None:
+        return found
+    ratio, blocks = v.texture.detail_ratio, v.texture.blocks
     if ratio is not None and not DETAIL < ratio < 1 / DETAIL:
         found.append(
             Found("softness", BOTH, f"outside the edit the after picture has {ratio:.2f} times the fine detail")
         )
-    blocks = v.get("blocks")
-    if blocks and min(sizes[0]) >= 192 and max(blocks) - min(blocks) > BLOCKS and max(blocks) > 3 * min(blocks):
+    if min(sizes[0]) >= 192 and max(blocks) - min(blocks) > BLOCKS and max(blocks) > 3 * min(blocks):
         side = BOTH[int(blocks[1] > blocks[0])]
         found.append(
             Found("compression", (side,), f"JPEG's blocks show in the {side} picture: {max(blocks):.1f}, in the other {min(blocks):.1f}")
@@ -192,25 +191,25 @@ def _background(v: Mapping[str, object], sizes: list[tuple[int, int]]) -> list[F
     return found
 
 
-def _tone(v: Mapping[str, object], where: str) -> list[Found]:
-    if v["tone"] <= TONE:
+def _tone(v: PairMeasures, where: str) -> list[Found]:
+    if v.tone <= TONE:
         return []
-    light = v["brightness"]
+    light = v.brightness
     way = "brighter" if light > 0.01 else "darker" if light < -0.01 else "of another colour or contrast"
     return [
         Found(
             "tone",
             BOTH,
-            f"the after picture is {way}, by {v['tone']:.3f} in Oklab, where {TONE} is just visible; {where}",
+            f"the after picture is {way}, by {v.tone:.3f} in Oklab, where {TONE} is just visible; {where}",
         )
     ]
 
 
-def _mask(v: Mapping[str, object]) -> list[Found]:
-    outside, inside, share = v["uncovered"], v["mask_changed"], v["mask_share"]
-    if v["mask_pixels"] < MASK_PIXELS or share < MASK_SHARE:
-        return [Found("mask tiny", ("mask",), f"{v['mask_pixels']} pixels are white")]
-    if outside > ELSEWHERE and v["mask_border"] > 0.6:
+def _mask(mask: Coverage, changed: float) -> list[Found]:
+    outside, inside, share = mask.uncovered, mask.changed, mask.share
+    if mask.pixels < MASK_PIXELS or share < MASK_SHARE:
+        return [Found("mask tiny", ("mask",), f"{mask.pixels} pixels are white")]
+    if outside > ELSEWHERE and mask.border > 0.6:
         return [
             Found(
                 "mask inverted",
@@ -232,7 +231,6 @@ def _mask(v: Mapping[str, object]) -> list[Found]:
                 "mask short", ("mask",), f"{outside:.0%} of the change lies outside", "error" if outside > 0.5 else ""
             )
         ]
-    changed = v["changed_share"]
     if share > 0.1 and share > 5 * changed + 0.05:
         return [Found("mask large", ("mask",), f"it covers {share:.0%} of the picture, of which {changed:.1%} changes")]
     return []

@@ -350,7 +350,7 @@ def _values(image: Image.Image, mode: str) -> tuple[np.ndarray, bool]:
     transparent = False
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        transparent = image.getextrema()[3][0] < 255
+        transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
         if transparent:
             ground = Image.new("RGBA", image.size, "black" if mode == "L" else "white")
             image = Image.alpha_composite(ground, image)

@@ -156,7 +156,7 @@ def find_crop(mask: Optional[Tensor], size: tuple[int, int], crop: int) -> Crop:
     window = [min(crop // MULTIPLE, n) if crop else n for n in blocks]
     free = [n - w for n, w in zip(blocks, window)]
     if mask is None:
-        return Crop(*(MULTIPLE * v for v in (free[0] // 2, free[1] // 2, *window)))
+        return Crop(MULTIPLE * (free[0] // 2), MULTIPLE * (free[1] // 2), MULTIPLE * window[0], MULTIPLE * window[1])
     sums = F.avg_pool2d(mask[None, None].double(), MULTIPLE)[0, 0] * MULTIPLE**2
     total = sums.sum().item()
     table = F.pad(sums.cumsum(0).cumsum(1), (1, 0, 1, 0))
@@ -171,4 +171,5 @@ def find_crop(mask: Optional[Tensor], size: tuple[int, int], crop: int) -> Crop:
     far = (tops + h / 2 - centre[0]).square()[:, None] + (lefts + w / 2 - centre[1]).square()
     best = int(torch.where(inside >= inside.max() - 1e-6 * total, far, math.inf).argmin())
     top, left = divmod(best, columns)
-    return Crop(*(MULTIPLE * v for v in (top, left, h, w)), min(1.0, inside[top, left].item() / total))
+    share = min(1.0, inside[top, left].item() / total)
+    return Crop(MULTIPLE * top, MULTIPLE * left, MULTIPLE * h, MULTIPLE * w, share)

@@ -101,9 +101,8 @@ def find_pairs(
     for key in sorted(layout.before.keys() | layout.after.keys()):
         before, after = layout.before.get(key), layout.after.get(key)
         if before is None or after is None:
-            findings.append(
-                Finding("no before", (layout.name(after),)) if after else Finding("no after", (layout.name(before),))
-            )
+            for kind, path in (("no before", after), ("no after", before)):
+                findings += [] if path is None else [Finding(kind, (layout.name(path),))]
             continue
         caption, written = "", layout.captions.get(key)
         if written:
@@ -196,8 +195,8 @@ class PairSet:
         for name, batch, dims in (("before", before, 4), ("after", after, 4), ("mask", mask, 3)):
             if name == "mask" and batch is None:
                 continue
-            fine = isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == dims and batch.numel()
-            if not fine or (dims == 4 and batch.shape[-1] != 3):
+            a_batch = isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == dims and batch.numel()
+            if batch is None or not a_batch or (dims == 4 and batch.shape[-1] != 3):
                 expected = "pictures [B, H, W, 3]" if dims == 4 else "[B, H, W]"
                 came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
                 raise ValueError(f"{name}: expected {expected} in 0…1, got {came}")
@@ -213,9 +212,10 @@ class PairSet:
         findings = [Finding("no caption", (n,)) for n, c in zip(names, captions) if not c.strip()]
         # Copies: what a node hands over is an inference tensor, and belongs to the cache of the graph.
         with torch.inference_mode(False):
-            own = [None if t is None else t.detach().float().cpu().clone() for t in (before, after, mask)]
+            before, after = (t.detach().float().cpu().clone() for t in (before, after))
+            mask = None if mask is None else mask.detach().float().cpu().clone()
         pairs = [
-            Pair(name, own[0][i], own[1][i], caption.strip(), None if mask is None else own[2][min(i, len(mask) - 1)])
+            Pair(name, before[i], after[i], caption.strip(), None if mask is None else mask[min(i, len(mask) - 1)])
             for i, (name, caption) in enumerate(zip(names, captions))
         ]
         return _checked(pairs, findings, None, (), resolution, upscale, min_size, progress)
@@ -286,8 +286,13 @@ class PairSet:
 
     def subset(self, indices: Sequence[int]) -> PairSet:
         """The pairs of some indices, in that order."""
-        pick = {n: tuple(getattr(self, n)[i] for i in indices) for n in ("pairs", "sizes", "contents")}
-        return replace(self, **pick)
+        pairs, sizes, contents = self.pairs, self.sizes, self.contents
+        return replace(
+            self,
+            pairs=tuple(pairs[i] for i in indices),
+            sizes=tuple(sizes[i] for i in indices),
+            contents=tuple(contents[i] for i in indices),
+        )
 
     def split(self, hold_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
         """(training, validation) pairs: ``hold_out`` pairs for validation, drawn by name, so that adding pairs to a
@@ -303,7 +308,8 @@ class PairSet:
             )
         rank = sorted(range(len(self)), key=lambda i: hashlib.sha256(f"{seed}/{self.pairs[i].name}".encode()).digest())
         held = set(rank[:hold_out])
-        return tuple(self.subset([i for i in range(len(self)) if (i in held) == side]) for side in (False, True))
+        training, validation = ([i for i in range(len(self)) if (i in held) == side] for side in (False, True))
+        return self.subset(training), self.subset(validation)
 
 
 def load(pair: Pair, size: Size) -> PairImages:
@@ -320,7 +326,8 @@ def load(pair: Pair, size: Size) -> PairImages:
     keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
     box = cover(pixels["after"].shape[:2], size, keep)
     with torch.inference_mode(False):
-        return PairImages(*(resample(pixels[part], box, size) if part in pixels else None for part in sources))
+        fitted = {part: resample(values, box, size) for part, values in pixels.items()}
+    return PairImages(fitted["before"], fitted["after"], fitted.get("mask"))
 
 
 def _pixels(source: Source, mask: bool) -> Picture:
@@ -352,19 +359,21 @@ def _checked(
 ) -> PairSet:
     """Decode every picture, and make a set of them or raise the whole report. ``partial``: pictures without a partner,
     which are looked at as well."""
-    sizes, contents, transparent, unequal = [], [], [], []
+    sizes: list[Size] = []
+    contents, transparent, unequal = [], [], []
     folder, description = (layout.root, layout.description) if layout else (None, "")
     with ahead(lambda pair: _inspect(pair, folder, min_size), pairs) as inspected:
         for done, (pair, (before, after, content, clear, wrong)) in enumerate(zip(pairs, inspected)):
             findings += wrong
-            sizes.append(tuple(map(min, before, after)))
+            sizes.append((min(before[0], after[0]), min(before[1], after[1])))
             contents.append(content)
             transparent += [pair.name] if clear else []
             unequal += [f"{pair.name} ({times(before)}, {times(after)})"] if before != after else []
             if progress is not None:
                 progress(done + 1, len(pairs))
-    for path in partial:
-        _try_pixels(path, False, layout.name(path), findings)
+    if layout is not None:
+        for path in partial:
+            _try_pixels(path, False, layout.name(path), findings)
     if findings:
         raise PairProblems(findings, _where(folder, description))
     notes = []
@@ -398,10 +407,11 @@ def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding])
 def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, Size, str, bool, list[Finding]]:
     """(size before, size after, content, transparency) of a pair, and what is wrong with it."""
     findings: list[Finding] = []
-    sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
-    labels = {part: _called(pair, part, folder) for part, s in sources.items() if s is not None}
-    found = {part: _try_pixels(sources[part], part == "mask", labels[part], findings) for part in labels}
-    sizes = {part: p.values.shape[:2] for part, p in found.items() if p is not None}
+    sources = {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
+    labels = {part: _called(pair, part, folder) for part in sources}
+    tried = {part: _try_pixels(s, part == "mask", labels[part], findings) for part, s in sources.items()}
+    found = {part: picture for part, picture in tried.items() if picture is not None}
+    sizes = {part: (p.values.shape[0], p.values.shape[1]) for part, p in found.items()}
     for part in ("before", "after"):
         if part in sizes and min(sizes[part]) < min_size:
             findings.append(
@@ -421,6 +431,6 @@ def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, S
         elif "after" in sizes and not any(same_proportions(sizes["mask"], sizes[p]) for p in sizes if p != "mask"):
             detail = f"{times(sizes['mask'])} for {times(sizes['after'])}"
             findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
-    content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items() if p is not None))
-    transparent = any(p.transparent for part, p in found.items() if p is not None and part != "mask")
+    content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items()))
+    transparent = any(p.transparent for part, p in found.items() if part != "mask")
     return sizes.get("before", (0, 0)), sizes.get("after", (0, 0)), content, transparent, findings

@@ -82,7 +82,7 @@ def failure_rates(run: RunVerdicts) -> Markup:
         bottom = 0.0
         chosen = run.best is validation
         for failure in FAILURES:
-            share = validation.share(failure)
+            share = validation.judged_as(failure)
             if share.count:
                 (x0, y0), (x1, y1) = axes.at(i - 0.34, bottom + share.value), axes.at(i + 0.34, bottom)
                 axes.add(
@@ -117,7 +117,7 @@ def failure_rate(run: RunVerdicts, failure: str) -> Markup:
     axes = _Axes(*PANEL, _widened(steps), (0.0, 1.0))
     axes.y_ticks({0.0: "0 %", 0.5: "50 %", 1.0: "100 %"})
     axes.x_ticks(_step_ticks(steps))
-    shares = [v.share(failure) for v in judged]
+    shares = [v.judged_as(failure) for v in judged]
     ends = [axes.at(s, x.interval[1]) for s, x in zip(steps, shares)]
     ends += [axes.at(s, x.interval[0]) for s, x in reversed(list(zip(steps, shares)))]
     if len(judged) > 1:
@@ -126,7 +126,7 @@ def failure_rate(run: RunVerdicts, failure: str) -> Markup:
     else:
         axes.add('<path class="whisker" d="M{} {}V{}"/>', *ends[0], ends[1][1])
     if run.base.failing.n:
-        value = run.base.share(failure).value
+        value = run.base.judged_as(failure).value
         (x0, y), (x1, _) = axes.at(axes.x[0], value), axes.at(axes.x[1], value)
         axes.add('<line class="threshold" x1="{}" x2="{}" y1="{}" y2="{}"/>', x0, x1, y, y)
     axes.line(steps, [x.value for x in shares], VERDICT_COLORS[failure])

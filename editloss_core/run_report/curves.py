@@ -46,8 +46,8 @@ def picture(log: RunLog, width: int = 1600) -> Tensor:
         ValueError: a log without steps.
     """
     run = Columns.of(log)
-    figure = new_figure(width, _Page.WIDTH, _Page.height_for(len(run.terms)))
-    _Page(figure, log, run).draw()
+    figure = new_figure(width, CurvesSheet.WIDTH, CurvesSheet.height_for(len(run.terms)))
+    CurvesSheet(figure, log, run).draw()
     return pixels(figure)[None]
 
 
@@ -140,7 +140,7 @@ def _validation_text(last: ValidationLog) -> list[str]:
     return lines
 
 
-class _Page(Sheet):
+class CurvesSheet(Sheet):
     """The layout of :func:`picture`: the run, four panels of terms in a row, then six places in a row by noise level."""
 
     WIDTH, LEFT = 16.0, 0.3

@@ -155,7 +155,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
     for i, v in enumerate(judged):
         bottom = 0.0
         for failure in FAILURES:
-            share = v.share(failure).value
+            share = v.judged_as(failure).value
             axes.bar(i, share, 0.7, bottom, color=VERDICT_COLORS[failure])
             bottom += share
         low, high = v.failing.interval
@@ -230,7 +230,7 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
             continue
         failing, log = v.failing, v.log
         low, high = failing.interval
-        shares = [v.share(f) for f in FAILURES]
+        shares = [v.judged_as(f) for f in FAILURES]
         base = run.validations[-1].log if run.validations else None
         losses = [log.velocity, *(log.terms.get(t) for t in terms)] if log else [base.velocity_base, *(base.terms_base.get(t) for t in terms)]  # fmt: skip
         cells = [

@@ -83,12 +83,12 @@ class Judged:
     def counts(self) -> Mapping[str, int]:
         return Counter(o.judged for o in self.outputs if o.verdict)
 
-    def share(self, *verdicts: str) -> Share:
+    def judged_as(self, *verdicts: str) -> Share:
         return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()))
 
     @property
     def failing(self) -> Share:
-        return self.share(*FAILURES)
+        return self.judged_as(*FAILURES)
 
     @property
     def loss(self) -> Optional[float]:

@@ -325,7 +325,7 @@ class _Work:
         )
 
     def _share(self, entries: Sequence[Optional[Entry]]) -> Sequence[int]:
-        return self.processes.share([i for i, entry in enumerate(entries) if entry is None])
+        return self.processes.own([i for i, entry in enumerate(entries) if entry is None])
 
     def _turns(self, kind: str, keys: Sequence[str], entries: list[Optional[Entry]]) -> Iterator[Sequence[int]]:
         """The pairs to work on: this process' share of what is missing, and then what of the others' is not in the cache:

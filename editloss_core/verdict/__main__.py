@@ -19,7 +19,7 @@ from ..extras import need
 from ..files import replacing
 from . import folder as folders
 from . import picture
-from .items import Item, share
+from .items import Item, verdict_share
 from .judge import FAILURES, MEASURES, VERDICTS
 from .picture import MOST_ROWS, Ranking
 
@@ -92,7 +92,7 @@ def rate(items: Sequence[Item], name: str) -> Share:
     picture without an after picture would otherwise count as one that is not distorted."""
     if name in FAILURES:
         items = [item for item in items if item.verdict and item.verdict.scores.get(name) is not None]
-    return share(items, *(FAILURES if name == ANY else (name,)))
+    return verdict_share(items, *(FAILURES if name == ANY else (name,)))
 
 
 def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:

@@ -112,6 +112,7 @@ class Item:
             verdict = judge(before, output, after, mask)
         except ValueError as error:
             return cls(name, None, str(error), tuple(notes), pictures)
+        assert verdict.mask is not None  # `judge` gives the one that it used
         small = F.interpolate(verdict.mask[None, None], size=pictures["output"].shape[:2], mode="area")[0, 0]
         return cls(name, replace(verdict, mask=small), "", (*notes, *_flat(output)), pictures)
 
@@ -144,7 +145,7 @@ class Item:
         }
 
 
-def share(items: Sequence[Item], *verdicts: str) -> Share:
+def verdict_share(items: Sequence[Item], *verdicts: str) -> Share:
     """How many of the judged items have one of these verdicts."""
     judged = [item.verdict.verdict for item in items if item.verdict]
     return Share(sum(v in verdicts for v in judged), len(judged))

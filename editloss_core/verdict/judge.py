@@ -39,6 +39,8 @@ from .measures import (
     Whole,
     above_noise,
     codec_change,
+    coefficient,
+    coefficients,
     filled,
     ghost,
     length,
@@ -46,8 +48,6 @@ from .measures import (
     norm,
     progress_of,
     shape_errors,
-    share,
-    shares,
     slopes,
     softness,
 )
@@ -198,10 +198,10 @@ def _judge_by(whole: Whole) -> Verdict:
     moved, wanted = blur(x - s, 1.0, 3), blur(g - s, 1.0, 3)
     unchanged = 1 - above_noise(moved, weight, ~crop.mask) / norm(wanted, weight)
     towards, off = blur(s - e, 1.0, 3), blur(x - e, 1.0, 3)
-    old_left = share(off, towards, old * (1 - w) * known)
+    old_left = coefficient(off, towards, old * (1 - w) * known)
     edges_s, edges_x, edges_e = (slopes(blur(t, 1.0, 3)) for t in (s, x, e))
     old_edges, told = ghost(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())
-    old_inside = shares(edges_x, (edges_s, edges_e), w)[0] if placed else None
+    old_inside = coefficients(edges_x, (edges_s, edges_e), w)[0] if placed else None
     if placed and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
@@ -209,7 +209,11 @@ def _judge_by(whole: Whole) -> Verdict:
     if placed:
         # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.
         edges_g = slopes(blur(g, 1.0, 3))
-        new_there = max(share(x - s, e - s, w), share(x - s, g - s, new), shares(edges_x, (edges_s, edges_g), new)[1])
+        new_there = max(
+            coefficient(x - s, e - s, w),
+            coefficient(x - s, g - s, new),
+            coefficients(edges_x, (edges_s, edges_g), new)[1],
+        )
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
 
     progress, residual = progress_of(moved, wanted, weight)
@@ -261,7 +265,7 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     if float(core.sum()) < 30:  # a thin mask
         core = inside
     slopes_s, slopes_x = (slopes(blur(t, 1.0, 3)) for t in (s, x))
-    old_edges = share(slopes_x, slopes_s, core)
+    old_edges = coefficient(slopes_x, slopes_s, core)
     background, background_map = whole.background() if masked else (None, torch.zeros(1, 1, *size))
     codec = _codec(background, whole.pictures[0], whole.s, whole.mask)
     measures = dict.fromkeys(MEASURES)

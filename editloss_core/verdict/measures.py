@@ -283,12 +283,12 @@ def progress_of(moved: Tensor, wanted: Tensor, weight: Tensor) -> tuple[float, f
     return progress, norm(moved - progress * wanted, weight) / whole
 
 
-def share(x: Tensor, y: Tensor, weight: Tensor) -> float:
+def coefficient(x: Tensor, y: Tensor, weight: Tensor) -> float:
     """The least-squares α of x ≈ α · y; near 0 where y has little to tell by."""
     return float((weight * x * y).sum() / ((weight * y.square()).sum() + RIDGE))
 
 
-def shares(x: Tensor, basis: tuple[Tensor, ...], weight: Tensor) -> list[float]:
+def coefficients(x: Tensor, basis: tuple[Tensor, ...], weight: Tensor) -> list[float]:
     """The same of x ≈ Σ αᵢ yᵢ."""
     y = torch.stack([t.flatten() for t in basis]).double()
     w = weight.expand_as(x).flatten().double()

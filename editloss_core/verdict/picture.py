@@ -87,12 +87,12 @@ def sheet(
         raise ValueError("items: expected at least one output, got none")
     if report is not None:
         items = with_signals(items, report)
-    page = _Page(items, width, rows)
+    page = VerdictSheet(items, width, rows)
     page.draw()
     return pixels(page.figure)[None]
 
 
-class _Page(Sheet):
+class VerdictSheet(Sheet):
     """The layout, in inches from the top left: words, then a column per picture and per map."""
 
     WIDTH, LEFT, WORDS, GAP, HEAD, LARGEST = 16.0, 0.25, 3.3, 0.1, 1.5, 2.3

@@ -1,99 +1,112 @@
-"""What holds for every edit model of the registry: a new one is tried by its line there."""
-
-from __future__ import annotations
+"""What every edit model of the registry has to say, and what is asked of it by name."""
 
 import pytest
 import torch
 
 from editloss_core.models import registry
-from editloss_core.models.base import PRESETS, EditModel, LayerNames, Preview
+from editloss_core.models.base import PRESETS, EditModel, Preview
 from editloss_core.models.registry import MODELS
 
-each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
+EACH = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 
 
-def layers(names: LayerNames) -> list[str]:
-    """ComfyUI's names of all kinds of layers, in blocks those of the fourth."""
-    inside = [f"{ours}.3.{layer}" for ours, _, rows in names.blocks for layer in rows]
-    return [*inside, *names.outside]
+@EACH
+def test_a_model_says_all_that_is_asked_of_it(model):
+    assert isinstance(model, EditModel) and model.id == model.id.lower() and model.title
+    assert tuple(model.layers) == PRESETS and all(model.layers.values())
+    assert len({m.id for m in MODELS}) == len(MODELS) == len({m.parts.pipeline for m in MODELS})
+    for name in ("mu", "encode", "caption", "velocity", "stock_velocity"):
+        assert getattr(type(model), name) is not getattr(EditModel, name), name
+    assert (model.preview_cfg == 1.0) or model.guidance is None, "guidance is embedded, or made of two passes"
 
 
-def test_ids_are_told_apart_and_unknown_ones_refused_by_name():
-    for facts in ("id", "title", "comfyui_model"):
-        assert len({getattr(model, facts) for model in MODELS}) == len(MODELS), facts
-    assert len({model.parts.pipeline for model in MODELS}) == len(MODELS)
-    for find in (registry.by_id, registry.of_comfyui, registry.of_pipeline):
-        with pytest.raises(ValueError, match="expected an edit model that is known .*got .*Unheard"):
-            find("Unheard")
-    assert registry.of_network("Unheard") is None
+@EACH
+def test_it_is_found_by_the_names_of_its_classes(model):
+    assert registry.by_id(model.id) is model
+    assert registry.of_comfyui(model.comfyui_model) is model and registry.of_pipeline(model.parts.pipeline) is model
+    assert registry.of_network(model.parts.transformer) is model
+    layer = next(iter(model.names.blocks))
+    ours = f"{layer[0]}.0.{next(iter(layer[2]))}"
+    assert registry.of_layers([ours], comfyui=True) is model
+    assert registry.of_layers(model.names.diffusers(ours), comfyui=False) is model
 
 
-@each_model
-def test_it_is_found_by_what_a_program_knows_of_it(model):
-    assert registry.by_id(model.id) is registry.of_comfyui(model.comfyui_model) is model
-    assert registry.of_pipeline(model.parts.pipeline) is model
-    for network in (model.comfyui_network, model.parts.transformer):
-        assert registry.of_network(network).layers == model.layers
-    assert model.title in registry.titles()
-
-
-@each_model
+@EACH
 def test_its_classes_are_in_diffusers_and_transformers(model):
-    programs = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     parts = model.parts
-    assert set(parts.texts) >= {folder for folder, _, _ in parts.text_widths}
     for name in (parts.pipeline, parts.transformer, parts.autoencoder, *parts.decoders):
-        assert hasattr(programs[0], name), name
-    for name in parts.texts.values():
-        assert hasattr(programs[1], name), name
+        assert hasattr(diffusers, name), name
+    assert [name for name in parts.texts.values() if not hasattr(transformers, name)] == []
+    assert {folder for folder, _, _ in parts.text_widths} <= set(parts.texts)
 
 
-@each_model
-def test_its_layers_have_a_name_in_both_programs_and_the_presets_take_some(model):
-    assert list(model.layers) == list(PRESETS)
-    theirs = {}
-    for layer in layers(model.names):
-        for part, name in enumerate(model.names.diffusers(layer)):
-            assert model.names.comfyui(name) == (layer, part)
-            theirs[name] = layer
-    assert theirs and set(model.names.swapped) <= set(theirs.values())
-    assert registry.of_layers(layers(model.names), comfyui=True).names == model.names
-    assert registry.of_layers(list(theirs), comfyui=False).names == model.names
+@EACH
+def test_names_of_layers_go_both_ways(model):
+    names = model.names
+    layers = [f"{ours}.7.{inner}" for ours, _, inside in names.blocks for inner in inside] + list(names.outside)
+    for layer in layers:
+        assert [names.comfyui(part) for part in names.diffusers(layer)] == [
+            (layer, i) for i in range(len(names.diffusers(layer)))
+        ]
+    assert names.comfyui("no.such.layer") == ("", 0) and names.diffusers("no.such.layer") == ()
+    assert set(names.swapped) <= set(layers)
 
 
-@each_model
-def test_noise_levels_go_from_noise_to_a_picture(model):
-    for steps in (1, 4, model.preview_steps):
-        times = model.times(model.tokens(torch.zeros(1, 4, 96, 128)), steps)
-        assert times.shape == (steps + 1,) and times[0] == 1 and times[-1] == 0
-        assert (times.diff() < 0).all()
+@EACH
+def test_noise_levels_fall_from_one_to_nothing_and_rise_with_the_size(model):
+    for steps in (1, 4, 20):
+        times = model.times(1024, steps)
+        assert times[0] == 1 and times[-1] == 0 and len(times) == steps + 1 and bool((times.diff() < 0).all())
+    assert model.mu(4096, 20) > model.mu(256, 20)
 
 
-@each_model
-def test_a_picture_is_sampled_with_and_without_cfg(model):
-    """Velocity ε − x0 of a known picture leads to it, whatever the schedule; guided away from a second one, beyond it."""
-    noise, picture, other = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    class Known:
-        asked: list = []
-
-        def told(self, guidance):
-            self.asked.append(guidance)
-            return self
-
-        def __call__(self, x_t, t, references, conditioning):
-            return noise - conditioning[0]
-
-    found = model.sample(Known(), noise, [noise], [picture], steps=3)
-    assert torch.allclose(found, picture, atol=1e-5) and Known.asked == []
-    found = model.sample(Known(), noise, [noise], [picture], 3, Preview(2.0, 3.0, other))
-    guided = noise - model.guided(noise - picture, noise - other, 3.0)
-    assert torch.allclose(found, guided, atol=1e-5) and Known.asked == [2.0]
-    with pytest.raises(ValueError, match="negative: expected it with cfg 3, got none"):
-        model.sample(Known(), noise, [noise], [picture], 3, Preview(cfg=3.0))
+@pytest.mark.parametrize(
+    ("ask", "found"),
+    [
+        (lambda: registry.by_id("flux_9"), "'flux_9'"),
+        (lambda: registry.of_comfyui("Chroma"), "ComfyUI's Chroma"),
+        (lambda: registry.of_pipeline("FluxPipeline"), "a folder of FluxPipeline"),
+    ],
+)
+def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, found):
+    with pytest.raises(ValueError, match="expected an edit model that is known") as refused:
+        ask()
+    assert found in str(refused.value) and all(model.title in str(refused.value) for model in MODELS)
 
 
-@each_model
-def test_it_says_how_captions_and_velocity_are_made(model):
-    made = ("mu", "encode", "caption", "velocity", "stock_velocity")
-    assert [name for name in made if getattr(type(model), name) is getattr(EditModel, name)] == []
+def test_a_lora_of_no_known_model_is_refused():
+    with pytest.raises(
+        ValueError,
+        match=rf"no known model \({registry.titles()}\) has a layer 'blocks.0.attn' in ComfyUI's names",
+    ):
+        registry.of_layers(["blocks.0.attn"], comfyui=True)
+    assert registry.of_network("QwenImageTransformer2DModel") is None
+
+
+class Two:
+    """v = x for the caption, 3·x for the negative; remembers what it was told."""
+
+    def __init__(self, guidance=1.0):
+        self.guidance, self.asked = guidance, []
+
+    def told(self, guidance):
+        other = Two(guidance)
+        other.asked = self.asked
+        return other
+
+    def __call__(self, x, t, references, conditioning):
+        self.asked.append((self.guidance, conditioning[0]))
+        return x if conditioning[0] == "caption" else 3 * x
+
+
+def test_previews_are_sampled_with_and_without_classifier_free_guidance():
+    model, noise = MODELS[0], torch.ones(2, 4, 4, 4)
+    two, half = Two(), 1.0
+    plain = model.sample(two, noise, [], ["caption"] * 2, 1)
+    assert torch.equal(plain, noise - noise) and two.asked == [(1.0, "caption")]
+    made = model.sample(two, noise, [], ["caption"] * 2, 1, Preview(2.5, 4.0, "nothing"))
+    assert two.asked[1:] == [(2.5, "caption"), (2.5, "nothing")] and two.guidance == half
+    assert torch.allclose(made, noise - (3 + 4 * (1 - 3)) * noise)  # v = n + cfg · (p − n)
+    with pytest.raises(ValueError, match="negative: expected it with cfg 4, got none"):
+        model.sample(two, noise, [], ["caption"] * 2, 1, Preview(cfg=4.0))

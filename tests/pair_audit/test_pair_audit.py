@@ -137,7 +137,9 @@ def test_clean_folder_has_no_findings(good):
     assert found.findings == () and found.ok and found.headline() == "6 pairs: nothing found"
     assert set(found.per_pair) == {f"p{i}" for i in range(6)}
     assert steps == [(i + 1, 12) for i in range(12)]
-    assert all(v["registered"] and v["moved"] < 0.1 and v["uncovered"] < 0.05 for v in found.per_pair.values())
+    assert all(
+        v.movement.registered and v.movement.moved < 0.1 and v.mask.uncovered < 0.05 for v in found.per_pair.values()
+    )
     assert audit_picture(found, 800).shape[2:] == (800, 3)
     assert any("every pair is swapped" in note for note in found.notes)
 
@@ -152,8 +154,8 @@ def test_set_of_files_and_of_pictures_give_the_same(good):
     assert made.findings == () and made.where == ""
     names = ("shift_x", "changed_share", "uncovered", "tone")
     for one, two in zip("abcd", (f"p{i}" for i in range(4))):
-        own = audit(pairs).per_pair[two]
-        assert all(made.per_pair[one][n] == pytest.approx(own[n], abs=1e-5) for n in names)
+        own, same = audit(pairs).per_pair[two].as_dict(), made.per_pair[one].as_dict()
+        assert all(same[n] == pytest.approx(own[n], abs=1e-5) for n in names)
 
 
 @pytest.mark.slow
@@ -162,7 +164,8 @@ def test_drawn_pairs_give_no_false_alarm(tmp_path):
     write_folder([*stool_pairs(24), *(draw(1_000_000 + i) for i in range(12))], tmp_path)
     found = audit(tmp_path)
     assert [f for f in found.findings if f.severity != "note"] == [], found.text()
-    assert max(v["moved"] for v in found.per_pair.values() if v["registered"] and v["agreement"] > 0.3) < 0.3
+    movements = [v.movement for v in found.per_pair.values()]
+    assert max(m.moved for m in movements if m.registered and m.agreement > 0.3) < 0.3
 
 
 @pytest.mark.slow
@@ -172,7 +175,7 @@ def test_jpeg_is_no_movement_and_no_change(six, quality):
         spoil(six, f"p{i}", by=lambda picture: jpeg(picture, quality))
     found = audit(six)
     assert {f.kind for f in found.findings} <= {"softness", "compression", "tone"} and found.ok
-    assert all(v["moved"] < 0.3 and v["uncovered"] < 0.05 for v in found.per_pair.values())
+    assert all(v.movement.moved < 0.3 and v.mask.uncovered < 0.05 for v in found.per_pair.values())
 
 
 # --- movement --------------------------------------------------------------------------------------------------------
@@ -224,7 +227,7 @@ def test_movement_is_told_with_its_number(folder, kind, change, words):
     finding = only(found, kind)
     assert words in finding.detail and finding.files == ("after/p2.png",) and finding.severity == "warning"
     assert "after/p2.png" in found.text() and KINDS[kind].advice in found.text()
-    assert found.per_pair["p2"]["uncovered"] < 0.05  # the mask is judged once the movement is taken out
+    assert found.per_pair["p2"].mask.uncovered < 0.05  # the mask is judged once the movement is taken out
 
 
 def test_movement_by_a_latent_is_an_error(folder):
@@ -300,7 +303,7 @@ def test_other_size_of_one_side_is_a_note(folder):
     spoil(folder, by=lambda p: np.asarray(Image.fromarray(p).resize((512, 512), Image.Resampling.BICUBIC)))
     found = audit(folder)
     assert "256×256 and 512×512" in only(found, "sizes").detail and found.ok
-    assert found.per_pair["p2"]["moved"] < 0.2
+    assert found.per_pair["p2"].movement.moved < 0.2
 
 
 # --- no edit, background ---------------------------------------------------------------------------------------------
@@ -340,7 +343,7 @@ def test_tone(folder):
     spoil(folder, by=lambda p: (p * 1.15).clip(0, 255).astype(np.uint8))
     found = audit(folder)
     assert "brighter" in only(found, "tone").detail and found.ok
-    assert found.per_pair["p2"]["uncovered"] < 0.05  # a tone is no change of the picture
+    assert found.per_pair["p2"].mask.uncovered < 0.05  # a tone is no change of the picture
 
 
 def test_softness_and_compression(folder):
@@ -399,7 +402,7 @@ def test_swapped_pair_is_found(six):
     found = audit(six)
     finding = only(found, "swapped")
     assert finding.pairs == ("p4",) and "opposite way" in finding.detail and not found.ok
-    assert found.per_pair["p4"]["support"] < 0 < found.per_pair["p1"]["support"]
+    assert found.per_pair["p4"].support < 0 < found.per_pair["p1"].support
 
 
 def test_swapped_drawn_pairs_are_found(tmp_path):

@@ -124,8 +124,8 @@ def test_rates_have_wilsons_interval():
 def test_every_verdict_is_counted(tmp_path):
     run = judge_run(make_run(tmp_path / "run", [list(VERDICTS), ["good"] * 4 + ["distorted"]]))
     first, second = run.validations
-    assert [first.share(v).count for v in VERDICTS] == [1] * 5 and first.failing == Share(4, 5)
-    assert second.failing == Share(1, 5) and run.base.share("no edit") == Share(5, 5)
+    assert [first.judged_as(v).count for v in VERDICTS] == [1] * 5 and first.failing == Share(4, 5)
+    assert second.failing == Share(1, 5) and run.base.judged_as("no edit") == Share(5, 5)
     assert second.failing.interval == wilson(1, 5)
     assert first.score("overlay") == pytest.approx((0.9 + 4 * 0.1) / 5)
 

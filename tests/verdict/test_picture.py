@@ -91,7 +91,7 @@ def test_sheet_is_the_same_twice(items):
 @pytest.mark.slow
 def test_hundreds_of_items_fit_and_no_failure_is_crowded_out(monkeypatch):
     drawn = []
-    monkeypatch.setattr(verdict_sheet._Page, "draw_row", lambda self, item, top: drawn.append(item.name))
+    monkeypatch.setattr(verdict_sheet.VerdictSheet, "draw_row", lambda self, item, top: drawn.append(item.name))
     many = [made_up("good", f"good {i}") for i in range(300)] + [made_up("no edit", f"copy {i}") for i in range(100)]
     many += [made_up("overlay", "overlay"), Item("error", None, "no file")]
     picture = sheet(many, 1600)
@@ -103,7 +103,7 @@ def test_hundreds_of_items_fit_and_no_failure_is_crowded_out(monkeypatch):
 
 def test_all_items_in_their_order_where_they_fit(monkeypatch):
     drawn = []
-    monkeypatch.setattr(verdict_sheet._Page, "draw_row", lambda self, item, top: drawn.append(item.name))
+    monkeypatch.setattr(verdict_sheet.VerdictSheet, "draw_row", lambda self, item, top: drawn.append(item.name))
     sheet([made_up(v, v) for v in VERDICTS])
     assert drawn == list(VERDICTS)
 
