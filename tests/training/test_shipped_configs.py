@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from editloss_core.objective import TERMS
 from editloss_core.training.config import ENCODER_KEYS, SECTIONS, TERM_KEYS
 from editloss_core.training.config_reader import ConfigError, read_config
 
@@ -60,6 +62,14 @@ def test_the_page_has_every_key_with_its_default():
             assert said == "required", name
         else:
             assert said == (str(default).lower() if isinstance(default, bool) else written(default)), name
+
+
+def test_the_page_has_every_kind_of_loss_with_its_settings():
+    rows = dict(re.findall(r"^\| (\w+) \| (anchor = .*) \|$", PAGE, re.M))
+    assert set(rows) == set(TERMS)
+    for kind, row in rows.items():
+        said = {name: json.loads(value) for name, value in re.findall(r'(\w+) = ("\w+"|[\d.]+)', row.partition(";")[0])}
+        assert said == TERMS[kind].defaults, kind
 
 
 def written(default):
