@@ -207,8 +207,8 @@ def test_verdicts_depend_on_nothing_but_their_own_picture(scenes):
 @pytest.mark.slow
 def test_the_autoencoder_changes_no_verdict():
     """Round trips of the target, the source and a mix."""
-    network = Autoencoder(whole=True)
-    network.load_state_dict(load_autoencoder())
+    network = Autoencoder()
+    network.load_state_dict(load_autoencoder(), strict=False)  # it leaves blocks of zeros out
     examples = [draw(HELD_OUT + 7000 + i) for i in range(12)] + stool_pairs(4, 41)
     for expected, pictures in (("good", lambda e: e.after), ("no edit", lambda e: e.before), ("overlay", mix(0.5))):
         with torch.no_grad():
