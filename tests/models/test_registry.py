@@ -32,6 +32,16 @@ def test_it_is_found_by_the_names_of_its_classes(model):
 
 
 @EACH
+def test_its_classes_are_in_diffusers_and_transformers(model):
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    parts = model.parts
+    for name in (parts.pipeline, parts.transformer, parts.autoencoder, *parts.decoders):
+        assert hasattr(diffusers, name), name
+    assert [name for name in parts.texts.values() if not hasattr(transformers, name)] == []
+    assert {folder for folder, _, _ in parts.text_widths} <= set(parts.texts)
+
+
+@EACH
 def test_names_of_layers_go_both_ways(model):
     names = model.names
     layers = [f"{ours}.7.{inner}" for ours, _, inside in names.blocks for inner in inside] + list(names.outside)
@@ -67,7 +77,8 @@ def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, 
 
 def test_a_lora_of_no_known_model_is_refused():
     with pytest.raises(
-        ValueError, match=r"no known model \(FLUX.1 Kontext\) has a layer 'blocks.0.attn' in ComfyUI's names"
+        ValueError,
+        match=rf"no known model \({registry.titles()}\) has a layer 'blocks.0.attn' in ComfyUI's names",
     ):
         registry.of_layers(["blocks.0.attn"], comfyui=True)
     assert registry.of_network("QwenImageTransformer2DModel") is None
