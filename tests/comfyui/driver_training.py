@@ -8,8 +8,10 @@ classes with random weights, real text encoders included.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
+import inspect
 import json
 import logging
 import shutil
@@ -544,6 +546,19 @@ def check_the_node_says_the_same_without_training() -> None:
 
 
 @check
+def check_an_input_that_is_left_out_is_what_its_widget_begins_at() -> None:
+    seen = 0
+    for node in asyncio.run(PACK.nodes.EditLossExtension().get_node_list()):
+        parameters = inspect.signature(node.execute).parameters
+        for widget in node.GET_SCHEMA().inputs:
+            parameter = parameters.get(widget.id)
+            if widget.optional and getattr(widget, "default", None) is not None and parameter:
+                assert parameter.default == widget.default, (node.__name__, widget.id, parameter.default)
+                seen += 1
+    assert seen > 20, seen
+
+
+@check
 def check_compare_answers_without_pictures() -> None:
     model, vae, clip = flux(), small.small_vae(16), text_encoder()
     run = train(model, vae, clip, name="unseen", steps=1, hold_out=0).args[4]
@@ -604,6 +619,7 @@ def main() -> None:
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",
         "compare": "editloss_core.drawing.grid", "timm": "editloss_core.encoders.timm_net",
         "openclip": "editloss_core.encoders.openclip", "self_check": "nodes.self_check",
+        "nodes": "nodes",
     }  # fmt: skip
     PACK = SimpleNamespace(**{short: importlib.import_module(f"{name}.{m}") for short, m in modules.items()})
     run_checks(CHECKS, only)

@@ -25,7 +25,6 @@ from editloss_core.embeddings import EmbeddingSet, encode_pairs, load_shards
 from editloss_core.encoders import OpenCLIPEncoder, TimmEncoder
 from editloss_core.masks import estimate_mask
 from editloss_core.negatives import OverlaySettings, make_overlays
-from editloss_core.objective import recommended
 from editloss_core.pairs import PairSet
 
 ROOM_CATEGORIES = {"encoders", "embeddings", "negatives", "losses", "diagnostics", "training", "demo"}
@@ -101,9 +100,11 @@ def test_optional_inputs_come_after_required_ones(object_info: dict[str, Any]) -
         assert info["input_order"]["required"] == list(info["input"]["required"])
 
 
-def test_every_node_has_a_help_page_and_every_page_a_node(object_info: dict[str, Any]) -> None:
-    pages = {page.stem for page in (pack_root() / "web" / "docs").glob("EditLoss*.md")}
-    assert pages == set(ours(object_info))
+def test_every_node_has_a_help_page_under_its_name_and_every_page_a_node(object_info: dict[str, Any]) -> None:
+    pages = {page.stem: page for page in (pack_root() / "web" / "docs").glob("EditLoss*.md")}
+    assert pages.keys() == ours(object_info).keys()
+    for name, page in pages.items():
+        assert page.read_text(encoding="utf-8").startswith(f"# {object_info[name]['display_name']}\n")
 
 
 # ---------------------------------------------------------------------------- the pictures and models
@@ -1134,14 +1135,18 @@ def test_work_on_pairs_tells_every_picture_and_gives_the_cores_result(world: Sim
             client.run(needed(node_alone(node, before=link("src"), after=link("src"), **options)))
 
 
-def test_the_three_task_losses_start_where_the_preset_starts(object_info: dict[str, Any]) -> None:
-    """Chained as they come they are the Recommended Mix."""
-    for term in recommended("e").terms:
-        name = "EditLoss" + term.kind.title().replace("_", "")
-        inputs = object_info[name]["input"]
-        for setting, (_, options) in {**inputs["required"], **inputs["optional"]}.items():
-            if setting in ("weight", "margin", "dist", "smooth", "neg_agg", "agg", "token_weights"):
-                assert options["default"] == getattr(term, setting), (name, setting)
+def test_option_nodes_as_they_come_change_nothing(object_info: dict[str, Any], client: Client) -> None:
+    """Their widgets begin at what a run has without them."""
+    nodes = [name for name, info in ours(object_info).items() if info["output"] == ["EDITLOSS_TRAINING_OPTIONS"]]
+    assert len(nodes) == 5
+    prompt = {}
+    for name in nodes:
+        values = {k: o["default"] for k, (_, o) in inputs_of(object_info[name]).items() if "default" in o}
+        prompt.update(graph(**{name: (name, values), f"{name} shown": ("PreviewAny", {"source": link(name)})}))
+    outputs = client.run(prompt).outputs
+    assert {name: outputs[name]["text"] for name in nodes} == {
+        name: ["nothing changed: these are the defaults"] for name in nodes
+    }
 
 
 def test_losses_wired_to_another_encoder_of_the_same_name_are_refused(client: Client, world: SimpleNamespace) -> None:

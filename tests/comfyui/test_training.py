@@ -233,7 +233,7 @@ def test_a_name_that_is_taken_gets_a_number_and_the_cache_is_used(client: Client
 
 def let_go(client: Client) -> None:
     """ComfyUI forgets all outputs: it looks at what was asked of it when a prompt has ended."""
-    client._bytes("/free", {"free_memory": True})
+    client.call("/free", {"free_memory": True})
     client.run(graph(other=("PreviewAny", {"source": "something else"})))
 
 

@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from editloss_core.drawing import grid as compare
 from editloss_core.drawing.colours import VERDICT_COLORS
 from editloss_core.drawing.grid import grid
 from editloss_core.runs.pictures import PreviewRow
@@ -68,7 +67,8 @@ def test_rows_of_several_shapes_follow_each_other():
 def test_enlarging_is_smooth_and_stays_in_range():
     checker = ((torch.arange(64)[:, None] // 8 + torch.arange(64) // 8) % 2).float()[..., None].expand(-1, -1, 3)
     page = grid([[checker]], labels=("checks",))
-    top, left = compare._MARGIN + compare._HEAD + compare._GAP // 2, compare._MARGIN
+    top, left, height, width = box(grid([[flat(COLORS[0])]], labels=("checks",)), COLORS[0])
+    assert (height, width) == (256, 256)
     drawn = page[0, top : top + 256, left : left + 256, 0]
     small = torch.nn.functional.avg_pool2d(drawn[None], 4)[0]
     assert (small - checker[..., 0]).abs().mean() < 0.06
@@ -102,8 +102,8 @@ def test_every_verdict_has_its_colour_and_the_rest_is_grey():
 def test_names_stand_above_their_rows():
     r = row("stool")
     bare, named = grid([[r.before, r.base, r.lora, r.after]]), grid([r])
-    assert named.shape[1] - bare.shape[1] == compare._NAME
-    top = box(named, COLORS[0])[0]
+    top, before = box(named, COLORS[0])[0], box(bare, COLORS[0])[0]
+    assert 20 <= top - before <= named.shape[1] - bare.shape[1] < 40
     written = named[0, top - 20 : top - 2, : 16 + 256]
     assert (written.amin(-1) < 0.6).any()
     pictures = [flat(COLORS[0])]

@@ -14,7 +14,7 @@ from PIL import Image
 from editloss_core.embeddings import INDEX, EmbeddingSet, StaleEmbeddings, encode_pairs, load_shards
 from editloss_core.embeddings.__main__ import main
 from editloss_core.encoders import TimmEncoder
-from editloss_core.encoders.spec import EncoderSpec
+from editloss_core.encoders.spec import KINDS, EncoderSpec
 from editloss_core.files import replacing
 from editloss_core.pairs import find_pairs
 
@@ -185,7 +185,7 @@ def test_pairs_of_several_sizes_come_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--encoder", "clip:ViT-B-32"], "expected a kind of timm, openclip, got 'clip'"),
+        (["--encoder", "clip:ViT-B-32"], f"expected a kind of {', '.join(KINDS)}, got 'clip'"),
         (["--encoder", "timm:test_vit"], "expected weights=FILE.safetensors"),
         (["--encoder", "timm:test_vit,weights=nowhere.safetensors"], "weights: no such file: nowhere.safetensors"),
         (["--encoder", "timm:test_vit,random_seed=0,imagesize=64"], "expected SETTING=VALUE with one of weights, output"),

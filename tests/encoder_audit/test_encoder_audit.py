@@ -311,23 +311,22 @@ def test_layers_answer_as_encoders_made_for_them(pairs):
         return TimmEncoder("test_efficientnet", output="grid", layer=layer, random_seed=0)
 
     encoder = made(-1)
-    at_layers = encoder_audit._at_layers(encoder)
-    assert list(at_layers) == list(range(len(encoder.network.feature_info)))
+    at_layers = {layer: encoder.at_layer(layer) for layer in range(len(encoder.network.feature_info))}
     picture = pairs.load(0).after[None]
     for layer, other in at_layers.items():
         assert other.network is encoder.network
         assert torch.equal(other.embed(picture), made(layer).embed(picture))
         assert other.grid(*picture.shape[1:3]) == made(layer).grid(*picture.shape[1:3])
-    assert at_layers[encoder.layer] is encoder
     assert len({other.info.fingerprint for other in at_layers.values()}) == len(at_layers)
 
 
-def test_many_layers_are_thinned_out_and_ones_own_is_kept():
+def test_many_layers_are_thinned_out_and_ones_own_is_kept(pairs):
     kwargs = {"depth": 16, "embed_dim": 32, "num_heads": 2}
     encoder = TimmEncoder(
         "vit_tiny_patch16_224", output="tokens", layer=6, random_seed=0, image_size=64, model_kwargs=kwargs
     )
-    layers = list(encoder_audit._at_layers(encoder))
+    rows = audit_encoders(pairs.subset(range(2)), {"net": encoder}).rows
+    layers = list(dict.fromkeys(row.layer for row in rows if row.encoder == "net"))
     assert len(layers) in (6, 7) and 6 in layers and layers[-1] == 15 and layers == sorted(layers)
 
 
@@ -341,7 +340,7 @@ def test_rows_of_layers_and_without(pairs):
     assert {row.layer for row in own.rows} == {None}
     assert own.row("net", "overlay").reach == every.row("net", "overlay", 1).reach
     whole = TimmEncoder("test_efficientnet", output="global", image_size=64, random_seed=0)
-    assert list(encoder_audit._at_layers(whole)) == [None]
+    assert {row.layer for row in audit_encoders(some, {"whole": whole}).rows} == {None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from small_networks import CLIPS, DINO2, TIMM_KWARGS
 
-from editloss_core.encoders import EncoderInfo, OpenCLIPEncoder, TimmEncoder
+from editloss_core import encoders
+from editloss_core.encoders import Encoder, EncoderInfo, OpenCLIPEncoder, TimmEncoder
 
+HERE = Path(__file__).resolve().parent
 CASES = [
     *[f"{name}:{output}" for name in (*CLIPS, *TIMM_KWARGS) for output in ("global", "grid")],
     "tiny-vit:tokens",
@@ -19,6 +22,14 @@ CASES = [
     "diffusion:tokens",
     "diffusion:grid",
 ]
+
+
+def test_every_encoder_is_tried():
+    """By the fixture below, which makes some itself and takes the others of conftest.py."""
+    made = "".join((HERE / name).read_text("utf-8") for name in (Path(__file__).name, "conftest.py"))
+    exported = {name: getattr(encoders, name) for name in encoders.__all__}
+    known = [name for name, what in exported.items() if isinstance(what, type) and issubclass(what, Encoder)]
+    assert len(known) > 4 and [name for name in known if name != "Encoder" and f"{name}(" not in made] == []
 
 
 @pytest.fixture(params=CASES)

@@ -130,6 +130,13 @@ def test_every_verdict_is_counted(tmp_path):
     assert first.score("overlay") == pytest.approx((0.9 + 4 * 0.1) / 5)
 
 
+def column(html: str, head: str) -> list[str]:
+    """The cells under a head of the page's table of steps."""
+    table = html[html.index("<table>") : html.index("</table>")]
+    heads = re.findall("<th>(.*?)</th>", table)
+    return [re.findall("<td>(.*?)</td>", row)[heads.index(head)] for row in table.split("<tr")[2:]]
+
+
 def test_it_says_which_file_is_there_and_what_to_take_instead(tmp_path):
     plan = [[FINE, FINE], [FINE, BAD], [BAD, BAD]]
     run = judge_run(make_run(tmp_path / "run", plan, keep=(20, 30)))
@@ -139,9 +146,8 @@ def test_it_says_which_file_is_there_and_what_to_take_instead(tmp_path):
     assert "Choosing by loss would have taken step 30, where 2 more of 2 fail." in words
     again = judge_run(make_run(tmp_path / "apart", plan, keep=(30,), checkpoint_every=15))
     assert "none was made at this step (checkpoint_every 15, validate_every 10)" in again.where(10)
-    kept = [row["cells"][7] for row in report._table(again)["rows"]]
-    assert kept == ["", "none made", "none made", "there"]
-    assert [row["cells"][7] for row in report._table(run)["rows"]] == ["", "gone", "there", "there"]
+    assert column(report.page(again), "checkpoint") == ["", "none made", "none made", "there"]
+    assert column(report.page(run), "checkpoint") == ["", "gone", "there", "there"]
     aside = tmp_path / "run" / "checkpoints" / "set_aside"
     aside.mkdir()
     (aside / "step_000010.safetensors").write_bytes(b"")
@@ -282,10 +288,11 @@ def test_many_validations_are_thinned_but_not_the_best(tmp_path):
     plan = [[BAD, BAD]] * 20
     plan[7] = [FINE, BAD]
     run = judge_run(make_run(tmp_path / "run", plan, every=2))
-    shown = report._spread(run)
-    assert len(shown) == 7 < report.MOST_COLUMNS and run.best in shown and run.lowest in shown and run.best.step == 16
-    assert run.validations[0] in shown and [v.step for v in shown] == sorted(v.step for v in shown)
     html = report.page(run)
+    first, second = (re.findall(r'class="what">step (\d+)', row) for row in html.split('<section class="row">')[1:])
+    steps = [int(step) for step in first]
+    assert first == second and len(steps) == 7 < report.MOST_COLUMNS and steps == sorted(steps)
+    assert {run.best.step, run.lowest.step, run.validations[0].step} <= set(steps) and run.best.step == 16
     assert "Shown: 7 of 20 validations." in html and html.count("<figure") == 2 * (7 + 3)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import (
     GEOMETRY,
+    LATENTS,
     NO_EDIT,
     OVERLAY,
     PATCHES,
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from editloss_core.encoders.base import freeze
 from editloss_core.objective import EditObjective
 from editloss_core.training.estimate import HALO, EstimateObjective
+from editloss_core.training.prepare import prepare
 
 ON_PICTURES = EditObjective((GEOMETRY, OVERLAY))
 
@@ -227,14 +229,10 @@ def test_the_encoder_that_the_backward_pass_meets_first_is_computed_once():
     for once in (False, True):
         nearest, other = Patches(), Patches()
         other.info = replace(other.info, name="others/grid")
-        both = replace(
-            prepared,
-            encoders={**prepared.encoders, other.info.name: other.info},
-            _embeddings={**prepared._embeddings, other.info.name: prepared._embeddings[PATCHES]},
-            _layouts={**prepared._layouts, other.info.name: prepared._layouts[PATCHES]},
-        )
-        terms = EditObjective((replace(GEOMETRY, encoder=other.info.name, name="other"), GEOMETRY, NO_EDIT))
         own = {**encoders(), PATCHES: nearest, other.info.name: other}
+        both = prepare(prepared.pairs, own[LATENTS], own, overlay=prepared.overlay)
+        nearest.calls = other.calls = 0
+        terms = EditObjective((replace(GEOMETRY, encoder=other.info.name, name="other"), GEOMETRY, NO_EDIT))
         x0 = estimates(prepared, [0, 1])
         report = EstimateObjective(terms, own, both, WideDecoder().requires_grad_(False))(
             x0, [0, 1], torch.ones(2), once=once

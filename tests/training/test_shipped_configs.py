@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 
 from editloss_core.objective import TERMS
 from editloss_core.training.config import ENCODER_KEYS, SECTIONS, TERM_KEYS
-from editloss_core.training.config_reader import ConfigError, read_config
+from editloss_core.training.config_reader import ConfigError, read_config, tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -58,21 +58,20 @@ def test_the_page_has_every_key_with_its_default():
     assert set(rows) - {f"objective.{key}" for key in TERM_KEYS} == set(keys)
     for name, default in keys.items():
         said = rows[name].strip("`")
-        if default.__class__.__name__ == "_MISSING_TYPE":
+        if default is MISSING:
             assert said == "required", name
         else:
-            assert said == (str(default).lower() if isinstance(default, bool) else written(default)), name
+            value = tomllib.loads(f"value = {said}")["value"]
+            assert value == (list(default) if isinstance(default, tuple) else default), name
+            assert isinstance(value, bool) == isinstance(default, bool), name
 
 
 def test_the_page_has_every_kind_of_loss_with_its_settings():
     rows = dict(re.findall(r"^\| (\w+) \| (anchor = .*) \|$", PAGE, re.M))
     assert set(rows) == set(TERMS)
     for kind, row in rows.items():
-        said = {name: json.loads(value) for name, value in re.findall(r'(\w+) = ("\w+"|[\d.]+)', row.partition(";")[0])}
+        said = {
+            name: tomllib.loads(f"value = {value}")["value"]
+            for name, value in re.findall(r'(\w+) = ("\w+"|[\d.]+)', row.partition(";")[0])
+        }
         assert said == TERMS[kind].defaults, kind
-
-
-def written(default):
-    from editloss_core.training.config import _value
-
-    return _value(default)

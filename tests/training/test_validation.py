@@ -21,6 +21,7 @@ from small import (
 
 from editloss_core.models.kontext import KONTEXT
 from editloss_core.objective import EditObjective, LossTerm
+from editloss_core.training.flow import generator_for
 from editloss_core.training.host import Host
 from editloss_core.training.validation import NOISE_LEVELS
 
@@ -176,7 +177,7 @@ def test_pictures_are_what_the_sampler_and_the_decoder_make():
     images = held_out().pairs.load(0)
     assert row.pair == "held out 0" and torch.equal(row.before, images.before) and torch.equal(row.after, images.after)
     x0 = held_out().after([0])
-    noise = made.validator._noise(0, x0, "picture")
+    noise = torch.randn(x0.shape, generator=generator_for(made.settings.seed, "validation", "held out 0", "picture"))
     for picture, attached in ((row.base, False), (row.lora, True)):
         assert picture.shape == (32, 32, 3) and 0 <= picture.min() and picture.max() <= 1
         if attached:
