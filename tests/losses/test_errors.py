@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+import editloss_core
 from editloss_core import losses
 from editloss_core.losses import (
     contrastive_pair_loss,
@@ -37,6 +38,10 @@ EMBEDDINGS = {
     margin_ranking_on_distances: (),
 }
 RANKING = [triplet_margin_loss, multi_negative_ranking_loss, loss_no_edit_identity, loss_overlay_avoidance]
+
+
+def test_every_public_loss_is_tried():
+    assert {function.__name__ for function in EMBEDDINGS} == set(editloss_core.__all__)
 
 
 def name_of(x):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from loop_reference import embeddings
 
+import editloss_core
 from editloss_core.losses import (
     contrastive_pair_loss,
     feature_match_loss,
@@ -54,6 +55,12 @@ LOSSES = {
     "geometry": lambda a, b, c: loss_geometry_match(a, b),
     "overlay": lambda a, b, c: loss_overlay_avoidance(a, b, [c, c], "auto:0.8", smooth=0.1),
 }
+
+
+def test_every_public_loss_is_tried():
+    named = {name for loss in LOSSES.values() for name in loss.__code__.co_names}
+    assert set(editloss_core.__all__) - named == {"margin_ranking_on_distances"}  # in ranking_on_distances
+
 
 UNIT = [x / x.norm(dim=-1, keepdim=True) for x in embeddings((2, 3, 4), 3)]
 ZERO = torch.zeros(2, 3, 4, dtype=torch.float64)

@@ -1,10 +1,14 @@
 """Every public loss against the loops of loop_reference.py, in float64."""
 
+import ast
+from pathlib import Path
+
 import loop_reference as loops
 import pytest
 import torch
 from loop_reference import LAYOUTS, embeddings, pairwise, some_weights, weight_kinds
 
+import editloss_core
 from editloss_core import losses
 
 AGGS = ("mean", "max", "sum")
@@ -40,6 +44,13 @@ def cases(**axes):
     rows = pairwise(layout=tuple(LAYOUTS), weights=(None, "sample", "token"), **axes)
     kept = [row for row in rows if row["weights"] in weight_kinds(LAYOUTS[row["layout"]])]
     return [pytest.param(row, id="-".join(map(str, row.values()))) for row in kept]
+
+
+def test_every_public_loss_is_compared():
+    constants = (
+        node.value for node in ast.walk(ast.parse(Path(__file__).read_text("utf-8"))) if isinstance(node, ast.Constant)
+    )
+    assert set(editloss_core.__all__) <= {value for value in constants if isinstance(value, str)}
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -37,9 +37,13 @@ PUBLIC = {
 }
 
 
+def test_every_public_loss_has_its_signature_here():
+    assert set(PUBLIC) == set(editloss_core.__all__)
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_signature(name):
-    """The issue's names, order and defaults come first; what is added after them has a default."""
+    """These names, order and defaults come first; what is added after them has a default."""
     parameters = list(inspect.signature(getattr(losses, name)).parameters.values())
     found = {p.name: ... if p.default is p.empty else p.default for p in parameters}
     assert list(found.items())[: len(PUBLIC[name])] == list(PUBLIC[name].items())

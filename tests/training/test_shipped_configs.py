@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 
+from editloss_core.objective import TERMS
 from editloss_core.training.config import ENCODER_KEYS, SECTIONS, TERM_KEYS
 from editloss_core.training.config_reader import ConfigError, read_config, tomllib
 
@@ -63,3 +65,11 @@ def test_the_page_has_every_key_with_its_default():
             value = tomllib.loads(f"value = {said}")["value"]
             assert value == (list(default) if isinstance(default, tuple) else default), name
             assert isinstance(value, bool) == isinstance(default, bool), name
+
+
+def test_the_page_has_every_kind_of_loss_with_its_settings():
+    rows = dict(re.findall(r"^\| (\w+) \| (anchor = .*) \|$", PAGE, re.M))
+    assert set(rows) == set(TERMS)
+    for kind, row in rows.items():
+        said = {name: json.loads(value) for name, value in re.findall(r'(\w+) = ("\w+"|[\d.]+)', row.partition(";")[0])}
+        assert said == TERMS[kind].defaults, kind
