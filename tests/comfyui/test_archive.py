@@ -66,7 +66,7 @@ FORBIDDEN_MODULES = {
 }  # fmt: skip
 # Modules by name: the package that an extra brings, and the encoders, each of which imports what is large.
 BY_NAME = {"editloss_core/extras.py", "editloss_core/encoders/__init__.py"}
-TEXT = {".py", ".js", ".j2", ".json", ".md", ".toml", ".txt", ".yaml", ""}
+TEXT = {".py", ".js", ".j2", ".json", ".md", ".toml", ".txt", ".typed", ".yaml", ""}
 PICTURES_AND_WEIGHTS = {".jpg", ".png", ".webp", ".safetensors"}
 
 pytestmark = pytest.mark.skipif(not FILES, reason="needs git and a clone of the repository")
