@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import editloss_core
@@ -105,6 +106,64 @@ def test_addresses_are_all_there_or_none():
     assert given == [None] * 3 or all(a and a.startswith("https://") for a in given)
     if given[0]:
         assert given[1].endswith("/docs/registry/icon.png") and given[2].endswith("/docs/registry/banner.png")
+
+
+# ---------------------------------------------------------------------------- what runs on the repository's host
+
+
+def workflow(name: str) -> tuple[dict, list[str]]:
+    """A file of .github/workflows, and all commands in it."""
+    read = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))
+    return read, [step["run"] for job in read["jobs"].values() for step in job.get("steps", ()) if "run" in step]
+
+
+@pytest.mark.parametrize(("name", "marker"), [("core", '"not comfyui"'), ("comfyui", "comfyui")])
+def test_workflows_run_the_commands_that_people_are_told(name, marker):
+    read, commands = workflow(name)
+    (told,) = re.findall(r"^(python3 -m venv .*) && (.*-m pytest .*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert commands[0] == told[0] and commands[-1] == f"{told[1]} -m {marker}"
+    assert f"\n{told[0]}\n" in (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert {"pull_request", "workflow_call"} <= read[True].keys()  # YAML's word for "on"
+    assert read["permissions"] == {"contents": "read"}
+
+
+def test_style_and_types_are_checked_by_the_same_commands_everywhere():
+    said = (ROOT / ".ci" / "run").read_text("utf-8")
+    (checks,) = re.findall(r"^for check in (.*); do$", said, re.M)
+    checks = [check[0] or check[1] for check in re.findall(r'"(.*?)"|(\S+)', checks)]
+    assert " && ".join(f".venv/bin/python -m {check}" for check in checks) in workflow("core")[1]
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]
+    entries = [hook["entry"].removeprefix(".venv/bin/python -m ") for hook in hooks["hooks"]]
+    assert [entry.partition(" --")[0] for entry in entries] == [check.partition(" --")[0] for check in checks]
+
+
+def test_the_core_is_tried_on_the_oldest_python_that_it_promises():
+    pythons = workflow("core")[0]["jobs"]["core"]["strategy"]["matrix"]["python"]
+    assert f">={pythons[0]}" == said("requires-python") and all(isinstance(python, str) for python in pythons)
+
+
+def test_only_a_version_that_passed_is_published():
+    read, commands = workflow("publish")
+    tests = {name: job["uses"] for name, job in read["jobs"].items() if "uses" in job}
+    assert tests == {name: f"./.github/workflows/{name}.yml" for name in ("core", "comfyui")}
+    assert set(read["jobs"]["publish"]["needs"]) == set(tests) and read[True] == {"push": {"tags": ["v*"]}}
+    (check,) = commands
+    for tag, status in ((f"v{said('version')}", 0), ("v99.0.0", 1)):
+        done = subprocess.run(
+            ["bash", "-e", "-c", check], cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": tag}, capture_output=True
+        )
+        assert done.returncode == status
+
+
+@pytest.mark.parametrize("name", ["bug", "config"])
+def test_issue_templates_can_be_read(name):
+    read = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text("utf-8"))
+    if name == "bug":
+        assert {field["id"] for field in read["body"] if field.get("validations", {}).get("required")} >= {
+            "workflow",
+            "log",
+            "check",
+        }
 
 
 # ---------------------------------------------------------------------------- a wheel of the core alone

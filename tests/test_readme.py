@@ -55,6 +55,23 @@ def test_linked_files_and_anchors_exist(page):
         assert not anchor or anchor in anchors(file), link
 
 
+def test_checklists_name_files_and_options_that_there_are():
+    """In CONTRIBUTING.md; what stands in capitals is for the reader to fill in."""
+    text = without_code((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    paths = {
+        part
+        for code in re.findall(r"`([^`]+)`", text)
+        for part in code.split()
+        if re.fullmatch(r"[\w.]+(/[\w.]+)+", part)
+    }
+    paths = {path for path in paths if not path.startswith(".venv") and not re.search("[A-Z]{2}", path)}
+    assert len(paths) > 40
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "comfyui").glob("*.py"))
+    options = set(re.findall(r"EDITLOSS_UPDATE_\w+", text))
+    assert options and options <= set(re.findall(r"EDITLOSS_UPDATE_\w+", tests))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pictures_have_words_and_a_width(page):
     for picture in re.findall(r"<img [^>]*>", page.read_text(encoding="utf-8")):
