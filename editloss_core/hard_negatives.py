@@ -26,6 +26,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -124,7 +125,7 @@ class HardNegativeBuffer:
         self._known: dict[str, tuple[tuple[int, int, int], HardNegative | None]] = {}
         self._warned: set[str] = set()
 
-    def __reduce__(self):  # a lock belongs to its process; worker processes open their own
+    def __reduce__(self) -> tuple[Any, ...]:  # a lock belongs to its process; worker processes open their own
         return type(self), (self.folder, self.capacity, self.per_key, self.space, self._lock.timeout)
 
     def __repr__(self) -> str:
@@ -253,8 +254,9 @@ class HardNegativeBuffer:
             while candidates and not chosen:
                 order = _order(len(candidates), count, seed, key)
                 found: dict[int, Tensor | None] = {i: self._load(candidates[i]) for i in sorted(set(order))}
-                if all(t is not None for t in found.values()):
-                    chosen = [found[i] for i in order]
+                whole = {i: t for i, t in found.items() if t is not None}
+                if len(whole) == len(found):
+                    chosen = [whole[i] for i in order]
                 candidates = [e for i, e in enumerate(candidates) if found.get(i, e) is not None]
         if not chosen:
             keys = sorted({e.key for e in entries} - {key})
@@ -300,9 +302,12 @@ class HardNegativeBuffer:
                 state = (info.st_size, info.st_mtime_ns, info.st_ino)
                 known = self._known.get(name)
                 if known is None or known[0] != state:
-                    regular = stat_module.S_ISREG(info.st_mode) and name.endswith(".safetensors")
-                    known = state, self._read_header(Path(item.path)) if regular else self._skip(name, "not an entry")
-                    self._known[name] = known
+                    entry = None
+                    if stat_module.S_ISREG(info.st_mode) and name.endswith(".safetensors"):
+                        entry = self._read_header(Path(item.path))
+                    else:
+                        self._skip(name, "not an entry")
+                    self._known[name] = known = state, entry
                 if known[1] is not None:
                     entries.append(known[1])
         for name in self._known.keys() - present:
@@ -315,7 +320,8 @@ class HardNegativeBuffer:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT or TENSOR not in set(file.keys()):
-                    return self._skip(path.name, "a safetensors file that is not a hard negative")
+                    self._skip(path.name, "a safetensors file that is not a hard negative")
+                    return None
                 if metadata["space"] != self.space:
                     return None
                 return HardNegative(
@@ -331,13 +337,15 @@ class HardNegativeBuffer:
                     content=metadata.get("content", ""),
                 )
         except Exception as error:  # safetensors raises its own class, OSError, ValueError, … on broken files
-            return self._skip(path.name, f"{type(error).__name__}: {error}")
+            self._skip(path.name, f"{type(error).__name__}: {error}")
+            return None
 
     def _load(self, entry: HardNegative) -> Tensor | None:
         try:
             return safetensors.torch.load(entry.path.read_bytes())[TENSOR]
         except Exception as error:  # changed by other hands since its header was read
-            return self._skip(entry.path.name, f"{type(error).__name__}: {error}")
+            self._skip(entry.path.name, f"{type(error).__name__}: {error}")
+            return None
 
     def _skip(self, name: str, reason: str) -> None:
         if name not in self._warned:
@@ -426,7 +434,7 @@ def _dtype_name(x: Tensor) -> str:
 def _content(x: Tensor) -> str:
     """Hash of dtype, shape and bytes of a contiguous tensor on the CPU."""
     digest = hashlib.blake2b(f"{_dtype_name(x)} {list(x.shape)} ".encode(), digest_size=16)
-    digest.update(x.flatten().view(torch.uint8).numpy())
+    digest.update(x.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

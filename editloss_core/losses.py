@@ -81,7 +81,350 @@ BANK_ROWS = 256  # … unless those of so many anchors are more: fewer would mak
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The primitive: one anchor against any number of references, per token, with one analytic backward
+# The task losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loss_no_edit_identity(
+    z_pred: Tensor,
+    z_gt: Tensor,
+    z_src: Tensor,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+) -> Tensor:
+    """Against *no edit*: max(0, d(pred, gt) − d(pred, src) + margin), the output must be nearer to after than to before.
+
+    Give the edit mask as token ``weights``: averaged over the whole picture, an unchanged background hides the object.
+
+    Args:
+        z_pred: ``[B, ..., D]`` embedding of the model's output.
+        z_gt: that of the after picture, same shape.
+        z_src: that of the before picture, same shape.
+        margin, dist, agg, reduction, weights, smooth: as :func:`triplet_margin_loss`.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> src, gt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> loss_no_edit_identity(gt, gt, src), loss_no_edit_identity(src, gt, src)
+    (tensor(0.), tensor(1.2000))
+    """
+    _check_embeddings(z_pred=z_pred, z_gt=z_gt, z_src=z_src)
+    return _ranking(z_pred, z_gt, [z_src], margin, dist, agg, reduction, weights, smooth)
+
+
+def loss_geometry_match(
+    z_pred: Tensor,
+    z_gt: Tensor,
+    kind: str = "l2",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Against *distorted geometry*: feature match of the output with the after picture, token by token.
+
+    Use token or grid embeddings: a global vector hardly moves when a shape is bent.
+
+    Args:
+        z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
+        kind, agg, reduction, weights: as :func:`feature_match_loss`.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> loss_geometry_match(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
+    tensor(4.)
+    """
+    _check_embeddings(z_pred=z_pred, z_gt=z_gt)
+    _check_option("kind", kind, MATCHES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    return _match(z_pred, z_gt, kind, agg, reduction, weights)
+
+
+def loss_overlay_avoidance(
+    z_pred: Tensor,
+    z_gt: Tensor,
+    z_overlay: Negatives,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """Against *overlay*: max(0, d(pred, gt) − d(pred, overlay) + margin), for one overlay or several.
+
+    Args:
+        z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
+        z_overlay: embedding of the new object painted over the old one: shaped like ``z_pred``, ``[B, K, ..., D]`` for
+            K constructions, or a list of K.
+        margin, dist, agg, reduction, weights, smooth, neg_agg: as :func:`multi_negative_ranking_loss`.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> gt, overlay = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    >>> loss_overlay_avoidance(gt, gt, overlay, margin="auto"), loss_overlay_avoidance(overlay, gt, overlay, margin=0)
+    (tensor(0.), tensor(0.2929))
+    """
+    _check_embeddings(z_pred=z_pred, z_gt=z_gt)
+    negatives = _negative_list("z_overlay", z_overlay, z_pred)
+    return _ranking(z_pred, z_gt, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The general losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pair_distance(
+    a: Tensor, b: Tensor, dist: str = "cos", agg: str = "mean", weights: Optional[Tensor] = None
+) -> Tensor:
+    """Distance between two embeddings, per sample.
+
+    ``"cos"``: 1 − a·b / (‖a‖‖b‖) per token, in [0, 2]. ``"l2"``: ‖a − b‖² per token (squared, summed over D). Then
+    ``agg`` over tokens.
+
+    Args:
+        a, b: ``[B, ..., D]``, same shape.
+        dist: ``"cos"`` or ``"l2"``.
+        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
+        weights: None, token weights ``[B, ...]`` or factors per sample ``[B]``.
+
+    Returns:
+        ``[B]``.
+
+    Raises:
+        ValueError: as the module says.
+
+    >>> pair_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
+    tensor([1.])
+    """
+    _check_embeddings(a=a, b=b)
+    _check_option("dist", dist, DISTANCES)
+    _check_option("agg", agg, AGGREGATIONS)
+    return _match(a, b, dist, agg, "none", weights)
+
+
+def feature_match_loss(
+    pred: Tensor,
+    target: Tensor,
+    kind: str = "l2",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Distance of predicted features to target features.
+
+    ``"l2"``: ‖p − t‖² (squared, summed over D). ``"l1"``: Σ|p − t|. ``"cos"``: 1 − cos(p, t). Per token, then ``agg``.
+
+    Args:
+        pred, target: ``[B, ..., D]``, same shape.
+        kind: ``"l2"``, ``"l1"`` or ``"cos"``.
+        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (→ ``[B]``).
+        weights: None, token weights ``[B, ...]`` or factors per sample ``[B]``.
+
+    Raises:
+        ValueError: as the module says.
+
+    Source:
+        Feature reconstruction loss of Johnson et al., 2016, "Perceptual Losses for Real-Time Style Transfer and
+        Super-Resolution", with the encoder left to the caller.
+
+    >>> feature_match_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor(5.)
+    """
+    _check_embeddings(pred=pred, target=target)
+    _check_option("kind", kind, MATCHES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    return _match(pred, target, kind, agg, reduction, weights)
+
+
+def contrastive_pair_loss(
+    z1: Tensor,
+    z2: Tensor,
+    y: Tensor,
+    margin: float = 1.0,
+    dist: str = "l2",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Contrastive loss of a labelled pair: ½ · y · d² + ½ · (1 − y) · max(0, margin − d)².
+
+    With ``dist="l2"``, d is the **Euclidean** distance ‖z1 − z2‖ (not squared), as in the paper: both parts and the
+    margin are on it. With ``dist="cos"``, d = 1 − cos(z1, z2), so a margin of 1 asks for orthogonal vectors and the
+    largest useful one is 2. With tokens, d is the aggregate of the token distances. (The paper writes Y = 0 for a
+    similar pair; here y = 1 pulls together and y = 0 pushes apart, as most libraries have it.)
+
+    Args:
+        z1, z2: ``[B, ..., D]``, same shape.
+        y: 1 = same, 0 = different; ``[B]`` bool, integer or floating in 0…1, or one number for all.
+        margin: number ≥ 0, in units of d.
+        dist: ``"l2"`` or ``"cos"``.
+        agg, reduction, weights: as the module says.
+
+    Raises:
+        ValueError: as the module says; labels outside 0…1 (looked at on the CPU only, so as not to stall a GPU).
+
+    Source:
+        Hadsell, Chopra, LeCun, 2006, "Dimensionality Reduction by Learning an Invariant Mapping", eq. 4.
+
+    >>> z1, z2 = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.3, 0.4], [0.3, 0.4]])
+    >>> contrastive_pair_loss(z1, z2, torch.tensor([1, 0]), reduction="none")
+    tensor([0.1250, 0.1250])
+    """
+    _check_embeddings(z1=z1, z2=z2)
+    _check_option("dist", dist, DISTANCES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("margin", margin, minimum=0.0)
+    _check_labels(y, z1.shape[0], z1.device)
+    sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
+    (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
+    return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+) -> Tensor:
+    """max(0, d(anchor, positive) − d(anchor, negative) + margin).
+
+    Args:
+        anchor, positive, negative: ``[B, ..., D]``, same shape.
+        margin: number ≥ 0 in units of d, ``[B]``, ``"auto"`` or ``"auto:F"``.
+        dist: ``"cos"`` (1 − cosine) or ``"l2"`` (squared L2, summed over D).
+        agg, reduction, weights, smooth: as the module says.
+
+    Raises:
+        ValueError: as the module says.
+
+    Source:
+        Schroff et al., 2015, "FaceNet", eq. 3 (which uses ``dist="l2"``).
+
+    >>> a, p, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> triplet_margin_loss(a, p, n), triplet_margin_loss(a, n, p, margin=0.5)
+    (tensor(0.), tensor(1.5000))
+    """
+    _check_embeddings(anchor=anchor, positive=positive, negative=negative)
+    return _ranking(anchor, positive, [negative], margin, dist, agg, reduction, weights, smooth)
+
+
+def multi_negative_ranking_loss(
+    z_anchor: Tensor,
+    z_positive: Tensor,
+    z_negs: Negatives,
+    margin: Margin = 0.2,
+    dist: str = "cos",
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """Agg_j max(0, d(anchor, positive) − d(anchor, negative_j) + margin).
+
+    Args:
+        z_anchor, z_positive: ``[B, ..., D]``, same shape.
+        z_negs: ``[B, K, ..., D]``, or a list of K tensors shaped like the anchor (K may be 1).
+        margin: number ≥ 0 in units of d, ``[B]`` or ``[B, K]``, ``"auto"`` (per negative) or ``"auto:F"``.
+        dist: ``"cos"`` or ``"l2"`` (squared).
+        agg, reduction, weights, smooth: as the module says.
+        neg_agg: ``"mean"``, ``"max"`` (the hardest negative alone) or ``"sum"`` over the K negatives.
+
+    Raises:
+        ValueError: as the module says.
+
+    Source:
+        The triplet hinge of FaceNet over K explicit negatives; ``neg_agg="max"`` is the hardest-negative form of
+        Faghri et al., 2018, "VSE++".
+
+    >>> a, p = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    >>> multi_negative_ranking_loss(a, p, [torch.tensor([[0.0, 1.0]]), a], margin=0.5)
+    tensor(0.2500)
+    """
+    _check_embeddings(z_anchor=z_anchor, z_positive=z_positive)
+    negatives = _negative_list("z_negs", z_negs, z_anchor)
+    return _ranking(z_anchor, z_positive, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
+
+
+def info_nce_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Optional[Negatives] = None,
+    temperature: float = 0.07,
+    agg: str = "mean",
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """−log( exp(s(a, p)/τ) / (exp(s(a, p)/τ) + Σ_j exp(s(a, n_j)/τ)) ) with s = −d = cos − 1.
+
+    Token embeddings are compared position by position and ``agg`` reduces the cosine distances over tokens, so with
+    ``"mean"`` s is the mean cosine (less 1, which cancels).
+
+    Args:
+        anchor, positive: ``[B, ..., D]``, same shape.
+        negatives: None: the positives of the other samples in the batch (with a batch of one there are none and the
+            loss is 0). Else negatives of one's own per sample (``[B, K, ..., D]``, or a list of K tensors shaped like
+            the anchor), or a bank that all samples share: ``[N, D]`` (every token is compared with every row) or, for
+            token embeddings, ``[N, ..., D]`` compared position by position.
+        temperature: τ > 0.
+        agg, reduction, weights: as the module says; token weights are the anchor's.
+
+    Raises:
+        ValueError: as the module says; a non-positive temperature.
+
+    Source:
+        van den Oord et al., 2018, "Representation Learning with Contrastive Predictive Coding".
+
+    >>> z = torch.eye(4)
+    >>> round(info_nce_loss(z, z, temperature=1.0).item(), 4)  # log(1 + 3/e)
+    0.7437
+    """
+    _check_embeddings(anchor=anchor, positive=positive)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("temperature", temperature, minimum=0.0, exclusive=True)
+    sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
+
+    bank = positive if negatives is None else _shared_bank(negatives, anchor)
+    if bank is None:
+        assert negatives is not None
+        references = [positive, *_negative_list("negatives", negatives, anchor)]
+        d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
+        return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
+    # What is used twice below must not have its two gradients rounded to half precision before they are added.
+    dtype = _compute_dtype(anchor, positive, bank)
+    anchor, positive = anchor.to(dtype), positive.to(dtype)
+    (d_pos,) = _aggregated_distances(anchor, [positive], "cos", agg, token_weights)
+    bank = positive if negatives is None else bank.to(dtype)
+    parts = _bank_parts(anchor, bank, d_pos, 1.0 / temperature, agg, token_weights)
+    if reduction == "none":
+        return _reduce(_BankInfoNCE.apply(False, negatives is None, *parts, None), reduction, sample_weights)
+    factors = torch.full_like(d_pos, 1.0 / len(d_pos) if reduction == "mean" else 1.0)
+    if sample_weights is not None:
+        factors = factors * sample_weights.to(dtype)
+    return _BankInfoNCE.apply(torch.is_grad_enabled(), negatives is None, *parts, factors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On distances that the caller has
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +457,244 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
     return _distances(anchor, references, dist)
+
+
+def aggregate_tokens(distances: Tensor, agg: str = "mean", weights: Optional[Tensor] = None) -> Tensor:
+    """Token distances ``[B, ...]`` → ``[B]``: weighted mean, sum or maximum over all token dimensions.
+
+    Args:
+        distances: ``[B]`` (returned as it is) or ``[B, ...]``.
+        agg: ``"mean"``: Σwd / Σw, and 0 for a sample whose weights are all 0; ``"sum"``: Σwd; ``"max"``: max(wd).
+        weights: None or non-negative, shaped like ``distances``.
+
+    >>> aggregate_tokens(torch.tensor([[1.0, 3.0]]), "mean", torch.tensor([[0.0, 1.0]]))
+    tensor([3.])
+    """
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_tensor("distances", distances)
+    if distances.ndim < 1 or distances.numel() == 0:
+        raise ValueError(f"distances: expected [B] or [B, ...] with B >= 1, got shape {_shape(distances)}")
+    if distances.ndim > 1 and weights is not None:
+        if weights.shape != distances.shape:
+            raise ValueError(f"weights: expected shape {_shape(distances)} like the distances, got {_shape(weights)}")
+        _split_weights(weights, distances.shape, distances.device)
+    return _aggregate(distances, agg, weights)
+
+
+def margin_fraction(margin: Margin) -> Optional[float]:
+    """The fraction of d(positive, negative) that ``"auto"`` stands for; None if ``margin`` is a number or a tensor.
+
+    Raises:
+        ValueError: for a negative or non-finite number, another word, or a fraction outside (0, 1].
+
+    >>> margin_fraction("auto"), margin_fraction("auto:0.8"), margin_fraction(0.2)
+    (0.5, 0.8, None)
+    """
+    if isinstance(margin, Tensor):
+        if not margin.is_floating_point():
+            raise ValueError(f"margin: expected a floating tensor, got {margin.dtype}")
+        if _on_cpu(margin) and bool((margin < 0).any()):
+            raise ValueError(f"margin: expected values >= 0, got a tensor with minimum {margin.min().item():g}")
+        return None
+    if isinstance(margin, str):
+        word, colon, number = margin.partition(":")
+        try:
+            fraction = float(number) if colon else 0.5
+        except ValueError:
+            fraction = math.nan
+        if word.strip() != "auto" or not 0.0 < fraction <= 1.0:
+            raise ValueError(f"margin: expected a number >= 0, 'auto' or 'auto:F' with 0 < F <= 1, got {margin!r}")
+        return fraction
+    _check_number("margin", margin, minimum=0.0)
+    return None
+
+
+def margin_ranking_on_distances(
+    d_pos: Tensor,
+    d_neg: Tensor,
+    margin: Margin = 0.2,
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+    smooth: float = 0.0,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """Hinge on distances that the caller has: Agg_j max(0, d_pos − d_neg,j + margin).
+
+    Args:
+        d_pos: ``[B]`` distance to what should be near.
+        d_neg: ``[B]``, or ``[B, K]`` for K negatives.
+        margin: number ≥ 0, or a tensor ``[B]`` (``[B, K]`` for K negatives). ``"auto"`` needs embeddings and is refused.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (→ ``[B]``).
+        weights: None or ``[B]``, factors of the per-sample losses.
+        smooth: 0 for the hinge, > 0 for a softplus of that width.
+        neg_agg: ``"mean"``, ``"max"`` or ``"sum"`` over the K negatives.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative margin or ``smooth``, an unknown option, an empty batch.
+
+    >>> margin_ranking_on_distances(torch.tensor([0.1, 0.5]), torch.tensor([0.6, 0.4]), margin=0.2, reduction="none")
+    tensor([0.0000, 0.3000])
+    """
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_option("neg_agg", neg_agg, AGGREGATIONS)
+    _check_number("smooth", smooth, minimum=0.0)
+    _check_distances("d_pos", d_pos, (1,))
+    _check_distances("d_neg", d_neg, (1, 2))
+    if d_neg.shape[0] != d_pos.shape[0]:
+        raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
+    _check_same_device(d_pos=d_pos, d_neg=d_neg)
+    if margin_fraction(margin) is not None or isinstance(margin, str):
+        raise ValueError(f"margin: expected a number or a tensor, got {margin!r}, which needs embeddings")
+    sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
+    dtype = _compute_dtype(d_pos, d_neg)
+    d_pos, d_neg = d_pos.to(dtype), d_neg.to(dtype)
+    if isinstance(margin, Tensor):
+        _check_margin_tensor(margin, d_neg.shape, d_neg.device)
+        margin = margin.to(dtype)
+        if d_neg.ndim == 2 and margin.ndim == 1:
+            margin = margin.unsqueeze(1)
+    excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
+    return _reduce(_aggregate(_hinge(excess, smooth), neg_agg, None), reduction, sample_weights)
+
+
+def contrastive_on_distances(
+    distance: Tensor,
+    y: Union[Tensor, float],
+    margin: float = 1.0,
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """½ · y · d² + ½ · (1 − y) · max(0, margin − d)², on distances ``[B]`` that the caller has.
+
+    See :func:`contrastive_pair_loss`.
+
+    >>> contrastive_on_distances(torch.tensor([0.6, 0.6]), torch.tensor([1, 0]), reduction="none")
+    tensor([0.1800, 0.0800])
+    """
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_distances("distance", distance, (1,))
+    _check_number("margin", margin, minimum=0.0)
+    sample_weights, _ = _split_weights(weights, distance.shape, distance.device)
+    _check_labels(y, distance.shape[0], distance.device)
+    distance = distance.to(_compute_dtype(distance))
+    y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
+    pull = y * distance.square()
+    push = (1.0 - y) * (margin - distance).clamp_min(0.0).square()
+    return _reduce(0.5 * (pull + push), reduction, sample_weights)
+
+
+def info_nce_on_distances(
+    d_pos: Tensor,
+    d_neg: Tensor,
+    temperature: float = 0.07,
+    reduction: str = "mean",
+    weights: Optional[Tensor] = None,
+) -> Tensor:
+    """−log( exp(−d_pos/τ) / (exp(−d_pos/τ) + Σ_j exp(−d_neg,j/τ)) ), on distances that the caller has.
+
+    Args:
+        d_pos: ``[B]``.
+        d_neg: ``[B]`` or ``[B, K]``.
+        temperature: τ > 0.
+        reduction, weights: as the module says.
+
+    >>> info_nce_on_distances(torch.tensor([0.0]), torch.tensor([[0.0]]), temperature=1.0)
+    tensor(0.6931)
+    """
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("temperature", temperature, minimum=0.0, exclusive=True)
+    _check_distances("d_pos", d_pos, (1,))
+    _check_distances("d_neg", d_neg, (1, 2))
+    if d_neg.shape[0] != d_pos.shape[0]:
+        raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
+    _check_same_device(d_pos=d_pos, d_neg=d_neg)
+    sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
+    dtype = _compute_dtype(d_pos, d_neg)
+    d_neg = d_neg.reshape(len(d_pos), -1)
+    logits = torch.cat([d_pos.unsqueeze(1).to(dtype), d_neg.to(dtype)], 1) / -temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From token distances to a loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _aggregate(distances: Tensor, agg: str, weights: Optional[Tensor]) -> Tensor:
+    """:func:`aggregate_tokens` where all is checked already: looking at every weight once is enough."""
+    if distances.ndim == 1:
+        return distances
+    d = distances.flatten(1)
+    if weights is not None:
+        w = weights.to(d.dtype).flatten(1)
+        d = d * w
+        if agg == "mean":
+            total = w.sum(1)
+            return d.sum(1) / torch.where(total > 0, total, torch.ones_like(total))
+    if agg == "mean":
+        return d.mean(1)
+    return d.sum(1) if agg == "sum" else d.amax(1)
+
+
+def _hinge(x: Tensor, smooth: float) -> Tensor:
+    # Below 1e-30 the quotient would overflow and the two are the same in float32.
+    return smooth * F.softplus(x / smooth) if smooth > 1e-30 else x.relu()
+
+
+def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]) -> Tensor:
+    if sample_weights is not None:
+        per_sample = per_sample * sample_weights.to(per_sample.dtype)
+    if reduction == "none":
+        return per_sample
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _aggregated_distances(
+    anchor: Tensor, references: Sequence[Tensor], dist: str, agg: str, token_weights: Optional[Tensor]
+) -> List[Tensor]:
+    return [_aggregate(d, agg, token_weights) for d in _distances(anchor, references, dist)]
+
+
+def _ranking(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: List[Tensor],
+    margin: Margin,
+    dist: str,
+    agg: str,
+    reduction: str,
+    weights: Optional[Tensor],
+    smooth: float,
+    neg_agg: str = "mean",
+) -> Tensor:
+    """The hinge that triplet, multi-negative ranking and the task losses share; its embeddings are checked already."""
+    _check_option("dist", dist, DISTANCES)
+    _check_option("agg", agg, AGGREGATIONS)
+    _check_option("neg_agg", neg_agg, AGGREGATIONS)
+    _check_option("reduction", reduction, REDUCTIONS)
+    _check_number("smooth", smooth, minimum=0.0)
+    fraction = margin_fraction(margin)
+    if isinstance(margin, Tensor):
+        count = sum(n.shape[1] if n.ndim > anchor.ndim else 1 for n in negatives)
+        _check_margin_tensor(margin, torch.Size([anchor.shape[0], count]), anchor.device)
+    sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
+    d_pos, *d_neg = _aggregated_distances(anchor, [positive, *negatives], dist, agg, token_weights)
+    if fraction is not None:
+        with torch.no_grad():
+            margin = fraction * torch.stack(_aggregated_distances(positive, negatives, dist, agg, token_weights), 1)
+    return margin_ranking_on_distances(d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg)
+
+
+def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
+    sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
+    (d,) = token_distances(a, [b], kind)
+    return _reduce(_aggregate(d, agg, token_weights), reduction, sample_weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The primitive: one anchor against any number of references, per token, with one analytic backward
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _distances(anchor: Tensor, references: Sequence[Tensor], dist: str) -> List[Tensor]:
@@ -382,481 +963,8 @@ def _fade(squared_norm: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From token distances to a loss
+# InfoNCE against a bank, a few anchors at a time
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def aggregate_tokens(distances: Tensor, agg: str = "mean", weights: Optional[Tensor] = None) -> Tensor:
-    """Token distances ``[B, ...]`` → ``[B]``: weighted mean, sum or maximum over all token dimensions.
-
-    Args:
-        distances: ``[B]`` (returned as it is) or ``[B, ...]``.
-        agg: ``"mean"``: Σwd / Σw, and 0 for a sample whose weights are all 0; ``"sum"``: Σwd; ``"max"``: max(wd).
-        weights: None or non-negative, shaped like ``distances``.
-
-    >>> aggregate_tokens(torch.tensor([[1.0, 3.0]]), "mean", torch.tensor([[0.0, 1.0]]))
-    tensor([3.])
-    """
-    _check_option("agg", agg, AGGREGATIONS)
-    _check_tensor("distances", distances)
-    if distances.ndim < 1 or distances.numel() == 0:
-        raise ValueError(f"distances: expected [B] or [B, ...] with B >= 1, got shape {_shape(distances)}")
-    if distances.ndim > 1 and weights is not None:
-        if weights.shape != distances.shape:
-            raise ValueError(f"weights: expected shape {_shape(distances)} like the distances, got {_shape(weights)}")
-        _split_weights(weights, distances.shape, distances.device)
-    return _aggregate(distances, agg, weights)
-
-
-def _aggregate(distances: Tensor, agg: str, weights: Optional[Tensor]) -> Tensor:
-    """:func:`aggregate_tokens` where all is checked already: looking at every weight once is enough."""
-    if distances.ndim == 1:
-        return distances
-    d = distances.flatten(1)
-    if weights is not None:
-        w = weights.to(d.dtype).flatten(1)
-        d = d * w
-        if agg == "mean":
-            total = w.sum(1)
-            return d.sum(1) / torch.where(total > 0, total, torch.ones_like(total))
-    if agg == "mean":
-        return d.mean(1)
-    return d.sum(1) if agg == "sum" else d.amax(1)
-
-
-def margin_fraction(margin: Margin) -> Optional[float]:
-    """The fraction of d(positive, negative) that ``"auto"`` stands for; None if ``margin`` is a number or a tensor.
-
-    Raises:
-        ValueError: for a negative or non-finite number, another word, or a fraction outside (0, 1].
-
-    >>> margin_fraction("auto"), margin_fraction("auto:0.8"), margin_fraction(0.2)
-    (0.5, 0.8, None)
-    """
-    if isinstance(margin, Tensor):
-        if not margin.is_floating_point():
-            raise ValueError(f"margin: expected a floating tensor, got {margin.dtype}")
-        if _on_cpu(margin) and bool((margin < 0).any()):
-            raise ValueError(f"margin: expected values >= 0, got a tensor with minimum {margin.min().item():g}")
-        return None
-    if isinstance(margin, str):
-        word, colon, number = margin.partition(":")
-        try:
-            fraction = float(number) if colon else 0.5
-        except ValueError:
-            fraction = math.nan
-        if word.strip() != "auto" or not 0.0 < fraction <= 1.0:
-            raise ValueError(f"margin: expected a number >= 0, 'auto' or 'auto:F' with 0 < F <= 1, got {margin!r}")
-        return fraction
-    _check_number("margin", margin, minimum=0.0)
-    return None
-
-
-def margin_ranking_on_distances(
-    d_pos: Tensor,
-    d_neg: Tensor,
-    margin: Margin = 0.2,
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-    smooth: float = 0.0,
-    neg_agg: str = "mean",
-) -> Tensor:
-    """Hinge on distances that the caller has: Agg_j max(0, d_pos − d_neg,j + margin).
-
-    Args:
-        d_pos: ``[B]`` distance to what should be near.
-        d_neg: ``[B]``, or ``[B, K]`` for K negatives.
-        margin: number ≥ 0, or a tensor ``[B]`` (``[B, K]`` for K negatives). ``"auto"`` needs embeddings and is refused.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (→ ``[B]``).
-        weights: None or ``[B]``, factors of the per-sample losses.
-        smooth: 0 for the hinge, > 0 for a softplus of that width.
-        neg_agg: ``"mean"``, ``"max"`` or ``"sum"`` over the K negatives.
-
-    Raises:
-        ValueError: shapes that do not fit, a negative margin or ``smooth``, an unknown option, an empty batch.
-
-    >>> margin_ranking_on_distances(torch.tensor([0.1, 0.5]), torch.tensor([0.6, 0.4]), margin=0.2, reduction="none")
-    tensor([0.0000, 0.3000])
-    """
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_option("neg_agg", neg_agg, AGGREGATIONS)
-    _check_number("smooth", smooth, minimum=0.0)
-    _check_distances("d_pos", d_pos, (1,))
-    _check_distances("d_neg", d_neg, (1, 2))
-    if d_neg.shape[0] != d_pos.shape[0]:
-        raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
-    _check_same_device(d_pos=d_pos, d_neg=d_neg)
-    if margin_fraction(margin) is not None or isinstance(margin, str):
-        raise ValueError(f"margin: expected a number or a tensor, got {margin!r}, which needs embeddings")
-    sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
-    dtype = _compute_dtype(d_pos, d_neg)
-    d_pos, d_neg = d_pos.to(dtype), d_neg.to(dtype)
-    if isinstance(margin, Tensor):
-        _check_margin_tensor(margin, d_neg.shape, d_neg.device)
-        margin = margin.to(dtype)
-        if d_neg.ndim == 2 and margin.ndim == 1:
-            margin = margin.unsqueeze(1)
-    excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
-    return _reduce(_aggregate(_hinge(excess, smooth), neg_agg, None), reduction, sample_weights)
-
-
-def contrastive_on_distances(
-    distance: Tensor,
-    y: Union[Tensor, float],
-    margin: float = 1.0,
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-) -> Tensor:
-    """½ · y · d² + ½ · (1 − y) · max(0, margin − d)², on distances ``[B]`` that the caller has.
-
-    See :func:`contrastive_pair_loss`.
-
-    >>> contrastive_on_distances(torch.tensor([0.6, 0.6]), torch.tensor([1, 0]), reduction="none")
-    tensor([0.1800, 0.0800])
-    """
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_distances("distance", distance, (1,))
-    _check_number("margin", margin, minimum=0.0)
-    sample_weights, _ = _split_weights(weights, distance.shape, distance.device)
-    _check_labels(y, distance.shape[0], distance.device)
-    distance = distance.to(_compute_dtype(distance))
-    y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
-    pull = y * distance.square()
-    push = (1.0 - y) * (margin - distance).clamp_min(0.0).square()
-    return _reduce(0.5 * (pull + push), reduction, sample_weights)
-
-
-def info_nce_on_distances(
-    d_pos: Tensor,
-    d_neg: Tensor,
-    temperature: float = 0.07,
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-) -> Tensor:
-    """−log( exp(−d_pos/τ) / (exp(−d_pos/τ) + Σ_j exp(−d_neg,j/τ)) ), on distances that the caller has.
-
-    Args:
-        d_pos: ``[B]``.
-        d_neg: ``[B]`` or ``[B, K]``.
-        temperature: τ > 0.
-        reduction, weights: as the module says.
-
-    >>> info_nce_on_distances(torch.tensor([0.0]), torch.tensor([[0.0]]), temperature=1.0)
-    tensor(0.6931)
-    """
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_number("temperature", temperature, minimum=0.0, exclusive=True)
-    _check_distances("d_pos", d_pos, (1,))
-    _check_distances("d_neg", d_neg, (1, 2))
-    if d_neg.shape[0] != d_pos.shape[0]:
-        raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
-    _check_same_device(d_pos=d_pos, d_neg=d_neg)
-    sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
-    dtype = _compute_dtype(d_pos, d_neg)
-    d_neg = d_neg.reshape(len(d_pos), -1)
-    logits = torch.cat([d_pos.unsqueeze(1).to(dtype), d_neg.to(dtype)], 1) / -temperature
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
-
-
-def _hinge(x: Tensor, smooth: float) -> Tensor:
-    # Below 1e-30 the quotient would overflow and the two are the same in float32.
-    return smooth * F.softplus(x / smooth) if smooth > 1e-30 else x.relu()
-
-
-def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]) -> Tensor:
-    if sample_weights is not None:
-        per_sample = per_sample * sample_weights.to(per_sample.dtype)
-    if reduction == "none":
-        return per_sample
-    return per_sample.mean() if reduction == "mean" else per_sample.sum()
-
-
-def _aggregated_distances(
-    anchor: Tensor, references: Sequence[Tensor], dist: str, agg: str, token_weights: Optional[Tensor]
-) -> List[Tensor]:
-    return [_aggregate(d, agg, token_weights) for d in _distances(anchor, references, dist)]
-
-
-def _ranking(
-    anchor: Tensor,
-    positive: Tensor,
-    negatives: List[Tensor],
-    margin: Margin,
-    dist: str,
-    agg: str,
-    reduction: str,
-    weights: Optional[Tensor],
-    smooth: float,
-    neg_agg: str = "mean",
-) -> Tensor:
-    """The hinge that triplet, multi-negative ranking and the task losses share; its embeddings are checked already."""
-    _check_option("dist", dist, DISTANCES)
-    _check_option("agg", agg, AGGREGATIONS)
-    _check_option("neg_agg", neg_agg, AGGREGATIONS)
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_number("smooth", smooth, minimum=0.0)
-    fraction = margin_fraction(margin)
-    if isinstance(margin, Tensor):
-        count = sum(n.shape[1] if n.ndim > anchor.ndim else 1 for n in negatives)
-        _check_margin_tensor(margin, torch.Size([anchor.shape[0], count]), anchor.device)
-    sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
-    d_pos, *d_neg = _aggregated_distances(anchor, [positive, *negatives], dist, agg, token_weights)
-    if fraction is not None:
-        with torch.no_grad():
-            margin = fraction * torch.stack(_aggregated_distances(positive, negatives, dist, agg, token_weights), 1)
-    return margin_ranking_on_distances(d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The general losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def pair_distance(
-    a: Tensor, b: Tensor, dist: str = "cos", agg: str = "mean", weights: Optional[Tensor] = None
-) -> Tensor:
-    """Distance between two embeddings, per sample.
-
-    ``"cos"``: 1 − a·b / (‖a‖‖b‖) per token, in [0, 2]. ``"l2"``: ‖a − b‖² per token (squared, summed over D). Then
-    ``agg`` over tokens.
-
-    Args:
-        a, b: ``[B, ..., D]``, same shape.
-        dist: ``"cos"`` or ``"l2"``.
-        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
-        weights: None, token weights ``[B, ...]`` or factors per sample ``[B]``.
-
-    Returns:
-        ``[B]``.
-
-    Raises:
-        ValueError: as the module says.
-
-    >>> pair_distance(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
-    tensor([1.])
-    """
-    _check_embeddings(a=a, b=b)
-    _check_option("dist", dist, DISTANCES)
-    _check_option("agg", agg, AGGREGATIONS)
-    return _match(a, b, dist, agg, "none", weights)
-
-
-def feature_match_loss(
-    pred: Tensor,
-    target: Tensor,
-    kind: str = "l2",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-) -> Tensor:
-    """Distance of predicted features to target features.
-
-    ``"l2"``: ‖p − t‖² (squared, summed over D). ``"l1"``: Σ|p − t|. ``"cos"``: 1 − cos(p, t). Per token, then ``agg``.
-
-    Args:
-        pred, target: ``[B, ..., D]``, same shape.
-        kind: ``"l2"``, ``"l1"`` or ``"cos"``.
-        agg: ``"mean"``, ``"max"`` or ``"sum"`` over tokens.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (→ ``[B]``).
-        weights: None, token weights ``[B, ...]`` or factors per sample ``[B]``.
-
-    Raises:
-        ValueError: as the module says.
-
-    Source:
-        Feature reconstruction loss of Johnson et al., 2016, "Perceptual Losses for Real-Time Style Transfer and
-        Super-Resolution", with the encoder left to the caller.
-
-    >>> feature_match_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]]))
-    tensor(5.)
-    """
-    _check_embeddings(pred=pred, target=target)
-    _check_option("kind", kind, MATCHES)
-    _check_option("agg", agg, AGGREGATIONS)
-    _check_option("reduction", reduction, REDUCTIONS)
-    return _match(pred, target, kind, agg, reduction, weights)
-
-
-def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
-    sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
-    (d,) = token_distances(a, [b], kind)
-    return _reduce(_aggregate(d, agg, token_weights), reduction, sample_weights)
-
-
-def contrastive_pair_loss(
-    z1: Tensor,
-    z2: Tensor,
-    y: Tensor,
-    margin: float = 1.0,
-    dist: str = "l2",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-) -> Tensor:
-    """Contrastive loss of a labelled pair: ½ · y · d² + ½ · (1 − y) · max(0, margin − d)².
-
-    With ``dist="l2"``, d is the **Euclidean** distance ‖z1 − z2‖ (not squared), as in the paper: both parts and the
-    margin are on it. With ``dist="cos"``, d = 1 − cos(z1, z2), so a margin of 1 asks for orthogonal vectors and the
-    largest useful one is 2. With tokens, d is the aggregate of the token distances. (The paper writes Y = 0 for a
-    similar pair; here y = 1 pulls together and y = 0 pushes apart, as most libraries have it.)
-
-    Args:
-        z1, z2: ``[B, ..., D]``, same shape.
-        y: 1 = same, 0 = different; ``[B]`` bool, integer or floating in 0…1, or one number for all.
-        margin: number ≥ 0, in units of d.
-        dist: ``"l2"`` or ``"cos"``.
-        agg, reduction, weights: as the module says.
-
-    Raises:
-        ValueError: as the module says; labels outside 0…1 (looked at on the CPU only, so as not to stall a GPU).
-
-    Source:
-        Hadsell, Chopra, LeCun, 2006, "Dimensionality Reduction by Learning an Invariant Mapping", eq. 4.
-
-    >>> z1, z2 = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.3, 0.4], [0.3, 0.4]])
-    >>> contrastive_pair_loss(z1, z2, torch.tensor([1, 0]), reduction="none")
-    tensor([0.1250, 0.1250])
-    """
-    _check_embeddings(z1=z1, z2=z2)
-    _check_option("dist", dist, DISTANCES)
-    _check_option("agg", agg, AGGREGATIONS)
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_number("margin", margin, minimum=0.0)
-    _check_labels(y, z1.shape[0], z1.device)
-    sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
-    (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
-    return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
-
-
-def triplet_margin_loss(
-    anchor: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    margin: Margin = 0.2,
-    dist: str = "cos",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-    smooth: float = 0.0,
-) -> Tensor:
-    """max(0, d(anchor, positive) − d(anchor, negative) + margin).
-
-    Args:
-        anchor, positive, negative: ``[B, ..., D]``, same shape.
-        margin: number ≥ 0 in units of d, ``[B]``, ``"auto"`` or ``"auto:F"``.
-        dist: ``"cos"`` (1 − cosine) or ``"l2"`` (squared L2, summed over D).
-        agg, reduction, weights, smooth: as the module says.
-
-    Raises:
-        ValueError: as the module says.
-
-    Source:
-        Schroff et al., 2015, "FaceNet", eq. 3 (which uses ``dist="l2"``).
-
-    >>> a, p, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    >>> triplet_margin_loss(a, p, n), triplet_margin_loss(a, n, p, margin=0.5)
-    (tensor(0.), tensor(1.5000))
-    """
-    _check_embeddings(anchor=anchor, positive=positive, negative=negative)
-    return _ranking(anchor, positive, [negative], margin, dist, agg, reduction, weights, smooth)
-
-
-def multi_negative_ranking_loss(
-    z_anchor: Tensor,
-    z_positive: Tensor,
-    z_negs: Negatives,
-    margin: Margin = 0.2,
-    dist: str = "cos",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-    smooth: float = 0.0,
-    neg_agg: str = "mean",
-) -> Tensor:
-    """Agg_j max(0, d(anchor, positive) − d(anchor, negative_j) + margin).
-
-    Args:
-        z_anchor, z_positive: ``[B, ..., D]``, same shape.
-        z_negs: ``[B, K, ..., D]``, or a list of K tensors shaped like the anchor (K may be 1).
-        margin: number ≥ 0 in units of d, ``[B]`` or ``[B, K]``, ``"auto"`` (per negative) or ``"auto:F"``.
-        dist: ``"cos"`` or ``"l2"`` (squared).
-        agg, reduction, weights, smooth: as the module says.
-        neg_agg: ``"mean"``, ``"max"`` (the hardest negative alone) or ``"sum"`` over the K negatives.
-
-    Raises:
-        ValueError: as the module says.
-
-    Source:
-        The triplet hinge of FaceNet over K explicit negatives; ``neg_agg="max"`` is the hardest-negative form of
-        Faghri et al., 2018, "VSE++".
-
-    >>> a, p = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
-    >>> multi_negative_ranking_loss(a, p, [torch.tensor([[0.0, 1.0]]), a], margin=0.5)
-    tensor(0.2500)
-    """
-    _check_embeddings(z_anchor=z_anchor, z_positive=z_positive)
-    negatives = _negative_list("z_negs", z_negs, z_anchor)
-    return _ranking(z_anchor, z_positive, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
-
-
-def info_nce_loss(
-    anchor: Tensor,
-    positive: Tensor,
-    negatives: Optional[Negatives] = None,
-    temperature: float = 0.07,
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-) -> Tensor:
-    """−log( exp(s(a, p)/τ) / (exp(s(a, p)/τ) + Σ_j exp(s(a, n_j)/τ)) ) with s = −d = cos − 1.
-
-    Token embeddings are compared position by position and ``agg`` reduces the cosine distances over tokens, so with
-    ``"mean"`` s is the mean cosine (less 1, which cancels).
-
-    Args:
-        anchor, positive: ``[B, ..., D]``, same shape.
-        negatives: None: the positives of the other samples in the batch (with a batch of one there are none and the
-            loss is 0). Else negatives of one's own per sample (``[B, K, ..., D]``, or a list of K tensors shaped like
-            the anchor), or a bank that all samples share: ``[N, D]`` (every token is compared with every row) or, for
-            token embeddings, ``[N, ..., D]`` compared position by position.
-        temperature: τ > 0.
-        agg, reduction, weights: as the module says; token weights are the anchor's.
-
-    Raises:
-        ValueError: as the module says; a non-positive temperature.
-
-    Source:
-        van den Oord et al., 2018, "Representation Learning with Contrastive Predictive Coding".
-
-    >>> z = torch.eye(4)
-    >>> round(info_nce_loss(z, z, temperature=1.0).item(), 4)  # log(1 + 3/e)
-    0.7437
-    """
-    _check_embeddings(anchor=anchor, positive=positive)
-    _check_option("agg", agg, AGGREGATIONS)
-    _check_option("reduction", reduction, REDUCTIONS)
-    _check_number("temperature", temperature, minimum=0.0, exclusive=True)
-    sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
-
-    bank = positive if negatives is None else _shared_bank(negatives, anchor)
-    if bank is None:
-        assert negatives is not None
-        references = [positive, *_negative_list("negatives", negatives, anchor)]
-        d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
-        return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
-    # What is used twice below must not have its two gradients rounded to half precision before they are added.
-    dtype = _compute_dtype(anchor, positive, bank)
-    anchor, positive = anchor.to(dtype), positive.to(dtype)
-    (d_pos,) = _aggregated_distances(anchor, [positive], "cos", agg, token_weights)
-    bank = positive if negatives is None else bank.to(dtype)
-    parts = _bank_parts(anchor, bank, d_pos, 1.0 / temperature, agg, token_weights)
-    if reduction == "none":
-        return _reduce(_BankInfoNCE.apply(False, negatives is None, *parts, None), reduction, sample_weights)
-    factors = torch.full_like(d_pos, 1.0 / len(d_pos) if reduction == "mean" else 1.0)
-    if sample_weights is not None:
-        factors = factors * sample_weights.to(dtype)
-    return _BankInfoNCE.apply(torch.is_grad_enabled(), negatives is None, *parts, factors)
 
 
 def _bank_parts(
@@ -1008,104 +1116,6 @@ def _add_max_gradients(
     if grads[1] is not None:
         step = torch.einsum("bnt,btd->ntd", share, a[rows])
         grads[1] += step if n.shape[1] > 1 else step.sum(1, keepdim=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The task losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def loss_no_edit_identity(
-    z_pred: Tensor,
-    z_gt: Tensor,
-    z_src: Tensor,
-    margin: Margin = 0.2,
-    dist: str = "cos",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-    smooth: float = 0.0,
-) -> Tensor:
-    """Against *no edit*: max(0, d(pred, gt) − d(pred, src) + margin), the output must be nearer to after than to before.
-
-    Give the edit mask as token ``weights``: averaged over the whole picture, an unchanged background hides the object.
-
-    Args:
-        z_pred: ``[B, ..., D]`` embedding of the model's output.
-        z_gt: that of the after picture, same shape.
-        z_src: that of the before picture, same shape.
-        margin, dist, agg, reduction, weights, smooth: as :func:`triplet_margin_loss`.
-
-    Raises:
-        ValueError: as the module says.
-
-    >>> src, gt = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    >>> loss_no_edit_identity(gt, gt, src), loss_no_edit_identity(src, gt, src)
-    (tensor(0.), tensor(1.2000))
-    """
-    _check_embeddings(z_pred=z_pred, z_gt=z_gt, z_src=z_src)
-    return _ranking(z_pred, z_gt, [z_src], margin, dist, agg, reduction, weights, smooth)
-
-
-def loss_geometry_match(
-    z_pred: Tensor,
-    z_gt: Tensor,
-    kind: str = "l2",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-) -> Tensor:
-    """Against *distorted geometry*: feature match of the output with the after picture, token by token.
-
-    Use token or grid embeddings: a global vector hardly moves when a shape is bent.
-
-    Args:
-        z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
-        kind, agg, reduction, weights: as :func:`feature_match_loss`.
-
-    Raises:
-        ValueError: as the module says.
-
-    >>> loss_geometry_match(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
-    tensor(4.)
-    """
-    _check_embeddings(z_pred=z_pred, z_gt=z_gt)
-    _check_option("kind", kind, MATCHES)
-    _check_option("agg", agg, AGGREGATIONS)
-    _check_option("reduction", reduction, REDUCTIONS)
-    return _match(z_pred, z_gt, kind, agg, reduction, weights)
-
-
-def loss_overlay_avoidance(
-    z_pred: Tensor,
-    z_gt: Tensor,
-    z_overlay: Negatives,
-    margin: Margin = 0.2,
-    dist: str = "cos",
-    agg: str = "mean",
-    reduction: str = "mean",
-    weights: Optional[Tensor] = None,
-    smooth: float = 0.0,
-    neg_agg: str = "mean",
-) -> Tensor:
-    """Against *overlay*: max(0, d(pred, gt) − d(pred, overlay) + margin), for one overlay or several.
-
-    Args:
-        z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
-        z_overlay: embedding of the new object painted over the old one: shaped like ``z_pred``, ``[B, K, ..., D]`` for
-            K constructions, or a list of K.
-        margin, dist, agg, reduction, weights, smooth, neg_agg: as :func:`multi_negative_ranking_loss`.
-
-    Raises:
-        ValueError: as the module says.
-
-    >>> gt, overlay = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
-    >>> loss_overlay_avoidance(gt, gt, overlay, margin="auto"), loss_overlay_avoidance(overlay, gt, overlay, margin=0)
-    (tensor(0.), tensor(0.2929))
-    """
-    _check_embeddings(z_pred=z_pred, z_gt=z_gt)
-    negatives = _negative_list("z_overlay", z_overlay, z_pred)
-    return _ranking(z_pred, z_gt, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+import math
+from typing import TYPE_CHECKING, Any, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from .drawing.colours import VERDICT_COLORS, color_of
 from .drawing.sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, cut, new_figure, percent, pixels, wrapped
 from .encoders.base import check_images
 from .objective import NOT_A_NUMBER, TERMS, ObjectiveReport, TermReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FAILURE_NAMES = {
     "no edit": "NO EDIT",
@@ -182,8 +186,9 @@ class ObjectiveSheet(Sheet):
         if isinstance(item, str):
             _draw_picture(axes, _nth(self.rows[item], i))
             return
+        assert item.token_map is not None  # a term without one is no item
         scale = max(float(item.token_map[: self.shown].abs().nan_to_num(0.0).max()), 1e-6)
-        _draw_map(axes, _nth(self.ground, i), item, i, scale)
+        _draw_map(axes, _nth(self.ground, i), item, item.token_map[i].float().cpu(), i, scale)
         self.write(
             left + 0.05, top + 0.13, f"loss {float(item.per_sample[i].detach()):.3f}", fontsize=8, color="white",
             weight="bold", bbox={"facecolor": "#000000a0", "edgecolor": "none", "pad": 1.5},
@@ -196,16 +201,16 @@ class ObjectiveSheet(Sheet):
             return
         step = (self.bars - 0.1) / len(terms)
         names = [f"towards {TERMS[t.term.kind].failure or t.term.name}"[:34] for t in terms]
-        values = [
-            min(max(float(t.toward_failure[i]), 0.0), 1.0) if t.toward_failure[i].isfinite() else 0.0 for t in terms
-        ]
+        towards = [float(t.toward_failure[i]) for t in terms if t.toward_failure is not None]
+        values = [min(max(v, 0.0), 1.0) if math.isfinite(v) else 0.0 for v in towards]
         colors = [GOOD if v <= 0.25 else WARN if v <= 0.5 else BAD for v in values]
         axes = self.axes(left, top, width, self.bars - 0.1)
         axes.barh(range(len(terms)), [1.0] * len(terms), color="#eef1f4", height=0.7)
         axes.barh(range(len(terms)), values, color=colors, height=0.7, alpha=0.5 if self.in_bands else 1.0)
         axes.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
-        for row, (t, value) in enumerate(zip(terms, values)):
-            number, style = f"{float(t.toward_failure[i]):.0%}", {"fontsize": 8, "va": "center", "parse_math": False}
+        for row, (toward, value) in enumerate(zip(towards, values)):
+            number = f"{toward:.0%}"
+            style: dict[str, Any] = {"fontsize": 8, "va": "center", "parse_math": False}
             if self.in_bands:  # the name stands on the bar, since there is no column for it
                 axes.text(0.02, row, f"{names[row]} {number}", color=INK, **style)
                 continue
@@ -245,17 +250,16 @@ def _number(value: Tensor) -> str:
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:.5g}"
 
 
-def _draw_picture(ax, image: Tensor) -> None:
+def _draw_picture(ax: Axes, image: Tensor) -> None:
     ax.imshow(image.numpy(), interpolation="bilinear", aspect="equal")
     ax.set_axis_off()
 
 
-def _draw_map(ax, image: Tensor, t: TermReport, i: int, scale: float) -> None:
+def _draw_map(ax: Axes, image: Tensor, t: TermReport, values: Tensor, i: int, scale: float) -> None:
     """Diverging colours for differences of distances, pale where a token did not count; over a grey output."""
     from matplotlib import colormaps
 
     grey = (0.25 + 0.75 * image.mean(-1)).numpy()
-    values = t.token_map[i].float().cpu()
     shown = (colormaps["RdBu_r"]((values / scale / 2 + 0.5).numpy())).copy()
     weights = torch.ones_like(values) if t.token_weights is None else t.token_weights[i].float().cpu()
     weights = weights / weights.max().clamp_min(1e-12)

@@ -61,7 +61,7 @@ def _setting_input(name: str, default, kind: str) -> list:
             )  # fmt: skip
         return widgets
     if name == "dist":
-        options = losses.MATCHES if kind in ("geometry_match", "feature_match") else losses.DISTANCES
+        options = TERMS[kind].dists
         tip = "cos: 1 − cosine, 0…2, blind to the length of features. l2: squared difference summed over the features."
         return [io.Combo.Input("dist", options=list(options), default=default, tooltip=tip)]
     if name == "smooth":

@@ -206,6 +206,7 @@ def test_its_log_reads_back_whole(uninterrupted):
         assert all((MADE / "run" / "pictures" / name).is_file() for p in old.pictures for name in p.files.values())
 
 
+@pytest.mark.slow
 def test_its_report_is_written_and_its_pictures_are_judged_as_then(made):
     """``VERDICTS`` and ``SCORES`` are what ``judge_run`` said of the folder then."""
     run = judge_run(made / "run")
@@ -467,6 +468,7 @@ def rows(path):
         return list(csv.reader(file))
 
 
+@pytest.mark.slow
 def test_a_folder_is_judged_as_then(tmp_path):
     """``judged`` holds one scene of ``editloss_core.demo.scenes`` at 64×64 pixels with four outputs: its after
     picture, its before, the mean of both, and the after picture with a wave in it. One stem has no after picture, one

@@ -471,7 +471,7 @@ ONES = torch.ones(2, SIZE, SIZE)
         (dict(mask=ONES * 2), ["mask", "0…1", "2"]),
         (dict(mask=ONES > 0), ["mask", "floating", "bool"]),
         (dict(indices=[1]), ["indices", "expected 2", "got 1"]),
-        (dict(indices=[1, 2.5]), [r"indices\[1\]", "integer", "2.5"]),
+        (dict(indices=[1, 2.5]), [r"indices\[1\]", "whole number", "2.5"]),
         (dict(settings={"seed": 1}), ["settings", "OverlaySettings", "dict"]),
         (dict(settings=OverlaySettings(feather=64)), ["feather", "64 x 64", "64 pixels"]),
     ],
@@ -498,7 +498,7 @@ def test_errors_name_the_argument_what_came_and_what_was_expected(arguments, wor
         (dict(scale=(0.1, 1.0)), ["scale", "0.5"]),
         (dict(spread=(0.1, float("nan"))), ["spread", "nan"]),
         (dict(min_visible=0), ["min_visible", "> 0", "<= 0.5"]),
-        (dict(seed=1.5), ["seed", "integer", "1.5"]),
+        (dict(seed=1.5), ["seed", "whole number", "1.5"]),
     ],
 )
 def test_settings_are_checked(arguments, words):

@@ -157,7 +157,7 @@ def test_wheel_holds_the_core_with_its_data_and_nothing_else(installed):
     there = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
     info = {name for name in there if name.startswith("editloss-")}
     assert there - info == core and len(info) >= 4
-    assert {Path(name).suffix for name in core} == {".py", ".j2", ".safetensors", ".md", ".webp", ".png"}
+    assert {Path(name).suffix for name in core} == {".py", ".typed", ".j2", ".safetensors", ".md", ".webp", ".png"}
 
 
 def test_wheel_asks_for_what_the_core_needs(installed):

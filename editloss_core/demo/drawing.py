@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import random
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
@@ -32,13 +33,13 @@ LEAVES = (64, 138, 84)
 LEFT, RIGHT, ABOVE, BELOW = 46, 46, 88, 10  # what a sprite may cover around its foot at scale 1
 
 RGB = tuple[int, int, int]
+Point = tuple[float, float]
 
 
 def tone(colour: RGB, factor: float) -> RGB:
     """Darker below 1, towards white above 1."""
-    if factor <= 1:
-        return tuple(round(c * factor) for c in colour)
-    return tuple(round(c + (255 - c) * (factor - 1)) for c in colour)
+    red, green, blue = (round(c * factor if factor <= 1 else c + (255 - c) * (factor - 1)) for c in colour)
+    return red, green, blue
 
 
 class Pen:
@@ -47,21 +48,32 @@ class Pen:
     def __init__(self, picture: Image.Image, origin: tuple[float, float], scale: float = 1.0):
         self.draw, self.origin, self.scale = ImageDraw.Draw(picture), origin, scale
 
-    def points(self, points) -> list[tuple[float, float]]:
+    def points(self, points: Iterable[Point]) -> list[tuple[float, float]]:
         ox, oy = self.origin
         return [((ox + x * self.scale) * FINE, (oy + y * self.scale) * FINE) for x, y in points]
 
-    def polygon(self, points, fill, outline=None, width: float = 1.2) -> None:
-        points = self.points(points)
-        self.draw.polygon(points, fill=fill)
+    def polygon(self, points: Iterable[Point], fill: RGB, outline: RGB | None = None, width: float = 1.2) -> None:
+        corners = self.points(points)
+        self.draw.polygon(corners, fill=fill)
         if outline is not None:
             line = max(1, round(width * FINE))
-            self.draw.line([*points, points[0], points[1]], fill=outline, width=line, joint="curve")
+            self.draw.line([*corners, corners[0], corners[1]], fill=outline, width=line, joint="curve")
 
-    def box(self, x0, y0, x1, y1, fill, outline=None, width: float = 1.2) -> None:
+    def box(
+        self, x0: float, y0: float, x1: float, y1: float, fill: RGB, outline: RGB | None = None, width: float = 1.2
+    ) -> None:
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, outline, width)
 
-    def ellipse(self, x0, y0, x1, y1, fill, outline=None, width: float = 1.2) -> None:
+    def ellipse(
+        self,
+        x0: float,
+        y0: float,
+        x1: float,
+        y1: float,
+        fill: RGB | int,
+        outline: RGB | None = None,
+        width: float = 1.2,
+    ) -> None:
         (a, b), (c, d) = self.points([(x0, y0), (x1, y1)])
         self.draw.ellipse([a, b, c, d], fill=fill, outline=outline, width=max(1, round(width * FINE)))
 
@@ -212,7 +224,8 @@ def background(rng: random.Random, horizon: int, side: float | None) -> np.ndarr
 
 def pastel(rng: random.Random, s0: float, s1: float, v0: float, v1: float, hue: float | None = None) -> RGB:
     hue = rng.random() if hue is None else hue
-    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, rng.uniform(s0, s1), rng.uniform(v0, v1)))
+    r, g, b = colorsys.hsv_to_rgb(hue, rng.uniform(s0, s1), rng.uniform(v0, v1))
+    return round(255 * r), round(255 * g), round(255 * b)
 
 
 def wallpaper(pen: Pen, rng: random.Random, wall: RGB, horizon: int) -> None:

@@ -220,7 +220,8 @@ def _room_change(x: Tensor, room: Tensor, where: Tensor) -> Tensor:
 
 def _window(mask: Tensor) -> tuple[slice, slice]:
     """The bounding box of a mask: where everything but the room is measured."""
-    return tuple(slice(int(i.min()), int(i.max()) + 1) for i in torch.nonzero(mask, as_tuple=True))
+    rows, columns = (slice(int(i.min()), int(i.max()) + 1) for i in torch.nonzero(mask, as_tuple=True))
+    return rows, columns
 
 
 def _own_place(mask: Tensor, other: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ script that trains it); the autoencoder has an equal in plain PyTorch, because t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class _Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
-def _conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
+def _conv(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
@@ -103,16 +104,18 @@ class Autoencoder(nn.Module):
 
     def __init__(self, whole: bool = False) -> None:
         super().__init__()
-        down, up = [_conv(3, 64), "block"], [_Clamp(), _conv(16, 64), nn.ReLU()]
+        down: list[nn.Module | str] = [_conv(3, 64), "block"]
+        up: list[nn.Module | str] = [_Clamp(), _conv(16, 64), nn.ReLU()]
         for _ in range(3):
             down += [_conv(64, 64, stride=2, bias=False), "block", "block", "block"]
             up += ["block", "block", "block", nn.Upsample(scale_factor=2), _conv(64, 64, bias=False)]
         down, up = [*down, _conv(64, 16)], [*up, "block", _conv(64, 3)]
-        for layers, trained in ((down, ()), (up, DECODER_BLOCKS)):
-            for i, layer in enumerate(layers):
-                if layer == "block":
-                    layers[i] = Block() if whole or i in trained else nn.ReLU()
-        self.taesd_encoder, self.taesd_decoder = nn.Sequential(*down), nn.Sequential(*up)
+
+        def built(layers: list[nn.Module | str], trained: Collection[int]) -> nn.Sequential:
+            blocks = {i: Block() if whole or i in trained else nn.ReLU() for i, x in enumerate(layers) if x == "block"}
+            return nn.Sequential(*(x if isinstance(x, nn.Module) else blocks[i] for i, x in enumerate(layers)))
+
+        self.taesd_encoder, self.taesd_decoder = built(down, ()), built(up, DECODER_BLOCKS)
         self.vae_scale, self.vae_shift = nn.Parameter(torch.tensor(FLUX_SCALE)), nn.Parameter(torch.tensor(FLUX_SHIFT))
 
     def encode(self, pictures: Tensor) -> Tensor:

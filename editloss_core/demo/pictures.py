@@ -62,7 +62,8 @@ def edit(scene: str) -> Edit:
         (drawn,) = stool_pairs(1)
         return Edit(drawn.before, drawn.after, edit_region(drawn), drawn.prompt)
     name = SCENES[scene]
-    return Edit(*(_tensor(_read(part, name)) for part in PARTS), _caption(name))
+    before, after, mask = (_tensor(_read(part, name)) for part in PARTS)
+    return Edit(before, after, mask, _caption(name))
 
 
 def outputs(pair: Edit) -> dict[str, Tensor]:
@@ -90,8 +91,10 @@ def example_pairs(resolution: int = 1024) -> PairSet:
     before, after, mask = flipped["cushion_chair"]
     pairs["mask_elsewhere"] = [before, after, mask[:, ::-1]]
     pairs["twice"] = pairs["oak_chair"]
-    sides = (torch.stack([_tensor(pair[k]) for pair in pairs.values()]) for k in range(len(PARTS)))
-    return PairSet.from_images(*sides, list(map(_caption, pairs)), names=list(pairs), resolution=resolution)
+    sides = [torch.stack([_tensor(pair[k]) for pair in pairs.values()]) for k in range(len(PARTS))]
+    return PairSet.from_images(
+        sides[0], sides[1], sides[2], list(map(_caption, pairs)), names=list(pairs), resolution=resolution
+    )
 
 
 def _caption(name: str) -> str:

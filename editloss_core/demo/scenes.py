@@ -145,13 +145,18 @@ def draw(
     return _example(seed, task, source, colour, target, colour, f"replace the {source} with {article} {target}")
 
 
-def _example(seed, task, source, colour, target, target_colour, prompt) -> Example:
+def _example(
+    seed: int, task: str, source: str | None, colour: str, target: str | None, target_colour: str, prompt: str
+) -> Example:
     scene = Scene(seed)
     before, old = scene.picture(source, colour)
     after, new = scene.picture(target, target_colour)
     empty, _ = scene.picture(None, colour)
-    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (before, after, empty, old, new)]
-    return Example(*tensors, prompt=prompt, seed=seed, task=task)
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    return Example(tensor(before), tensor(after), tensor(empty), tensor(old), tensor(new), prompt, seed, task)
 
 
 def edit_region(example: Example) -> Tensor:

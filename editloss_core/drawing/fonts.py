@@ -12,8 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from ..extras import need
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import ImageDraw, ImageFont
 
 LATIN = "DejaVu Sans"
 # Beginnings of the families that systems bring along for Chinese, Japanese, Korean and other scripts: of several, the first.
@@ -56,7 +61,7 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def use_families(figure) -> None:
+def use_families(figure: Figure) -> None:
     """Every text of a figure falls back to the machine's fonts where DejaVu has no glyph."""
     from matplotlib.text import Text
 
@@ -99,7 +104,9 @@ class Letters:
             words = words[:-1]
         return words + "…"
 
-    def write(self, draw, x: float, y: float, words: str, color: str, centred: bool = False) -> None:
+    def write(
+        self, draw: ImageDraw.ImageDraw, x: float, y: float, words: str, color: str, centred: bool = False
+    ) -> None:
         """One line whose middle is at y, from x or about it."""
         ascent, descent = self._fonts[0].getmetrics()
         x -= self.length(words) / 2 if centred else 0
@@ -107,7 +114,7 @@ class Letters:
             draw.text((x, y + (ascent - descent) / 2), part, color, font, "ls")
             x += font.getlength(part)
 
-    def _runs(self, words: str) -> Iterator[tuple]:
+    def _runs(self, words: str) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
         for index, part in groupby(words, self._place):
             yield self._fonts[index], "".join(part)
 

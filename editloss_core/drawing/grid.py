@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Union
+from typing import TYPE_CHECKING, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ..runs.pictures import PreviewRow
 from .colours import color_of, text_on
 from .fonts import Letters
 from .sheet import INK, LINE, MUTED
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
 
 LABELS = ("before", "base", "LoRA", "after")
 SMALLEST = 256  # pixels across a picture in the grid, if the page has room
@@ -85,7 +88,12 @@ def grid(
     return pixels[None].float() / 255.0
 
 
-def _checked(rows, labels, names, notes) -> tuple[list[str], list[list[Optional[str]]]]:
+def _checked(
+    rows: Sequence[Union[PreviewRow, Sequence[Tensor]]],
+    labels: Sequence[str],
+    names: Optional[Sequence[str]],
+    notes: Optional[Sequence[Optional[Sequence[Optional[str]]]]],
+) -> tuple[list[str], list[list[Optional[str]]]]:
     """Names and notes, one per row and per cell."""
     if not len(rows):
         raise ValueError("rows: expected at least one row of pictures, got none")
@@ -96,7 +104,7 @@ def _checked(rows, labels, names, notes) -> tuple[list[str], list[list[Optional[
             raise ValueError(f"{what}: expected one per row, which are {len(rows)}, got {len(given)}")
     if names is None:
         names = [row.pair if isinstance(row, PreviewRow) else "" for row in rows]
-    full = []
+    full: list[list[Optional[str]]] = []
     for i, row in enumerate(notes or [None] * len(rows)):
         if row is not None and (isinstance(row, str) or len(row) != len(labels)):
             raise ValueError(f"notes: row {i + 1}: expected {len(labels)} (or None), one per label, got {row!r}")
@@ -129,7 +137,7 @@ def _height(row: Sequence[Tensor], cell: int) -> int:
     return max(1, round(cell * aspect))
 
 
-def _scaled(picture: Tensor, height: int, cell: int):
+def _scaled(picture: Tensor, height: int, cell: int) -> Image.Image:
     """Bicubic: as crisp as an enlargement gets without blocks or rings; with antialiasing where it gets smaller."""
     from PIL import Image
 
@@ -140,7 +148,7 @@ def _scaled(picture: Tensor, height: int, cell: int):
     return Image.fromarray(array)
 
 
-def _tag(draw, note: str, letters: Letters, middle: int, top: int, cell: int) -> None:
+def _tag(draw: ImageDraw.ImageDraw, note: str, letters: Letters, middle: int, top: int, cell: int) -> None:
     color = color_of(note) or MUTED
     words = letters.fitting(note, cell - 20)
     half = letters.length(words) / 2 + 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -12,22 +12,27 @@ from torch import Tensor
 from ..extras import need
 from .fonts import quiet, use_families
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 INK, MUTED, GOOD, WARN, BAD, LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", "#c62828", "#d7dce2"
 
 
 class Sheet:
     """A figure on which places are inches from the top left."""
 
-    def __init__(self, figure):
-        self.figure, self.inches = figure, tuple(figure.get_size_inches())
+    def __init__(self, figure: Figure):
+        width, height = figure.get_size_inches()
+        self.figure, self.inches = figure, (float(width), float(height))
 
-    def axes(self, left: float, top: float, width: float, height: float):
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         w, h = self.inches
         axes = self.figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
         axes.set_facecolor("none")
         return axes
 
-    def write(self, x: float, y: float, words: str, **style) -> None:
+    def write(self, x: float, y: float, words: str, **style: Any) -> None:
         style = {"color": INK, "fontsize": 9, "va": "center", "ha": "left", "parse_math": False, **style}
         self.figure.text(x / self.inches[0], 1 - y / self.inches[1], words, **style)
 
@@ -40,32 +45,37 @@ class Sheet:
         field = Rectangle(corner, *size, transform=self.figure.transFigure, facecolor=color, hatch=hatch, edgecolor="white", linewidth=0)  # fmt: skip
         self.figure.add_artist(field)
 
-    def line(self, xs: tuple[float, float], y: float, **style) -> None:
+    def line(self, xs: tuple[float, float], y: float, **style: Any) -> None:
         from matplotlib.lines import Line2D
 
         w, h = self.inches
         self.figure.add_artist(Line2D([x / w for x in xs], [1 - y / h] * 2, **style))
 
 
-def new_figure(width: int, *inches: float):
-    """A figure of this size, ``width`` pixels wide."""
+def new_figure(width: int, across: float, high: float) -> Figure:
+    """A figure of this size in inches, ``width`` pixels wide."""
     need("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    dpi = width / inches[0]
-    figure = Figure(figsize=[(round(side * dpi) + 0.01) / dpi for side in inches], dpi=dpi, facecolor="white")
+    dpi = width / across
+    size = (round(across * dpi) + 0.01) / dpi, (round(high * dpi) + 0.01) / dpi
+    figure = Figure(figsize=size, dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def pixels(figure) -> Tensor:
+def pixels(figure: Figure) -> Tensor:
     """``[height, width, 3]`` in 0…1."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)  # as `new_figure` makes it
     use_families(figure)
     with quiet():
-        figure.canvas.draw()
-    buffer = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
-    columns, lines = figure.canvas.get_width_height()
+        canvas.draw()
+    buffer = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    columns, lines = canvas.get_width_height()
     return buffer.view(lines, columns, 4)[..., :3].float() / 255.0
 
 

@@ -181,4 +181,4 @@ class Share:
         if not self.n:
             return "none judged"
         low, high = self.interval
-        return f"{self.count} of {self.n} ({percent(self.value)}, 95 % interval {percent(low)} to {percent(high)})"
+        return f"{self.count} of {self.n} ({percent(self.count / self.n)}, 95 % interval {percent(low)} to {percent(high)})"

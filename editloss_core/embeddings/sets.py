@@ -152,7 +152,7 @@ class EmbeddingSet:
             raise ValueError(f"{role}: expected a floating {info.output} embedding of {dims} dimensions, got {came}")
         grids = dict(self.grids)
         if info.output == "grid":
-            grid = tuple(tensor.shape[1 + several : 3 + several])
+            grid = (tensor.shape[1 + several], tensor.shape[2 + several])
         if info.output != "global" and grid is not None and grids.setdefault(info.name, grid) != grid:
             raise ValueError(f"{role}: expected a token grid of {grids[info.name]} like the other roles, got {grid}")
         return replace(
@@ -319,7 +319,10 @@ class EmbeddingSet:
         try:
             infos = {name: EncoderInfo(**entry) for name, entry in json.loads(metadata["encoders"]).items()}
             grids = {name: (int(grid[0]), int(grid[1])) for name, grid in json.loads(metadata["grids"]).items()}
-            regions = {name: tuple(map(float, region)) for name, region in json.loads(metadata["regions"]).items()}
+            regions = {}
+            for name, region in json.loads(metadata["regions"]).items():
+                top, left, bottom, right = map(float, region)
+                regions[name] = (top, left, bottom, right)
             hashes = dict(json.loads(metadata["images"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StaleEmbeddings(f"{path.name}: its metadata cannot be read ({error!r}); make it again") from error

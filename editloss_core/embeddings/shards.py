@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Encoded:
     pictures: int
     shards: int
     kept: int
+
+
+Layouts = Mapping[str, tuple[Optional[tuple[int, int]], Region]]  # name of an encoder → grid and region of its tokens
 
 
 def encode_pairs(
@@ -112,7 +115,7 @@ def encode_pairs(
     def read(batch: _Batch) -> tuple[Tensor, Optional[Tensor]]:
         loaded = [pairs.load(i) for i in batch.indices]
         pictures = torch.stack([p.after for p in loaded] + [p.before for p in loaded])
-        return pictures, torch.stack([p.mask for p in loaded]) if masks else None
+        return pictures, torch.stack([p.mask for p in loaded if p.mask is not None]) if masks else None
 
     parts: list[tuple[_Batch, dict[str, Tensor], Optional[Tensor]]] = []
     with ahead(read, batches) as pictures_of:
@@ -171,8 +174,10 @@ def load_shards(
     joined = {key: torch.cat([shard.tensors[key] for shard in shards]) for key in first.tensors}
     if any(len(t) != len(index["metadata"]["names"]) for t in joined.values()):
         raise StaleEmbeddings(f"{folder.name}: its shards do not have the pairs of the index; encode again")
-    mask = None if first.mask is None else torch.cat([shard.mask for shard in shards])
-    return replace(first, tensors=joined, mask=mask)
+    masks = [shard.mask for shard in shards if shard.mask is not None]
+    if masks and len(masks) < len(shards):
+        raise StaleEmbeddings(f"{folder.name}: {len(shards) - len(masks)} of its shards have no mask; encode again")
+    return replace(first, tensors=joined, mask=torch.cat(masks) if masks else None)
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -228,8 +233,8 @@ def _identity(pairs: PairSet) -> dict[str, list[str]]:
 
 
 def _index(
-    pairs: PairSet, encoders: Sequence[Encoder], layouts: Mapping[str, tuple], masks: bool, shard_pairs: int
-) -> dict:
+    pairs: PairSet, encoders: Sequence[Encoder], layouts: Layouts, masks: bool, shard_pairs: int
+) -> dict[str, Any]:
     count = -(-len(pairs) // shard_pairs)
     files = [f"embeddings-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
     metadata = {
@@ -244,7 +249,7 @@ def _index(
     return json.loads(json.dumps({"metadata": metadata, "weight_map": {key: files for key in keys}}))
 
 
-def _refuse_other(found: Mapping, wanted: Mapping, folder: Path) -> None:
+def _refuse_other(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     finished = ("total_size", "sizes")
     theirs = {k: v for k, v in found["metadata"].items() if k not in finished}
     differ = sorted(k for k in theirs.keys() | wanted["metadata"].keys() if theirs.get(k) != wanted["metadata"].get(k))
@@ -258,7 +263,7 @@ def _refuse_other(found: Mapping, wanted: Mapping, folder: Path) -> None:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _read_index(folder: Path) -> dict:
+def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_bytes())
         if index["metadata"]["format"] != INDEX_FORMAT:
@@ -274,7 +279,7 @@ def _read_index(folder: Path) -> dict:
     return index
 
 
-def _write_index(folder: Path, index: Mapping) -> None:
+def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
     with replacing(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
 
@@ -304,13 +309,13 @@ def _finite(encoder: Encoder, pictures: Tensor, batch: _Batch, pairs: PairSet) -
 def _assemble(
     parts: Sequence[tuple[_Batch, Mapping[str, Tensor], Optional[Tensor]]],
     encoders: Sequence[Encoder],
-    layouts: Mapping[str, tuple],
+    layouts: Layouts,
 ) -> EmbeddingSet:
     """The embeddings of one shard, in the order of its pairs."""
     order = torch.tensor([i for batch, _, _ in parts for i in batch.indices]).argsort()
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(tensors)[order]
+        return torch.cat(list(tensors))[order]
 
     tensors = {}
     for encoder in encoders:

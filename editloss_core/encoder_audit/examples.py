@@ -68,7 +68,7 @@ def make_examples(pairs: PairSet, index: int, crop: int) -> Examples:
     mask = estimate_mask(before, after) if loaded.mask is None else loaded.mask[None]
     if float(mask.max()) < 0.5:
         raise ValueError("before and after show no difference from which an edit region could be estimated")
-    window = find_crop(mask[0], tuple(mask.shape[1:]), crop)
+    window = find_crop(mask[0], (mask.shape[1], mask.shape[2]), crop)
     before, after, mask = (window(x.movedim(-1, -3)) for x in (before, after, mask[..., None]))
     before, after, mask = before.movedim(1, -1), after.movedim(1, -1), mask[:, 0]
 

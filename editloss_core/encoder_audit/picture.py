@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 from torch import Tensor
 
@@ -135,10 +135,17 @@ class EncoderAuditSheet(Sheet):
         axes = self.axes(left, top + 0.1, 1.15, self.ROW - 0.2)
         for mark in (0.5, SEES):
             axes.axvline(mark, color=MUTED, linewidth=0.7, linestyle=":")
-        value, low, high = (None if v is None else max(v, LOWEST) for v in row.auroc)
-        if low is not None:
-            axes.plot([low, high], [0, 0], color=tone, linewidth=2.2, solid_capstyle="butt", alpha=0.55)
-        axes.plot([value], [0], marker="o", markersize=6, color=tone, clip_on=False)
+        value, low, high = row.auroc
+        if low is not None and high is not None:
+            axes.plot(
+                [max(low, LOWEST), max(high, LOWEST)],
+                [0, 0],
+                color=tone,
+                linewidth=2.2,
+                solid_capstyle="butt",
+                alpha=0.55,
+            )
+        axes.plot([max(value, LOWEST)], [0], marker="o", markersize=6, color=tone, clip_on=False)
         axes.set(xlim=(LOWEST, 1.0), ylim=(-1, 1))
         axes.set_axis_off()
         self.write(left + 1.25, middle - 0.1, f"{row.auroc.value:.2f}", fontsize=11, weight="bold", color=tone)
@@ -167,5 +174,5 @@ class EncoderAuditSheet(Sheet):
 
         w, h = self.inches
         corner = (x / w, 1 - (y + height) / h)
-        style = {"facecolor": "#eaf3ee", "edgecolor": GOOD, "linewidth": 0.8, "zorder": 0}
+        style: dict[str, Any] = {"facecolor": "#eaf3ee", "edgecolor": GOOD, "linewidth": 0.8, "zorder": 0}
         self.figure.add_artist(Rectangle(corner, width / w, height / h, transform=self.figure.transFigure, **style))

@@ -53,7 +53,7 @@ class AuditRow:
     @property
     def judgement(self) -> str:
         """``"sees"``: the interval lies above :data:`SEES`; ``"blind"``: below; ``"unsure"``: more pairs would tell."""
-        if self.auroc.low is None:
+        if self.auroc.low is None or self.auroc.high is None:
             return "blind" if self.auroc.value < SEES else "unsure"
         return "sees" if self.auroc.low >= SEES else "blind" if self.auroc.high < SEES else "unsure"
 
@@ -149,7 +149,7 @@ class EncoderAudit:
         lines += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         return "\n".join(lines)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
         rows = [
             {**asdict(row), "auroc": row.auroc._asdict(), "judgement": row.judgement, "hardest": row.hardest}
@@ -172,7 +172,7 @@ def margin_of(row: AuditRow) -> str:
 
 def interval(auroc: Interval, form: str = "{:.2f} ({:.2f}–{:.2f})") -> str:
     """In this form, its ends rounded outwards; the value alone where there is no interval."""
-    if auroc.low is None:
+    if auroc.low is None or auroc.high is None:
         return f"{auroc.value:.2f}"
     return form.format(auroc.value, math.floor(100 * auroc.low) / 100, math.ceil(100 * auroc.high) / 100)
 

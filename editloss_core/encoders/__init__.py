@@ -1,6 +1,7 @@
 """Encoders behind one protocol: pictures in 0…1 → embeddings, with gradients."""
 
 from importlib import import_module
+from typing import Any
 
 from .base import Encoder, EncoderInfo, Preprocess
 
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(import_module(_WHERE[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,7 +134,7 @@ class Preprocess:
     crop: bool = False
     multiple: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in ("bicubic", "bilinear"):
             raise ValueError(f"mode: expected 'bicubic' or 'bilinear', got {self.mode!r}")
         if self.multiple < 1 or self.height < 0 or self.width < 0:
@@ -222,7 +222,8 @@ class PixelEncoder(Encoder):
         size = self.preprocess.size(height, width)
         if size not in self._grids:
             with torch.no_grad():
-                self._grids[size] = tuple(self.features(torch.zeros(1, 3, *size, device=self.device)).shape[2:])
+                x = self.features(torch.zeros(1, 3, *size, device=self.device))
+                self._grids[size] = (x.shape[2], x.shape[3])
         return self._grids[size]
 
 

@@ -111,7 +111,7 @@ class DiffusionFeatureEncoder(Encoder):
 class _Reached(BaseException):
     """The block has answered: leave the model call."""
 
-    def __init__(self, owner: list):
+    def __init__(self, owner: list[Any]):
         super().__init__()
         self.owner = owner
 
@@ -122,7 +122,7 @@ def run_to(block: nn.Module, call: Callable[[], Any]) -> Any:
     Raises:
         ValueError: if ``call`` ends without running the block. Errors of ``call`` pass through.
     """
-    outputs: list = []
+    outputs: list[Any] = []
     thread = threading.get_ident()
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:

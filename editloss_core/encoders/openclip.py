@@ -89,10 +89,11 @@ class OpenCLIPEncoder(PixelEncoder):
         config = open_clip.get_model_config(architecture)
         cfg = _preprocess_cfg(architecture, pretrained_tag, bool(config.get("quick_gelu")))
         state = None if weights is None else _visual_state(read_safetensors(weights), Path(weights).name)
+        self.network: Any  # open_clip's image tower, of one of three families
         with building(weights, random_seed):
             self.network = _build_visual(config)
             size = _input_size(self.network, config["vision_cfg"], architecture, output, image_size)
-            if state is not None:
+            if weights is not None and state is not None:
                 load_weights(self.network, state, f"the image tower of {architecture}", Path(weights).name)
             device = torch.device(device or "cpu")
             freeze(self.network, device)
@@ -122,7 +123,7 @@ def _build_visual(config: dict[str, Any]) -> nn.Module:
     return _build_vision_tower(config["embed_dim"], vision, quick_gelu=config.get("quick_gelu", False))
 
 
-def _last_map(visual: nn.Module, pixels: Tensor) -> Tensor:
+def _last_map(visual: Any, pixels: Tensor) -> Tensor:
     """``[B, 3, H, W]`` → ``[B, D, h, w]``; all three families of towers speak ``forward_intermediates``."""
     pooler = getattr(visual, "attn_pool", None)
     x = visual.forward_intermediates(
@@ -167,7 +168,7 @@ def _visual_state(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
 
 
 def _input_size(
-    visual: nn.Module, vision_cfg: dict[str, Any], architecture: str, output: str, image_size: ImageSize
+    visual: Any, vision_cfg: dict[str, Any], architecture: str, output: str, image_size: ImageSize
 ) -> tuple[int, int]:
     own = height_width(visual.image_size)
     if image_size == 0:

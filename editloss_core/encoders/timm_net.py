@@ -6,7 +6,7 @@ import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Mapping, Optional, Union
+from typing import Any, Iterator, Mapping, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,11 @@ class TimmEncoder(PixelEncoder):
             raise ValueError(f"layer: only for grid and tokens; global features are the last layer's, got {layer}")
         model_kwargs = dict(model_kwargs or {})
         state = None if weights is None else read_safetensors(weights)
+        self.network: Any  # timm's, which has much that no nn.Module has
         with building(weights, random_seed):
             self.network, any_size = _create(model_name, model_kwargs)
             self.layer = _check_layer(self.network, model_name, layer)
-            if state is not None:
+            if weights is not None and state is not None:
                 _load(self.network, state, model_name, Path(weights).name)
             device = torch.device(device or "cpu")
             freeze(self.network, device)
@@ -157,7 +158,7 @@ def _create(model_name: str, model_kwargs: dict[str, Any]) -> tuple[nn.Module, b
     return net, any_size
 
 
-def _check_layer(net: nn.Module, model_name: str, layer: int) -> int:
+def _check_layer(net: Any, model_name: str, layer: int) -> int:
     """The layer counted from 0."""
     count = len(net.feature_info)
     if not -count <= layer < count:
@@ -177,7 +178,7 @@ def _load(net: nn.Module, state: dict[str, Tensor], model_name: str, file: str) 
     load_weights(net, state, model_name, file, ignore=heads)
 
 
-def _removed_heads(net: nn.Module):
+def _removed_heads(net: Any) -> Iterator[str]:
     """Prefixes of the classifier that timm left out because of ``num_classes=0``."""
     classifier = net.pretrained_cfg.get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else classifier:
@@ -192,10 +193,10 @@ def _removed_heads(net: nn.Module):
 
 
 def _input_size(
-    net: nn.Module, cfg: dict[str, Any], model_name: str, any_size: bool, layer: int, image_size: ImageSize
+    net: Any, cfg: dict[str, Any], model_name: str, any_size: bool, layer: int, image_size: ImageSize
 ) -> tuple[tuple[int, int], int]:
     """Height and width for the network (0, 0 for each picture's own) and what they must be multiples of."""
-    embed = getattr(net, "patch_embed", None)
+    embed: Any = getattr(net, "patch_embed", None)
     own = height_width(getattr(embed, "img_size", None) or cfg["input_size"][1:])
     is_vit = hasattr(net, "blocks") and hasattr(embed, "patch_size")
     multiple = max(height_width(embed.patch_size)) if is_vit else net.feature_info[layer]["reduction"]

@@ -170,10 +170,12 @@ def from_tensors(
     """
     dialect = next((d for d, prefix in PREFIXES.items() if any(key.startswith(prefix) for key in state)), None)
     strange = [key for key in state if dialect is None or not key.startswith(PREFIXES[dialect])]
-    if strange:
+    if strange or dialect is None:
         raise ValueError(
             f"lora: expected names that begin with {' or '.join(map(repr, PREFIXES.values()))}, all with the same, got "
             f"{strange[0]!r}"
+            if strange
+            else "lora: expected the matrices of a LoRA, got a file without tensors"
         )
     halves: dict[str, dict[str, Tensor]] = {}
     endings = {suffix: half for pair in SUFFIXES.values() for half, suffix in zip(("down", "up"), pair)} | {
@@ -250,7 +252,7 @@ def save_both(
     own = own_dialect(lora.targets)
     updates = {
         name: Update(layer.down.detach().cpu(), layer.up.detach().cpu(), lora.settings.alpha)
-        for name, layer in zip(lora.targets, lora.layers)
+        for name, layer in lora.named_layers()
     }
     texts = {**(metadata or {}), "lora": json.dumps(asdict(lora.settings))}
     paths = path, path.with_name(f"{path.stem}_diffusers{path.suffix}")

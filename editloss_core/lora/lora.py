@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Iterator, Mapping, Optional, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class LoRASettings:
     dropout: float = 0.0
     layers: str = "attention + MLP"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_whole("rank", self.rank, 1)
         check_number("alpha", self.alpha, 0.0, open_low=True)
         check_number("dropout", self.dropout, 0.0, 1.0)
@@ -129,16 +129,16 @@ def _patterns(layers: str) -> list[tuple[str, bool]]:
 
 def layer_features(part: nn.Module) -> Optional[tuple[int, int]]:
     """(in, out) of a linear layer of any make, None for everything else."""
-    sizes = getattr(part, "in_features", None), getattr(part, "out_features", None)
-    if all(isinstance(size, int) for size in sizes):  # quantised weights may be packed into another shape
-        return sizes
+    into, out = getattr(part, "in_features", None), getattr(part, "out_features", None)
+    if isinstance(into, int) and isinstance(out, int):  # quantised weights may be packed into another shape
+        return into, out
     weight = getattr(part, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(part, nn.Embedding):
         return weight.shape[1], weight.shape[0]
     return None
 
 
-def _some(names, most: int = 6) -> str:
+def _some(names: Iterable[str], most: int = 6) -> str:
     """A few names from all over the list."""
     names = list(names)
     return ", ".join(names if len(names) <= most else [names[i * (len(names) - 1) // (most - 1)] for i in range(most)])
@@ -168,6 +168,12 @@ class LoRALayer(nn.Module):
         # Product, scale and sum in one: no tensor of the answer's size in between, and in bf16 one rounding less.
         rows, hidden = answer.reshape(-1, answer.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
         return torch.addmm(rows, hidden, up.t(), alpha=self.scale).view_as(answer)
+
+
+def _bypass(part: nn.Module, settings: LoRASettings, seed: int, name: str) -> LoRALayer:
+    features = layer_features(part)
+    assert features is not None  # `select_layers` gives linear layers only
+    return LoRALayer(*features, settings, _generator(seed, name))
 
 
 class LoRA(nn.Module):
@@ -206,10 +212,13 @@ class LoRA(nn.Module):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained
-            self.layers = nn.ModuleList(
-                LoRALayer(*layer_features(part), settings, _generator(seed, name))
-                for name, part in self.targets.items()
-            )
+            self.layers = nn.ModuleList(_bypass(part, settings, seed, name) for name, part in self.targets.items())
+
+    def named_layers(self) -> Iterator[tuple[str, LoRALayer]]:
+        """(name of the network's layer, its bypass) of each."""
+        for name, layer in zip(self.targets, self.layers):
+            assert isinstance(layer, LoRALayer)
+            yield name, layer
 
     @property
     def attached(self) -> bool:
@@ -236,8 +245,8 @@ class LoRA(nn.Module):
         finally:
             self._disabled -= 1
 
-    def _hook(self, layer: LoRALayer):
-        def add(part: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Optional[Tensor]:
+    def _hook(self, layer: nn.Module) -> Callable[..., Optional[Tensor]]:
+        def add(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Optional[Tensor]:
             if self._disabled:
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
@@ -251,7 +260,7 @@ class LoRA(nn.Module):
         Alpha is float32 always: loaders scale by alpha / rank where it exists, and by 1 where it does not.
         """
         state = {}
-        for name, layer in zip(self.targets, self.layers):
+        for name, layer in self.named_layers():
             for key, value in (("lora_down.weight", layer.down), ("lora_up.weight", layer.up)):
                 state[f"{prefix}{name}.{key}"] = value.detach().to("cpu", dtype, copy=True)
             state[f"{prefix}{name}.alpha"] = torch.tensor(float(self.settings.alpha))
@@ -298,10 +307,10 @@ class LoRA(nn.Module):
         ]
         if faults:
             raise ValueError(f"lora: expected the layers {self.settings.layers!r}, got {'; '.join(faults)}")
-        for name, layer in zip(self.targets, self.layers):
+        for name, layer in self.named_layers():
             self._check_layer(name, layer, *(state[f"{prefix}{name}.{k}"] for k in _KEYS))
         with torch.no_grad():
-            for name, layer in zip(self.targets, self.layers):
+            for name, layer in self.named_layers():
                 layer.down.copy_(state[f"{prefix}{name}.{_KEYS[0]}"])
                 layer.up.copy_(state[f"{prefix}{name}.{_KEYS[1]}"])
 

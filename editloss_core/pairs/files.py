@@ -327,8 +327,7 @@ def read_picture(path: Path, mask: bool = False) -> Picture:
         data = path.read_bytes()
         with _whole_files_only(), Image.open(io.BytesIO(data)) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
-            values, transparent = _values(image, "L" if mask else "RGB")
+            values, transparent = _values(ImageOps.exif_transpose(image), "L" if mask else "RGB")
     except MemoryError:
         raise
     except UnidentifiedImageError as error:

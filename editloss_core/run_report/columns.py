@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Mapping, Optional
+from typing import Any, Iterable, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Columns:
         """The total, then every loss."""
         return {TOTAL: self.total, **self.losses}
 
-    def style(self, name: str) -> dict:
+    def style(self, name: str) -> dict[str, Any]:
         """Colour and dashes, the same for a term in every panel."""
         if name in (TOTAL, VELOCITY):
             return {"color": INK if name == TOTAL else _VELOCITY_COLOR, "linestyle": "-"}
@@ -92,13 +92,13 @@ class Columns:
         return None if name == VELOCITY else _HATCHES[self.terms.index(name) // len(_COLORS) % len(_HATCHES)]
 
 
-def value_of(bucket: dict, name: str, what: str) -> Optional[float]:
+def value_of(bucket: dict[str, Any], name: str, what: str) -> Optional[float]:
     """A finite number of :meth:`RunLog.by_noise_level`, or None."""
     value = bucket["terms"].get(name, {}).get(what)
     return value if value is not None and math.isfinite(value) else None
 
 
-def thirds(log: RunLog) -> tuple[Optional[list[dict]], list[dict]]:
+def thirds(log: RunLog) -> tuple[Optional[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Means by noise level over the first and the last third; (None, over all) for fewer than three steps."""
     third = len(log.steps) // 3
     if not third:
@@ -110,7 +110,7 @@ def as_float(value: Optional[float]) -> float:
     return math.nan if value is None or not math.isfinite(value) else float(value)
 
 
-def as_column(values) -> Tensor:
+def as_column(values: Iterable[Optional[float]]) -> Tensor:
     return torch.tensor([as_float(v) for v in values], dtype=torch.float64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from ..drawing.sheet import LINE, MUTED
 from ..runs.log import RunLog
 from .columns import BUCKETS, as_float
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 _QUANTILES = torch.tensor([0.02, 0.98], dtype=torch.float64)
 _THIN = 400  # bins of the raw line, two points each
@@ -29,7 +33,7 @@ def thinned(steps: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     return steps[places], column[places]
 
 
-def scale(axes, raws: Sequence[Tensor], curves: Sequence[Tensor], may_be_log: bool = False) -> None:
+def scale(axes: Axes, raws: Sequence[Tensor], curves: Sequence[Tensor], may_be_log: bool = False) -> None:
     """Limits that hold all curves and nearly all raw values; a spike runs out of the frame."""
     curves = [curve[curve.isfinite()] for curve in curves]
     curves = [curve for curve in curves if len(curve)]
@@ -52,27 +56,31 @@ def scale(axes, raws: Sequence[Tensor], curves: Sequence[Tensor], may_be_log: bo
     axes.set_ylim(low - (0.03 if low == 0 else 0.1) * span, high + 0.1 * span)
 
 
-def draw_raw(axes, steps: Tensor, column: Tensor, color: str) -> None:
+def draw_raw(axes: Axes, steps: Tensor, column: Tensor, color: str) -> None:
     known = int(column.isfinite().sum())
     steps, column = thinned(steps, column)
-    dots = {"marker": "o", "markersize": 3.5, "linestyle": "none"} if known <= 40 else {"linewidth": 0.7}
+    dots: dict[str, Any] = (
+        {"marker": "o", "markersize": 3.5, "linestyle": "none"} if known <= 40 else {"linewidth": 0.7}
+    )
     axes.plot(steps.numpy(), column.numpy(), color=color, alpha=0.3, markeredgewidth=0, **dots)
 
 
-def draw_line(axes, steps: Tensor, curve: Tensor, style: dict, width: float = 1.8):
+def draw_line(axes: Axes, steps: Tensor, curve: Tensor, style: Mapping[str, Any], width: float = 1.8) -> Line2D:
     """The line through what is known; a dot where it is a single value."""
     known = curve.isfinite()
-    dot = {"marker": "o", "markersize": 3 + width} if int(known.sum()) == 1 else {}
+    dot: dict[str, Any] = {"marker": "o", "markersize": 3 + width} if int(known.sum()) == 1 else {}
     (line,) = axes.plot(steps[known].numpy(), curve[known].numpy(), linewidth=width, **style, **dot)
     return line
 
 
-def draw_held_out(axes, log: RunLog, color: str, pairs: Sequence[tuple], lines: bool = False):
+def draw_held_out(
+    axes: Axes, log: RunLog, color: str, pairs: Sequence[tuple[Optional[float], ...]], lines: bool = False
+) -> tuple[Line2D, Line2D]:
     """Validations with the LoRA (full) and without (hollow), over the steps."""
     at = [v.step for v in log.validations]
     with_lora, without = ([as_float(pair[i]) for pair in pairs] for i in (0, 1))
     often = -(-len(at) // 20)  # more marks than this hide the lines
-    common = {
+    common: dict[str, Any] = {
         "markevery": ((len(at) - 1) % often, often),
         "color": color,
         "marker": "o",
@@ -80,13 +88,13 @@ def draw_held_out(axes, log: RunLog, color: str, pairs: Sequence[tuple], lines: 
         "markeredgecolor": color,
         "zorder": 4,
     }
-    styles = [{"linewidth": 1.0, "linestyle": s if lines else "none"} for s in ("-", (0, (4, 2)))]
+    styles: list[dict[str, Any]] = [{"linewidth": 1.0, "linestyle": s if lines else "none"} for s in ("-", (0, (4, 2)))]
     (hollow,) = axes.plot(at, without, markerfacecolor="white", **common, **styles[1])
     (full,) = axes.plot(at, with_lora, markerfacecolor=color, **common, **styles[0])
     return full, hollow
 
 
-def frame(axes, steps: Tensor, x: str = "", y: str = "", grid: bool = True) -> None:
+def frame(axes: Axes, steps: Tensor, x: str = "", y: str = "", grid: bool = True) -> None:
     """Thin frame, whole steps, few numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -107,7 +115,7 @@ def frame(axes, steps: Tensor, x: str = "", y: str = "", grid: bool = True) -> N
     axes.set_ylabel(y, fontsize=8, color=MUTED)
 
 
-def level_frame(axes) -> None:
+def level_frame(axes: Axes) -> None:
     """The axis of t."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -119,7 +127,7 @@ def level_frame(axes) -> None:
     axes.set_xlabel("t", fontsize=8, color=MUTED, labelpad=1)
 
 
-def _bare(axes, grid: bool) -> None:
+def _bare(axes: Axes, grid: bool) -> None:
     axes.tick_params(labelsize=8, colors=MUTED, length=2, which="both")
     for side, spine in axes.spines.items():
         spine.set(color=LINE, visible=side in ("left", "bottom"))
@@ -128,5 +136,5 @@ def _bare(axes, grid: bool) -> None:
         axes.grid(axis="y", color=LINE, linewidth=0.6)
 
 
-def say(axes, words: str) -> None:
+def say(axes: Axes, words: str) -> None:
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=9)

@@ -137,7 +137,9 @@ def tidy(folder: Path, step: int) -> None:
 
 
 def _step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    found = _NAME.fullmatch(path.name)
+    assert found is not None  # `checkpoints` gives no other
+    return int(found[1])
 
 
 def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
 
 from ..files import replacing
 
@@ -138,7 +138,7 @@ class RunLog:
 
     def add(self, entry: Entry) -> None:
         """Append in memory and on disk; who is killed loses at most the line being written."""
-        self._list_of(entry).append(entry)
+        self._append(entry)
         if self.folder is not None:
             with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
                 file.write(_line(entry))
@@ -155,7 +155,7 @@ class RunLog:
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             if last_step is None or parsed.step <= last_step:
-                log._list_of(parsed).append(parsed)
+                log._append(parsed)
         return log
 
     def rewrite(self) -> None:
@@ -164,12 +164,18 @@ class RunLog:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         order = list(_KINDS)
-        entries = sorted([*self.steps, *self.validations, *self.events], key=lambda e: (e.step, order.index(type(e))))
+        everything: list[Entry] = [*self.steps, *self.validations, *self.events]
+        entries = sorted(everything, key=lambda e: (e.step, order.index(type(e))))
         with replacing(self.folder / LOG_FILE) as temporary:
             temporary.write_text("".join(map(_line, entries)), encoding="utf-8")
 
-    def _list_of(self, entry: Entry) -> list:
-        return {StepLog: self.steps, ValidationLog: self.validations, EventLog: self.events}[type(entry)]
+    def _append(self, entry: Entry) -> None:
+        if isinstance(entry, StepLog):
+            self.steps.append(entry)
+        elif isinstance(entry, ValidationLog):
+            self.validations.append(entry)
+        else:
+            self.events.append(entry)
 
     @property
     def terms(self) -> list[str]:
@@ -195,7 +201,7 @@ class RunLog:
                 columns[name].append(last)
         return columns
 
-    def by_noise_level(self, buckets: int = 5, last: Optional[int] = None) -> list[dict]:
+    def by_noise_level(self, buckets: int = 5, last: Optional[int] = None) -> list[dict[str, Any]]:
         """Means per bucket of t and term over the last ``last`` steps (all without it).
 
         Returns:
@@ -235,7 +241,7 @@ def _line(entry: Entry) -> str:
     return json.dumps({"kind": _KINDS[type(entry)], **_plain(asdict(entry))}, allow_nan=False) + "\n"
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """What JSON holds: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -244,7 +250,7 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _step(entry: dict) -> StepLog:
+def _step(entry: dict[str, Any]) -> StepLog:
     samples = [
         Sample(s["pair"], s["t"], {name: TermSample(**term) for name, term in s["terms"].items()})
         for s in entry.pop("samples")
@@ -252,14 +258,14 @@ def _step(entry: dict) -> StepLog:
     return StepLog(samples=samples, **entry)
 
 
-def _validation(entry: dict) -> ValidationLog:
+def _validation(entry: dict[str, Any]) -> ValidationLog:
     entry["noise_levels"] = {t: tuple(pair) for t, pair in entry["noise_levels"].items()}
     entry["pictures"] = tuple(PictureLog(**picture) for picture in entry.get("pictures", ()))
     return ValidationLog(**entry)
 
 
-def _event(entry: dict) -> EventLog:
+def _event(entry: dict[str, Any]) -> EventLog:
     return EventLog(**{**entry, "notes": tuple(entry["notes"])})
 
 
-_PARSERS = {"step": _step, "validation": _validation, "event": _event}
+_PARSERS: dict[str, Callable[[dict[str, Any]], Entry]] = {"step": _step, "validation": _validation, "event": _event}

@@ -41,7 +41,7 @@ class Timesteps:
     minimum: float = 0.0
     maximum: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_option("timesteps", self.kind, TIMESTEPS)
         check_number("timestep mean", self.mean, -10.0)
         check_number("timestep std", self.std, 0.0, open_low=True)

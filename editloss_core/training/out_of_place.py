@@ -6,7 +6,7 @@ import dis
 import functools
 import sys
 import types
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Iterable, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -33,13 +33,19 @@ class OutOfPlace(TorchFunctionMode):
     ([0.0, 0.0], [1.0, 1.0])
     """
 
-    _ANSWERS = {Tensor.add_: torch.add, Tensor.mul_: torch.mul}
+    _ANSWERS: Mapping[Any, Callable[..., Tensor]] = {Tensor.add_: torch.add, Tensor.mul_: torch.mul}
 
     def __init__(self, kernels: Optional[Mapping[Any, Callable[..., Any]]] = None):
         super().__init__()
         self._kernels = kernels or {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Optional[Mapping[str, Any]] = None,
+    ) -> Any:
         answer = self._ANSWERS.get(func)
         if answer is not None:
             frame = sys._getframe(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Iterable, Optional
+from typing import Any, Iterable, Optional
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ class TrainingSettings:
     keep: int = 3
     self_check: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "objective_every", "keep"):
             check_whole(name, getattr(self, name), 1)
         for name in (
@@ -106,7 +106,7 @@ class TrainingSettings:
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(f"optimizer: {self.optimizer} needs a package; pip install {package}, or choose adamw")
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Plain values, for metadata and checkpoints."""
         return asdict(self)
 
@@ -121,7 +121,7 @@ class TrainingSettings:
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser, with its learning rate at the peak; :meth:`rate` is applied by the trainer."""
-        options = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if self.optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
 

@@ -80,7 +80,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def status(items: Sequence[Item], limits: Mapping[str, float], allow_errors: bool = False) -> int:
     """The exit status: see ``--help``."""
-    if any(rate(items, name).n and rate(items, name).value > limit for name, limit in limits.items()):
+    shares = ((rate(items, name).value, limit) for name, limit in limits.items())
+    if any(value is not None and value > limit for value, limit in shares):
         return EXCEEDED
     errors = sum(item.verdict is None for item in items)
     unanswered = any(not rate(items, name).n for name in limits)
@@ -105,7 +106,7 @@ def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
             (
                 "any failure" if name == ANY else name,
                 f"{part.count} of {part.n}",
-                percent(part.value) if part.n else "–",
+                "–" if part.value is None else percent(part.value),
                 f"{percent(low)} to {percent(high)}" if part.n else "–",
                 _verdict_on(part, limits.get(name)),
             )
@@ -141,7 +142,7 @@ def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Opti
     Only the items that may have a row in the sheet keep their pictures, so that memory does not grow with the folder.
     """
     items: list[Item] = []
-    ranking, kept = Ranking(), []
+    ranking, kept = Ranking(), list[tuple[tuple[int, int], int]]()
     quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}  # not a line every tenth of a second in a log
     try:
         for item in tqdm(folders.judge_folder(entries, maps, workers), total=len(entries), unit="picture", **quiet):
@@ -163,7 +164,7 @@ def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Opti
 def _verdict_on(part: Share, limit: Optional[float]) -> str:
     if limit is None:
         return ""
-    if not part.n:
+    if part.value is None:
         return f"{limit:.0%}: could not be answered"
     return f"{limit:.0%}: {'EXCEEDED' if part.value > limit else 'kept'}"
 

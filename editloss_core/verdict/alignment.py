@@ -70,12 +70,13 @@ def align(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Alignment, Alignment]:
     start = Alignment(centre, torch.eye(2), torch.zeros(2), float(w.sum()) ** 0.5)
     best = _search(x, g, weights, start)
     for sigma in (2.0, 1.0):
-        best = _refine(*(blur(t, sigma, math.ceil(2 * sigma)) for t in (x, g)), weights, best, affine=False)
-    smooth = [blur(t, 1.0, 2) for t in (x, g)]
-    plain = _refine(*smooth, weights, start, affine=False)  # a search may be led astray where the object is itself
-    if cost(*smooth, weights, plain) <= cost(*smooth, weights, best) * (1 + TIE * best.displacement):
+        radius = math.ceil(2 * sigma)
+        best = _refine(blur(x, sigma, radius), blur(g, sigma, radius), weights, best, affine=False)
+    x, g = blur(x, 1.0, 2), blur(g, 1.0, 2)
+    plain = _refine(x, g, weights, start, affine=False)  # a search may be led astray where the object is itself
+    if cost(x, g, weights, plain) <= cost(x, g, weights, best) * (1 + TIE * best.displacement):
         best = plain
-    return best, _refine(*smooth, weights, best, affine=True)
+    return best, _refine(x, g, weights, best, affine=True)
 
 
 def cost(x: Tensor, g: Tensor, weights: Tensor, found: Alignment) -> float:

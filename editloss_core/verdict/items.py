@@ -112,6 +112,7 @@ class Item:
             verdict = judge(before, output, after, mask)
         except ValueError as error:
             return cls(name, None, str(error), tuple(notes), pictures)
+        assert verdict.mask is not None  # `judge` gives the one that it used
         small = F.interpolate(verdict.mask[None, None], size=pictures["output"].shape[:2], mode="area")[0, 0]
         return cls(name, replace(verdict, mask=small), "", (*notes, *_flat(output)), pictures)
 

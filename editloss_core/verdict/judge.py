@@ -152,10 +152,8 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     'good'
     """
     _check(before, output, after, mask)
-    s, x, g = (
-        None if t is None else t.detach().float().cpu().clamp(0, 1).permute(2, 0, 1)[None]
-        for t in (before, output, after)
-    )
+    s, x = _planes(before), _planes(output)
+    g = None if after is None else _planes(after)
     if mask is not None:
         region = mask.detach().float().cpu()[None, None]
     else:
@@ -170,6 +168,11 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     return _of_one_colour(found) if _flat(output) and not _flat(before) else found
 
 
+def _planes(picture: Tensor) -> Tensor:
+    """``[H, W, 3]`` → ``[1, 3, H, W]`` in float32."""
+    return picture.detach().float().cpu().clamp(0, 1).permute(2, 0, 1)[None]
+
+
 def _flat(picture: Tensor) -> bool:
     return float(picture.float().flatten(0, 1).std(0).max()) < 0.01
 
@@ -182,18 +185,19 @@ def _of_one_colour(found: Verdict) -> Verdict:
 
 def _judge_by(whole: Whole) -> Verdict:
     """With the after picture."""
-    crop = Crop.of(whole)
-    lab_s, lab_x, lab_g = (blur(oklab(t), 1.0, 3) for t in (crop.s, crop.x, crop.g))
+    crop, full_g = Crop.of(whole), whole.pictures[2]
+    s, x, g = crop.s, crop.x, crop.g
+    assert g is not None and whole.g is not None and full_g is not None
+    lab_s, lab_x, lab_g = (blur(oklab(t), 1.0, 3) for t in (s, x, g))
     regions = find_regions(lab_s, lab_g, crop.mask)
     changed = crop.mask & (length(lab_g - lab_s) > VISIBLE)
     old, new = regions.old * crop.mask, regions.new * crop.mask
     placed = float(new.sum()) > max(60.0, 0.08 * float(old.sum()))
-    expected = Expected.of(crop, lab_x, lab_g, old, new, placed)
+    expected = Expected.of(crop, g, lab_x, lab_g, old, new, placed)
     e, w = expected.picture, expected.object
     new = expected.new
     known = (~dilate((old > 0.3) & (new > 0.3) & (w < 0.5), 1)).float()  # elsewhere neither s nor g shows the room
 
-    s, x, g = crop.s, crop.x, crop.g
     weight = changed.float()
     moved, wanted = blur(x - s, 1.0, 3), blur(g - s, 1.0, 3)
     unchanged = 1 - above_noise(moved, weight, ~crop.mask) / norm(wanted, weight)
@@ -202,7 +206,7 @@ def _judge_by(whole: Whole) -> Verdict:
     edges_s, edges_x, edges_e = (slopes(blur(t, 1.0, 3)) for t in (s, x, e))
     old_edges, told = ghost(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())
     old_inside = coefficients(edges_x, (edges_s, edges_e), w)[0] if placed else None
-    if placed and told and old_edges < NO_GHOST:
+    if old_inside is not None and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = None
@@ -221,15 +225,15 @@ def _judge_by(whole: Whole) -> Verdict:
     whole_size = whole.s.shape[-2:]
     also = crop.in_whole(w, whole_size) > 0.25
     background, background_map = whole.background(also)
-    codec = _codec(background, whole.pictures[2], whole.g, whole.mask)
-    affine = expected.affine
+    codec = _codec(background, full_g, whole.g, whole.mask)
+    similarity, affine = expected.similarity, expected.affine
     measures = {
         "unchanged": unchanged, "progress": progress, "residual": residual,
         "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
         "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft,
         "stretch": None if affine is None else affine.stretch - 1,
-        "displaced": None if affine is None else expected.similarity.displacement,
-        "resized": None if affine is None else expected.similarity.scale - 1,
+        "displaced": None if similarity is None else similarity.displacement,
+        "resized": None if similarity is None else similarity.scale - 1,
         "background": background, "codec": codec,
     }  # fmt: skip
     scores = _scores(measures, arrived)
@@ -347,7 +351,7 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
         return arrived * max(known) if known else None
 
     return {
-        "no edit": max(ramp("unchanged", m["unchanged"]), _redrawn(m)),
+        "no edit": max(ramp("unchanged", m["unchanged"]) or 0.0, _redrawn(m)),
         "overlay": worst(
             ramp("old left", m["old left"]), ramp(edges, m["old edges"]), ramp("old inside", m["old inside"])
         ),
@@ -363,9 +367,10 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
 
 def _redrawn(m: Mapping[str, Optional[float]]) -> float:
     """The old object is there, if not pixel by pixel, and the new one is not."""
-    if m["new there"] is None:
+    left, edges, new = m["old left"], m["old edges"], m["new there"]
+    if left is None or edges is None or new is None:
         return 0.0
-    return min(_ramp(max(m["old left"], m["old edges"]), *PRESENT), 1 - _ramp(m["new there"], *ABSENT))
+    return min(_ramp(max(left, edges), *PRESENT), 1 - _ramp(new, *ABSENT))
 
 
 def _codec(background: Optional[float], picture: Tensor, small: Tensor, mask: Tensor) -> Optional[float]:

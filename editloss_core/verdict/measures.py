@@ -42,19 +42,19 @@ class Whole:
     @classmethod
     def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor) -> Whole:
         size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
-        small = [None if t is None else resized(t, size) for t in (s, x, g)]
+        small_s, small_x, small_g = resized(s, size), resized(x, size), None if g is None else resized(g, size)
         mask = resized(region, size) > 0.25
         outside = ~dilate(mask, 4)
         # A pair's two pictures may differ in colour everywhere; the output is like one of them.
-        known = [t for t in small[::2] if t is not None]
-        fits = [_colour_balance(small[1], t, outside) for t in known]
+        known = [small_s] if small_g is None else [small_s, small_g]
+        fits = [_colour_balance(small_x, t, outside) for t in known]
         (gain, offset, _), like = min(zip(fits, known), key=lambda fit: fit[0][2])
-        balanced = [(t * gain + offset).clamp(0, 1) for t in (small[1], x)]
+        balanced = [(t * gain + offset).clamp(0, 1) for t in (small_x, x)]
         shift = _small_shift(balanced[0], like, outside)
         if float(shift.norm()) >= LEAST_SHIFT:
             ratio = s.shape[-1] / size[1]
             balanced = [moved_by(balanced[0], shift), moved_by(balanced[1], shift * ratio)]
-        return cls(small[0], balanced[0], small[2], mask, (s, balanced[1], g), region)
+        return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region)
 
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
@@ -86,17 +86,17 @@ def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tens
     where = outside[0, 0]
     gains, offsets = [], []
     for a, b in zip(x[0, :, where], s[0, :, where]):
-        weight, gain, offset = torch.ones_like(a), 1.0, 0.0
+        weight, factor, shift = torch.ones_like(a), 1.0, 0.0
         for _ in range(5):
             total = weight.sum()
             mean_a, mean_b = (weight * a).sum() / total, (weight * b).sum() / total
             spread = (weight * (a - mean_a).square()).sum() / total
             together = (weight * (a - mean_a) * (b - mean_b)).sum() / total
-            gain = float(((together + 1e-3) / (spread + 1e-3)).clamp(0.75, 1.33))
-            offset = float((mean_b - gain * mean_a).clamp(-0.15, 0.15))
-            weight = 1 / (1 + ((b - gain * a - offset) / 0.03).square())
-        gains.append(gain)
-        offsets.append(offset)
+            factor = float(((together + 1e-3) / (spread + 1e-3)).clamp(0.75, 1.33))
+            shift = float((mean_b - factor * mean_a).clamp(-0.15, 0.15))
+            weight = 1 / (1 + ((b - factor * a - shift) / 0.03).square())
+        gains.append(factor)
+        offsets.append(shift)
     gain, offset = (torch.tensor(t).view(1, 3, 1, 1) for t in (gains, offsets))
     return gain, offset, float((gain * x + offset - s).abs()[..., where].mean())
 
@@ -151,13 +151,15 @@ class Crop:
         margin = max(4, round(AROUND * max(bottom - top, right - left)))
         box = max(0, top - margin), max(0, left - margin), min(height, bottom + margin), min(width, right + margin)
         size = _fitting((box[2] - box[0], box[3] - box[1]), CROP)
-        cut = [
-            None if t is None else resized(t[..., box[0] : box[2], box[1] : box[3]], size)
-            for t in (*whole.pictures, whole.full_mask)
-        ]
-        return cls(cut[0], cut[1], cut[2], cut[3] > 0.25, box, (height, width))
 
-    def in_whole(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        def cut(t: Tensor) -> Tensor:
+            return resized(t[..., box[0] : box[2], box[1] : box[3]], size)
+
+        s, x, g = whole.pictures
+        mask = cut(whole.full_mask) > 0.25
+        return cls(cut(s), cut(x), None if g is None else cut(g), mask, box, (height, width))
+
+    def in_whole(self, values: Tensor, size: Sequence[int]) -> Tensor:
         """Values of the crop in the whole picture at another size, 0 elsewhere."""
         top, left, bottom, right = self.box
         canvas = torch.zeros(1, 1, *self.full)
@@ -187,24 +189,27 @@ class Expected:
     affine: Optional[Alignment]
 
     @classmethod
-    def of(cls, crop: Crop, lab_x: Tensor, lab_g: Tensor, old: Tensor, new: Tensor, placed: bool) -> Expected:
+    def of(
+        cls, crop: Crop, g: Tensor, lab_x: Tensor, lab_g: Tensor, old: Tensor, new: Tensor, placed: bool
+    ) -> Expected:
+        """``g``: the after picture in the crop; Oklab of the output and of it; the two objects, and whether one is new."""
         if not placed:
-            return cls(crop.g, _plate(crop, old, new), torch.zeros_like(new), new, lab_g, None, None)
+            return cls(g, _plate(crop, g, old, new), torch.zeros_like(new), new, lab_g, None, None)
         similarity, affine = align(lab_x, lab_g, new)
         if similarity.displacement < STAYED and abs(similarity.scale - 1) < STAYED:
-            return cls(crop.g, _plate(crop, old, new), new, new, warp(lab_g, similarity), similarity, affine)
+            return cls(g, _plate(crop, g, old, new), new, new, warp(lab_g, similarity), similarity, affine)
         # What stayed where it was while the object moved is not the object.
         stay, move = (length(t - lab_g) for t in (lab_x, look_up(lab_x, similarity)))
         new = new * (1 - F.avg_pool2d(((stay < VISIBLE) & (move > VISIBLE)).float(), 3, 1, 1))
-        plate = _plate(crop, old, new)
-        moved, there, lab = warp(torch.cat([crop.g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
+        plate = _plate(crop, g, old, new)
+        moved, there, lab = warp(torch.cat([g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
         return cls(there * moved + (1 - there) * plate, plate, there, new, lab, similarity, affine)
 
 
-def _plate(crop: Crop, old: Tensor, new: Tensor) -> Tensor:
+def _plate(crop: Crop, g: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """The room without objects: s where the new one is, g where the old one is; where both are, it is filled in."""
     in_g = crop.mask & ((old >= new) | (new < 0.3))
-    plate = torch.where(in_g, crop.g, crop.s)
+    plate = torch.where(in_g, g, crop.s)
     hidden = ((old > 0.3) & (new > 0.3)).float()
     return hidden * filled(plate, 1 - hidden) + (1 - hidden) * plate
 
@@ -322,12 +327,12 @@ def slopes(x: Tensor) -> Tensor:
     return torch.cat(torch.gradient(x, dim=(2, 3)), 1)
 
 
-def _fitting(size: tuple[int, int], longest: int) -> tuple[int, int]:
+def _fitting(size: Sequence[int], longest: int) -> tuple[int, int]:
     ratio = longest / max(size)
     return max(8, round(size[0] * ratio)), max(8, round(size[1] * ratio))
 
 
-def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     ratio = x.shape[-2] // size[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,8 +15,8 @@ from ..drawing.colours import VERDICT_COLORS, text_on
 from ..drawing.sheet import BAD, INK, LINE, MUTED, Sheet, cut, new_figure, pixels, wrapped
 from ..extras import need
 from ..objective import ObjectiveReport
-from .items import Item, finite, with_signals
-from .judge import FAILURES, GOOD, VERDICTS
+from .items import Item, Signal, finite, with_signals
+from .judge import FAILURES, GOOD, VERDICTS, Verdict
 
 # map of a verdict → what full colour means
 MAPS = {
@@ -52,16 +53,21 @@ def heat(picture: Tensor, values: Tensor) -> Tensor:
     return (1 - opacity) * grey + opacity * colours
 
 
+def _name_of(item: Item) -> Optional[str]:
+    """Of its verdict; None where it could not be judged."""
+    return item.verdict.verdict if item.verdict else None
+
+
 class Ranking:
     """Which items have a row where not all can have one: of each failure the first, then of each the second and so on; then what
     could not be judged, then good ones. Lower ranks come first."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen: Counter[Optional[str]] = Counter()
 
     def of(self, item: Item) -> tuple[int, int]:
         """The rank of the next item."""
-        name = item.verdict.verdict if item.verdict else None
+        name = _name_of(item)
         self._seen[name] += 1
         return {None: 2, GOOD: 3}.get(name, 1), self._seen[name]
 
@@ -120,8 +126,8 @@ class VerdictSheet(Sheet):
         self.canvas.set(xlim=(0, self.inches[0]), ylim=(self.inches[1], 0), autoscale_on=False)
         self.canvas.set_axis_off()
         self.pixels_per_inch = width / self.WIDTH
-        self.outlines: list = []
-        self._outlined: Optional[tuple[Optional[Tensor], list]] = None
+        self.outlines: list[np.ndarray] = []
+        self._outlined: Optional[tuple[Optional[Tensor], list[np.ndarray]]] = None
 
     @staticmethod
     def full(item: Item) -> bool:
@@ -201,9 +207,9 @@ class VerdictSheet(Sheet):
             if asked < len(FAILURES):
                 words = f"{asked} of {len(FAILURES)} questions answered"
                 self.write(self.LEFT + self.WORDS - 0.3, top + 0.14, words, ha="right", fontsize=8, color=MUTED)
-            self.scores(item, top + 0.36)
+            self.scores(item.verdict, item.signal, top + 0.36)
         if item.signal:
-            self.say(item, top + 0.42 + self.BAR * len(FAILURES))
+            self.say(item, item.signal, top + 0.42 + self.BAR * len(FAILURES))
         for k, name in enumerate(self.columns):
             self.draw_cell(item, name, self.left(k), top)
 
@@ -212,22 +218,22 @@ class VerdictSheet(Sheet):
         style = _badge(color) if filled else _badge("#ffffff", edge=color)
         self.write(self.LEFT + 0.06, y, words, fontsize=11, weight="bold", **style)
 
-    def say(self, item: Item, top: float) -> None:
-        self.write(self.LEFT, top + 0.1, f"training signal: {item.signal.words}", fontsize=8.5)
+    def say(self, item: Item, signal: Signal, top: float) -> None:
+        self.write(self.LEFT, top + 0.1, f"training signal: {signal.words}", fontsize=8.5)
         if item.disagreement:
             self.write(self.LEFT, top + 0.37, wrapped(item.disagreement, 47, 2), fontsize=8, weight="bold", color=BAD)
         elif item.verdict:
             self.write(self.LEFT, top + 0.3, "agrees with the judge", fontsize=8, color=MUTED)
 
-    def scores(self, item: Item, top: float) -> None:
+    def scores(self, verdict: Verdict, signal: Optional[Signal], top: float) -> None:
         left, length = self.LEFT + 1.15, self.WORDS - 1.85
         for k, failure in enumerate(FAILURES):
-            score, y = finite(item.verdict.scores.get(failure)), top + (k + 0.5) * self.BAR
+            score, y = finite(verdict.scores.get(failure)), top + (k + 0.5) * self.BAR
             failed = score is not None and score >= 0.5
             style = {"fontsize": 8, "weight": "bold" if failed else "normal"}
             self.write(self.LEFT, y, failure, color=MUTED if score is None else INK, **style)
             self.write(left + length + 0.08, y, "–" if score is None else f"{score:.2f}", **style)
-            place = {"left": left, "height": 0.66 * self.BAR}
+            place: dict[str, Any] = {"left": left, "height": 0.66 * self.BAR}
             self.canvas.barh(
                 y, length, color="white" if score is None else "#eef1f4", edgecolor=LINE, linewidth=0.5, **place
             )
@@ -235,7 +241,7 @@ class VerdictSheet(Sheet):
                 self.canvas.barh(
                     y, length * score, color=VERDICT_COLORS[failure], alpha=1.0 if failed else 0.45, **place
                 )
-            toward = item.signal.toward.get(failure) if item.signal else None
+            toward = signal.toward.get(failure) if signal else None
             if toward is not None:
                 x = left + length * min(max(toward, 0.0), 1.0)
                 self.canvas.plot(x, y, "D", color=INK, markersize=4, markeredgecolor="white", zorder=3)
@@ -253,7 +259,7 @@ class VerdictSheet(Sheet):
         width, height = scale * source.shape[1], scale * source.shape[0]
         left, top = left + (self.side - width) / 2, top + (self.cell - height) / 2
         picture = self.reduced(source, height, width)
-        if name not in PICTURES:
+        if values is not None and verdict is not None:
             picture = heat(picture, values)
             self.outlines += [line * (width, height) + (left, top) for line in self.outline(verdict.mask)]
         self.picture(picture, left, top, width, height)
@@ -266,15 +272,15 @@ class VerdictSheet(Sheet):
             picture = F.interpolate(picture, size=pixels, mode="area")
         return picture[0].permute(1, 2, 0)
 
-    def outline(self, mask: Optional[Tensor]) -> list:
+    def outline(self, mask: Optional[Tensor]) -> list[np.ndarray]:
         """Lines ``[n, 2]`` around a mask, in shares of its width and height; the last mask's are kept for the next map."""
         if self._outlined is None or self._outlined[0] is not mask:
-            lines = []
+            lines: list[np.ndarray] = []
             if mask is not None:
                 from contourpy import contour_generator
 
                 size = (max(1, mask.shape[1] - 1), max(1, mask.shape[0] - 1))
-                lines = [line / size for line in contour_generator(z=mask.numpy()).lines(0.5)]
+                lines = [np.asarray(line) / size for line in contour_generator(z=mask.numpy()).lines(0.5)]
             self._outlined = mask, lines
         return self._outlined[1]
 
@@ -297,7 +303,7 @@ def _chosen(items: Sequence[Item], count: int) -> list[Item]:
     ranks = [order.of(item) for item in items]
     kept = sorted(sorted(range(len(items)), key=lambda i: (ranks[i], i))[:count])
     places = {v: k for k, v in enumerate((*FAILURES, None, GOOD))}
-    return [items[i] for i in sorted(kept, key=lambda i: (places[items[i].verdict and items[i].verdict.verdict], i))]
+    return [items[i] for i in sorted(kept, key=lambda i: (places[_name_of(items[i])], i))]
 
 
 def _badge(color: str, edge: str = "none") -> dict[str, object]:

@@ -17,6 +17,7 @@ from editloss_core.files import read_safetensors, write_safetensors
 from editloss_core.lora.lora import LoRA, LoRASettings, select_layers
 from editloss_core.models.base import PRESETS
 from editloss_core.models.kontext import KONTEXT
+from editloss_core.models.registry import titles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -426,7 +427,7 @@ def test_layers_that_do_not_fit():
         LoRA(nn.Sequential(nn.Embedding(4, 4), nn.Conv2d(3, 3, 1)), LoRASettings(layers="all"))
     with pytest.raises(ValueError, match="no linear layer of Net matches 'attention'"):
         LoRA(Net(), LoRASettings(layers="attention"), model=KONTEXT)
-    with pytest.raises(ValueError, match="layers: what 'attention' is, is known for FLUX.1 Kontext and not for Net"):
+    with pytest.raises(ValueError, match=f"layers: what 'attention' is, is known for {titles()} and not for Net"):
         LoRA(Net(), LoRASettings(layers="attention"))
 
 

@@ -20,6 +20,7 @@ from editloss_core.models.autoencoder import VAEDecoder
 from editloss_core.models.denoiser import DiffusersDenoiser
 from editloss_core.models.folder import ModelFolder
 from editloss_core.models.kontext import KONTEXT, Caption
+from editloss_core.models.registry import titles
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,7 @@ def test_every_missing_part_is_named_at_once(folder):
 @pytest.mark.parametrize(
     ("file", "values", "expected"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "expected an edit model that is known (FLUX.1 Kontext), got a folder of FluxPipeline"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, f"expected an edit model that is known ({titles()}), got a folder of FluxPipeline"),
         ("transformer/config.json", {"_class_name": "SD3Transformer2DModel"}, "transformer: expected a FluxTransformer2DModel, got a SD3"),
         ("transformer/config.json", {"in_channels": 96}, "expected in_channels 16 (2×2 latents of 4 channels), got 96: that is not Kontext"),
         ("transformer/config.json", {"out_channels": 8}, "transformer: expected out_channels 16, got 8"),
