@@ -14,11 +14,12 @@ import editloss_core
 from editloss_core import losses
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from test_help_pages import NODES
+from test_help_pages import NODES, defined, page
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES, TRAINING = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("losses.md", "training.md"))
-TITLES = {node.title.partition(" (")[0]: node for node in NODES.values()}  # brackets are there to be searched
+# What stands above a help page is the node's title; brackets in it are there to be searched.
+TITLES = {page(node).splitlines()[0].removeprefix("# ").partition(" (")[0]: node for node in NODES}
 
 
 def section(text: str, heading: str) -> str:
@@ -70,17 +71,18 @@ def test_what_to_turn_names_real_nodes_and_widgets():
         names = re.split(r"\*\*(.*?)\*\*", setting)[1:]
         for title, rest in zip(names[::2], names[1::2]):
             widgets = re.findall(r"`(\w+)`", rest)
-            assert title in TITLES and set(widgets) <= TITLES[title].inputs, (title, widgets)
+            assert title in TITLES and set(widgets) <= defined(TITLES[title]).keys(), (title, widgets)
 
 
 def test_tables_of_settings_are_those_of_the_graph():
     """The first values and the row of 24 GB are what workflows/train_kontext_lora.json has."""
     graph = json.loads((ROOT / "workflows" / "train_kontext_lora.json").read_text(encoding="utf-8"))
     values: dict[str, dict[str, object]] = {}
+    titles = {node: title for title, node in TITLES.items()}
     for node in graph["nodes"]:
         if node["type"] in NODES:
             names = [i["widget"]["name"] for i in node["inputs"] if "widget" in i]
-            values[NODES[node["type"]].title.partition(" (")[0]] = dict(zip(names, node["widgets_values"]))
+            values[titles[node["type"]]] = dict(zip(names, node["widgets_values"]))
     text = section(TRAINING, "Settings by GPU memory")
     checked = 0
     for said, title in re.findall(r"^\| (`.*) \| \*\*(.*?)\*\* \|$", text, re.M):

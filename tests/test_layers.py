@@ -7,6 +7,7 @@ the core knows no ComfyUI, and of ``nodes/`` only ``nodes/comfy`` reaches into i
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -113,6 +114,16 @@ def room_of(module: str) -> str:
 def test_every_file_has_a_room():
     rooms = {room_of(module) for module in modules() if module.startswith("editloss_core.")}
     assert rooms == set(LEVEL)
+
+
+def test_the_page_and_its_picture_show_these_rooms():
+    docs = ROOT / "docs"
+    rooms = [line.split() for line in ROOMS if line != "diagnostics"]  # old names of programs, no room
+    core = (docs / "architecture.md").read_text("utf-8").partition("Beside the core")[0]
+    told = [re.findall(r"`([\w]+)(?:/|\.py)?`", row) for row in re.findall(r"^\| ((?:`[\w./]+` ?)+)\|", core, re.M)]
+    assert [sorted(row) for row in told] == [sorted(row) for row in rooms]
+    drawn = re.findall(r'class="room"[^>]*>(.*?)<', (docs / "pictures" / "architecture.svg").read_text("utf-8"))
+    assert [row.removesuffix(".py").split(" · ") for row in reversed(drawn)][1:] == rooms[1:]
 
 
 def test_no_arrow_goes_up():

@@ -93,6 +93,21 @@ def test_registry_metadata_has_the_registrys_forms():
     assert f"\n## {said('version')}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_old_names_go_when_they_say_so():
+    """CONTRIBUTING.md, Deprecations: two minor versions, and a line in the changelog."""
+    (deprecated,) = re.findall(r"^### Deprecated\n(.*?)^###? ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.S | re.M)
+    old = {path: path.read_text("utf-8") for path in (ROOT / "editloss_core").rglob("*.py")}
+    old = {path: re.findall(r"it goes with (\d+)\.(\d+)", text) for path, text in old.items()}
+    assert any(old.values()), "no old name is left: this test can go"
+    for path, versions in old.items():
+        module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__main__")
+        for version in versions:
+            assert tuple(map(int, version)) > tuple(map(int, said("version").split(".")[:2])), (
+                f"{module} is still there"
+            )
+            assert f"{module}`" in deprecated, module
+
+
 def test_pictures_of_the_registry_have_its_sizes():
     icon, banner = (Image.open(PICTURES / f"{name}.png") for name in ("icon", "banner"))
     assert icon.width == icon.height <= 400
