@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Callable, Collection, Iterable, Optional, Sequence
+from typing import Any, Callable, Collection, Iterable, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ NOT_A_NUMBER = "not a number"
 NO_FAILURE = "no failure"  # what a signal says that points to none
 
 
-def _plain(values: Optional[Tensor]):
+def _plain(values: Optional[Tensor]) -> Any:
     """A tensor as numbers in lists, with None for what JSON cannot hold."""
 
-    def finite(x):
+    def finite(x: Any) -> Any:
         return [finite(v) for v in x] if isinstance(x, list) else (x if math.isfinite(x) else None)
 
     return None if values is None else finite(values.detach().tolist())
@@ -42,7 +42,7 @@ class ObjectiveReport:
         counted = [report.weighted for report in in_order if report.term.weight > 0]
         return cls(sum(counted, torch.zeros(())), in_order)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for JSON; what is not finite becomes None."""
         return {
             "total": _plain(self.total),
@@ -94,7 +94,7 @@ class EditObjective:
 
     terms: tuple[LossTerm, ...] = field(default_factory=tuple)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "terms", tuple(self.terms))
         names = [t.name for t in self.terms]
         for name in names:

@@ -56,7 +56,7 @@ class LossTerm:
     t_min: float = 0.0
     t_max: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in TERMS:
             raise ValueError(f"kind: expected one of {', '.join(TERMS)}, got {self.kind!r}")
         defaults = TERMS[self.kind].defaults
@@ -138,7 +138,7 @@ class TermKind:
         dists: that it knows.
     """
 
-    loss: Callable
+    loss: Callable[..., Tensor]
     defaults: Mapping[str, object]
     family: type[Family]
     failure: Optional[str] = None
@@ -148,7 +148,7 @@ class TermKind:
 _MATCH = {"anchor": "pred", "positive": "gt"}
 
 
-def _hinge(negative: str, **roles: str) -> dict:
+def _hinge(negative: str, **roles: str) -> dict[str, object]:
     """Defaults of a hinge term, in the order in which a person fills them: roles first."""
     return {**_MATCH, **roles, "negative": negative, "dist": "cos", "margin": 0.2, "smooth": 0.0}
 

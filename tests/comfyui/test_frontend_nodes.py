@@ -107,7 +107,8 @@ def test_the_search_box_finds_nodes_by_the_words_people_use(tab, nodes):
 
 def test_every_node_is_added_from_the_search_box(tab, nodes):
     assert sorted(nodes) == NODES
-    for node_id in NODES[:: 6 if tab.newest else 1]:  # all of them once is enough
+    some = NODES[::4]  # all of them once is enough, and most in the newer page, which takes half the time
+    for node_id in [n for n in NODES if n not in some] if tab.newest else some:
         box = SearchBox(tab)
         box.type(nodes[node_id]["display_name"], [nodes[node_id]["display_name"]], 1)
         box.press("Enter")
