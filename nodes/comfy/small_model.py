@@ -32,11 +32,6 @@ def small_flux(**options) -> comfy.model_patcher.ModelPatcher:
 
 
 def small_vae() -> comfy.sd.VAE:
-    """Its TAESD-shaped autoencoder as the stock loader has it, with a ReLU for each block of zeros: the same bits, sooner."""
+    """Its TAESD-shaped autoencoder, as the stock loader has it: whatever copies, saves or loads a VAE can do so with this one."""
     with torch.inference_mode(False):
-        vae = comfy.sd.VAE(sd=model.load_autoencoder())
-        for layers in (vae.first_stage_model.taesd_encoder, vae.first_stage_model.taesd_decoder):
-            for i, layer in enumerate(layers):
-                if hasattr(layer, "conv") and not any(p.any() for p in layer.conv.parameters()):
-                    layers[i] = torch.nn.ReLU()
-    return vae
+        return comfy.sd.VAE(sd=model.load_autoencoder())

@@ -893,7 +893,7 @@ def dynamic_checks() -> None:
     import comfy.model_patcher
 
     if hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
-        for function in (static_model_check, static_vae_check, static_clip_vision_check):
+        for function in (static_model_check, static_vae_check, static_demo_vae_check, static_clip_vision_check):
             CHECKS[f"dynamic_{function.__name__.removesuffix('_check')}"] = function
 
 
@@ -987,6 +987,23 @@ def static_vae_check() -> None:
         odd = comfy.sd.VAE(sd=dict(state), device=GPU, dtype=torch.float32)
     odd.first_stage_model.register_buffer("unknown", torch.zeros(1))
     refused(lambda: PACK.decoder.VAEDecoder(odd), "vae", "TAESD cannot be copied", "--disable-dynamic-vram")
+
+
+def static_demo_vae_check() -> None:
+    """The demo's own loader makes a VAE that can be copied, as every stock one can."""
+    import comfy.sd
+
+    stock = comfy.sd.VAE
+    with torch.inference_mode(), dynamic():
+        comfy.sd.VAE = lambda sd: stock(sd=sd, device=GPU, dtype=torch.float32)
+        try:
+            vae = PACK.small.small_vae()
+        finally:
+            comfy.sd.VAE = stock
+        assert vae.patcher.is_dynamic()
+        decoder = PACK.decoder.VAEDecoder(vae)
+    made, own = (v.first_stage_model.state_dict() for v in (decoder.vae, vae))
+    assert not decoder.patcher.is_dynamic() and made.keys() == own.keys()
 
 
 def static_clip_vision_check() -> None:
@@ -1197,6 +1214,7 @@ def main() -> None:
         lora=importlib.import_module(f"{name}.editloss_core.lora.lora"),
         encoders=importlib.import_module(f"{name}.nodes.comfy.encoders"),
         offers=importlib.import_module(f"{name}.nodes.comfy.offers"),
+        small=importlib.import_module(f"{name}.nodes.comfy.small_model"),
     )
     run_checks(CHECKS, only)
 
