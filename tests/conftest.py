@@ -16,6 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tensors are small here: more threads only wait for each other. Tests that are about threads set their own."""
+    torch = sys.modules.get("torch")  # what is collected has imported it, if anything does
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """A file stays in one process, for its fixtures; tests/comfyui, whose few tests take longest, comes first."""

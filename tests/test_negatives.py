@@ -13,15 +13,6 @@ SIZE = 64
 RED, BLUE, GREY = (0.9, 0.1, 0.1), (0.1, 0.2, 0.9), (0.5, 0.55, 0.5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 STILL = dict(max_offset=0.0, scale=(1.0, 1.0))
 PASTES = ("new_over_old", "old_over_new", "double")
 

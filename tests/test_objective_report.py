@@ -24,15 +24,6 @@ WIDTH = 440  # a quarter of the usual size: the layout is the same in inches
 GT, SRC, OVERLAY, FAR = range(4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def embeddings(*outputs, layout="grid", name="e", mask=None):
     """One pair whose gt, src and overlay lie on axes of their own; each output is one axis or six, one per token."""
     eye = torch.eye(4)

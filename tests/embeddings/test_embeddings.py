@@ -22,15 +22,6 @@ from editloss_core.objective import EditObjective, LossTerm
 PATCH = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Patches(PixelEncoder):
     """Mean colour of patches through a fixed linear map: the smallest encoder that keeps the whole protocol."""
 

@@ -24,15 +24,6 @@ GRID, VECTOR = "timm/test_vit/tokens", "timm/test_resnet/global"
 PAIRS = 21
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the processes of a launcher have: sums over several threads are rounded in another way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def write_pairs(folder, count, sizes=((64, 64),), masks=True):
     g = torch.Generator().manual_seed(count)
     for i in range(count):

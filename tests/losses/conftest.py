@@ -2,7 +2,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for loop_reference, under --import-mode=importlib
 
@@ -22,12 +21,3 @@ def dots(request, monkeypatch):
     from editloss_core import losses
 
     monkeypatch.setattr(losses, "ONE_PASS_ELEMENTS", 0 if request.param == "in one pass" else 1 << 62)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors of these tests are so small that a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -22,15 +22,6 @@ CLOSE = dict(rtol=1e-10, atol=1e-12)
 WRONG = (AssertionError, pytest.fail.Exception)  # what a known defect may fail with: not a slip in the test itself
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(layout="grid", pairs=B, outputs=B, seed=0, name="e", mask=True, dtype=torch.float64, without=()):
     """Random embeddings of every role with a common part (cosines are then neither all 0 nor all 1); pred is a leaf."""
     g = torch.Generator().manual_seed(seed)

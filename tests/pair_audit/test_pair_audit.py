@@ -24,15 +24,6 @@ SIZE = 256
 CAPTION = "replace the thing with my stool"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 

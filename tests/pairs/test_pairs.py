@@ -30,15 +30,6 @@ from editloss_core.pairs.geometry import Box, cover, same_proportions
 NAMES = ("chair", "Lamp", "sofa_2")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def picture(path, size=(96, 128), seed=0, **options):
     """A smooth random picture of (height, width), so that JPEG keeps it."""
     coarse = np.random.default_rng([seed, *"/".join(path.parts[-4:]).encode()]).integers(0, 255, (4, 5, 3), np.uint8)

@@ -18,15 +18,6 @@ NAMES = ["no edit", "distorted", "overlay"]
 LONG = [f"{k} softplus triplet against the picture before, small encoder with patches, layer {k}" for k in range(12)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were drawn."""

@@ -28,14 +28,6 @@ GREYS = {verdict: (20 + 40 * i) / 255 for i, verdict in enumerate(VERDICTS)}
 TERMS = {"no edit": "no_edit_identity", "overlay": "overlay_avoidance"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def by_grey(before, output, after=None, mask=None):
     level = float(output[0, 0, 0])
     verdict = min(GREYS, key=lambda v: abs(GREYS[v] - level))

@@ -33,15 +33,6 @@ RAW, VAE = "raw/grid", "vae/conv/grid"
 OVERLAY = OverlaySettings(kinds=("blend", "old_over_new"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors: more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def vae(seed=0, **options):
     conv = torch.nn.Conv2d(3, 4, 8, 8).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

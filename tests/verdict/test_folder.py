@@ -24,14 +24,6 @@ ROOT = Path(__file__).parents[2]
 PAIR = draw(3, "replace", "chair", "table")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def by_grey(monkeypatch):
     """A judge that takes no time: dark outputs are not edited, medium ones overlays."""
