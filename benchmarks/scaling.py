@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Iterable, Iterator, Sequence
 
-from editloss_core.lora.lora import LoRASettings, layer_features, select_layers
+from editloss_core.lora.lora import LoRASettings, adapted_sizes, layer_features, select_layers
 from editloss_core.models.base import PRESETS
 from editloss_core.models.folder import empty_network
 from editloss_core.models.footprint import Footprint
@@ -53,8 +53,7 @@ def of(layers: str, rank: int) -> Footprint:
 
 
 def footprint(lora: LoRASettings) -> Footprint:
-    chosen = select_layers(NETWORK, lora.layers, KONTEXT).values()
-    return Footprint.of(KONTEXT, NETWORK, [layer_features(part) for part in chosen], lora.rank)
+    return Footprint.of(KONTEXT, NETWORK, adapted_sizes(NETWORK, lora.layers, KONTEXT), lora.rank)
 
 
 def fused_parameters(layers: str, rank: int) -> int:

@@ -15,6 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
+from ..editloss_core.models.captions import distinct_captions
 from ..editloss_core.pairs import PairSet
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -212,30 +213,19 @@ def settings_of(
 
 
 def _conditioning(clip, sets: Sequence[PairSet], denoiser: ComfyDenoiser) -> list[list[Any]]:
-    """CONDITIONING on the CPU for each pair of each set; the first one that the model cannot take is refused.
-
-    Pairs whose captions are equal, and whose before pictures are where the model reads them, share one.
-    """
+    """CONDITIONING on the CPU for each pair of each set; the first one that the model cannot take is refused."""
     drop_inference_buffers()
-    model = denoiser.edit_model
-    keys = [
-        [(pair.caption, pairs.fingerprint(i) if model.reads_picture else "") for i, pair in enumerate(pairs)]
-        for pairs in sets
-    ]
-    known: dict[tuple[str, str], Any] = {}
-    bar = ProgressBar(len({key for own in keys for key in own}))
-    for pairs, own in zip(sets, keys):
-        for i, key in enumerate(own):
-            if key in known:
-                continue
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            before = pairs.load(i).before if model.reads_picture else None
-            with torch.no_grad():
-                entries = clip.encode_from_tokens_scheduled(model.tokenize(clip, pairs[i].caption, before))
-            known[key] = [[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries]
-            denoiser.check(known[key])
-            bar.update(1)
-    return [[known[key] for key in own] for own in keys]
+    distinct, shared = distinct_captions(denoiser.edit_model, sets)
+    made, bar = [], ProgressBar(len(distinct))
+    for asked in distinct:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with torch.no_grad():
+            tokens = denoiser.edit_model.tokenize(clip, asked.caption, asked.before())
+            entries = clip.encode_from_tokens_scheduled(tokens)
+        made.append([[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries])
+        denoiser.check(made[-1])
+        bar.update(1)
+    return [[made[i] for i in own] for own in shared]
 
 
 def _own(value):

@@ -127,6 +127,12 @@ def _patterns(layers: str) -> list[tuple[str, bool]]:
     return parsed
 
 
+def adapted_sizes(module: nn.Module, layers: str, model: Optional[EditModel] = None) -> list[tuple[int, int]]:
+    """(in, out) of each layer that :func:`select_layers` chooses."""
+    sizes = map(layer_features, select_layers(module, layers, model).values())
+    return [size for size in sizes if size is not None]
+
+
 def layer_features(part: nn.Module) -> Optional[tuple[int, int]]:
     """(in, out) of a linear layer of any make, None for everything else."""
     into, out = getattr(part, "in_features", None), getattr(part, "out_features", None)

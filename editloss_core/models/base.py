@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, Optional, Protocol, Sequence
+from typing import Any, Mapping, Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..progress import Progress
+
 PRESETS = ("attention", "attention + MLP", "all")  # of layers; what each comprises is the model's to say
-CHECKED_STEPS = 20  # calls of the model for a picture, where nothing else is said
 
 
 class Denoiser(Protocol):
@@ -82,7 +83,6 @@ class Parts:
         texts: folder → class, of the text encoders.
         tokenizers: folders.
         text_widths: (text encoder's folder, its key, the transformer's key): numbers of their configs that have to be equal.
-        patch: latents per token along each side.
         original_key: a tensor by which a single file in the original layout is known.
         others: what a network with other inputs would be, for the message.
     """
@@ -155,7 +155,6 @@ class EditModel:
         reads_picture: whether its captions are encoded with the before picture.
         guidance, preview_guidance: what it is told in training and for pictures; None where it is told nothing.
         preview_cfg: scale of classifier-free guidance in the stock workflow, 1 without.
-        preview_steps: of the stock workflow.
         patch: latents per token along each side.
         downscale: pixels per latent along each side.
         text_tokens: of a caption.
@@ -175,7 +174,6 @@ class EditModel:
     guidance: Optional[float] = None
     preview_guidance: Optional[float] = None
     preview_cfg: float = 1.0
-    preview_steps: int = 20
     patch: int = 2
     downscale: int = 8
     text_tokens: int = 512
@@ -212,9 +210,9 @@ class EditModel:
         noise: Tensor,
         references: Sequence[Tensor],
         conditioning: Sequence[Any],
-        steps: int = CHECKED_STEPS,
+        steps: int,
         preview: Optional[Preview] = None,
-        progress: Optional[Callable[[int, int], None]] = None,
+        progress: Optional[Progress] = None,
     ) -> Tensor:
         """Latents by Euler's method from pure noise, on the model's own schedule.
 

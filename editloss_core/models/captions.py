@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 import torch
+from torch import Tensor
 
 from ..cache import TensorCache
 from ..hashing import hash_tensors
@@ -41,31 +43,62 @@ def encode_captions(
         ValueError: embeddings that are not finite.
     """
     cache = TensorCache(cache_folder)
-    keys = [[_key(model, pairs, i, fingerprint) for i in range(len(pairs))] for pairs in sets]
-    where: dict[str, tuple[PairSet, int]] = {}  # key → the first pair that has it
-    for pairs, own in zip(sets, keys):
-        for i, key in enumerate(own):
-            where.setdefault(key, (pairs, i))
-    found = {key: cache.get("captions", key) for key in where}
-    todo = [key for key, entry in found.items() if entry is None]
+    distinct, shared = distinct_captions(model, sets)
+    keys = [_key(model, asked, fingerprint) for asked in distinct]
+    found = {key: cache.get("captions", key) for key in keys}
+    todo = [(key, asked) for key, asked in zip(keys, distinct) if found[key] is None]
     pipeline = load() if todo else None
-    for done, key in enumerate(todo, 1):
-        pairs, i = where[key]
-        text = pairs[i].caption
-        before = pairs.load(i).before if model.reads_picture else None
+    for done, (key, asked) in enumerate(todo, 1):
         with torch.no_grad():
-            tensors = model.encode(pipeline, text, before)
+            tensors = model.encode(pipeline, asked.caption, asked.before())
         if not all(bool(x.isfinite().all()) for x in tensors.values()):
             raise ValueError(
-                f"caption: expected finite embeddings, got NaN or infinity for {text!r}; a T5 needs bfloat16 or float32"
+                f"caption: expected finite embeddings, got NaN or infinity for {asked.caption!r}; a T5 needs bfloat16 or float32"
             )
         found[key] = cache.put("captions", key, tensors)
         if progress is not None:
             progress(done, len(todo))
     made = {key: model.caption(entry.tensors) for key, entry in found.items() if entry is not None}
-    return [[made[key] for key in own] for own in keys]
+    return [[made[keys[i]] for i in own] for own in shared]
 
 
-def _key(model: EditModel, pairs: PairSet, index: int, fingerprint: str) -> str:
-    seen = [pairs.fingerprint(index)] if model.reads_picture else []
-    return hash_tensors([], CAPTION_METHOD, fingerprint, str(model.text_tokens), pairs[index].caption, *seen)
+@dataclass(frozen=True)
+class Asked:
+    """A caption to encode: of the pair with this number in its set.
+
+    Attributes:
+        content: of the before picture, where the model reads it; else empty.
+    """
+
+    caption: str
+    content: str
+    pairs: PairSet
+    index: int
+
+    def before(self) -> Optional[Tensor]:
+        """The before picture ``[H, W, 3]`` where the model reads it, else None."""
+        return self.pairs.load(self.index).before if self.content else None
+
+
+def distinct_captions(model: EditModel, sets: Sequence[PairSet]) -> tuple[list[Asked], list[list[int]]]:
+    """(what there is to encode, each once; for each pair of each set which of them is its own).
+
+    Pairs whose captions are equal, and whose before pictures are where the model reads them, share one.
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    distinct: list[Asked] = []
+    shared: list[list[int]] = []
+    for pairs in sets:
+        shared.append([])
+        for i, pair in enumerate(pairs):
+            asked = Asked(pair.caption, pairs.fingerprint(i) if model.reads_picture else "", pairs, i)
+            number = numbers.setdefault((asked.caption, asked.content), len(distinct))
+            if number == len(distinct):
+                distinct.append(asked)
+            shared[-1].append(number)
+    return distinct, shared
+
+
+def _key(model: EditModel, asked: Asked, fingerprint: str) -> str:
+    seen = [asked.content] if asked.content else []
+    return hash_tensors([], CAPTION_METHOD, fingerprint, str(model.text_tokens), asked.caption, *seen)

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Optional
 
@@ -51,7 +52,7 @@ class ModelFolder:
     dtype: str = "bf16"
     quantization: str = "none"
 
-    @property
+    @cached_property  # read once: every part that is loaded asks for it
     def edit_model(self) -> EditModel:
         """By model_index.json.
 
@@ -108,12 +109,8 @@ class ModelFolder:
     @property
     def text_fingerprint(self) -> str:
         """Of all that makes a caption's embedding."""
-        return hash_folders([self.folder / part for part in self._text_parts], self.dtype)
-
-    @property
-    def _text_parts(self) -> list[str]:
         parts = self.edit_model.parts
-        return [*parts.texts, *parts.tokenizers]
+        return hash_folders([self.folder / part for part in (*parts.texts, *parts.tokenizers)], self.dtype)
 
     def _faults_of_parts(self, model: EditModel) -> list[str]:
         faults: list[str] = []

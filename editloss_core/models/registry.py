@@ -26,17 +26,12 @@ def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
     return model
 
 
-def by_id(name: str) -> EditModel:
-    """The model of a permanent id.
+def of_comfyui(base: str) -> EditModel:
+    """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one.
 
     Raises:
         ValueError: unknown; the known ones are named. So do the others.
     """
-    return _the(lambda model: model.id == name, repr(name))
-
-
-def of_comfyui(base: str) -> EditModel:
-    """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one."""
     return _the(lambda model: model.comfyui_model == base, f"ComfyUI's {base}")
 
 

@@ -13,7 +13,7 @@ from ..encoders.base import Encoder
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
 from ..lora.keys import save_both
-from ..lora.lora import LoRA, layer_features, select_layers
+from ..lora.lora import LoRA, adapted_sizes
 from ..models.autoencoder import VAEDecoder, vae_encoder
 from ..models.base import Preview
 from ..models.captions import encode_captions
@@ -22,7 +22,7 @@ from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
 from ..pairs import PairSet, find_pairs
 from ..processes import check_accelerator, check_batch, launched, place
-from ..progress import ConsoleBar
+from ..progress import ConsoleBar, Progress
 from .config import TrainingConfig, VAESection
 from .config_reader import checkpoint_of, model_folder
 from .host import ConsoleHost
@@ -102,7 +102,7 @@ class Plan:
         return "\n".join([*lines, *(f"note        {note}" for note in self.pairs.notes)])
 
 
-def plan(config: TrainingConfig, base: Path, progress: Optional[Callable[[int, int], None]] = None) -> Plan:
+def plan(config: TrainingConfig, base: Path, progress: Optional[Progress] = None) -> Plan:
     """Look at the pairs and the shape of the model.
 
     Raises:
@@ -113,8 +113,8 @@ def plan(config: TrainingConfig, base: Path, progress: Optional[Callable[[int, i
     files = model_folder(config.model, base)
     edit_model = files.edit_model
     network = empty_network(edit_model, files.config("transformer"))
-    adapted = [layer_features(part) for part in select_layers(network, config.lora.layers, edit_model).values()]
-    footprint = Footprint.of(edit_model, network, [sizes for sizes in adapted if sizes], config.lora.rank)
+    adapted = adapted_sizes(network, config.lora.layers, edit_model)
+    footprint = Footprint.of(edit_model, network, adapted, config.lora.rank)
     checkpoint = checkpoint_of(config.run, base)
     if checkpoint is not None:
         resumable(checkpoint, LoRA(network, config.lora, model=edit_model), config.training)
@@ -122,7 +122,7 @@ def plan(config: TrainingConfig, base: Path, progress: Optional[Callable[[int, i
 
 
 def load_pairs(
-    config: TrainingConfig, base: Path, progress: Optional[Callable[[int, int], None]] = None
+    config: TrainingConfig, base: Path, progress: Optional[Progress] = None
 ) -> tuple[PairSet, Optional[PairSet]]:
     """(to train on, to watch)."""
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from .encoders import check_vae
-from .gradients import (
-    checkpointed,
-    differentiable,
-    usable,
-)
+from .gradients import checkpointed, differentiable, usable
 from .loading import load_for_call
 from .offers import static_vae
 

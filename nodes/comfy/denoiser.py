@@ -1,4 +1,4 @@
-"""ComfyUI's MODEL as a :class:`~editloss_core.models.base.Denoiser` of the core, and a VAE as a decoder with gradients."""
+"""ComfyUI's MODEL as a :class:`~editloss_core.models.base.Denoiser` of the core."""
 
 from __future__ import annotations
 

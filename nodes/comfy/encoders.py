@@ -1,9 +1,8 @@
 """VAE, CLIP_VISION and MODEL as encoders of the core, its own encoders under ComfyUI's model management, and gradients
 through them.
 
-ComfyUI's own paths are written for
-inference: ``ClipVisionModel.encode_image`` rounds pixels, and see gradients.py. What is made here goes around all of
-it when a gradient is asked for, and is a plain forward pass when not.
+ComfyUI's own paths are written for inference: ``ClipVisionModel.encode_image`` rounds pixels, and see gradients.py. What is made
+here goes around all of it when a gradient is asked for, and is a plain forward pass when not.
 """
 
 from __future__ import annotations

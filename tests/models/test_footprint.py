@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 import torch
 from small_kontext import TRANSFORMER, transformer
 
-from editloss_core.lora.lora import LoRA, LoRASettings, layer_features, select_layers
+from editloss_core.lora.lora import LoRA, LoRASettings, adapted_sizes
 from editloss_core.models.denoiser import DiffusersDenoiser
 from editloss_core.models.folder import empty_network
 from editloss_core.models.footprint import Footprint
@@ -18,8 +18,7 @@ from editloss_core.training.settings import TrainingSettings
 
 
 def footprint(net, settings):
-    chosen = select_layers(net, settings.layers, KONTEXT).values()
-    return Footprint.of(KONTEXT, net, [layer_features(part) for part in chosen], settings.rank)
+    return Footprint.of(KONTEXT, net, adapted_sizes(net, settings.layers, KONTEXT), settings.rank)
 
 
 @pytest.mark.parametrize("layers", ["attention", "attention + MLP", "all"])

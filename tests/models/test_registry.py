@@ -22,7 +22,6 @@ def test_a_model_says_all_that_is_asked_of_it(model):
 
 @EACH
 def test_it_is_found_by_the_names_of_its_classes(model):
-    assert registry.by_id(model.id) is model
     assert registry.of_comfyui(model.comfyui_model) is model and registry.of_pipeline(model.parts.pipeline) is model
     assert registry.of_network(model.parts.transformer) is model
     layer = next(iter(model.names.blocks))
@@ -64,7 +63,6 @@ def test_noise_levels_fall_from_one_to_nothing_and_rise_with_the_size(model):
 @pytest.mark.parametrize(
     ("ask", "found"),
     [
-        (lambda: registry.by_id("flux_9"), "'flux_9'"),
         (lambda: registry.of_comfyui("Chroma"), "ComfyUI's Chroma"),
         (lambda: registry.of_pipeline("FluxPipeline"), "a folder of FluxPipeline"),
     ],
