@@ -28,7 +28,7 @@ expected.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from .checks import check_number, check_whole, is_number
 from .masks import check_pair, checked_mask, estimate_mask, feather_mask
+from .progress import Progress
 
 __all__ = [
     "OVERLAY_KINDS",
@@ -153,7 +154,7 @@ def make_overlays(
     mask_after: Tensor | None = None,
     settings: OverlaySettings | None = None,
     indices: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> OverlayBatch:
     """Overlay negatives of every sample in every construction of ``settings.kinds``.
 

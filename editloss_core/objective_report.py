@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .drawing.colours import VERDICT_COLORS, color_of
-from .drawing.sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, cut, new_figure, percent, pixels, wrapped
+from .drawing.sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, cell, cut, new_figure, percent, wrapped
 from .encoders.base import check_images
 from .objective import NOT_A_NUMBER, TERMS, ObjectiveReport, TermReport
 
@@ -101,9 +101,7 @@ def picture(
     if ground is None:
         shape = next((images.shape[1:] for images in (gt, src) if images is not None), (256, 256, 3))
         ground = torch.full((1, *shape), 0.6)
-    page = ObjectiveSheet(report, ground, rows, min(total, MAX_COLUMNS), width)
-    page.draw()
-    return pixels(page.figure)[None]
+    return ObjectiveSheet(report, ground, rows, min(total, MAX_COLUMNS), width).rendered()
 
 
 class ObjectiveSheet(Sheet):

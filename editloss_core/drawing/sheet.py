@@ -20,11 +20,19 @@ INK, MUTED, GOOD, WARN, BAD, LINE = "#1b1f24", "#667080", "#2e7d4f", "#d98c00", 
 
 
 class Sheet:
-    """A figure on which places are inches from the top left."""
+    """A figure on which places are inches from the top left. A subclass says in :meth:`draw` what is on it."""
 
     def __init__(self, figure: Figure):
         width, height = figure.get_size_inches()
         self.figure, self.inches = figure, (float(width), float(height))
+
+    def draw(self) -> None:
+        raise NotImplementedError
+
+    def rendered(self) -> Tensor:
+        """Drawn, as ``[1, H, W, 3]`` in 0…1."""
+        self.draw()
+        return pixels(self.figure)[None]
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         w, h = self.inches

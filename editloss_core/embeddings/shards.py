@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -17,15 +17,13 @@ from ..encoders.base import Encoder, EncoderInfo, Region
 from ..files import replacing
 from ..pairs import PairSet
 from ..processes import Processes
+from ..progress import Progress
 from .sets import FORMAT, EmbeddingSet, StaleEmbeddings
 
 INDEX = "embeddings.safetensors.index.json"
 INDEX_FORMAT = "editloss-embeddings-shards-1"
 SHARD_PAIRS = 256
 OF_PAIRS = ("gt", "src")  # the roles: after and before picture
-
-Told = Callable[[int, int], None]
-"""Called with (pictures encoded, pictures to encode) of this process."""
 
 
 class _Batch(NamedTuple):
@@ -64,7 +62,7 @@ def encode_pairs(
     batch_size: int = 8,
     shard_pairs: int = SHARD_PAIRS,
     processes: Optional[Processes] = None,
-    progress: Optional[Told] = None,
+    progress: Optional[Progress] = None,
 ) -> Encoded:
     """Encode the before (role ``src``) and after (``gt``) picture of every pair into ``folder``.
 

@@ -7,7 +7,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from ..checks import check_whole
-from ..drawing.sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, new_figure, pixels, wrapped
+from ..drawing.sheet import BAD, GOOD, INK, LINE, MUTED, WARN, Sheet, new_figure, wrapped
 from ..objective import TERMS
 from .result import SEES, AuditRow, EncoderAudit, count_of, short
 
@@ -22,9 +22,7 @@ def audit_picture(audit: EncoderAudit, width: int = 1600) -> Tensor:
         ValueError: a width that is not a positive integer.
     """
     check_whole("width", width, 1, "pixels")
-    page = EncoderAuditSheet(audit, width)
-    page.draw()
-    return pixels(page.figure)[None]
+    return EncoderAuditSheet(audit, width).rendered()
 
 
 class EncoderAuditSheet(Sheet):

@@ -20,6 +20,7 @@ from ..hashing import hash_tensors
 from ..pairs import Pair, PairSet, find_pairs
 from ..pairs.files import PairProblems, read_caption, read_picture, relative, scan
 from ..pairs.geometry import same_proportions
+from ..progress import Progress
 from .between_pairs import copies, find_swapped, likely_partners
 from .measures import Measured, PairMeasures, Sketch, agreeing, measure
 from .result import AuditFinding, PairAudit
@@ -33,7 +34,7 @@ def audit(
     default_caption: str = "",
     others: Optional[PairSet] = None,
     encoder: Optional[Encoder] = None,
-    progress: Optional[Callable[[int, int], None]] = None,
+    progress: Optional[Progress] = None,
     check: Optional[Callable[[], None]] = None,
 ) -> PairAudit:
     """Look for everything that spoils a set of pairs.
@@ -79,7 +80,7 @@ def audit(
 class _Run:
     """One audit in progress."""
 
-    def __init__(self, progress: Optional[Callable[[int, int], None]], check: Optional[Callable[[], None]]):
+    def __init__(self, progress: Optional[Progress], check: Optional[Callable[[], None]]):
         self.progress, self.check = progress, check
         self.done, self.total, self.count = 0, 0, 0
         self.folder: Optional[Path] = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_whole
-from ..drawing.sheet import BAD, GOOD, LINE, MUTED, WARN, Sheet, new_figure, pixels, wrapped
+from ..drawing.sheet import BAD, GOOD, LINE, MUTED, WARN, Sheet, new_figure, wrapped
 from ..masks import oklab
 from ..pairs import Pair
 from ..pairs.files import read_picture
@@ -32,9 +32,7 @@ def audit_picture(audit: PairAudit, width: int = 1600) -> Tensor:
         ValueError: a width that is not a positive integer.
     """
     check_whole("width", width, 1, "pixels")
-    page = PairAuditSheet(audit, width)
-    page.draw()
-    return pixels(page.figure)[None]
+    return PairAuditSheet(audit, width).rendered()
 
 
 def _chosen(audit: PairAudit) -> list[tuple[str, list[AuditFinding]]]:

@@ -7,7 +7,7 @@ width) in pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..ahead import ahead
 from ..checks import check_whole, is_whole
 from ..hashing import hash_tensors
+from ..progress import Progress
 from .files import Finding, Layout, PairProblems, Picture, digest_state, read_caption, read_picture, relative, scan
 from .geometry import MULTIPLE, Size, bounding_box, bucket_size, cover, resample, same_proportions, times
 
@@ -61,7 +62,7 @@ def find_pairs(
     default_caption: str = "",
     upscale: bool = False,
     min_size: int = 64,
-    progress: Optional[Callable[[int, int], None]] = None,
+    progress: Optional[Progress] = None,
 ) -> PairSet:
     """The pairs of a folder, after every file of it was looked at.
 
@@ -175,7 +176,7 @@ class PairSet:
         resolution: int = 1024,
         upscale: bool = False,
         min_size: int = 64,
-        progress: Optional[Callable[[int, int], None]] = None,
+        progress: Optional[Progress] = None,
     ) -> PairSet:
         """Pairs from picture batches.
 
@@ -355,7 +356,7 @@ def _checked(
     resolution: int,
     upscale: bool,
     min_size: int,
-    progress: Optional[Callable[[int, int], None]],
+    progress: Optional[Progress],
 ) -> PairSet:
     """Decode every picture, and make a set of them or raise the whole report. ``partial``: pictures without a partner,
     which are looked at as well."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..drawing.statistics import Share
 from ..objective import NO_FAILURE, NOT_A_NUMBER, TERMS
 from ..pairs.files import read_picture
+from ..progress import Progress
 from ..runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE
 from ..runs.log import LOG_FILE, PictureLog, RunLog, ValidationLog
 from ..runs.pictures import PICTURE_FOLDER
@@ -30,7 +31,6 @@ OPTIONS = {
     "validate_every": "Run Options; [validation]",
 }
 Judge = Callable[..., Verdict]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

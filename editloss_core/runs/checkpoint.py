@@ -7,16 +7,13 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import torch
 from torch import Tensor
 
 from ..files import replacing
 from ..hashing import hash_tensors
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = "editloss-checkpoint-1"
 CHECKPOINT_FOLDER = "checkpoints"  # of a run

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..drawing.colours import VERDICT_COLORS, text_on
-from ..drawing.sheet import BAD, INK, LINE, MUTED, Sheet, cut, new_figure, pixels, wrapped
+from ..drawing.sheet import BAD, INK, LINE, MUTED, Sheet, cut, new_figure, wrapped
 from ..extras import need
 from ..objective import ObjectiveReport
 from .items import Item, Signal, finite, with_signals
@@ -93,9 +93,7 @@ def sheet(
         raise ValueError("items: expected at least one output, got none")
     if report is not None:
         items = with_signals(items, report)
-    page = VerdictSheet(items, width, rows)
-    page.draw()
-    return pixels(page.figure)[None]
+    return VerdictSheet(items, width, rows).rendered()
 
 
 class VerdictSheet(Sheet):
