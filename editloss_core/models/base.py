@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Protocol, Sequence
+from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,37 @@ class EditModel:
     # -- pictures ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def path(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        references: Sequence[Tensor],
+        conditioning: Sequence[Any],
+        steps: int,
+        preview: Optional[Preview] = None,
+    ) -> Iterator[tuple[float, Tensor]]:
+        """(t, x_t) by Euler's method from pure noise at t = 1 to the picture at t = 0, on the model's own schedule.
+
+        ``steps + 1`` states; a state's call of the model is made when the next one is asked for. Arguments as in
+        :meth:`sample`.
+
+        Raises:
+            ValueError: classifier-free guidance without something to be guided away from.
+        """
+        asked = denoiser if preview is None else denoiser.told(preview.guidance)
+        cfg, negative = (1.0, None) if preview is None else (preview.cfg, preview.negative)
+        if cfg != 1.0 and negative is None:
+            raise ValueError(f"negative: expected it with cfg {cfg:g}, got none")
+        times, x = self.times(self.tokens(noise), steps), noise
+        for t, following in zip(times, times[1:]):
+            yield t.item(), x
+            levels = t.expand(len(x)).to(x.device)
+            v = asked(x, levels, references, conditioning)
+            if cfg != 1.0:
+                v = self.guided(v, asked(x, levels, references, [negative] * len(x)), cfg)
+            x = x + (following - t).item() * v.to(x)
+        yield 0.0, x
+
     def sample(
         self,
         denoiser: Denoiser,
@@ -214,7 +245,7 @@ class EditModel:
         preview: Optional[Preview] = None,
         progress: Optional[Progress] = None,
     ) -> Tensor:
-        """Latents by Euler's method from pure noise, on the model's own schedule.
+        """Latents at the end of :meth:`path`, without gradients.
 
         Args:
             denoiser, references, conditioning: as in :class:`Denoiser`.
@@ -222,24 +253,13 @@ class EditModel:
             steps: calls of the model (twice as many with classifier-free guidance).
             preview: what the model is told; None asks it as it is asked in training.
             progress: called with (done, steps).
-
-        Raises:
-            ValueError: classifier-free guidance without something to be guided away from.
         """
-        asked = denoiser if preview is None else denoiser.told(preview.guidance)
-        cfg, negative = (1.0, None) if preview is None else (preview.cfg, preview.negative)
-        if cfg != 1.0 and negative is None:
-            raise ValueError(f"negative: expected it with cfg {cfg:g}, got none")
-        times, x = self.times(self.tokens(noise), steps), noise
-        for i, (t, following) in enumerate(zip(times, times[1:])):
-            levels = t.expand(len(x)).to(x.device)
-            v = asked(x, levels, references, conditioning)
-            if cfg != 1.0:
-                v = self.guided(v, asked(x, levels, references, [negative] * len(x)), cfg)
-            x = x + (following - t).item() * v.to(x)
-            if progress is not None:
-                progress(i + 1, steps)
-        return x
+        latents = noise
+        for done, (_, x) in enumerate(self.path(denoiser, noise, references, conditioning, steps, preview)):
+            latents = x
+            if done and progress is not None:
+                progress(done, steps)
+        return latents
 
     def guided(self, positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); a model that rescales overrides it."""

@@ -38,6 +38,7 @@ class Checkpoint:
         optimizer: the optimiser's ``state_dict``.
         average: the moving average by parameter name; None without one.
         info: plain values that say what was trained: settings, objective, pairs.
+        shares: running means by which terms' weights are steered, see :class:`~editloss_core.training.shares.Shares`.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     average: Optional[Mapping[str, Tensor]] = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path, keep: Optional[int] = 3) -> Path:
         """Write ``folder/step_000100.safetensors`` and remove all but the ``keep`` latest; None removes none."""
@@ -61,6 +63,8 @@ class Checkpoint:
             "optimizer": json.dumps(skeleton),
             "info": json.dumps(self.info, sort_keys=True),
         }
+        if self.shares:
+            metadata["shares"] = json.dumps(self.shares)
         metadata["content"] = _content(tensors, metadata)
         folder.mkdir(parents=True, exist_ok=True)
         path = checkpoint_path(folder, self.step)
@@ -103,6 +107,7 @@ class Checkpoint:
             _put_tensors(json.loads(metadata["optimizer"]), tensors),
             average or None,
             json.loads(metadata["info"]),
+            json.loads(metadata.get("shares", "{}")),
         )
 
 
@@ -140,7 +145,10 @@ def _step(path: Path) -> int:
 
 
 def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    return hash_tensors(sorted(tensors.items()), *(metadata.get(key, "") for key in ("step", "optimizer", "info")))
+    shares = [metadata["shares"]] if "shares" in metadata else []
+    return hash_tensors(
+        sorted(tensors.items()), *(metadata.get(key, "") for key in ("step", "optimizer", "info")), *shares
+    )
 
 
 def _under(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

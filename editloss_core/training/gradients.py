@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn, Optional, Sequence
+from typing import Callable, NamedTuple, NoReturn, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -19,17 +19,30 @@ class NonFinite(ArithmeticError):
 
 
 class Part(NamedTuple):
-    """A term of a pass, ``[B]`` each: the loss, what it adds to the total, whether its hinge is open, whether it counts."""
+    """A term of a pass, ``[B]`` each: the loss, what it adds to the total, whether its hinge is open, whether it counts.
+
+    ``scale`` is a further factor on what it adds; a part whose scale is 0 is only measured.
+    """
 
     name: str
     raw: Tensor
     weighted: Tensor
     open: Optional[Tensor] = None
     counts: Optional[Tensor] = None
+    scale: float = 1.0
+
+    @property
+    def added(self) -> Tensor:
+        """What it adds to the total, ``[B]``."""
+        return self.weighted if self.scale == 1.0 else self.scale * self.weighted
 
 
-def parts_of(report: ObjectiveReport) -> list[Part]:
-    """An objective's terms; samples outside a term's gate do not count."""
+def parts_of(report: ObjectiveReport, scale: Callable[[str], float] = lambda name: 1.0) -> list[Part]:
+    """An objective's terms; samples outside a term's gate do not count.
+
+    Args:
+        scale: of a term by its name.
+    """
     return [
         Part(
             r.term.name,
@@ -37,6 +50,7 @@ def parts_of(report: ObjectiveReport) -> list[Part]:
             r.weighted_per_sample,
             r.open,
             None if r.sample_weights is None else r.sample_weights > 0,
+            scale(r.term.name),
         )
         for r in report.terms
     ]
@@ -52,11 +66,11 @@ def output_gradient(parts: Sequence[Part], output: Tensor, measured: bool) -> tu
             be rounded in another order, and a run that measures would not be the run that does not.
 
     Returns:
-        The gradient, and the norm of each part's gradient per sample (of the sum over the batch) ``[rows, parts]``, with no
-        parts if not measured.
+        The gradient, and the norm of each part's gradient without its scale, per sample (of the sum over the batch)
+        ``[rows, parts]``, with no parts if not measured.
     """
     counted = [part.weighted if part.weighted.requires_grad else None for part in parts]
-    total = sum(w.mean() for w in counted if w is not None)
+    total = sum(part.added.mean() for part in parts if part.weighted.requires_grad and part.scale)
     whole = torch.zeros_like(output)
     if torch.is_tensor(total):
         whole = torch.autograd.grad(total, output, retain_graph=measured)[0]

@@ -13,9 +13,13 @@ from torch import nn
 from ..checks import check_number, check_option, check_whole
 from ..objective import EditObjective
 from .flow import ESTIMATE_WEIGHTINGS, Timesteps
+from .shares import check_shares
 
 OPTIMIZERS = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # → package
 SCHEDULES = ("constant", "cosine")
+ESTIMATES = ("one_step", "rollout")
+ROLLOUT_WEIGHTS = ("current", "average", "frozen")
+WEIGHTS = ("factors", "shares")
 TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch")
 
 
@@ -40,6 +44,16 @@ class TrainingSettings:
         velocity_weight: of the velocity loss in the total; 0 trains on the objective alone.
         edit_weight: weight of the edit region in the velocity loss, 1 = like the rest.
         objective_every: the objective is evaluated at every N-th step. The others train on velocity alone.
+        objective_warmup: steps over which the objective's part, and the regression on rollouts, rise from 0.
+        estimate: what the objective acts on. ``"one_step"``: x̂0 of the noised after picture, at the noise level drawn.
+            ``"rollout"``: x̂0 of a state that the model itself reaches from pure noise, see
+            :mod:`~editloss_core.training.rollout`.
+        rollout_steps: of the schedule on which it gets there.
+        rollout_regression: weight of ‖x̂0 − x0‖² / max(t, 0.1)² of that state, which needs no objective; 0 = off.
+        rollout_weights: of the LoRA on the way there, which has no gradients: ``"current"``, ``"average"`` (those of
+            ``ema``) or ``"frozen"`` (the model without a LoRA).
+        weights: what a term's weight is. ``"factors"``: of its loss. ``"shares"``: of the gradient at the model's output,
+            see :class:`~editloss_core.training.shares.Shares`.
         estimate_weighting, estimate_cap: see :func:`~editloss_core.training.flow.estimate_weights`.
         gradients_every: the gradient norm of each term is measured at every N-th step; 0 = never.
         validate_every: validation at every N-th step and at the end; 0 = never.
@@ -65,6 +79,12 @@ class TrainingSettings:
     velocity_weight: float = 1.0
     edit_weight: float = 1.0
     objective_every: int = 1
+    objective_warmup: int = 0
+    estimate: str = "one_step"
+    rollout_steps: int = 8
+    rollout_regression: float = 0.0
+    rollout_weights: str = "current"
+    weights: str = "factors"
     estimate_weighting: str = "none"
     estimate_cap: float = 100.0
     gradients_every: int = 10
@@ -76,27 +96,40 @@ class TrainingSettings:
     self_check: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "objective_every", "keep"):
+        for name in ("steps", "batch_size", "accumulation", "objective_every", "rollout_steps", "keep"):
             check_whole(name, getattr(self, name), 1)
         for name in (
-            "warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every",
+            "warmup", "objective_warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews",
+            "checkpoint_every",
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 0)
         if not isinstance(self.self_check, bool):
             raise ValueError(f"self_check: expected true or false, got {self.self_check!r}")
         check_number("learning_rate", self.learning_rate, 0.0, open_low=True)
-        for name in ("weight_decay", "clip", "velocity_weight"):
+        for name in ("weight_decay", "clip", "velocity_weight", "rollout_regression"):
             check_number(name, getattr(self, name), 0.0)
         check_number("edit_weight", self.edit_weight, 0.0, open_low=True)
         check_number("estimate_cap", self.estimate_cap, 0.0, open_low=True)
         check_option("optimizer", self.optimizer, tuple(OPTIMIZERS))
         check_option("schedule", self.schedule, SCHEDULES)
+        check_option("estimate", self.estimate, ESTIMATES)
+        check_option("rollout_weights", self.rollout_weights, ROLLOUT_WEIGHTS)
+        check_option("weights", self.weights, WEIGHTS)
         check_option("estimate_weighting", self.estimate_weighting, ESTIMATE_WEIGHTINGS)
         check_number("ema", self.ema, 0.0)
         if self.ema >= 1.0:
             raise ValueError(f"ema: expected a decay below 1, got {self.ema:g}")
-        if self.warmup > self.steps:
-            raise ValueError(f"warmup: expected at most the {self.steps} steps of the run, got {self.warmup}")
+        for name in ("warmup", "objective_warmup"):
+            if getattr(self, name) > self.steps:
+                raise ValueError(
+                    f"{name}: expected at most the {self.steps} steps of the run, got {getattr(self, name)}"
+                )
+        if self.rollout_weights == "average" and not self.ema:
+            raise ValueError("rollout_weights: average needs the moving average; set ema, or choose current")
+        if self.rollout_regression and self.estimate != "rollout":
+            raise ValueError(
+                f"rollout_regression: {self.rollout_regression:g} needs estimate rollout, got {self.estimate!r}"
+            )
         if not self.velocity_weight and self.objective_every > 1:
             raise ValueError(
                 f"velocity_weight: 0 with objective_every {self.objective_every} leaves steps without any loss; raise the one "
@@ -109,6 +142,10 @@ class TrainingSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for metadata and checkpoints."""
         return asdict(self)
+
+    def ramp(self, step: int) -> float:
+        """Factor on the objective's part at step 0, 1, …"""
+        return min(1.0, (step + 1) / self.objective_warmup) if self.objective_warmup else 1.0
 
     def rate(self, step: int) -> float:
         """The factor on the learning rate at step 0, 1, …: warm-up, then constant or cosine."""
@@ -150,11 +187,17 @@ def check_objective(objective: Optional[EditObjective], settings: TrainingSettin
                 )
         if term.anchor != "pred" and term.weight:
             raise ValueError(f"objective: {term.name!r} does not read pred, so that nothing can be learnt from it")
+    if settings.weights == "shares":
+        check_shares(terms)
+    if settings.rollout_regression:
+        return
     if not settings.velocity_weight and not any(term.weight for term in terms):
         raise ValueError(
             "velocity_weight: 0 without an objective of some weight leaves nothing to train on; connect losses or raise it"
         )
     drawn = settings.timesteps
+    if settings.estimate == "rollout":  # its noise levels are the schedule's
+        return
     if not settings.velocity_weight and not any(
         term.weight and term.t_min <= drawn.maximum and term.t_max >= drawn.minimum for term in terms
     ):

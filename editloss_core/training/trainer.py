@@ -22,6 +22,7 @@ from ..processes import Processes, ProcessLost, check_accelerator, check_batch
 from ..runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, checkpoint_path, checkpoints, tidy
 from ..runs.log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from ..runs.pictures import PreviewRow, save_pictures
+from . import rollout
 from .estimate import Decode, EstimateObjective
 from .flow import add_noise, estimate, estimate_weights, generator_for, velocity_loss
 from .gradients import (
@@ -40,6 +41,7 @@ from .prepare import Prepared
 from .resume import differences, resumable
 from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
 from .settings import MovingAverage, TrainingSettings, check_objective, every
+from .shares import Shares
 from .trackers import scalars, start_trackers
 from .validation import Validator
 
@@ -170,7 +172,8 @@ class Trainer:
         terms = objective.terms if objective else ()
         alone = [term for term in terms if not term.across_batch]
         in_batch = ", ".join(term.name for term in terms if term.across_batch)
-        self._teaching = {term.name for term in terms if term.weight}
+        self._teaching = {rollout.REGRESSION, *(term.name for term in terms if term.weight)}
+        self.shares = Shares(terms, VELOCITY) if settings.weights == "shares" and terms else None
         self.objective = on_estimates(prepared, terms, self.processes)
         if in_batch and settings.batch_size == 1:
             self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
@@ -216,6 +219,8 @@ class Trainer:
         self.optimizer.load_state_dict(saved.optimizer)
         for group in self.optimizer.param_groups:  # which came back with the old one; the learning rate is set per step
             group["weight_decay"] = self.settings.weight_decay
+        if self.shares is not None:
+            self.shares.means.update(saved.shares)
         self.notes += differences(saved.info, self.info)
         if saved.step >= self.settings.steps:
             steps = self.settings.steps
@@ -394,6 +399,7 @@ class Trainer:
             self.optimizer.state_dict(),
             self.average.values if self.average is not None else None,
             self.info,
+            self.shares.means if self.shares is not None else {},
         )
         self._saved = state.save(self.folder / CHECKPOINT_FOLDER, keep)
         self._saved_step = self.step
@@ -467,12 +473,13 @@ class Trainer:
         self.host.before_step()
         self.optimizer.zero_grad(set_to_none=True)
         samples: list[Sample] = []
-        losses = []
-        for part in range(self.settings.accumulation):
-            self._check()
-            loss, rows = self._pass(self.step * self.settings.accumulation + part)
-            losses.append(loss)
-            samples += rows
+        total, accumulation = 0.0, self.settings.accumulation
+        for number in range(self.step * accumulation, (self.step + 1) * accumulation):
+            for work in self._passes():
+                self._check()
+                loss, rows = work(number)
+                total += loss / accumulation
+                samples += rows
         self._memory.enter("optimiser")
         self.processes.add_up([p.grad for p in self.lora.parameters() if p.grad is not None])
         norm = lora_gradient_norm(self.lora, samples, f"step {self.step + 1}")
@@ -491,18 +498,20 @@ class Trainer:
         group = self.optimizer.param_groups[0]
         learning_rate = group["lr"] * float(group.get("d", 1.0))
         seconds = time.perf_counter() - began
-        return StepLog(self.step, sum(losses) / len(losses), norm, learning_rate, samples, seconds)
+        return StepLog(self.step, total, norm, learning_rate, samples, seconds)
+
+    def _passes(self) -> list[Callable[[int], tuple[float, list[Sample]]]]:
+        """What this step makes of a batch."""
+        rolls = self.settings.estimate == "rollout" and every(self.settings.objective_every, self.step)
+        return [self._pass, self._rollout] if rolls else [self._pass]
 
     def _learns(self, samples: Sequence[Sample]) -> bool:
         """Whether a step with these samples had any loss of some weight: samples do not list terms outside their gate."""
         return self.settings.velocity_weight > 0 or any(not self._teaching.isdisjoint(s.terms) for s in samples)
 
     def _pass(self, number: int) -> tuple[float, list[Sample]]:
-        """One forward and backward pass; ``number`` counts them from the start of the run and decides all randomness.
-
-        The losses are differentiated to the model's output first, so that decoder and encoders are gone before the
-        backward pass of the model begins.
-        """
+        """Flow matching's forward and backward pass; ``number`` counts them from the start of the run and decides all
+        randomness."""
         settings, device, model = self.settings, self.denoiser.device, self.denoiser.edit_model
         batch = self._batch(number)
         rows = self.processes.rows(len(batch))
@@ -520,22 +529,111 @@ class Trainer:
         self._memory.enter("model")
         with self._dropout(number):
             predicted = self.denoiser(x_t, t, references, [self.conditioning[i] for i in indices])
-        output = predicted.detach().requires_grad_(True)
         masks = None if masks is None else masks.to(device)
-        measured = every(settings.gradients_every, self.step)
+        acts = settings.estimate == "one_step" and every(settings.objective_every, self.step)
+        measured = self._measured(self.step)
 
-        def losses() -> list[Part]:
+        def losses(output: Tensor) -> list[Part]:
             velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight)
             velocity = self.processes.whole(velocity, len(batch))
             parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
-            if self.objective is not None and every(settings.objective_every, self.step):
-                self._memory.enter("objective")
-                weights = estimate_weights(levels.to(device), settings.estimate_weighting, settings.estimate_cap)
-                report = self.objective(estimate(x_t, t, output), batch, levels, weights, once=not measured)
-                parts += parts_of(report) if report is not None else []
-            return parts
+            return parts + (self._objective_parts(estimate(x_t, t, output), batch, levels, measured) if acts else [])
 
-        parts = losses()
+        return self._learn(predicted, losses, batch, levels, measured)
+
+    def _rollout(self, number: int) -> tuple[float, list[Sample]]:
+        """As :meth:`_pass`, on a state that the model reaches from pure noise: the objective and the regression."""
+        settings, device = self.settings, self.denoiser.device
+        batch = self._batch(number)
+        rows = self.processes.rows(len(batch))
+        indices = [batch[i] for i in rows]
+        generator = generator_for(settings.seed, "rollout", number)
+        gone = rollout.draw_step(settings.rollout_steps, generator)
+        x0 = self.prepared.after(indices).to(device)
+        references = [self.prepared.before(indices).to(device)]
+        conditioning = [self.conditioning[i] for i in indices]
+        noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)[rows].to(device)
+        self._memory.enter("rollout")
+        with self._rollout_weights():
+            level, x_t = rollout.state(
+                self.denoiser, noise, references, conditioning, settings.rollout_steps, gone, self._check
+            )
+        t, levels = torch.full((len(rows),), level, device=device), torch.full((len(batch),), level)
+        self._memory.enter("model")
+        with self._dropout(number):
+            predicted = self.denoiser(x_t, t, references, conditioning)
+        measured = self._measured(self.step // settings.objective_every)
+
+        def losses(output: Tensor) -> list[Part]:
+            x0_hat, parts = estimate(x_t, t, output), []
+            if settings.rollout_regression:
+                error = (x0_hat - x0).square().flatten(1).mean(1)
+                error = self.processes.whole(error, len(batch)) * estimate_weights(levels, "inverse_square").to(device)
+                scale = settings.ramp(self.step)
+                parts = [Part(rollout.REGRESSION, error, settings.rollout_regression * error, scale=scale)]
+            return parts + self._objective_parts(x0_hat, batch, levels, measured)
+
+        return self._learn(predicted, losses, batch, levels, measured)
+
+    def _objective_parts(self, x0_hat: Tensor, batch: Sequence[int], levels: Tensor, measured: bool) -> list[Part]:
+        """The objective on estimates, where it counts at these noise levels."""
+        if self.objective is None:
+            return []
+        settings = self.settings
+        self._memory.enter("objective")
+        weights = estimate_weights(levels.to(x0_hat.device), settings.estimate_weighting, settings.estimate_cap)
+        report = self.objective(x0_hat, batch, levels, weights, once=not measured)
+        return [] if report is None else parts_of(report, self._scale)
+
+    def _scale(self, term: str) -> float:
+        """The factor on a term's weighted loss: of the warm-up, and of its share."""
+        ramp = self.settings.ramp(self.step)
+        return ramp if self.shares is None else ramp * self.shares.factor(term)
+
+    def _measured(self, turn: int) -> bool:
+        """Whether gradients are measured part by part at this turn of a kind of pass."""
+        return every(self.settings.gradients_every, turn) or (self.shares is not None and not self.shares.complete)
+
+    @contextmanager
+    def _rollout_weights(self) -> Iterator[None]:
+        """The LoRA as it is on the way of a rollout, which has no gradients: without dropout."""
+        self.lora.eval()
+        try:
+            if self.settings.rollout_weights == "frozen":
+                with self.lora.disabled():
+                    yield
+            elif self.settings.rollout_weights == "average":
+                with self._averaged():
+                    yield
+            else:
+                yield
+        finally:
+            self.lora.train()
+
+    def _learn(
+        self,
+        predicted: Tensor,
+        losses: Callable[[Tensor], list[Part]],
+        batch: Sequence[int],
+        levels: Tensor,
+        measured: bool,
+    ) -> tuple[float, list[Sample]]:
+        """The backward pass of a call of the model: (mean total of the batch, what to log of it).
+
+        The losses are differentiated to the model's output first, so that decoder and encoders are gone before the
+        backward pass of the model begins.
+
+        Args:
+            predicted: v̂ of this process' samples.
+            losses: v̂ as a leaf → the parts, of the whole batch.
+            batch: indices of the pairs.
+            levels: ``[B]`` noise levels, on the CPU.
+            measured: whether part by part.
+        """
+        output = predicted.detach().requires_grad_(True)
+        parts = losses(output)
+        if not parts:
+            return 0.0, []
         names = [self.prepared.pairs[i].name for i in batch]
         where = f"step {self.step + 1}"
         check_losses(parts, names, levels, where)
@@ -545,10 +643,13 @@ class Trainer:
         found = found.tolist()  # a wait for the device
         finite = [bool(row.pop()) for row in found]
         if not all(finite):
-            blame(losses(), output, finite, names, levels, where, self.processes)
+            blame(losses(output), output, finite, names, levels, where, self.processes)
         self._memory.enter("backward")
-        predicted.backward(gradient / settings.accumulation)
+        predicted.backward(gradient / self.settings.accumulation)
 
+        if self.shares is not None and measured:
+            for k, part in enumerate(parts):
+                self.shares.measured(part.name, [row[k] for row in found])
         values = _table(parts).tolist()
         samples = []
         for i, (name, level) in enumerate(zip(names, levels.tolist())):
@@ -557,7 +658,7 @@ class Trainer:
                 raw, weighted, opened, counts = (column[i] for column in values[k])
                 if counts:  # else outside the gate: of no weight, and so of no word in means over noise levels
                     opened = None if part.open is None else opened
-                    terms[part.name] = TermSample(raw, weighted, opened, found[i][k] if measured else None)
+                    terms[part.name] = TermSample(raw, weighted, opened, part.scale * found[i][k] if measured else None)
             samples.append(Sample(name, level, terms))
         return sum(sum(row[1]) for row in values) / len(batch), samples
 
@@ -589,7 +690,7 @@ def _table(parts: Sequence[Part]) -> Tensor:
     ones = torch.ones_like(parts[0].raw, dtype=torch.float32)
     return torch.stack(
         [
-            torch.stack([ones if v is None else v.detach().to(ones) for v in (p.raw, p.weighted, p.open, p.counts)])
+            torch.stack([ones if v is None else v.detach().to(ones) for v in (p.raw, p.added, p.open, p.counts)])
             for p in parts
         ]
     )

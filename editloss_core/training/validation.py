@@ -15,9 +15,10 @@ from ..processes import Processes
 from ..runs.log import VELOCITY, ValidationLog
 from ..runs.pictures import PreviewRow
 from .estimate import Decode, EstimateObjective
-from .flow import add_noise, estimate, generator_for, velocity_loss
+from .flow import add_noise, estimate, estimate_weights, generator_for, velocity_loss
 from .gradients import NonFinite, Part, check_losses, parts_of
 from .prepare import Prepared
+from .rollout import REGRESSION
 from .settings import TrainingSettings
 
 NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -109,13 +110,41 @@ class Validator:
             x_t = add_noise(x0, noise, t)
             v = self.denoiser(x_t, t, references, [self.conditioning[index]])
             loss = velocity_loss(v, noise - x0, None if masks is None else self._to(masks), self.settings.edit_weight)
-            report = self.objective and self.objective(estimate(x_t, t, v), [index], t)
-            parts = [Part(VELOCITY, loss, loss), *(parts_of(report) if report else ())]
-            check_losses(parts, [self.prepared.pairs[index].name], t, where)
+            parts = [Part(VELOCITY, loss, loss)]
+            if self.settings.estimate == "one_step":
+                parts += self._objective_parts(estimate(x_t, t, v), index, t)
+            self._add(terms, parts, index, t, where)
             velocity[level] = loss.item()
-            for term in report.terms if report else ():
-                terms.setdefault(term.term.name, []).append(term.value.item())
+        if self.settings.estimate == "rollout":
+            noise = self._to(self._noise(index, x0, "rollout"))
+            path = self.denoiser.edit_model.path(
+                self.denoiser, noise, references, [self.conditioning[index]], self.settings.rollout_steps
+            )
+            level, x_t = next(path)
+            for following, x in path:
+                self.check()
+                x0_hat = x_t - (x - x_t) * (level / (following - level))
+                t = torch.full((1,), level, device=x0.device)
+                parts = []
+                if self.settings.rollout_regression:
+                    error = (x0_hat - x0).square().flatten(1).mean(1) * estimate_weights(t, "inverse_square")
+                    parts = [Part(REGRESSION, error, error)]
+                self._add(terms, parts + self._objective_parts(x0_hat, index, t), index, t, where)
+                level, x_t = following, x
+        terms.pop(VELOCITY)
         return velocity, terms
+
+    def _objective_parts(self, x0_hat: Tensor, index: int, t: Tensor) -> list[Part]:
+        report = None if self.objective is None else self.objective(x0_hat, [index], t)
+        return [] if report is None else parts_of(report)
+
+    def _add(self, terms: dict[str, list[float]], parts: Sequence[Part], index: int, t: Tensor, where: str) -> None:
+        """The parts' losses to those of their names, where they count and are finite."""
+        if parts:
+            check_losses(parts, [self.prepared.pairs[index].name], t, where)
+        for part in parts:
+            if part.counts is None or bool(part.counts):
+                terms.setdefault(part.name, []).append(part.raw.item())
 
     @torch.no_grad()
     def pictures(self) -> list[PreviewRow]:
