@@ -511,6 +511,7 @@ class Trainer:
         x0 = self.prepared.after(indices).to(device)
         references = [self.prepared.before(indices).to(device)]
         masks = self.prepared.latent_masks(indices) if settings.edit_weight != 1.0 else None
+        valid = self.prepared.latent_valid(indices)
         # Drawn for the whole batch: what a sample gets does not depend on the process that works on it.
         levels = settings.timesteps.draw(len(batch), model.mu(model.tokens(x0)), generator)
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)
@@ -521,11 +522,11 @@ class Trainer:
         with self._dropout(number):
             predicted = self.denoiser(x_t, t, references, [self.conditioning[i] for i in indices])
         output = predicted.detach().requires_grad_(True)
-        masks = None if masks is None else masks.to(device)
+        masks, valid = (None if region is None else region.to(device) for region in (masks, valid))
         measured = every(settings.gradients_every, self.step)
 
         def losses() -> list[Part]:
-            velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight)
+            velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight, valid)
             velocity = self.processes.whole(velocity, len(batch))
             parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
             if self.objective is not None and every(settings.objective_every, self.step):
