@@ -94,6 +94,18 @@ def bounding_box(mask: np.ndarray) -> Optional[Box]:
     return Box(rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width)
 
 
+class PairImages(NamedTuple):
+    """Pixels of a pair after the shared resize and crop: float32 in 0…1, ``[H, W, 3]`` and ``[H, W]`` or None.
+
+    ``valid`` is 1 where the pictures are, and 0 where a variant shows what lies beyond them; None: they are everywhere.
+    """
+
+    before: Tensor
+    after: Tensor
+    mask: Optional[Tensor]
+    valid: Optional[Tensor] = None
+
+
 def resample(values: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:
     """The part ``box`` of ``[H, W]`` or ``[H, W, 3]`` at ``size`` (height, width): antialiased, float32 in 0…1.
 

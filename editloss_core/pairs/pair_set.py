@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from ..checks import check_whole, is_whole
 from ..hashing import hash_tensors
 from ..progress import Progress
 from .files import Finding, Layout, PairProblems, Picture, digest_state, read_caption, read_picture, relative, scan
-from .geometry import MULTIPLE, Size, bounding_box, bucket_size, cover, resample, same_proportions, times
+from .geometry import MULTIPLE, PairImages, Size, bounding_box, bucket_size, cover, resample, same_proportions, times
+from .variants import Variant, VariantSettings, content_of, draw
 
 GEOMETRY = "geometry 1"  # part of every fingerprint: what `load` does to a picture
 
@@ -37,6 +38,7 @@ class Pair:
         before, after: a file, or a tensor ``[H, W, 3]``.
         caption: the instruction.
         mask: the edit region as a file or a tensor ``[H, W]``, or None.
+        variant: how its pictures are transformed; None: not at all.
     """
 
     name: str
@@ -44,14 +46,12 @@ class Pair:
     after: Source
     caption: str = ""
     mask: Optional[Source] = None
+    variant: Optional[Variant] = None
 
-
-class PairImages(NamedTuple):
-    """Pixels of a pair after the shared resize and crop: float32 in 0…1, ``[H, W, 3]`` and ``[H, W]`` or None."""
-
-    before: Tensor
-    after: Tensor
-    mask: Optional[Tensor]
+    @property
+    def original(self) -> str:
+        """The name of the pair that it is a variant of, or its own."""
+        return self.variant.of if self.variant else self.name
 
 
 def find_pairs(
@@ -149,6 +149,7 @@ class PairSet:
         folder, control_folder, default_caption: see :func:`find_pairs`; the folder is None if they came from pictures.
         layout: how they lay there, in words.
         notes: what a person should know though it is no mistake.
+        variants: what :func:`with_variants` is to make of those that are trained on, or has made; None: none.
 
     Instances are never changed.
     """
@@ -163,6 +164,7 @@ class PairSet:
     notes: tuple[str, ...] = ()
     control_folder: Optional[Path] = None
     default_caption: str = ""
+    variants: Optional[VariantSettings] = None
 
     @classmethod
     def from_images(
@@ -244,8 +246,10 @@ class PairSet:
         return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
 
     def load(self, index: int) -> PairImages:
-        """The pixels of a pair at its size."""
-        return load(self.pairs[index], self.targets[index])
+        """The pixels of a pair at its size, transformed if it is a variant."""
+        pair = self.pairs[index]
+        images = load(pair, self.targets[index])
+        return pair.variant.apply(images) if pair.variant else images
 
     def called(self, index: int, part: str) -> str:
         """What a message calls the part "before", "after" or "mask" of a pair: its file below the folder, if it has one."""
@@ -261,19 +265,21 @@ class PairSet:
 
     @property
     def digest(self) -> str:
-        """sha256 over the names and contents of all pairs; neither captions nor the size of training are in it."""
-        return hash_tensors([], *(f"{p.name}\0{content}\0" for p, content in zip(self.pairs, self.contents)))
+        """sha256 over the names and contents of all pairs; neither captions, the size of training nor variants are in it."""
+        own = [(p.name, content) for p, content in zip(self.pairs, self.contents) if p.variant is None]
+        return hash_tensors([], *(f"{name}\0{content}\0" for name, content in own))
 
     @property
     def captions_digest(self) -> str:
-        """sha256 over all captions."""
-        return hash_tensors([], *(f"{p.caption}\0" for p in self.pairs))
+        """sha256 over all captions, those of variants left out."""
+        return hash_tensors([], *(f"{p.caption}\0" for p in self.pairs if p.variant is None))
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
         """The batches of one epoch: every pair once, each batch from one bucket, order and company drawn at random.
 
-        The result depends on nothing but the arguments and the sizes of the buckets. The last batch of a bucket holds
-        what is left over, so it may be smaller.
+        A variant counts as a pair, and variants of one pair are in different batches where the bucket has at least
+        ``batch_size`` pairs. The result depends on nothing but the arguments, the sizes of the buckets and whose variants
+        there are. The last batch of a bucket holds what is left over, so it may be smaller.
         """
         for name, value, low in (("batch_size", batch_size, 1), ("seed", seed, None), ("epoch", epoch, 0)):
             check_whole(name, value, low)
@@ -281,9 +287,25 @@ class PairSet:
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         found = []
         for members in self.buckets.values():
-            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            drawn = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            order = self._apart(drawn, batch_size)
             found += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
+
+    def _apart(self, order: Sequence[int], batch_size: int) -> list[int]:
+        """An order in which every pair comes once before any comes again, and not again within a batch if that can be."""
+        rounds: dict[str, int] = {}
+        turns: list[list[int]] = []
+        for index in order:
+            turn = rounds.setdefault(self.pairs[index].original, 0)
+            rounds[self.pairs[index].original] += 1
+            turns += [[]] if turn == len(turns) else []
+            turns[turn].append(index)
+        made: list[int] = []
+        for members in turns:
+            begun = {self.pairs[i].original for i in made[len(made) - len(made) % batch_size :]}
+            made += sorted(members, key=lambda i: self.pairs[i].original in begun)
+        return made
 
     def subset(self, indices: Sequence[int]) -> PairSet:
         """The pairs of some indices, in that order."""
@@ -297,11 +319,16 @@ class PairSet:
 
     def split(self, hold_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
         """(training, validation) pairs: ``hold_out`` pairs for validation, drawn by name, so that adding pairs to a
-        folder moves few from one side to the other.
+        folder moves few from one side to the other. Variants are made of the training pairs afterwards; the others
+        ask for none.
 
         Raises:
-            ValueError: no pair would be left for training.
+            ValueError: no pair would be left for training, or variants are among them already.
         """
+        if any(pair.variant for pair in self.pairs):
+            raise ValueError(
+                "hold_out: expected pairs without variants; split first, and make variants of those to train on"
+            )
         if not is_whole(hold_out) or not 0 <= hold_out < len(self):
             raise ValueError(
                 f"hold_out: expected 0 to {len(self) - 1}, so that one of the {len(self)} pairs is left to train on, got "
@@ -310,7 +337,36 @@ class PairSet:
         rank = sorted(range(len(self)), key=lambda i: hashlib.sha256(f"{seed}/{self.pairs[i].name}".encode()).digest())
         held = set(rank[:hold_out])
         training, validation = ([i for i in range(len(self)) if (i in held) == side] for side in (False, True))
-        return self.subset(training), self.subset(validation)
+        return self.subset(training), replace(self.subset(validation), variants=None)
+
+
+def with_variants(pairs: PairSet, settings: Optional[VariantSettings]) -> PairSet:
+    """Each pair, followed by its variants: ``count`` entries of its caption and size in its place.
+
+    The variants of "kitchen" are called "kitchen ~1" and so on. For the pairs that are trained on alone, after
+    :meth:`PairSet.split`: a variant of a held-out pair would tell what is held out. None, or a count of 1, changes nothing.
+
+    Raises:
+        ValueError: pairs that are variants already, or names that are taken.
+    """
+    if any(pair.variant for pair in pairs):
+        raise ValueError("pairs: expected pairs as they were found, got variants already")
+    if settings is None or settings.count == 1:
+        return replace(pairs, variants=settings)
+    made, contents, numbers = [], [], []
+    for index, (pair, content) in enumerate(zip(pairs, pairs.contents)):
+        for number in range(settings.count):
+            variant = draw(pair.name, pair.caption, content, number, settings) if number else None
+            name = f"{pair.name} ~{number}" if number else pair.name
+            made.append(replace(pair, name=name, variant=variant))
+            contents.append(content if variant is None else content_of(content, variant))
+            numbers.append(index)
+    names = [pair.name for pair in made]
+    if len(set(names)) < len(names):
+        taken = sorted(name for name in set(names) if names.count(name) > 1)
+        raise ValueError(f"pairs: {', '.join(taken)}: variants would have these names; rename the pairs that have them")
+    sizes = tuple(pairs.sizes[i] for i in numbers)
+    return replace(pairs, pairs=tuple(made), sizes=sizes, contents=tuple(contents), variants=settings)
 
 
 def load(pair: Pair, size: Size) -> PairImages:
@@ -394,7 +450,7 @@ def _where(folder: Optional[Path], layout: str) -> str:
 
 def _called(pair: Pair, part: str, folder: Optional[Path]) -> str:
     source = getattr(pair, part)
-    return relative(source, folder) if folder and isinstance(source, Path) else f"{pair.name} {part}"
+    return relative(source, folder) if folder and isinstance(source, Path) else f"{pair.original} {part}"
 
 
 def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding]) -> Optional[Picture]:

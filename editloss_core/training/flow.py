@@ -81,26 +81,38 @@ def estimate(x_t: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
     return x_t - _per_sample(t, x_t) * velocity
 
 
-def velocity_loss(predicted: Tensor, target: Tensor, mask: Optional[Tensor] = None, edit_weight: float = 1.0) -> Tensor:
-    """Σ w·(v̂ − v)² / Σ w per sample, with w = ``edit_weight`` inside the edit and 1 outside.
+def velocity_loss(
+    predicted: Tensor,
+    target: Tensor,
+    mask: Optional[Tensor] = None,
+    edit_weight: float = 1.0,
+    valid: Optional[Tensor] = None,
+) -> Tensor:
+    """Σ w·(v̂ − v)² / Σ w per sample, with w = ``edit_weight`` inside the edit and 1 outside, times ``valid``.
 
     Args:
         predicted, target: ``[B, C, h, w]``.
         mask: ``[B, h, w]`` in 0…1 at latent resolution, 1 = edited; None weighs all alike.
         edit_weight: above 1 looks at the edit more.
+        valid: ``[B, h, w]`` in 0…1, what counts at all; None counts everything. A sample of which nothing counts has the
+            loss 0.
 
     Returns:
         ``[B]`` in float32.
     """
-    if mask is not None and mask.shape != (len(predicted), *predicted.shape[2:]):
-        raise ValueError(
-            f"mask: expected {[len(predicted), *predicted.shape[2:]]} like the latents, got {list(mask.shape)}"
-        )
+    shape = (len(predicted), *predicted.shape[2:])
+    for name, region in (("mask", mask), ("valid", valid)):
+        if region is not None and region.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)} like the latents, got {list(region.shape)}")
     error = (predicted.float() - target.float()).square().mean(1)
-    if mask is None or edit_weight == 1.0:
+    edited = mask is not None and edit_weight != 1.0
+    if not edited and valid is None:
         return error.flatten(1).mean(1)
-    weights = 1.0 + (edit_weight - 1.0) * mask.to(error)
-    return (weights * error).flatten(1).sum(1) / weights.flatten(1).sum(1)
+    weights = 1.0 + (edit_weight - 1.0) * mask.to(error) if edited else torch.ones_like(error)
+    if valid is not None:
+        weights = weights * valid.to(error)
+    total = weights.flatten(1).sum(1)
+    return (weights * error).flatten(1).sum(1) / torch.where(total > 0, total, 1.0)
 
 
 def estimate_weights(t: Tensor, weighting: str = "none", cap: float = 100.0) -> Tensor:

@@ -53,6 +53,7 @@ class Prepared:
         pairs: the pairs.
         crops: the window of each pair that encoders of pictures see.
         masks: edit region of each pair ``[H, W]``, or None.
+        valid: where each pair's pictures are ``[H, W]``, or None: everywhere. Elsewhere a variant shows what lies beyond them.
         vae: the encoder that made the latents.
         encoders: name → what made the embeddings.
         crop: largest side of the window, 0 for the whole picture.
@@ -63,6 +64,7 @@ class Prepared:
     pairs: PairSet
     crops: tuple[Crop, ...]
     masks: tuple[Optional[Tensor], ...]
+    valid: tuple[Optional[Tensor], ...]
     vae: VAEEncoder
     encoders: Mapping[str, EncoderInfo]
     crop: int
@@ -83,6 +85,7 @@ class Prepared:
             "captions": self.pairs.captions_digest,
             "resolution": self.pairs.resolution,
             "upscale": self.pairs.upscale,
+            "variants": None if self.pairs.variants is None else asdict(self.pairs.variants),
             "crop": self.crop,
             "overlay": None if self.overlay is None else asdict(self.overlay),
             "vae": self.vae.info.fingerprint,
@@ -97,7 +100,8 @@ class Prepared:
     @property
     def nbytes(self) -> int:
         """Memory that all of it takes."""
-        groups = [self._latents, [{"mask": m} for m in self.masks if m is not None], *self._embeddings.values()]
+        regions = [{"": region} for region in (*self.masks, *self.valid) if region is not None]
+        groups = [self._latents, regions, *self._embeddings.values()]
         return sum(t.nbytes for group in groups for tensors in group for t in tensors.values())
 
     def after(self, indices: Sequence[int]) -> Tensor:
@@ -109,11 +113,28 @@ class Prepared:
         return torch.stack([self._latents[i]["src"] for i in indices])
 
     def pixel_masks(self, indices: Sequence[int]) -> Optional[Tensor]:
-        """Edit regions ``[B, H, W]``, all ones for a pair without a mask; None if no pair of the batch has one."""
+        """Edit regions ``[B, H, W]``, all ones for a pair without a mask; None if no pair of the batch has one.
+
+        They are 0 where there is no picture.
+        """
         masks = [self.masks[i] for i in indices]
+        masks = [self._valid(i) if m is None else m for i, m in zip(indices, masks)]
         if all(m is None for m in masks):
             return None
         return torch.stack([torch.ones(self.pairs.targets[i]) if m is None else m for i, m in zip(indices, masks)])
+
+    def latent_valid(self, indices: Sequence[int]) -> Optional[Tensor]:
+        """1 for a latent that is of pictures alone, with its neighbours, and 0 for the others, ``[B, h, w]``; None if all are."""
+        if all(self.valid[i] is None for i in indices):
+            return None
+        size, factor = self.pairs.targets[indices[0]], self.downscale
+        regions = [self._valid(i) for i in indices]
+        beyond = torch.stack([torch.zeros(size) if v is None else 1.0 - v for v in regions])
+        return 1.0 - F.max_pool2d(F.max_pool2d(beyond, factor), 3, 1, 1)
+
+    def _valid(self, index: int) -> Optional[Tensor]:
+        valid = self.valid[index]
+        return None if valid is None else valid.float()
 
     def latent_masks(self, indices: Sequence[int]) -> Optional[Tensor]:
         """The share of each latent's area inside the edit region, ``[B, h, w]``; None as in :meth:`pixel_masks`."""
@@ -273,17 +294,20 @@ class _Work:
 
         problems: dict[int, list[Finding]] = {}
 
-        def checked(i: int, made: tuple[Optional[Tensor], list[Finding]]) -> Optional[Entry]:
-            mask, wrong = made
+        def checked(i: int, made: tuple[dict[str, Tensor], list[Finding]]) -> Optional[Entry]:
+            regions, wrong = made
             self._step(1)
             if wrong:
                 problems[i] = wrong
                 return None
-            return Entry({} if mask is None else {"mask": mask}, {})
+            return Entry(regions, {})
 
         work(("masks", ""), self._mask, checked)
         if problems:
-            raise self.pairs.problems([finding for i in sorted(problems) for finding in problems[i]])
+            raised: dict[tuple[str, tuple[str, ...]], Finding] = {}
+            for finding in (finding for i in sorted(problems) for finding in problems[i]):
+                raised.setdefault((finding.kind, finding.files), finding)  # once for a pair and all of its variants
+            raise self.pairs.problems(list(raised.values()))
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
 
@@ -313,6 +337,7 @@ class _Work:
             pairs=self.pairs,
             crops=crops,
             masks=masks,
+            valid=tuple(entry.tensors.get("valid") for entry in found["masks", ""]),
             vae=self.vae,
             encoders={name: encoder.info for name, encoder in encoders.items()},
             crop=self.crop,
@@ -362,28 +387,31 @@ class _Work:
         pictures = [images.after[None], images.before[None]] + ([] if overlays is None else [overlays])
         return crop(torch.cat(pictures).movedim(-1, 1)).movedim(1, -1)
 
-    def _mask(self, index: int) -> tuple[Optional[Tensor], list[Finding]]:
-        """The edit region in steps of 1/255 as uint8 ``[H, W]``, or None; and what is wrong."""
+    def _mask(self, index: int) -> tuple[dict[str, Tensor], list[Finding]]:
+        """ "mask", the edit region in steps of 1/255, and "valid", where the pictures are, as uint8 ``[H, W]``, as far as there
+        are any; and what is wrong."""
         problems: list[Finding] = []
         images = self.pairs.load(index)
-        mask, where = images.mask, "inside its mask "
+        own = self.pairs[index].mask is not None
+        mask, where = images.mask if own or self.estimating else None, "inside its mask "
         both = self.pairs.called(index, "before"), self.pairs.called(index, "after")
-        if mask is None:
+        if not own:
             where = ""
-            if self.estimating:
+            if self.estimating and mask is None:
                 mask = estimate_mask(images.before[None], images.after[None])[0]
         if mask is not None and not bool((mask >= 0.5).any()):
             height, width = self.pairs.targets[index]
             detail = f"nothing is left of it at {width}×{height} px"
             problem = Finding("mask empty", (self.pairs.called(index, "mask"),), detail)
-            if images.mask is None:
+            if not own:
                 problem = Finding("no edit", both, "no difference that a mask could be estimated from; paint a mask")
-            return None, [problem]
+            return {}, [problem]
         change = (images.before - images.after).abs().amax(-1)
         most = (change if mask is None else change * (mask > 0)).amax().item()
         if most <= SAME_PIXEL:
             problems.append(Finding("no edit", both, f"{where}the pictures differ by at most {most * 255:.1f} of 255"))
-        return None if mask is None else (mask * 255).round().to(torch.uint8), problems
+        regions = {} if mask is None else {"mask": (mask * 255).round().to(torch.uint8)}
+        return regions | ({} if images.valid is None else {"valid": images.valid.to(torch.uint8)}), problems
 
     def _encode(self, images: Tensor, index: int) -> Tensor:
         """Latents ``[B, C, h, w]`` in float32 on the CPU."""

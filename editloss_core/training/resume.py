@@ -42,6 +42,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     }  # fmt: skip
     if now["settings"]["schedule"] == "constant":
         harmless.add("steps")
+    then = {"variants": None, **then}  # what was trained before there were any had none
     old, new = (
         {**info.get("settings", {}), **{k: v for k, v in info.items() if k != "settings"}} for info in (then, now)
     )

@@ -519,7 +519,7 @@ class Trainer:
         generator = generator_for(settings.seed, "training", number)
         x0 = self.prepared.after(indices).to(device)
         references = [self.prepared.before(indices).to(device)]
-        masks = self.prepared.latent_masks(indices) if settings.edit_weight != 1.0 else None
+        masks, valid = self._regions(indices)
         # Drawn for the whole batch: what a sample gets does not depend on the process that works on it.
         levels = settings.timesteps.draw(len(batch), model.mu(model.tokens(x0)), generator)
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)
@@ -529,12 +529,11 @@ class Trainer:
         self._memory.enter("model")
         with self._dropout(number):
             predicted = self.denoiser(x_t, t, references, [self.conditioning[i] for i in indices])
-        masks = None if masks is None else masks.to(device)
         acts = settings.estimate == "one_step" and every(settings.objective_every, self.step)
         measured = self._measured(self.step)
 
         def losses(output: Tensor) -> list[Part]:
-            velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight)
+            velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight, valid)
             velocity = self.processes.whole(velocity, len(batch))
             parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
             return parts + (self._objective_parts(estimate(x_t, t, output), batch, levels, measured) if acts else [])
@@ -553,6 +552,7 @@ class Trainer:
         references = [self.prepared.before(indices).to(device)]
         conditioning = [self.conditioning[i] for i in indices]
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)[rows].to(device)
+        masks, valid = self._regions(indices)
         self._memory.enter("rollout")
         with self._rollout_weights():
             level, x_t = rollout.state(
@@ -567,13 +567,19 @@ class Trainer:
         def losses(output: Tensor) -> list[Part]:
             x0_hat, parts = estimate(x_t, t, output), []
             if settings.rollout_regression:
-                error = (x0_hat - x0).square().flatten(1).mean(1)
+                error = velocity_loss(x0_hat, x0, masks, settings.edit_weight, valid)
                 error = self.processes.whole(error, len(batch)) * estimate_weights(levels, "inverse_square").to(device)
                 scale = settings.ramp(self.step)
                 parts = [Part(rollout.REGRESSION, error, settings.rollout_regression * error, scale=scale)]
             return parts + self._objective_parts(x0_hat, batch, levels, measured)
 
         return self._learn(predicted, losses, batch, levels, measured)
+
+    def _regions(self, indices: Sequence[int]) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        """(the edit where it counts more, what counts at all), as :func:`velocity_loss` takes them."""
+        masks = self.prepared.latent_masks(indices) if self.settings.edit_weight != 1.0 else None
+        valid, device = self.prepared.latent_valid(indices), self.denoiser.device
+        return None if masks is None else masks.to(device), None if valid is None else valid.to(device)
 
     def _objective_parts(self, x0_hat: Tensor, batch: Sequence[int], levels: Tensor, measured: bool) -> list[Part]:
         """The objective on estimates, where it counts at these noise levels."""

@@ -103,13 +103,14 @@ class Validator:
         x0 = self._to(self.prepared.after([index]))
         references = [self._to(self.prepared.before([index]))]
         masks = self.prepared.latent_masks([index])
+        masks = None if masks is None else self._to(masks)
         for level in NOISE_LEVELS:
             self.check()
             noise = self._to(self._noise(index, x0, level))
             t = torch.full((1,), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
             v = self.denoiser(x_t, t, references, [self.conditioning[index]])
-            loss = velocity_loss(v, noise - x0, None if masks is None else self._to(masks), self.settings.edit_weight)
+            loss = velocity_loss(v, noise - x0, masks, self.settings.edit_weight)
             parts = [Part(VELOCITY, loss, loss)]
             if self.settings.estimate == "one_step":
                 parts += self._objective_parts(estimate(x_t, t, v), index, t)
@@ -127,7 +128,8 @@ class Validator:
                 t = torch.full((1,), level, device=x0.device)
                 parts = []
                 if self.settings.rollout_regression:
-                    error = (x0_hat - x0).square().flatten(1).mean(1) * estimate_weights(t, "inverse_square")
+                    error = velocity_loss(x0_hat, x0, masks, self.settings.edit_weight)
+                    error = error * estimate_weights(t, "inverse_square")
                     parts = [Part(REGRESSION, error, error)]
                 self._add(terms, parts + self._objective_parts(x0_hat, index, t), index, t, where)
                 level, x_t = following, x
