@@ -108,7 +108,9 @@ def velocity_loss(
     edited = mask is not None and edit_weight != 1.0
     if not edited and valid is None:
         return error.flatten(1).mean(1)
-    weights = 1.0 + (edit_weight - 1.0) * mask.to(error) if edited else torch.ones_like(error)
+    weights = torch.ones_like(error)
+    if mask is not None and edit_weight != 1.0:
+        weights = weights + (edit_weight - 1.0) * mask.to(error)
     if valid is not None:
         weights = weights * valid.to(error)
     total = weights.flatten(1).sum(1)

@@ -13,6 +13,7 @@ from torch import nn
 from ..checks import check_number, check_option, check_whole
 from ..objective import EditObjective
 from .flow import ESTIMATE_WEIGHTINGS, Timesteps
+from .pair_weights import PAIR_WEIGHTS, check_pair_weights
 from .shares import check_shares
 
 OPTIMIZERS = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # → package
@@ -54,6 +55,8 @@ class TrainingSettings:
             ``ema``) or ``"frozen"`` (the model without a LoRA).
         weights: what a term's weight is. ``"factors"``: of its loss. ``"shares"``: of the gradient at the model's output,
             see :class:`~editloss_core.training.shares.Shares`.
+        pair_weights: ``"alike"``, or ``"reach"``: a pair whose after picture is near its own negatives teaches less or nothing,
+            see :mod:`~editloss_core.training.pair_weights`.
         estimate_weighting, estimate_cap: see :func:`~editloss_core.training.flow.estimate_weights`.
         gradients_every: the gradient norm of each term is measured at every N-th step; 0 = never.
         validate_every: validation at every N-th step and at the end; 0 = never.
@@ -85,6 +88,7 @@ class TrainingSettings:
     rollout_regression: float = 0.0
     rollout_weights: str = "current"
     weights: str = "factors"
+    pair_weights: str = "alike"
     estimate_weighting: str = "none"
     estimate_cap: float = 100.0
     gradients_every: int = 10
@@ -115,6 +119,7 @@ class TrainingSettings:
         check_option("estimate", self.estimate, ESTIMATES)
         check_option("rollout_weights", self.rollout_weights, ROLLOUT_WEIGHTS)
         check_option("weights", self.weights, WEIGHTS)
+        check_option("pair_weights", self.pair_weights, PAIR_WEIGHTS)
         check_option("estimate_weighting", self.estimate_weighting, ESTIMATE_WEIGHTINGS)
         check_number("ema", self.ema, 0.0)
         if self.ema >= 1.0:
@@ -189,6 +194,8 @@ def check_objective(objective: Optional[EditObjective], settings: TrainingSettin
             raise ValueError(f"objective: {term.name!r} does not read pred, so that nothing can be learnt from it")
     if settings.weights == "shares":
         check_shares(terms)
+    if settings.pair_weights == "reach":
+        check_pair_weights(terms)
     if settings.rollout_regression:
         return
     if not settings.velocity_weight and not any(term.weight for term in terms):

@@ -22,7 +22,7 @@ from ..processes import Processes, ProcessLost, check_accelerator, check_batch
 from ..runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, checkpoint_path, checkpoints, tidy
 from ..runs.log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from ..runs.pictures import PreviewRow, save_pictures
-from . import rollout
+from . import pair_weights, rollout
 from .estimate import Decode, EstimateObjective
 from .flow import add_noise, estimate, estimate_weights, generator_for, velocity_loss
 from .gradients import (
@@ -175,6 +175,11 @@ class Trainer:
         self._teaching = {rollout.REGRESSION, *(term.name for term in terms if term.weight)}
         self.shares = Shares(terms, VELOCITY) if settings.weights == "shares" and terms else None
         self.objective = on_estimates(prepared, terms, self.processes)
+        self._pair_weights: Optional[Tensor] = None
+        if settings.pair_weights == "reach":
+            ratios = pair_weights.reach(terms, prepared)
+            self._pair_weights = pair_weights.weights(ratios)
+            self.notes += pair_weights.notes(ratios, prepared)
         if in_batch and settings.batch_size == 1:
             self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
         self.validator = None
@@ -637,7 +642,7 @@ class Trainer:
             measured: whether part by part.
         """
         output = predicted.detach().requires_grad_(True)
-        parts = losses(output)
+        parts = self._weighted(losses(output), batch)
         if not parts:
             return 0.0, []
         names = [self.prepared.pairs[i].name for i in batch]
@@ -649,7 +654,7 @@ class Trainer:
         found = found.tolist()  # a wait for the device
         finite = [bool(row.pop()) for row in found]
         if not all(finite):
-            blame(losses(output), output, finite, names, levels, where, self.processes)
+            blame(self._weighted(losses(output), batch), output, finite, names, levels, where, self.processes)
         self._memory.enter("backward")
         predicted.backward(gradient / self.settings.accumulation)
 
@@ -667,6 +672,13 @@ class Trainer:
                     terms[part.name] = TermSample(raw, weighted, opened, part.scale * found[i][k] if measured else None)
             samples.append(Sample(name, level, terms))
         return sum(sum(row[1]) for row in values) / len(batch), samples
+
+    def _weighted(self, parts: list[Part], batch: Sequence[int]) -> list[Part]:
+        """Parts with the weights of their pairs."""
+        if self._pair_weights is None:
+            return parts
+        weights = self._pair_weights[list(batch)]
+        return [part._replace(weighted=part.weighted * weights.to(part.weighted)) for part in parts]
 
     def _batch(self, number: int) -> list[int]:
         per_epoch = len(self._epoch(0))
