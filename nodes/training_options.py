@@ -11,7 +11,8 @@ from ..editloss_core.lora.lora import LoRASettings
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from ..editloss_core.objective import EditObjective
 from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timesteps
-from ..editloss_core.training.settings import OPTIMIZERS, SCHEDULES, TrainingSettings
+from ..editloss_core.training.pair_weights import PAIR_WEIGHTS
+from ..editloss_core.training.settings import OPTIMIZERS, ROLLOUT_WEIGHTS, SCHEDULES, WEIGHTS, TrainingSettings
 from .checks import checked
 from .comfy.offers import folded
 from .losses import objective_output
@@ -130,13 +131,19 @@ class ObjectiveOptions(io.ComfyNode):
                 folded(io.Combo.Input("overlays", options=["all", *OVERLAY_KINDS], default="all", tooltip="Which overlay negatives are made of each pair; see Overlay Negative.")),
                 folded(io.Float.Input("overlay_opacity", default=0.55, min=0.3, max=1.0, step=0.05, tooltip="Least opacity of what is pasted; the most is 1.")),
             ],
+            [
+                io.Combo.Input("weights", options=list(WEIGHTS), default="factors", optional=True, tooltip="What a loss' weight is. factors: of the loss. shares: of the gradient at the model's output, 0.2 = a fifth, steered by a running mean; one setting for every model and encoder."),
+                io.Combo.Input("pair_weights", options=list(PAIR_WEIGHTS), default="alike", optional=True, tooltip="reach: a pair whose after picture is near its own negatives (nothing edited, an overlay) teaches less or nothing. For sets of one target."),
+                folded(io.Int.Input("warmup", default=0, min=0, max=100_000, optional=True, tooltip="Steps over which the losses' part rises from 0.")),
+            ],
         )  # fmt: skip
 
     @classmethod
     @checked()
     def execute(
-        cls, crop, every, weighting, weighting_cap, gradients_every, overlays, overlay_opacity, options=None
-    ) -> io.NodeOutput:
+        cls, crop, every, weighting, weighting_cap, gradients_every, overlays, overlay_opacity, options=None,
+        weights="factors", pair_weights="alike", warmup=0,
+    ) -> io.NodeOutput:  # fmt: skip
         if crop % 16:
             raise ValueError(f"crop: expected a multiple of 16 pixels, got {crop}")
         kinds = OVERLAY_KINDS if overlays == "all" else (overlays,)
@@ -147,9 +154,35 @@ class ObjectiveOptions(io.ComfyNode):
         )
         options = _with(
             options, "training", objective_every=every, estimate_weighting=weighting, estimate_cap=weighting_cap,
-            gradients_every=gradients_every,
+            gradients_every=gradients_every, weights=weights, pair_weights=pair_weights, objective_warmup=warmup,
         )  # fmt: skip
         return _answer(cls, options)
+
+
+class RolloutOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "EditLossRolloutOptions", "Rollout Options",
+            "Lets the losses act on what the model itself makes from pure noise, in place of the one-step estimate of the after picture.",
+            [
+                io.Int.Input("every", default=4, min=1, max=1000, tooltip="At every N-th step. Takes the place of every in Objective Options."),
+                io.Int.Input("steps", default=8, min=1, max=100, tooltip="Of the schedule from pure noise. The model goes a drawn number of them without gradients, then one with them: half of them more passes at such a step."),
+                io.Float.Input("regression", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Weight of a regression of that estimate on the after picture's latents; needs no losses. 0 = off."),
+                folded(io.Combo.Input("weights", options=list(ROLLOUT_WEIGHTS), default="current", tooltip="Of the LoRA on the way without gradients: current; average (needs ema in Optimizer Options); frozen, the model without a LoRA.")),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, every, steps, regression, weights, options=None) -> io.NodeOutput:
+        return _answer(
+            cls,
+            _with(
+                options, "training", estimate="rollout", objective_every=every, rollout_steps=steps,
+                rollout_regression=regression, rollout_weights=weights,
+            ),
+        )  # fmt: skip
 
 
 class LoRAOptions(io.ComfyNode):
@@ -236,4 +269,4 @@ class GateTerms(io.ComfyNode):
         return objective_output(cls, replace(objective, objective=EditObjective(gated)))
 
 
-NODES = [OptimizerOptions, NoiseOptions, ObjectiveOptions, LoRAOptions, RunOptions, GateTerms]
+NODES = [OptimizerOptions, NoiseOptions, ObjectiveOptions, RolloutOptions, LoRAOptions, RunOptions, GateTerms]

@@ -49,7 +49,7 @@ def check_pair_weights(terms: Sequence[LossTerm]) -> None:
 @torch.no_grad()
 def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
     """r of each pair for each term of :func:`hinges`, ``[pairs, terms]``."""
-    objective = EditObjective(hinges(terms))
+    objective = EditObjective(tuple(hinges(terms)))
     found = torch.zeros(len(prepared), len(objective.terms))
     for members in prepared.pairs.buckets.values():
         for i in members:

@@ -175,6 +175,12 @@ class Trainer:
         self._teaching = {rollout.REGRESSION, *(term.name for term in terms if term.weight)}
         self.shares = Shares(terms, VELOCITY) if settings.weights == "shares" and terms else None
         self.objective = on_estimates(prepared, terms, self.processes)
+        if settings.estimate == "rollout":
+            without, with_gradients = rollout.passes(settings.rollout_steps, settings.objective_every)
+            self.notes.append(
+                f"rollouts at every {settings.objective_every}. step: on average {without:.2g} passes without gradients and "
+                f"{with_gradients:.3g} with them a step, in place of 1"
+            )
         self._pair_weights: Optional[Tensor] = None
         if settings.pair_weights == "reach":
             ratios = pair_weights.reach(terms, prepared)
