@@ -242,7 +242,7 @@ ENCODER_KEYS = {kind: keys_of(section) for kind, section in ENCODER_KINDS.items(
 
 
 def to_toml(config: TrainingConfig, heading: str = "") -> str:
-    """The file of a config, every setting written out; reading it gives an equal config.
+    """The file of a config, every setting written out (of variants, if there are any); reading it gives an equal config.
 
     Args:
         heading: lines of a comment at the top.
@@ -257,7 +257,7 @@ def _sections(config: TrainingConfig) -> Iterator[tuple[str, Mapping[str, Any]]]
     """(header line, values) in the order of the file."""
     training = config.training
     sources = {"training": training, "timesteps": training.timesteps}
-    for name in ("model", "pairs", "variants"):
+    for name in ("model", "pairs", *(["variants"] if config.variants != NO_VARIANTS else [])):
         yield f"[{name}]", vars(getattr(config, name))
     for name, section in config.encoders.items():
         kind = next(kind for kind, cls in ENCODER_KINDS.items() if isinstance(section, cls))
