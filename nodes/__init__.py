@@ -15,6 +15,7 @@ from . import (
     losses,
     negatives,
     pair_audit,
+    pair_variants,
     pairs,
     run_report,
     self_check,
@@ -30,7 +31,7 @@ class EditLossExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_model_folders()  # not in on_load, which ComfyUI 0.3.75 does not call
         rooms = (
-            encoders, embeddings, negatives, losses, evaluate_objective, diagnose_outputs, encoder_audit, pair_audit, pairs, training,
+            encoders, embeddings, negatives, losses, evaluate_objective, diagnose_outputs, encoder_audit, pair_audit, pairs, pair_variants, training,
             training_export, training_options, self_check, run_report, demo, demo_pictures,
         )  # fmt: skip
         return [findable(node) for room in rooms for node in room.NODES]

@@ -50,6 +50,7 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     "EditLossSaveLoRA": ("export LoRA", "safetensors"),
     "EditLossLoadPairs": ("dataset", "image pairs", "folder", "captions"),
     "EditLossMakePairs": ("dataset", "before and after", "image pairs", "captions"),
+    "EditLossPairVariants": ("augmentation", "augment dataset", "flip", "mirror", "random crop", "jitter", "more pairs"),
     "EditLossPlotLosses": ("loss graph", "training chart"),
     "EditLossCompare": ("grid", "side by side", "before and after", "validation pictures"),
     "EditLossGateTerms": ("timestep", "sigma"),

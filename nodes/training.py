@@ -16,7 +16,7 @@ from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
 from ..editloss_core.models.captions import distinct_captions
-from ..editloss_core.pairs import PairSet
+from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from ..editloss_core.runs.log import RunLog
@@ -136,6 +136,7 @@ class Train(io.ComfyNode):
         folder = folders.run_folder(resume.run) if resume else folders.new_run_folder(name)
         if held_out is None and hold_out:
             pairs, held_out = pairs.split(hold_out, seed)
+        pairs = with_variants(pairs, pairs.variants)  # after the split: those that are watched have none
         with torch.inference_mode(False), torch.enable_grad():
             trainer, host = make_trainer(
                 model, clip, vae, pairs, settings, lora_settings, objective, options, held_out, decoder, folder, resume

@@ -8,6 +8,7 @@ from ..editloss_core.files import replacing
 from ..editloss_core.models.folder import QUANTIZATIONS
 from ..editloss_core.pairs import PairSet
 from ..editloss_core.training.config import (
+    NO_VARIANTS,
     RATHER_IN_RUN,
     RATHER_IN_VALIDATION,
     EstimateSection,
@@ -85,7 +86,7 @@ class Export(io.ComfyNode):
             ),
             encoders={n: encoder_section(objective.encoders[n]) for n in objective.objective.encoders},
             objective=objective.objective, training=settings, lora=lora, estimate=EstimateSection(options.crop),
-            overlay=options.overlay,
+            overlay=options.overlay, variants=pairs.variants or NO_VARIANTS,
             validation=ValidationSection(
                 hold_out=0 if watched else hold_out, **watched, preview_guidance=options.preview_guidance,
                 **{key: getattr(settings, key) for key in RATHER_IN_VALIDATION},

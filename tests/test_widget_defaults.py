@@ -31,7 +31,7 @@ from editloss_core.objective import TERMS, LossTerm, recommended
 from editloss_core.objective_report import picture as picture_of_objective
 from editloss_core.pair_audit.audit import audit as audit_pairs
 from editloss_core.pair_audit.picture import audit_picture as picture_of_pairs
-from editloss_core.pairs import PairSet, find_pairs
+from editloss_core.pairs import PairSet, VariantSettings, find_pairs
 from editloss_core.run_report.curves import picture as picture_of_curves
 from editloss_core.run_report.report import picture as picture_of_run
 from editloss_core.training.config import (
@@ -149,6 +149,7 @@ TABLE: dict[str, Counterparts] = {
             for read in (lambda limits: round(1 - limits[0], 9), lambda limits: round(limits[1] - 1, 9))
         ),
     },
+    "PairVariants": of(VariantSettings, "count", "flip", "shift", "zoom", "turn", "tone", "seed"),
     "PlotLosses": of(picture_of_curves, "width"),
     "RecommendedMix": of(recommended, "geometry_dist"),
     "RunOptions": together(

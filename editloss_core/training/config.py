@@ -13,11 +13,13 @@ from ..encoders.vae import VAEEncoder
 from ..lora.lora import LoRASettings
 from ..negatives import OverlaySettings
 from ..objective import EditObjective, LossTerm
+from ..pairs import VariantSettings
 from .flow import Timesteps
 from .settings import TrainingSettings
 
 LORA_DTYPES = ("bf16", "fp16", "fp32")
 LAST = "last"  # of run.resume
+NO_VARIANTS = VariantSettings(count=1)
 RATHER_IN_VALIDATION = ("validate_every", "previews", "preview_steps")
 RATHER_IN_RUN = ("checkpoint_every", "keep")
 
@@ -182,6 +184,7 @@ class TrainingConfig:
         training: ``[training]``, ``[timesteps]``, and what of its fields stands in ``[validation]`` and ``[run]``.
         lora: ``[lora]``.
         overlay: ``[overlay]``.
+        variants: ``[variants]``, of the pairs that are trained on; without the section there are none.
     """
 
     model: ModelSection
@@ -193,6 +196,7 @@ class TrainingConfig:
     lora: LoRASettings = LoRASettings()
     estimate: EstimateSection = EstimateSection()
     overlay: OverlaySettings = OverlaySettings()
+    variants: VariantSettings = NO_VARIANTS
     validation: ValidationSection = ValidationSection()
 
 
@@ -218,6 +222,7 @@ def keys_of(kind: type, leave_out: tuple[str, ...] = ()) -> dict[str, Key]:
 SECTIONS: dict[str, dict[str, Key]] = {
     "model": keys_of(ModelSection),
     "pairs": keys_of(PairsSection),
+    "variants": keys_of(VariantSettings),
     "training": keys_of(TrainingSettings, ("timesteps", *RATHER_IN_VALIDATION, *RATHER_IN_RUN)),
     "timesteps": keys_of(Timesteps),
     "lora": keys_of(LoRASettings),
@@ -237,7 +242,7 @@ ENCODER_KEYS = {kind: keys_of(section) for kind, section in ENCODER_KINDS.items(
 
 
 def to_toml(config: TrainingConfig, heading: str = "") -> str:
-    """The file of a config, every setting written out; reading it gives an equal config.
+    """The file of a config, every setting written out (of variants, if there are any); reading it gives an equal config.
 
     Args:
         heading: lines of a comment at the top.
@@ -252,7 +257,7 @@ def _sections(config: TrainingConfig) -> Iterator[tuple[str, Mapping[str, Any]]]
     """(header line, values) in the order of the file."""
     training = config.training
     sources = {"training": training, "timesteps": training.timesteps}
-    for name in ("model", "pairs"):
+    for name in ("model", "pairs", *(["variants"] if config.variants != NO_VARIANTS else [])):
         yield f"[{name}]", vars(getattr(config, name))
     for name, section in config.encoders.items():
         kind = next(kind for kind, cls in ENCODER_KINDS.items() if isinstance(section, cls))

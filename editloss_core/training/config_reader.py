@@ -15,13 +15,14 @@ from ..lora.lora import LoRASettings
 from ..models.folder import ModelFolder
 from ..negatives import OverlaySettings
 from ..objective import TERMS, EditObjective, LossTerm
-from ..pairs import MULTIPLE
+from ..pairs import MULTIPLE, VariantSettings
 from ..runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from .config import (
     ENCODER_KEYS,
     ENCODER_KINDS,
     LAST,
     LORA_DTYPES,
+    NO_VARIANTS,
     RATHER_IN_RUN,
     RATHER_IN_VALIDATION,
     REQUIRED,
@@ -110,9 +111,12 @@ class _Reader:
             if section not in known:
                 self.say((section,), f"there is no such section; {_nearest(section, known)}")
         values = {name: self._section(name) for name in SECTIONS}
+        if "variants" not in self.tables:
+            values["variants"] = vars(NO_VARIANTS)
         for name, kind, *check in (
             ("model", ModelSection, _check_model),
             ("pairs", PairsSection),
+            ("variants", VariantSettings),
             ("lora", LoRASettings),
             ("estimate", EstimateSection, _check_estimate),
             ("overlay", OverlaySettings),

@@ -105,12 +105,11 @@ def velocity_loss(
         if region is not None and region.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)} like the latents, got {list(region.shape)}")
     error = (predicted.float() - target.float()).square().mean(1)
-    edited = mask is not None and edit_weight != 1.0
-    if not edited and valid is None:
-        return error.flatten(1).mean(1)
     weights = torch.ones_like(error)
     if mask is not None and edit_weight != 1.0:
-        weights = weights + (edit_weight - 1.0) * mask.to(error)
+        weights = 1.0 + (edit_weight - 1.0) * mask.to(error)
+    elif valid is None:
+        return error.flatten(1).mean(1)
     if valid is not None:
         weights = weights * valid.to(error)
     total = weights.flatten(1).sum(1)

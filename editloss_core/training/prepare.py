@@ -21,7 +21,7 @@ from ..encoders.vae import VAEEncoder
 from ..hashing import hash_tensors
 from ..masks import estimate_mask
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
-from ..pairs import MULTIPLE, Finding, PairImages, PairSet
+from ..pairs import MULTIPLE, Finding, PairImages, PairSet, sided
 from ..pairs.geometry import Crop, find_crop
 from ..processes import Processes
 from ..progress import Progress
@@ -527,6 +527,32 @@ class _Work:
                 f"cache: made {len(self.cache.refused)} damaged files again: {', '.join(self.cache.refused[:3])}"
             )
         return notes
+
+
+def expected_bytes(pairs: PairSet, channels: int = 16, downscale: int = 8) -> tuple[int, int]:
+    """(memory, disk) that latents and masks of these pairs take, embeddings not counted; a VAE like FLUX's by default."""
+    memory = disk = 0
+    for (height, width), members in pairs.buckets.items():
+        pixels = height * width * len(members)
+        latents = 2 * 4 * channels * pixels // downscale**2  # after and before, float32
+        memory += latents + 5 * pixels  # mask in float32, valid
+        disk += latents + 2 * pixels
+    return memory, disk
+
+
+def describe_variants(pairs: PairSet) -> str:
+    """How many pairs there are with their variants, which are not mirrored, and what they will take."""
+    originals = [pair for pair in pairs if pair.variant is None]
+    memory, disk = expected_bytes(pairs)
+    text = (
+        f"{len(originals)} pairs × {len(pairs) // len(originals)} = {len(pairs)}; latents and masks take about "
+        f"{memory / 1e6:.0f} MB of memory and {disk / 1e6:.0f} MB of the cache's disk"
+    )
+    kept = [pair.name for pair in originals if sided(pair.caption)]
+    if pairs.variants is not None and pairs.variants.flip and kept:
+        shown = ", ".join(kept[:5]) + (", …" if len(kept) > 5 else "")
+        text += f"; {len(kept)} not mirrored, as their captions speak of sides or writing: {shown}"
+    return text
 
 
 def _key(*parts: str) -> str:

@@ -20,13 +20,13 @@ from ..models.captions import encode_captions
 from ..models.denoiser import DiffusersDenoiser
 from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
-from ..pairs import PairSet, find_pairs
+from ..pairs import PairSet, find_pairs, with_variants
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar, Progress
 from .config import TrainingConfig, VAESection
 from .config_reader import checkpoint_of, model_folder
 from .host import ConsoleHost
-from .prepare import Prepared, prepare
+from .prepare import Prepared, describe_variants, prepare
 from .resume import resumable
 from .trainer import Trainer, TrainingResult, metadata
 
@@ -97,6 +97,8 @@ class Plan:
             f"memory      about {sum(parts.values()) / GIB:.1f} GiB with all weights at {tokens} tokens a sample, by arithmetic: "
             + ", ".join(f"{name} {size / GIB:.2g}" for name, size in parts.items()),
         ]
+        if config.variants.count > 1:
+            lines.insert(4, f"variants    {describe_variants(self.pairs)}")
         if config.encoders:
             lines.append("            and what the encoders of the objective take")
         return "\n".join([*lines, *(f"note        {note}" for note in self.pairs.notes)])
@@ -124,7 +126,7 @@ def plan(config: TrainingConfig, base: Path, progress: Optional[Progress] = None
 def load_pairs(
     config: TrainingConfig, base: Path, progress: Optional[Progress] = None
 ) -> tuple[PairSet, Optional[PairSet]]:
-    """(to train on, to watch)."""
+    """(to train on, with their variants; to watch, without any)."""
 
     def found(folder: str, control_folder: str) -> PairSet:
         return find_pairs(
@@ -133,11 +135,12 @@ def load_pairs(
         )  # fmt: skip
 
     pairs = found(config.pairs.folder, config.pairs.control_folder)
+    watched = None
     if config.validation.folder:
-        return pairs, found(config.validation.folder, config.validation.control_folder)
-    if config.validation.hold_out:
-        return pairs.split(config.validation.hold_out, config.training.seed)
-    return pairs, None
+        watched = found(config.validation.folder, config.validation.control_folder)
+    elif config.validation.hold_out:
+        pairs, watched = pairs.split(config.validation.hold_out, config.training.seed)
+    return with_variants(pairs, config.variants), watched
 
 
 # ---------------------------------------------------------------------------------------------------------------------

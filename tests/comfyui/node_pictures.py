@@ -64,6 +64,13 @@ OTHERS = [
     ),
     graph(
         pairs=("EditLossLoadPairs",),
+        variants=("EditLossPairVariants", {"pairs": link("pairs")}),
+        train=("EditLossTrainKontextLoRA", {"pairs": link("variants")}),
+        export=("EditLossExportTraining", {"pairs": link("variants")}),
+        text=("PreviewAny", {"source": link("variants", 1)}),
+    ),
+    graph(
+        pairs=("EditLossLoadPairs",),
         mix=("EditLossRecommendedMix",),
         run=("EditLossRunOptions",),
         export=(

@@ -41,6 +41,8 @@ OPTIONS = {
     },
 }  # fmt: skip
 
+VARIANTS = {"count": 3, "flip": False, "shift": 0.1, "zoom": 1.2, "turn": 1.5, "tone": 0.1, "seed": 4}
+
 
 @pytest.fixture(scope="module")
 def folder(comfyui_server: ComfyServer) -> Path:
@@ -58,9 +60,10 @@ def exporting(**values: Any) -> dict[str, Any]:
     for node, widgets in OPTIONS.items():
         options[node] = (node, {**widgets, **before})
         before = {"options": link(node)}
-    shared = {**SETTINGS, "pairs": link("pairs"), "objective": link("gated"), **before}
+    shared = {**SETTINGS, "pairs": link("variants"), "objective": link("gated"), **before}
     return graph(
         pairs=("EditLossLoadPairs", {"folder": "export_pairs", "resolution": 128, "default_caption": "put a “stool” there"}),
+        variants=("EditLossPairVariants", {**VARIANTS, "pairs": link("pairs")}),
         model=("EditLossDemoModel",),
         vae=("EditLossVAEEncoder", {"vae": link("model", 2)}),
         timm=("EditLossTimmEncoder", {"model_name": TIMM, "weights": TIMM_FILE, "output": "grid", "layer": -1, "name": "Näher"}),
@@ -107,6 +110,7 @@ def test_the_file_says_what_the_graph_trains(client: Client, comfyui_server: Com
     assert terms == json.loads(header["editloss_objective"])
     assert json.loads(header["editloss_overlay"])["kinds"] == list(config.overlay.kinds) == ["blend"]
     assert json.loads(header["editloss_crop"]) == config.estimate.crop == 96
+    assert json.loads(header["editloss_variants"]) == vars(config.variants) == VARIANTS
     assert json.loads(header["editloss_guidance"]) == config.model.guidance == 1.5
     assert json.loads(header["editloss_resolution"]) == config.pairs.resolution == 128
 

@@ -293,6 +293,33 @@ def test_pairs_from_a_folder(client: Client, comfyui_server: ComfyServer) -> Non
     assert names[0] in caught.value.message and names[1] in caught.value.message
 
 
+def test_variants_of_pairs_are_trained_on_and_held_out_pairs_have_none(
+    client: Client, comfyui_server: ComfyServer
+) -> None:
+    settings = {"count": 3, "flip": True, "shift": 0.25, "zoom": 1.14, "turn": 2.0, "tone": 0.05, "seed": 0}
+    prompt = training({"validate_every": 3, "previews": 4, "preview_steps": 1}, steps=3, name="variants", hold_out=2)
+    prompt["train"]["inputs"].update(pairs=link("variants"))
+    del prompt["train"]["inputs"]["held_out"]
+    prompt.update(
+        graph(
+            variants=("EditLossPairVariants", {**settings, "pairs": link("pairs")}),
+            report=("PreviewAny", {"source": link("variants", 1)}),
+            compare=("EditLossCompare", {"run": link("train", 4)}),
+        )
+    )  # fmt: skip
+    outputs = client.run(prompt).outputs
+    said = "4 pairs × 3 = 12; latents and masks take about 1 MB of memory and 1 MB of the cache's disk"
+    assert outputs["report"]["text"] == [said] and outputs["variants"]["said"] == [said]
+    shown = pixels(client, outputs["variants"])
+    assert shown.shape[0] > 6 * 128 and shown.shape[1] > 3 * 128 and shown.std() > 5
+    log = RunLog.read(comfyui_server.output_dir / "editloss" / "runs" / "variants")
+    trained = sorted(sample.pair for step in log.steps for sample in step.samples)
+    own = {name.split(" ~")[0] for name in trained}
+    assert len(own) == 2 and trained == sorted(f"{name}{end}" for name in own for end in ("", " ~1", " ~2"))
+    watched = {picture.pair for picture in log.validations[-1].pictures}
+    assert len(watched) == 2 and not any(" ~" in name for name in watched) and not own & watched
+
+
 def test_pairs_from_pictures_in_the_graph(client: Client) -> None:
     prompt = training(steps=1, name="made")
     prompt.update(

@@ -11,7 +11,9 @@ from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.lora.lora import LoRASettings
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import TERMS, EditObjective, LossTerm, recommended
+from editloss_core.pairs import VariantSettings
 from editloss_core.training.config import (
+    NO_VARIANTS,
     SECTIONS,
     EstimateSection,
     ModelSection,
@@ -68,6 +70,7 @@ FULL = TrainingConfig(
     lora=LoRASettings(4, 2.5, 0.1, "all, -*mod*"),
     estimate=EstimateSection(256),
     overlay=OverlaySettings(kinds=("blend",), opacity=(0.4, 0.9)),
+    variants=VariantSettings(4, False, 0.1, 1.5, 5.0, 0.2, 3),
     validation=ValidationSection(0, "held_out", "held_out_before", 5, 1, 3, 1.5),
 )  # fmt: skip
 
@@ -89,6 +92,12 @@ def test_a_minimal_file_has_the_defaults_of_the_settings():
     assert config == TrainingConfig(ModelSection("kontext"), PairsSection("pairs"), RunSection("runs/a"))
     assert config.training == TrainingSettings() and config.lora == LoRASettings()
     assert config.overlay == OverlaySettings() and config.objective == EditObjective()
+
+
+def test_without_its_section_there_are_no_variants_and_with_it_eight():
+    assert parsed(MINIMAL).variants == NO_VARIANTS == VariantSettings(count=1)
+    assert parsed(MINIMAL + "[variants]\n").variants == VariantSettings(count=8)
+    assert parsed(MINIMAL + "[variants]\nflip = false\ncount = 3\n").variants == VariantSettings(3, flip=False)
 
 
 def test_every_setting_of_a_run_has_a_key_and_one_only():
@@ -114,6 +123,7 @@ def test_the_terms_may_use_the_encoders_only_and_names_are_numbered():
         ("[training]\nlearningrate = 1e-4\n", "line 8: training.learningrate: unknown; did you mean learning_rate?"),
         ("[training]\nzzz = 1\n", "line 8: training.zzz: unknown; there are steps, batch_size, "),
         ("[training]\nhold_out = 1\n", "line 8: training.hold_out: unknown; it belongs in [validation]"),
+        ("[variants]\nzoom = 3.0\n", "line 8: variants.zoom: expected a number >= 1 and <= 2, got 3.0"),
         ("[training]\nsteps = 1.5\n", "line 8: training.steps: expected a whole number, got 1.5"),
         ("[training]\nsteps = true\n", "line 8: training.steps: expected a whole number, got true"),
         ("[training]\nsteps = 0\n", "line 8: training.steps: expected a whole number >= 1, got 0"),

@@ -21,6 +21,7 @@ from small_kontext import write_kontext
 
 from editloss_core.lora.lora import LoRASettings
 from editloss_core.objective import recommended
+from editloss_core.pairs import VariantSettings
 from editloss_core.training.__main__ import main
 from editloss_core.training.config import (
     ModelSection,
@@ -100,6 +101,16 @@ def test_a_run_leaves_what_the_node_leaves(finished):
         "22 layers",
     ):
         assert expected in said
+
+
+def test_the_plan_says_what_variants_will_take(base, capsys):
+    made = replace(config("variants"), variants=VariantSettings(count=5))
+    assert main([write(base, made), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "15 to train on (64×64: 15), 1 held out" in said
+    assert (
+        "variants    3 pairs × 5 = 15; latents and masks take about 0 MB of memory and 0 MB of the cache's disk" in said
+    )
 
 
 def test_its_lora_loads_in_the_pipeline_and_changes_the_picture(base, finished):
