@@ -42,10 +42,11 @@ LEAST = 4  # pairs with an edit
 COMMON = 0.6  # median cosine of what pairs put in, from which it is one thing
 SAME = 0.45  # the same of one pair to the others, from which it puts in what they do
 TAKES = 0.25  # median share of the border where something went, from which a set takes something away
-HARDLY, OF_USUAL = 0.15, 0.4  # share of the border below which next to nothing went: at most, and of the set's median
+HARDLY, OF_USUAL = 0.13, 0.4  # share of the border below which next to nothing went: at most, and of the set's median
 CLEAR = 1.4  # by which factor a tenth of the others must at least lie above that
 NOTHING = 0.05  # of the usual change
-DRIFT = 0.06  # Oklab: a larger change of the whole picture is an edit
+DRIFT = 0.06  # Oklab: a larger change of the whole picture is an edit,
+TONE = 0.02  # and where the pairs ask for different things, one that is just visible
 MOST = 1 / 3  # of a set that is left out
 BINS = (12, 15, 15)  # of L, a and b
 CHROMA = 0.36
@@ -172,7 +173,7 @@ def flaws(looks: Mapping[str, Look], captions: Mapping[str, str]) -> Flaws:
     found: list[Flaw] = []
     notes: list[str] = []
     for group, names in [*judged.items(), *([("", rest)] if rest else [])]:
-        of_group, why = _of_group({n: looks[n] for n in names}, captions)
+        of_group, why = _of_group({n: looks[n] for n in names}, captions, bool(group))
         found += of_group
         if why:
             which = f"“{group}”: " if group and len(groups) > 1 else "" if len(names) == len(looks) else f"{len(names)} pairs of rare captions: "  # fmt: skip
@@ -181,18 +182,18 @@ def flaws(looks: Mapping[str, Look], captions: Mapping[str, str]) -> Flaws:
     return Flaws(tuple(sorted(found, key=lambda flaw: order[flaw.name])), tuple(notes))
 
 
-def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str]) -> tuple[list[Flaw], str]:
-    """(flaws, why overlaid pairs cannot be told; empty if they can)."""
+def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str], asked: bool) -> tuple[list[Flaw], str]:
+    """(flaws, why overlaid pairs cannot be told; empty if they can). ``asked``: whether all ask for the same."""
     names = [n for n, seen in looks.items() if seen.taken is not None]
     taken = np.array([looks[n].taken for n in names], float)
     usual = float(np.median([looks[n].changed for n in names])) if names else 0.0
     alike = _alike([looks[n].put_in for n in names]) if len(names) >= LEAST else np.zeros(len(names))
     common = len(names) >= LEAST and float(np.median(alike)) >= COMMON
-    least = NOTHING * usual if common else 0.0
+    least, drift = NOTHING * usual if common else 0.0, DRIFT if common or asked else TONE
     found = [
         Flaw(n, "unedited", f"{seen.changed:.1%} of the picture changes, in the others {usual:.0%}")
         for n, seen in looks.items()
-        if names and seen.changed <= least and seen.tone <= DRIFT
+        if names and seen.changed <= least and seen.tone <= drift
     ]
     if len(names) < LEAST:
         return found, f"it takes {LEAST} pairs with an edit, there are {len(names)}"
@@ -266,11 +267,13 @@ def _taken(before: Tensor, after: Tensor, region: Tensor) -> float:
         x = (columns + inwards * right).round().long().clamp(0, width - 1)
         return lab[:, y, x]
 
-    old, new = (
-        torch.stack([(at(lab, i) - at(lab, -o)).norm(dim=0) for i in (1, 2, 3) for o in (1, 2, 3)]).amax(0)
-        for lab in (before, after)
-    )
-    return float((new < 0.5 * old).float().mean())
+    def step(lab: Tensor) -> Tensor:
+        """The largest squared one between one to three pixels inside and as many outside."""
+        outside = torch.stack([at(lab, -k) for k in (1, 2, 3)])
+        inside = torch.stack([at(lab, k) for k in (1, 2, 3)])
+        return (inside[:, None] - outside[None]).square().sum(2).amax((0, 1))
+
+    return float((step(after) < 0.25 * step(before)).float().mean())
 
 
 def _put_in(after: Tensor, region: Tensor) -> np.ndarray:
