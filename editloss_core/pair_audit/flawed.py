@@ -19,7 +19,7 @@ why; without a common edit only pairs that do not change at all are called unedi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -88,12 +88,19 @@ class Flaws(NamedTuple):
 
 
 class Handled(NamedTuple):
-    """A set after :func:`handle`: the pairs to train on, what was found, how many were left out, and notes for a person."""
+    """A set after :func:`handle`.
+
+    Attributes:
+        pairs: to train on; what was found and done stands in its notes.
+        found: the flawed ones.
+        left_out: names of those that are gone.
+        untold: what could not be told.
+    """
 
     pairs: PairSet
     found: tuple[Flaw, ...]
     left_out: tuple[str, ...]
-    notes: tuple[str, ...]
+    untold: tuple[str, ...]
 
 
 def find_flawed(
@@ -141,20 +148,20 @@ def handle(
         ValueError: another setting, or with "stop" the flawed pairs, by name.
     """
     check_setting(flawed)
-    found, notes = find_flawed(pairs, progress, check)
-    if not found:
-        return Handled(pairs, (), (), notes)
+    found, untold = find_flawed(pairs, progress, check)
     listed = "; ".join(map(str, found))
     many = f"{len(found)} of {len(pairs)} pairs {'is' if len(found) == 1 else 'are'} flawed"
-    if flawed == "stop":
-        raise ValueError(f"pairs: {many}; nothing was started. Mend them, or set flawed to “leave out”: {listed}")
-    if flawed == "keep":
-        return Handled(pairs, found, (), (f"{many}, and kept as asked: {listed}", *notes))
-    if len(found) > MOST * len(pairs):
-        return Handled(pairs, found, (), (f"{many}, more than a third; the set may be of different edits, so all are kept: {listed}", *notes))  # fmt: skip
-    names = tuple(flaw.name for flaw in found)
+    if found and flawed == "stop":
+        raise ValueError(f"pairs: {many}; nothing was started. Mend them, or set flawed to “leave out”. {listed}")
+    too_many = len(found) > MOST * len(pairs)
+    names = tuple(flaw.name for flaw in found) if flawed == "leave out" and not too_many else ()
     kept = pairs.subset([i for i, pair in enumerate(pairs) if pair.name not in names])
-    return Handled(kept, found, names, (f"{many}, and left out: {listed}", *notes))
+    if too_many and flawed == "leave out":
+        many += ", more than a third, so that it may be a set of different edits; all are kept"
+    else:
+        many += ", and left out" if names else ", and kept as asked"
+    notes = (*pairs.notes, f"{many}. {listed}") if found else pairs.notes
+    return Handled(replace(kept, flawed=flawed, notes=notes), found, names, untold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

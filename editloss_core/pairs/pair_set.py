@@ -149,6 +149,7 @@ class PairSet:
         folder, control_folder, default_caption: see :func:`find_pairs`; the folder is None if they came from pictures.
         layout: how they lay there, in words.
         notes: what a person should know though it is no mistake.
+        flawed: what was done with pairs that teach a failure; "keep" where nobody looked for them.
 
     Instances are never changed.
     """
@@ -163,6 +164,7 @@ class PairSet:
     notes: tuple[str, ...] = ()
     control_folder: Optional[Path] = None
     default_caption: str = ""
+    flawed: str = "keep"
 
     @classmethod
     def from_images(

@@ -15,6 +15,7 @@ from ..lora.lora import LoRASettings
 from ..models.folder import ModelFolder
 from ..negatives import OverlaySettings
 from ..objective import TERMS, EditObjective, LossTerm
+from ..pair_audit.flawed import check_setting
 from ..pairs import MULTIPLE
 from ..runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from .config import (
@@ -112,7 +113,7 @@ class _Reader:
         values = {name: self._section(name) for name in SECTIONS}
         for name, kind, *check in (
             ("model", ModelSection, _check_model),
-            ("pairs", PairsSection),
+            ("pairs", PairsSection, lambda pairs: check_setting(pairs.flawed)),
             ("lora", LoRASettings),
             ("estimate", EstimateSection, _check_estimate),
             ("overlay", OverlaySettings),
