@@ -20,6 +20,7 @@ from .comfy.denoiser import ComfyDenoiser
 from .comfy.encoders import vae_encoder
 from .comfy.small_model import small_flux, small_vae
 from .notices import say
+from .pairs import describe, flawed_input, without_flawed
 from .sockets import PairsSocket
 
 CATEGORY = "EditLoss/demo"
@@ -68,6 +69,11 @@ class DemoModel(io.ComfyNode):
         return io.NodeOutput(flux, SmallTextEncoder(), vae, ui=say(cls, text))
 
 
+def name_of(example: scenes.Example) -> str:
+    """Of its pair."""
+    return f"scene {example.seed}"
+
+
 def pair_set(examples: list[scenes.Example]) -> PairSet:
     """Scenes as pairs, with the masks of :func:`scenes.edit_region`."""
     return PairSet.from_images(
@@ -75,7 +81,7 @@ def pair_set(examples: list[scenes.Example]) -> PairSet:
         torch.stack([e.after for e in examples]),
         torch.stack([scenes.edit_region(e) for e in examples]),
         [e.prompt for e in examples],
-        names=[f"scene {e.seed}" for e in examples],
+        names=[name_of(e) for e in examples],
         resolution=scenes.SIZE,
     )
 
@@ -108,6 +114,7 @@ class DemoPairs(io.ComfyNode):
                 ),
                 io.Int.Input("held_out", default=4, min=1, max=500, tooltip="Pairs of other rooms, to watch while training."),
                 io.Int.Input("seed", default=0, min=0, max=HELD_OUT_SEED - 1, control_after_generate=False, tooltip="Of the rooms."),
+                flawed_input(),
             ],
             outputs=[
                 PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA."),
@@ -120,7 +127,7 @@ class DemoPairs(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(cls, count, unedited, overlaid, held_out, seed) -> io.NodeOutput:
+    def execute(cls, count, unedited, overlaid, held_out, seed, flawed="leave out") -> io.NodeOutput:
         train, watched = (
             training_pairs(count, unedited, overlaid, seed),
             scenes.stool_pairs(held_out, HELD_OUT_SEED + seed),
@@ -128,14 +135,20 @@ class DemoPairs(io.ComfyNode):
         some = {i: "right" for i in range(min(count, 4))}
         some |= {count: "unedited"} if unedited else {}
         some |= {count + unedited: "overlaid"} if overlaid else {}
+        handled = without_flawed(pair_set(train), flawed)
+        gone = {i for i, e in enumerate(train) if name_of(e) in handled.left_out}
         shown = grid.grid(
             [(train[i].before, train[i].after) for i in some],
             ("before", "after"),
-            [f"{train[i].prompt} ({kind})" for i, kind in some.items()],
+            [f"{train[i].prompt} ({kind}{', left out' if i in gone else ''})" for i, kind in some.items()],
             width=640,
         )
+        text = "\n".join([describe(handled.pairs), *(f"- {note}" for note in handled.untold)])
         before, after = (torch.stack([getattr(e, part) for e in watched]) for part in ("before", "after"))
-        return io.NodeOutput(pair_set(train), pair_set(watched), before, after, ui=ui.PreviewImage(shown, cls=cls))
+        said = say(cls, text, handled.pairs.notes)
+        return io.NodeOutput(
+            handled.pairs, pair_set(watched), before, after, ui={**ui.PreviewImage(shown, cls=cls).as_dict(), **said}
+        )
 
 
 class DemoJudge(io.ComfyNode):

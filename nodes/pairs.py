@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Optional
 
+import comfy.model_management
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
 from ..editloss_core.drawing import grid
+from ..editloss_core.pair_audit.flawed import KINDS, SETTINGS, Handled, handle
 from ..editloss_core.pairs import PairSet, find_pairs, folder_state
 from . import folders
 from .checks import checked
@@ -18,7 +21,9 @@ from .sockets import PairsSocket
 CATEGORY = "EditLoss/training"
 SHOWN = 6  # pairs in the preview on the node
 PAIRS_OUTPUT = PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA.")
-REPORT_OUTPUT = io.String.Output(display_name="report", tooltip="What was found: sizes, buckets, captions, masks.")
+REPORT_OUTPUT = io.String.Output(
+    display_name="report", tooltip="What was found: sizes, buckets, captions, masks, flawed pairs."
+)
 
 
 def _resolution_input() -> io.Int.Input:
@@ -35,10 +40,28 @@ def _upscale_input() -> io.Boolean.Input:
     )  # fmt: skip
 
 
-def _answer(cls, pairs: PairSet) -> io.NodeOutput:
-    text = describe(pairs)
-    shown = ui.PreviewImage(sheet(pairs), cls=cls).as_dict()
-    return io.NodeOutput(pairs, text, ui={**shown, **say(cls, text, pairs.notes)})
+def flawed_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "flawed", options=list(SETTINGS), default="leave out", optional=True,
+        tooltip="Pairs in which nothing was edited, or whose after picture still shows the old object, told by what the others have in "
+        "common. They teach these failures. keep: train on them all the same. stop: an error names them.",
+    )  # fmt: skip
+
+
+def without_flawed(pairs: PairSet, flawed: str, bar: Optional[ProgressBar] = None) -> Handled:
+    """What is left of a set; ``bar`` is at its half when this begins."""
+    count = len(pairs)
+    return handle(
+        pairs, flawed, lambda done, total: bar.update_absolute(count + done, 2 * total) if bar is not None else None,
+        comfy.model_management.throw_exception_if_processing_interrupted,
+    )  # fmt: skip
+
+
+def _answer(cls, pairs: PairSet, flawed: str, bar: ProgressBar) -> io.NodeOutput:
+    handled = without_flawed(pairs, flawed, bar)
+    text = "\n".join([describe(handled.pairs), *(f"- {note}" for note in handled.untold)])
+    shown = ui.PreviewImage(sheet(pairs, handled), cls=cls).as_dict()
+    return io.NodeOutput(handled.pairs, text, ui={**shown, **say(cls, text, handled.pairs.notes)})
 
 
 def describe(pairs: PairSet) -> str:
@@ -55,15 +78,20 @@ def describe(pairs: PairSet) -> str:
     return "\n".join(lines)
 
 
-def sheet(pairs: PairSet) -> torch.Tensor:
-    """The first pairs as they will be trained, the edit region beside them: ``[1, H, W, 3]``."""
-    rows = []
-    for index in range(min(SHOWN, len(pairs))):
-        images = pairs.load(index)
+def sheet(pairs: PairSet, handled: Optional[Handled] = None) -> torch.Tensor:
+    """The first flawed pairs, then the first others as they will be trained, the edit region beside them: ``[1, H, W, 3]``."""
+    flaws = {flaw.name: flaw.kind for flaw in handled.found} if handled else {}
+    done = "left out" if handled and handled.left_out else "kept"
+    right = [i for i, pair in enumerate(pairs) if pair.name not in flaws][:SHOWN]
+    rows, names, notes = [], [], []
+    for index in [i for i, pair in enumerate(pairs) if pair.name in flaws][:SHOWN] + right:
+        images, name = pairs.load(index), pairs[index].name
         mask = torch.full(images.before.shape[:2], 0.5) if images.mask is None else images.mask
         rows.append((images.before, images.after, mask.unsqueeze(-1).expand(-1, -1, 3)))
-    names = [pair.name for pair in pairs.pairs[: len(rows)]]
-    return grid.grid(rows, ("before", "after", "mask (grey: none)"), names, width=900)
+        kind = flaws.get(name)
+        names.append(f"{name}: {done}, {KINDS[kind]}" if kind else name)
+        notes.append([None, {"unedited": "no edit", "overlaid": "overlay"}[kind] if kind else None, None])
+    return grid.grid(rows, ("before", "after", "mask (grey: none)"), names, notes, width=900)
 
 
 class LoadPairs(io.ComfyNode):
@@ -90,6 +118,7 @@ class LoadPairs(io.ComfyNode):
                     "(before).",
                 ),
                 _upscale_input(),
+                flawed_input(),
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
@@ -106,14 +135,16 @@ class LoadPairs(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(cls, folder, resolution, default_caption="", control_folder="", upscale=False) -> io.NodeOutput:
+    def execute(
+        cls, folder, resolution, default_caption="", control_folder="", upscale=False, flawed="leave out"
+    ) -> io.NodeOutput:
         control = folders.pair_folder("control_folder", control_folder) if control_folder.strip() else ""
         bar = ProgressBar(1)
         pairs = find_pairs(
             folders.pair_folder("folder", folder), control, resolution=resolution, default_caption=default_caption,
-            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, total),
+            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, 2 * total),
         )  # fmt: skip
-        return _answer(cls, pairs)
+        return _answer(cls, pairs, flawed, bar)
 
 
 class MakePairs(io.ComfyNode):
@@ -134,6 +165,7 @@ class MakePairs(io.ComfyNode):
                 _resolution_input(),
                 io.Mask.Input("mask", optional=True, tooltip="The edit region, white = edited. Open: estimated from the difference."),
                 _upscale_input(),
+                flawed_input(),
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
@@ -141,7 +173,9 @@ class MakePairs(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(cls, before, after, captions, resolution, mask=None, upscale=False) -> io.NodeOutput:
+    def execute(
+        cls, before, after, captions, resolution, mask=None, upscale=False, flawed="leave out"
+    ) -> io.NodeOutput:
         lines = [line.strip() for line in captions.splitlines() if line.strip()]
         if len(lines) not in (1, len(before)):
             expected = "one line" if len(before) == 1 else f"one line, or {len(before)} lines, one per pair"
@@ -151,9 +185,9 @@ class MakePairs(io.ComfyNode):
         bar = ProgressBar(len(before))
         pairs = PairSet.from_images(
             before[..., :3], after[..., :3], mask, lines[0] if len(lines) == 1 else lines, resolution=resolution,
-            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, total),
+            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, 2 * total),
         )  # fmt: skip
-        return _answer(cls, pairs)
+        return _answer(cls, pairs, flawed, bar)
 
 
 NODES = [LoadPairs, MakePairs]

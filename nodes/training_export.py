@@ -82,7 +82,8 @@ class Export(io.ComfyNode):
                 gradient_checkpointing=options.checkpointing,
             ),
             pairs=PairsSection(
-                **source, resolution=pairs.resolution, default_caption=pairs.default_caption, upscale=pairs.upscale
+                **source, resolution=pairs.resolution, default_caption=pairs.default_caption, upscale=pairs.upscale,
+                flawed=pairs.flawed,
             ),
             encoders={n: encoder_section(objective.encoders[n]) for n in objective.objective.encoders},
             objective=objective.objective, training=settings, lora=lora, estimate=EstimateSection(options.crop),

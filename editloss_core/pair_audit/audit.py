@@ -22,6 +22,7 @@ from ..pairs.files import PairProblems, read_caption, read_picture, relative, sc
 from ..pairs.geometry import same_proportions
 from ..progress import Progress
 from .between_pairs import copies, find_swapped, likely_partners
+from .flawed import Look, flaws, look
 from .measures import Measured, PairMeasures, Sketch, agreeing, measure
 from .result import AuditFinding, PairAudit
 from .rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_pair
@@ -87,6 +88,7 @@ class _Run:
         self.items: dict[str, Pair] = {}
         self.findings: dict[tuple[str, tuple[str, ...]], AuditFinding] = {}  # (kind, files): each is told once
         self.measured: dict[str, Measured] = {}
+        self.looks: dict[str, Look] = {}
         self.notes: list[str] = []
 
     def expect(self, steps: int, others: Optional[PairSet]) -> None:
@@ -157,7 +159,8 @@ class _Run:
             self.check()
         told = of_caption(pair.caption.strip())
         try:
-            self.measured[pair.name] = measured = read_and_measure(pair)
+            measured, self.looks[pair.name] = read_and_measure(pair)
+            self.measured[pair.name] = measured
             told += of_pair(measured.values)
             self._complete(pair, measured.values)
         except _Unreadable as error:
@@ -195,6 +198,7 @@ class _Run:
         for name, value in support.items():
             self.measured[name] = replace(usable[name], values=replace(usable[name].values, support=value))
         self.notes += notes
+        self._flawed([n for n in usable if n not in odd and n not in swaps])
         self._copies(sketches)
         if others is not None:
             self._leaks(sketches, others)
@@ -219,6 +223,13 @@ class _Run:
         for key in gone:
             del self.findings[key]
 
+    def _flawed(self, names: Sequence[str]) -> None:
+        found, untold = flaws({n: self.looks[n] for n in names}, {n: self.items[n].caption for n in names})
+        self.notes += untold
+        for flaw in found:
+            kind = "no edit" if flaw.kind == "unedited" else flaw.kind
+            self.add(kind, [flaw.name], self.files(flaw.name), flaw.detail)
+
     def _copies(self, sketches: Mapping[str, Sketch]) -> None:
         for (one, two), same in copies(sketches).items():
             exact = "the same file" if all(same.values()) else "copies of one another, to the eye"
@@ -238,7 +249,7 @@ class _Run:
             if self.check is not None:
                 self.check()
             try:
-                theirs[pair.name] = read_and_measure(pair).sketch
+                theirs[pair.name] = read_and_measure(pair)[0].sketch
             except _Unreadable as error:
                 self.notes.append(f"the other set's {pair.name} cannot be read ({error.part}: {error})")
             self.step()
@@ -254,8 +265,8 @@ class _Unreadable(ValueError):
         self.part = part
 
 
-def read_and_measure(pair: Pair) -> Measured:
-    """The measures of a pair from its files or tensors. A mask that is unreadable, empty or of other proportions, which is
+def read_and_measure(pair: Pair) -> tuple[Measured, Look]:
+    """The measures of a pair from its files or tensors, and what flawed pairs are told by. A mask that is unreadable, empty or of other proportions, which is
     :func:`find_pairs`' finding, is left out.
 
     Raises:
@@ -280,7 +291,8 @@ def read_and_measure(pair: Pair) -> Measured:
             fits = any(same_proportions(size, (p.shape[0], p.shape[1])) for p in pictures)
             mask = None if not fits or float(mask.max()) < 0.5 else mask
     measured = measure(pictures[0], pictures[1], mask)
-    return replace(measured, sketch=replace(measured.sketch, contents=(contents[0], contents[1])))
+    sketch = replace(measured.sketch, contents=(contents[0], contents[1]))
+    return replace(measured, sketch=sketch), look(*pictures)
 
 
 def _pixels(source: Union[Path, Tensor], mask: bool) -> tuple[Tensor, str]:

@@ -66,6 +66,16 @@ def group_of(caption: str) -> str:
     return f"… {target[1].strip()}" if target and target[1].strip() else words
 
 
+def adds(caption: str) -> bool:
+    """Whether a caption puts something in and takes nothing out, as far as its words say."""
+    return bool(_ADDS.search(caption)) and not _REMOVES.search(caption)
+
+
+def removes(caption: str) -> bool:
+    """Whether it takes something out and puts nothing in."""
+    return bool(_REMOVES.search(caption)) and not _ADDS.search(caption)
+
+
 def find_swapped(
     sketches: Mapping[str, Sketch],
     captions: Mapping[str, str],
@@ -116,12 +126,11 @@ def find_swapped(
         if name in swaps:
             continue
         ratio = edges[name]
-        removes, adds = (bool(p.search(captions[name])) for p in (_REMOVES, _ADDS))
-        if removes and not adds and ratio > EDGES:
+        if removes(captions[name]) and ratio > EDGES:
             swaps[name] = (
                 f"its caption removes something, and the edit region has {math.exp(ratio):.1f} times the edges afterwards"
             )
-        elif adds and not removes and ratio < -EDGES:
+        elif adds(captions[name]) and ratio < -EDGES:
             swaps[name] = (
                 f"its caption adds something, and the edit region had {math.exp(-ratio):.1f} times the edges before"
             )

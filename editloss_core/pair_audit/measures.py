@@ -223,8 +223,8 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
     """
     size, after_size = (before.shape[0], before.shape[1]), (after.shape[0], after.shape[1])
     full = before.permute(2, 0, 1), after.permute(2, 0, 1)
-    fine = _fit(full[0], FINE, size), _fit(full[1], FINE, size)
-    old, new = _fit(fine[0], COARSE, size), _fit(fine[1], COARSE, size)
+    fine = fitted(full[0], FINE, size), fitted(full[1], FINE, size)
+    old, new = fitted(fine[0], COARSE, size), fitted(fine[1], COARSE, size)
     cover = None if mask is None else _mask(mask, old.shape[-2:])
     found = _registered(*fine, cover)
     movement, fit = _movement(found, size), ""
@@ -234,7 +234,7 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
     known = torch.ones(old.shape[-2:], dtype=torch.bool)
     if moved:
         new, known = warp(new, found)
-    change = _change(old, new, known, found)
+    change = change_between(old, new, known, found)
     region = change.above > 0
     values = PairMeasures(
         before_size=size[::-1],
@@ -260,11 +260,11 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
 def agreeing(before: Tensor, after: Tensor) -> float:
     """Share of the blocks with detail that two pictures ``[H, W, 3]`` have in common; 0 where that is chance."""
     size = tuple(before.shape[:2])
-    found = register(*(_fit(t.permute(2, 0, 1), COARSE, size) for t in (before, after)))
+    found = register(*(fitted(t.permute(2, 0, 1), COARSE, size) for t in (before, after)))
     return found.agreement if found.trusted else 0.0
 
 
-def _fit(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
+def fitted(picture: Tensor, long: int, size: tuple[int, ...]) -> Tensor:
     """``[C, h, w]`` with the proportions of ``size`` (height, width), at most ``long`` pixels on a side."""
     ratio = min(1.0, long / max(size))
     target = tuple(max(16, round(side * ratio)) for side in size)
@@ -290,7 +290,7 @@ def _fit_of(before: Tensor, after: Tensor) -> str:
     }
     agreement = {}
     for words, (one, other) in ways.items():
-        pictures = [_fit(t, COARSE, tuple(one.shape[-2:])) for t in (one, other)]
+        pictures = [fitted(t, COARSE, tuple(one.shape[-2:])) for t in (one, other)]
         found = register(*pictures)
         straight = abs(found.stretch - 1) < 0.02 and abs(found.zoom - 1) < 0.05
         agreement[words] = found.agreement if found.trusted and straight else 0.0
@@ -309,7 +309,7 @@ def _cut(picture: Tensor, wide: float) -> Tensor:
     return picture[:, top : top + rows, left : left + columns]
 
 
-def _grown(mask: Tensor, radius: int) -> Tensor:
+def grown_by(mask: Tensor, radius: int) -> Tensor:
     """By a square, a side at a time, which is many times faster."""
     rows = F.max_pool2d(mask[None, None], (2 * radius + 1, 1), stride=1, padding=(radius, 0))
     return F.max_pool2d(rows, (1, 2 * radius + 1), stride=1, padding=(0, radius))[0, 0]
@@ -318,7 +318,7 @@ def _grown(mask: Tensor, radius: int) -> Tensor:
 def _registered(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Registration:
     """Outside the mask if that is enough to go by: a mask may be wrong, or cover nearly all."""
     if mask is not None and float(mask.mean()) < 0.7:
-        found = register(before, after, _grown(mask, max(1, max(mask.shape) // 64)))
+        found = register(before, after, grown_by(mask, max(1, max(mask.shape) // 64)))
         if found.trusted:
             return found
     return register(before, after)
@@ -352,7 +352,7 @@ class Change(NamedTuple):
     brightness: float
 
 
-def _change(before: Tensor, after: Tensor, known: Tensor, found: Registration) -> Change:
+def change_between(before: Tensor, after: Tensor, known: Tensor, found: Registration) -> Change:
     """The change between two pictures that lie on one another.
 
     Brightness, contrast and colour of the whole picture, as the quiet half of the pixels has them, are taken out first:
@@ -368,8 +368,8 @@ def _change(before: Tensor, after: Tensor, known: Tensor, found: Registration) -
         spread = old - old.mean(1, keepdim=True)
         gain = (spread * (new - new.mean(1, keepdim=True))).sum(1) / (spread.square().sum(1) + 1e-2)
         gain = torch.where(spread.square().mean(1) > 1e-4, gain.clamp(0.75, 1.33), torch.ones(3))
-        fitted = gain[:, None] * (old - old.mean(1, keepdim=True)) + new.mean(1, keepdim=True)
-        difference = (fitted - old).square().mean(1)
+        levelled = gain[:, None] * (old - old.mean(1, keepdim=True)) + new.mean(1, keepdim=True)
+        difference = (levelled - old).square().mean(1)
         if float(difference.sum().sqrt()) > (SAME_DRIFT if found.agreement > 0.5 else DRIFT):
             break
         tone, brightness = float(difference.sum().sqrt()), float(new[0].mean() - old[0].mean())
@@ -384,7 +384,7 @@ def _change(before: Tensor, after: Tensor, known: Tensor, found: Registration) -
     d = d[0, 0]
     above = (d > low).float()
     crowded = F.avg_pool2d(above[None, None], 3, stride=1, padding=1)[0, 0] > 0.5  # no single pixels, no thin edges
-    core = _grown(((d > 1.6 * low) & crowded).float(), 4) > 0
+    core = grown_by(((d > 1.6 * low) & crowded).float(), 4) > 0
     region = (above > 0) & crowded & core
     return Change(torch.where(region, d, 0.0), (d <= low) & known[0, 0], low, tone, brightness)
 
@@ -425,7 +425,7 @@ def _coverage(mask: Tensor, cover: Tensor, change: Tensor) -> Coverage:
     square, so that faint shadows weigh little."""
     radius = max(1, round(0.012 * max(cover.shape)))
     solid = (cover > 0.5).float()
-    grown = _grown((cover > 0.1).float(), radius)
+    grown = grown_by((cover > 0.1).float(), radius)
     energy = change.square()
     total = float(energy.sum())
     border = torch.cat([solid[0], solid[-1], solid[:, 0], solid[:, -1]])

@@ -57,6 +57,7 @@ KINDS: dict[str, Kind] = {
     "wrong partner": Kind("error", "after picture of another pair", "rename the files, so that each before meets its own after"),
     "reversed": Kind("error", "the same pair both ways", "one of the two is swapped; keep the one that shows the edit"),
     "swapped": Kind("warning", "before and after perhaps swapped", "look at the picture; if the one on the right is where the edit should start, exchange the two files"),
+    "overlaid": Kind("warning", "the old object is still there", "take the old object out of the after picture, or leave the pair out: it teaches overlays"),
     "tiny edit": Kind("warning", "hardly any edit", "see whether the edit was saved; if it is meant to be this small, give it a mask, so that it is not drowned"),
     "shift": Kind("warning", "shifted", "move the after picture back and crop both alike, or the shift is learned with the edit"),
     "zoom": Kind("warning", "zoomed", "scale the after picture back and crop both alike. Editors zoom where a size does not suit them: make pairs at multiples of 16"),

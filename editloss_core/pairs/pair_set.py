@@ -150,6 +150,7 @@ class PairSet:
         layout: how they lay there, in words.
         notes: what a person should know though it is no mistake.
         variants: what :func:`with_variants` is to make of those that are trained on, or has made; None: none.
+        flawed: what was done with pairs that teach a failure; "keep" where nobody looked for them.
 
     Instances are never changed.
     """
@@ -165,6 +166,7 @@ class PairSet:
     control_folder: Optional[Path] = None
     default_caption: str = ""
     variants: Optional[VariantSettings] = None
+    flawed: str = "keep"
 
     @classmethod
     def from_images(

@@ -50,13 +50,14 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class PairsSection:
-    """``[pairs]``: see :func:`~editloss_core.pairs.find_pairs`."""
+    """``[pairs]``: see :func:`~editloss_core.pairs.find_pairs`; ``flawed``: see :func:`~editloss_core.pair_audit.flawed.handle`."""
 
     folder: str
     control_folder: str = ""
     resolution: int = 1024
     default_caption: str = ""
     upscale: bool = False
+    flawed: str = "leave out"
 
 
 @dataclass(frozen=True)

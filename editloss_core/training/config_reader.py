@@ -15,6 +15,7 @@ from ..lora.lora import LoRASettings
 from ..models.folder import ModelFolder
 from ..negatives import OverlaySettings
 from ..objective import TERMS, EditObjective, LossTerm
+from ..pair_audit.flawed import check_setting
 from ..pairs import MULTIPLE, VariantSettings
 from ..runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
 from .config import (
@@ -115,7 +116,7 @@ class _Reader:
             values["variants"] = vars(NO_VARIANTS)
         for name, kind, *check in (
             ("model", ModelSection, _check_model),
-            ("pairs", PairsSection),
+            ("pairs", PairsSection, lambda pairs: check_setting(pairs.flawed)),
             ("variants", VariantSettings),
             ("lora", LoRASettings),
             ("estimate", EstimateSection, _check_estimate),

@@ -20,6 +20,7 @@ from ..models.captions import encode_captions
 from ..models.denoiser import DiffusersDenoiser
 from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
+from ..pair_audit.flawed import handle
 from ..pairs import PairSet, find_pairs, with_variants
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar, Progress
@@ -134,8 +135,9 @@ def load_pairs(
             default_caption=config.pairs.default_caption, upscale=config.pairs.upscale, progress=progress,
         )  # fmt: skip
 
-    pairs = found(config.pairs.folder, config.pairs.control_folder)
     watched = None
+    handled = handle(found(config.pairs.folder, config.pairs.control_folder), config.pairs.flawed, progress)
+    pairs = replace(handled.pairs, notes=(*handled.pairs.notes, *handled.untold))
     if config.validation.folder:
         watched = found(config.validation.folder, config.validation.control_folder)
     elif config.validation.hold_out:
