@@ -252,8 +252,8 @@ def look(before: Tensor, after: Tensor) -> Look:
     share = float(region.float().mean())
     if not bool(region.any()) or bool(region.all()):
         return Look(share, change.tone)
-    labs = [blur(oklab(t[None]), 0.7, 2)[0] for t in (old, new)]
-    return Look(share, change.tone, _taken(*labs, region), _put_in(labs[1], region))
+    was, now = (blur(oklab(t[None]), 0.7, 2)[0] for t in (old, new))
+    return Look(share, change.tone, _taken(was, now, region), _put_in(now, region))
 
 
 def _taken(before: Tensor, after: Tensor, region: Tensor) -> float:

@@ -544,12 +544,18 @@ class Trainer:
         measured = self._measured(self.step)
 
         def losses(output: Tensor) -> list[Part]:
-            velocity = velocity_loss(output, noise - x0, masks, settings.edit_weight, valid)
+            velocity = self._flow_matching(output, noise - x0, masks, valid)
             velocity = self.processes.whole(velocity, len(batch))
             parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
             return parts + (self._objective_parts(estimate(x_t, t, output), batch, levels, measured) if acts else [])
 
         return self._learn(predicted, losses, batch, levels, measured)
+
+    def _flow_matching(
+        self, output: Tensor, target: Tensor, masks: Optional[Tensor], valid: Optional[Tensor]
+    ) -> Tensor:
+        """The velocity loss ``[rows]``; experiments put others in its place."""
+        return velocity_loss(output, target, masks, self.settings.edit_weight, valid)
 
     def _rollout(self, number: int) -> tuple[float, list[Sample]]:
         """As :meth:`_pass`, on a state that the model reaches from pure noise: the objective and the regression."""
