@@ -149,6 +149,7 @@ TABLE: dict[str, Counterparts] = {
             for read in (lambda limits: round(1 - limits[0], 9), lambda limits: round(limits[1] - 1, 9))
         ),
     },
+    "RolloutOptions": of(TrainingSettings, "own_failures_every", "own_failures_kept"),
     "PairVariants": of(VariantSettings, "count", "flip", "shift", "zoom", "turn", "tone", "seed"),
     "PlotLosses": of(picture_of_curves, "width"),
     "RecommendedMix": of(recommended, "geometry_dist"),
