@@ -72,7 +72,7 @@ def work(args: argparse.Namespace) -> None:
     """Take jobs that nobody has taken until there are none."""
     from one import Lab
 
-    lab = Lab(start(args.comfyui))
+    lab = Lab(start(args.comfyui), args.runs / "cache")
     for job in jobs(args):
         path, claim = args.runs / f"{job.name}.json", args.runs / f"{job.name}.claim"
         if path.is_file():

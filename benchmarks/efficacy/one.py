@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -42,9 +43,15 @@ class Job:
 
 
 class Lab:
-    """The pack in a ComfyUI, and the demo's model; made once per process."""
+    """The pack in a ComfyUI, and the demo's model; made once per process.
 
-    def __init__(self, pack: Callable[[str], Any]):
+    Args:
+        pack: imports the pack's modules.
+        cache: folder of latents and embeddings, which all arms share.
+    """
+
+    def __init__(self, pack: Callable[[str], Any], cache: Path):
+        self.cache = cache
         self.demo, self.pairs = pack("nodes.demo"), pack("nodes.pairs")
         self.denoisers, self.encoders = pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
         self.scenes, self.judge = pack("editloss_core.demo.scenes"), pack("editloss_core.demo.judge")
@@ -80,7 +87,7 @@ class Lab:
         reads = {name: encoder} if arm.terms or arm.trainer is not Arm.trainer else {}
         latents = self.encoders.vae_encoder(vae, 0, patcher.model.latent_format)
         prepared = self.prepare.prepare(
-            pairs, latents, reads, overlay=self.negatives.OverlaySettings() if reads else None
+            pairs, latents, reads, self.cache, overlay=self.negatives.OverlaySettings() if reads else None
         )
         denoiser = self.denoisers.ComfyDenoiser(patcher, 1.0, False)
         made = self.lora.LoRA(denoiser.module, self.lora.LoRASettings(**LORA), job.seed)

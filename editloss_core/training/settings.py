@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checks import check_number, check_option, check_whole
 from ..objective import EditObjective
+from ..objective.families import Ranking
 from .flow import ESTIMATE_WEIGHTINGS, Timesteps
 from .pair_weights import PAIR_WEIGHTS, check_pair_weights
 from .shares import check_shares
@@ -212,6 +213,24 @@ def check_objective(objective: Optional[EditObjective], settings: TrainingSettin
             f"velocity_weight: 0 leaves nothing to train on, as no term's t_min to t_max meets the noise levels that are "
             f"drawn, {drawn.minimum:g} to {drawn.maximum:g}; raise it or move the gates"
         )
+
+
+SAFE_T = (
+    0.5  # measured in the demo: hinges on one-step estimates above it cost good outputs, and below it change nothing
+)
+
+
+def warnings(objective: Optional[EditObjective], settings: TrainingSettings) -> list[str]:
+    """Settings that were measured to do harm."""
+    terms = objective.terms if objective and settings.estimate == "one_step" else ()
+    high = [t.name for t in terms if t.weight and isinstance(t.settings, Ranking) and t.t_max > SAFE_T]
+    if not high:
+        return []
+    return [
+        f"{', '.join(high)}: act on the one-step estimate at t above {SAFE_T:g}, where it is a mean over what could be there; "
+        "in the demo this takes good outputs away. Use Rollout Options (estimate rollout), or a gate at t_max "
+        f"{SAFE_T:g} (Gate by Noise Level)"
+    ]
 
 
 class MovingAverage:
