@@ -74,7 +74,8 @@ def test_every_block_of_the_page_is_run_here():
 
 SECTIONS = (
     "The loss, in ten lines", "Mask and overlays, once per pair", "A whole step",
-    "In train_dreambooth_lora_flux_kontext.py", "In ai-toolkit", "With an encoder of pictures, and with a report",
+    "In train_dreambooth_lora_flux_kontext.py", "On rollouts", "In ai-toolkit",
+    "With an encoder of pictures, and with a report",
     "What happens to the gradients",
 )  # fmt: skip
 
