@@ -30,6 +30,7 @@ from editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from editloss_core.objective import TERMS, LossTerm, recommended
 from editloss_core.objective_report import picture as picture_of_objective
 from editloss_core.pair_audit.audit import audit as audit_pairs
+from editloss_core.pair_audit.flawed import handle
 from editloss_core.pair_audit.picture import audit_picture as picture_of_pairs
 from editloss_core.pairs import PairSet, VariantSettings, find_pairs
 from editloss_core.run_report.curves import picture as picture_of_curves
@@ -94,6 +95,7 @@ TRAINING = together(
     of(TrainingSettings, "steps", "learning_rate", "batch_size", "seed"), LORA, of(ValidationSection, "hold_out")
 )
 FROM_A_FOLDER = ("resolution", "default_caption", "control_folder", "upscale")
+FLAWED = together(of(handle, "flawed"), of(PairsSection, "flawed"))
 TIMM = ("output", "layer", "image_size", "crop")
 
 TABLE: dict[str, Counterparts] = {
@@ -102,6 +104,7 @@ TABLE: dict[str, Counterparts] = {
     ),
     "AuditPairs": together(of(audit_pairs, "control_folder", "default_caption"), of(picture_of_pairs, "width")),
     "Compare": of(grid, "width"),
+    "DemoPairs": FLAWED,
     "DiagnoseOutputs": of(sheet, "width"),
     "DiffusionEncoder": together(
         of(DiffusionFeatureEncoder, "seed", "output", noise_level="t"), of(VAEEncoder, "image_size")
@@ -114,8 +117,8 @@ TABLE: dict[str, Counterparts] = {
     "ExportTraining": together(TRAINING, of(ModelSection, "quantization")),
     "GateTerms": of(LossTerm, "t_min", "t_max"),
     "LoRAOptions": of(LoRASettings, "layers", "dropout"),
-    "LoadPairs": together(of(find_pairs, *FROM_A_FOLDER), of(PairsSection, *FROM_A_FOLDER)),
-    "MakePairs": of(PairSet.from_images, "captions", "resolution", "upscale"),
+    "LoadPairs": together(of(find_pairs, *FROM_A_FOLDER), of(PairsSection, *FROM_A_FOLDER), FLAWED),
+    "MakePairs": together(of(PairSet.from_images, "captions", "resolution", "upscale"), FLAWED),
     "NoiseOptions": together(
         of(Timesteps, "mean", "std", distribution="kind", minimum_t="minimum", maximum_t="maximum"),
         of(TrainingSettings, "velocity_weight", "edit_weight"),

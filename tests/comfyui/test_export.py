@@ -117,6 +117,7 @@ def test_the_file_says_what_the_graph_trains(client: Client, comfyui_server: Com
     assert config.model.path == "/models/kontext" and config.model.quantization == "nf4"
     assert not config.model.gradient_checkpointing and config.validation.preview_guidance == 3.0
     assert Path(config.pairs.folder) == folder and config.pairs.default_caption == "put a “stool” there"
+    assert config.pairs.flawed == "leave out"
     assert config.validation.hold_out == 1 and not config.validation.folder
     assert (
         path.parent / config.run.folder
