@@ -17,7 +17,7 @@ Step = Callable[[Tensor], Tensor]
 
 OUTLIER = 10.0  # standard deviations of a channel; what lies beyond counts as this much
 DEAD = 0.1  # of a layer's root mean square deviation: a channel that hardly moves is not blown up any further
-PATTERNS, SIDE = 8, 128  # pictures from which a channel's mean and deviation are taken, and their side in pixels
+PATTERNS, SIDE = 8, 64  # pictures from which a channel's mean and deviation are taken, and their side in pixels
 
 
 class VAEDecoderEncoder(Encoder):
@@ -153,7 +153,7 @@ class _Layer(NamedTuple):
 
 
 def patterns() -> Tensor:
-    """``[8, 3, 128, 128]`` in 0…1: coloured noise with as much of coarse as of fine, as pictures have it; always the same."""
+    """``[8, 3, 64, 64]`` in 0…1: coloured noise with as much of coarse as of fine, as pictures have it; always the same."""
     generator = torch.Generator().manual_seed(0)
     x, side = torch.zeros(PATTERNS, 3, SIDE, SIDE), 2
     while side <= SIDE:
