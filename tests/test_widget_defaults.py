@@ -19,6 +19,7 @@ from editloss_core.drawing.grid import grid
 from editloss_core.encoder_audit.audit import audit_encoders
 from editloss_core.encoder_audit.picture import audit_picture as picture_of_encoders
 from editloss_core.encoders.base import Encoder
+from editloss_core.encoders.decoder_features import VAEDecoderEncoder
 from editloss_core.encoders.diffusion import DiffusionFeatureEncoder
 from editloss_core.encoders.openclip import OpenCLIPEncoder
 from editloss_core.encoders.timm_net import TimmEncoder
@@ -42,6 +43,7 @@ from editloss_core.training.config import (
     PairsSection,
     RunSection,
     TimmSection,
+    VAEDecoderSection,
     VAESection,
     ValidationSection,
 )
@@ -172,6 +174,12 @@ TABLE: dict[str, Counterparts] = {
     },
     "TimmEncoder": together(of(TimmEncoder, *TIMM), of(TimmSection, *TIMM)),
     "TrainKontextLoRA": TRAINING,
+    "VAEDecoderEncoder": {
+        "depths": tuple(
+            Of(place, "depths", lambda depths: ", ".join(map(str, depths))) for place in (VAEDecoderEncoder, VAEDecoderSection)
+        ),
+        **together(of(VAEEncoder, "image_size"), of(VAEDecoderSection, "image_size")),
+    },
     "VAEEncoder": together(of(VAEEncoder, "image_size"), of(VAESection, "image_size")),
 }  # fmt: skip
 
@@ -238,6 +246,7 @@ NO_COUNTERPART = {
     "TimmEncoder.model_name": SUGGESTION,
     "TimmEncoder.name": OF_THE_NODES,
     "TrainKontextLoRA.name": EXAMPLE_NAME,
+    "VAEDecoderEncoder.name": OF_THE_NODES,
     "VAEEncoder.name": OF_THE_NODES,
 }
 
