@@ -40,7 +40,7 @@ from .memory import OutOfMemory, StepMemory, advice
 from .prepare import Prepared
 from .resume import differences, resumable
 from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
-from .settings import MovingAverage, TrainingSettings, check_objective, every, warnings
+from .settings import MovingAverage, TrainingSettings, check_objective, every, gated, warnings
 from .shares import Shares
 from .trackers import scalars, start_trackers
 from .validation import Validator
@@ -140,7 +140,7 @@ class Trainer:
             if len(pairs) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(pairs)} pairs, got {len(given)}")
         check_objective(objective, settings)
-        objective = objective if objective and objective.terms else None
+        objective = gated(objective, settings) if objective and objective.terms else None
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.folder, self.host = settings, folder, host or Host()
         self.info = {
