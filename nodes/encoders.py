@@ -163,6 +163,40 @@ class VAELatents(io.ComfyNode):
         return _answer(cls, encoders.vae_encoder(vae, image_size), name)
 
 
+class VAEDecoderFeatures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EditLossVAEDecoderEncoder",
+            display_name="Encoder: VAE Decoder Features",
+            category=CATEGORY,
+            description="What the decoder of a VAE makes of latents on the way to pixels (latent perceptual loss): no pixels are made.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="The VAE of the model that you train (for FLUX: ae.safetensors)."),
+                io.String.Input(
+                    "depths", default="1",
+                    tooltip="Where the decoder is read. 1: before it first upsamples, which is cheap. 2: at twice that resolution, "
+                    "and so on; each costs two to four times as much. Several: 1, 2.",
+                ),
+                _size_input("Side of the square that the VAE sees, in pixels. 0: the picture's own size."),
+                _name_input(),
+            ],
+            outputs=[ENCODER_OUTPUT],
+        )  # fmt: skip
+
+    @classmethod
+    @checked()
+    def execute(cls, vae, depths, image_size=0, name="") -> io.NodeOutput:
+        return _answer(cls, encoders.ManagedVAEDecoder(vae, _depths(depths), image_size), name)
+
+
+def _depths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace("+", ",").split(",")]
+    except ValueError:
+        raise ValueError(f"depths: expected ascending whole numbers from 1, such as 1, 2; got {text!r}") from None
+
+
 class ClipVision(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -230,4 +264,4 @@ class DiffusionFeatures(io.ComfyNode):
         return _answer(cls, encoder, name)
 
 
-NODES = [OpenCLIP, Timm, VAELatents, ClipVision, DiffusionFeatures]
+NODES = [OpenCLIP, Timm, VAELatents, VAEDecoderFeatures, ClipVision, DiffusionFeatures]

@@ -25,6 +25,7 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     "EditLossOpenCLIPEncoder": ("EVA", "ViT", "image tower", "vision encoder"),
     "EditLossCLIPVisionEncoder": ("SigLIP", "DINOv2", "image encoder"),
     "EditLossVAEEncoder": ("latent loss",),
+    "EditLossVAEDecoderEncoder": ("latent perceptual loss", "LPL", "perceptual loss"),
     "EditLossDiffusionEncoder": ("FLUX features", "DIFT"),
     "EditLossEncode": ("embed pictures", "embeddings", "features"),
     "EditLossSaveEmbeddings": ("safetensors", "cache embeddings"),

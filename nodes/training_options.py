@@ -135,6 +135,7 @@ class ObjectiveOptions(io.ComfyNode):
                 io.Combo.Input("weights", options=list(WEIGHTS), default="factors", optional=True, tooltip="What a loss' weight is. factors: of the loss. shares: of the gradient at the model's output, 0.2 = a fifth, steered by a running mean; one setting for every model and encoder."),
                 io.Combo.Input("pair_weights", options=list(PAIR_WEIGHTS), default="alike", optional=True, tooltip="reach: a pair whose after picture is near its own negatives (nothing edited, an overlay) teaches less or nothing. For sets of one target."),
                 folded(io.Int.Input("warmup", default=0, min=0, max=100_000, optional=True, tooltip="Steps over which the losses' part rises from 0.")),
+                folded(io.Float.Input("pushes_t_max", default=0.5, min=0.0, max=1.0, step=0.05, optional=True, tooltip="Highest noise level at which losses that push away count on one-step estimates. Above 0.5 they were measured to take good outputs away. Rollout Options has no such limit.")),
             ],
         )  # fmt: skip
 
@@ -142,7 +143,7 @@ class ObjectiveOptions(io.ComfyNode):
     @checked()
     def execute(
         cls, crop, every, weighting, weighting_cap, gradients_every, overlays, overlay_opacity, options=None,
-        weights="factors", pair_weights="alike", warmup=0,
+        weights="factors", pair_weights="alike", warmup=0, pushes_t_max=0.5,
     ) -> io.NodeOutput:  # fmt: skip
         if crop % 16:
             raise ValueError(f"crop: expected a multiple of 16 pixels, got {crop}")
@@ -155,6 +156,7 @@ class ObjectiveOptions(io.ComfyNode):
         options = _with(
             options, "training", objective_every=every, estimate_weighting=weighting, estimate_cap=weighting_cap,
             gradients_every=gradients_every, weights=weights, pair_weights=pair_weights, objective_warmup=warmup,
+            pushes_t_max=pushes_t_max,
         )  # fmt: skip
         return _answer(cls, options)
 

@@ -19,6 +19,7 @@ from editloss_core.drawing.grid import grid
 from editloss_core.encoder_audit.audit import audit_encoders
 from editloss_core.encoder_audit.picture import audit_picture as picture_of_encoders
 from editloss_core.encoders.base import Encoder
+from editloss_core.encoders.decoder_features import VAEDecoderEncoder
 from editloss_core.encoders.diffusion import DiffusionFeatureEncoder
 from editloss_core.encoders.openclip import OpenCLIPEncoder
 from editloss_core.encoders.timm_net import TimmEncoder
@@ -30,6 +31,7 @@ from editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from editloss_core.objective import TERMS, LossTerm, recommended
 from editloss_core.objective_report import picture as picture_of_objective
 from editloss_core.pair_audit.audit import audit as audit_pairs
+from editloss_core.pair_audit.flawed import handle
 from editloss_core.pair_audit.picture import audit_picture as picture_of_pairs
 from editloss_core.pairs import PairSet, VariantSettings, find_pairs
 from editloss_core.run_report.curves import picture as picture_of_curves
@@ -41,6 +43,7 @@ from editloss_core.training.config import (
     PairsSection,
     RunSection,
     TimmSection,
+    VAEDecoderSection,
     VAESection,
     ValidationSection,
 )
@@ -94,6 +97,7 @@ TRAINING = together(
     of(TrainingSettings, "steps", "learning_rate", "batch_size", "seed"), LORA, of(ValidationSection, "hold_out")
 )
 FROM_A_FOLDER = ("resolution", "default_caption", "control_folder", "upscale")
+FLAWED = together(of(handle, "flawed"), of(PairsSection, "flawed"))
 TIMM = ("output", "layer", "image_size", "crop")
 
 TABLE: dict[str, Counterparts] = {
@@ -102,6 +106,7 @@ TABLE: dict[str, Counterparts] = {
     ),
     "AuditPairs": together(of(audit_pairs, "control_folder", "default_caption"), of(picture_of_pairs, "width")),
     "Compare": of(grid, "width"),
+    "DemoPairs": FLAWED,
     "DiagnoseOutputs": of(sheet, "width"),
     "DiffusionEncoder": together(
         of(DiffusionFeatureEncoder, "seed", "output", noise_level="t"), of(VAEEncoder, "image_size")
@@ -114,8 +119,8 @@ TABLE: dict[str, Counterparts] = {
     "ExportTraining": together(TRAINING, of(ModelSection, "quantization")),
     "GateTerms": of(LossTerm, "t_min", "t_max"),
     "LoRAOptions": of(LoRASettings, "layers", "dropout"),
-    "LoadPairs": together(of(find_pairs, *FROM_A_FOLDER), of(PairsSection, *FROM_A_FOLDER)),
-    "MakePairs": of(PairSet.from_images, "captions", "resolution", "upscale"),
+    "LoadPairs": together(of(find_pairs, *FROM_A_FOLDER), of(PairsSection, *FROM_A_FOLDER), FLAWED),
+    "MakePairs": together(of(PairSet.from_images, "captions", "resolution", "upscale"), FLAWED),
     "NoiseOptions": together(
         of(Timesteps, "mean", "std", distribution="kind", minimum_t="minimum", maximum_t="maximum"),
         of(TrainingSettings, "velocity_weight", "edit_weight"),
@@ -125,11 +130,12 @@ TABLE: dict[str, Counterparts] = {
         **of(
             TrainingSettings,
             "gradients_every",
+            "weights",
+            "pair_weights",
+            "pushes_t_max",
             every="objective_every",
             weighting="estimate_weighting",
             weighting_cap="estimate_cap",
-            weights="weights",
-            pair_weights="pair_weights",
             warmup="objective_warmup",
         ),
         "overlays": (Of(OverlaySettings, "kinds", all_of_them),),
@@ -170,6 +176,12 @@ TABLE: dict[str, Counterparts] = {
     },
     "TimmEncoder": together(of(TimmEncoder, *TIMM), of(TimmSection, *TIMM)),
     "TrainKontextLoRA": TRAINING,
+    "VAEDecoderEncoder": {
+        "depths": tuple(
+            Of(place, "depths", lambda depths: ", ".join(map(str, depths))) for place in (VAEDecoderEncoder, VAEDecoderSection)
+        ),
+        **together(of(VAEEncoder, "image_size"), of(VAEDecoderSection, "image_size")),
+    },
     "VAEEncoder": together(of(VAEEncoder, "image_size"), of(VAESection, "image_size")),
 }  # fmt: skip
 
@@ -236,6 +248,7 @@ NO_COUNTERPART = {
     "TimmEncoder.model_name": SUGGESTION,
     "TimmEncoder.name": OF_THE_NODES,
     "TrainKontextLoRA.name": EXAMPLE_NAME,
+    "VAEDecoderEncoder.name": OF_THE_NODES,
     "VAEEncoder.name": OF_THE_NODES,
 }
 

@@ -90,21 +90,6 @@ def preference(base: type) -> type:
     return Preference
 
 
-def task_losses(objective: Any, margin: Any = "auto:0.5") -> Callable[[str], tuple]:
-    """The three task losses, each with the share of the gradient that it gets in the recipe."""
-
-    def terms(encoder: str) -> tuple:
-        term = objective.LossTerm
-        return (
-            term("no_edit_identity", encoder, weight=SHARE, margin=margin),
-            term("geometry_match", encoder, weight=SHARE, dist="cos"),
-            term("overlay_avoidance", encoder, weight=SHARE, margin=margin),
-        )
-
-    return terms
-
-
-SHARE = 0.1
 ROLLOUTS = {"estimate": "rollout", "objective_every": 4, "rollout_steps": 8}
 REGRESSION = {**ROLLOUTS, "rollout_regression": 2.0}
 SHARES = {"weights": "shares", "gradients_every": 10}
@@ -113,7 +98,9 @@ RECIPE_TRAINING = {**REGRESSION, **SHARES, "pair_weights": "reach"}
 
 def arms(objective: Any) -> dict[str, Arm]:
     """Every arm by its name; ``objective``: the core's package."""
-    three = task_losses(objective)
+
+    def three(encoder: str) -> tuple:
+        return objective.on_rollouts(encoder).terms
 
     def one(k: int) -> Callable[[str], tuple]:
         return lambda encoder: (three(encoder)[k],)
@@ -137,7 +124,7 @@ def arms(objective: Any) -> dict[str, Arm]:
         ),
         "contrastive flow matching": Arm("ΔFM, λ = 0.05", trainer=contrastive),
         "Flow-DPO": Arm("flow matching and DPO with an overlay as the loser, β = 10", trainer=preference),
-        "one-step losses × 4": Arm("the recommended mix of before on the one-step estimate, weights × 4", {}, mixed),
+        "one-step losses × 4": Arm("the recommended mix of before on the one-step estimate, weights × 4, at all noise levels", {"pushes_t_max": 1.0}, mixed),
         "regression on rollouts": Arm("no losses: every 4th step, 8-step schedule, weight 2", REGRESSION),
         "losses on rollouts": Arm("the three task losses, 0.1 each, in place of the regression", {**ROLLOUTS, **SHARES}, three),
         "pair weights": Arm("flow matching with the losses as judges of the pairs alone", {"pair_weights": "reach"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -20,7 +21,7 @@ SETTINGS = {
     "gradients_every": 0, "validate_every": 0, "self_check": False,
 }  # fmt: skip
 LORA = {"rank": 16, "alpha": 16.0, "layers": "all"}
-POINTS = 4  # of the curves; all but the last with half of the rooms
+POINTS = 4  # of the curves; all but the last with a quarter of the rooms
 SAMPLING = 10  # steps
 
 
@@ -42,9 +43,15 @@ class Job:
 
 
 class Lab:
-    """The pack in a ComfyUI, and the demo's model; made once per process."""
+    """The pack in a ComfyUI, and the demo's model; made once per process.
 
-    def __init__(self, pack: Callable[[str], Any]):
+    Args:
+        pack: imports the pack's modules.
+        cache: folder of latents and embeddings, which all arms share.
+    """
+
+    def __init__(self, pack: Callable[[str], Any], cache: Path):
+        self.cache = cache
         self.demo, self.pairs = pack("nodes.demo"), pack("nodes.pairs")
         self.denoisers, self.encoders = pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
         self.scenes, self.judge = pack("editloss_core.demo.scenes"), pack("editloss_core.demo.judge")
@@ -80,7 +87,7 @@ class Lab:
         reads = {name: encoder} if arm.terms or arm.trainer is not Arm.trainer else {}
         latents = self.encoders.vae_encoder(vae, 0, patcher.model.latent_format)
         prepared = self.prepare.prepare(
-            pairs, latents, reads, overlay=self.negatives.OverlaySettings() if reads else None
+            pairs, latents, reads, self.cache, overlay=self.negatives.OverlaySettings() if reads else None
         )
         denoiser = self.denoisers.ComfyDenoiser(patcher, 1.0, False)
         made = self.lora.LoRA(denoiser.module, self.lora.LoRASettings(**LORA), job.seed)
@@ -99,7 +106,7 @@ class Lab:
 
         def point() -> None:
             if run.step < steps and run.step % max(1, steps // POINTS) == 0:
-                found = look(rooms[: job.rooms // 2])
+                found = look(rooms[: -(-job.rooms // 4)])
                 good = sum(v.verdict == "good" for v in found) / len(found)
                 curve.append([run.step, spent.seconds, good])
 
@@ -116,7 +123,7 @@ class Lab:
 
     def _encoder(self, arm: arms.Arm, vae: Any) -> Any:
         if arm.decoder_features:
-            return self.encoders.vae_decoder_encoder(vae)
+            return self.encoders.ManagedVAEDecoder(vae)
         return self.encoders.vae_encoder(vae)
 
     def base(self, seed: int, rooms: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ _WHERE = {
     "TimmEncoder": ".timm_net",
     "VAEEncoder": ".vae",
     "DiffusionFeatureEncoder": ".diffusion",
+    "VAEDecoderEncoder": ".decoder_features",
     "convert_to_safetensors": ".convert",
 }
 
@@ -22,6 +23,7 @@ __all__ = [
     "TimmEncoder",
     "VAEEncoder",
     "DiffusionFeatureEncoder",
+    "VAEDecoderEncoder",
     "convert_to_safetensors",
 ]
 

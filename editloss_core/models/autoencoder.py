@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Sequence
 
 from torch import Tensor
 
+from ..encoders.decoder_features import VAEDecoderEncoder
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
 
@@ -28,6 +29,26 @@ def vae_encoder(vae: Any, image_size: int = 0, scaled: bool = True) -> VAEEncode
         image_size=image_size,
         shift=(vae.config.shift_factor or 0.0) if scaled else 0.0,
         scale=vae.config.scaling_factor if scaled else 1.0,
+    )
+
+
+def vae_decoder_encoder(vae: Any, depths: Sequence[int] = (1,), image_size: int = 0) -> VAEDecoderEncoder:
+    """Features of the decoder of diffusers' ``AutoencoderKL``.
+
+    Args:
+        vae: on its device, frozen.
+        depths: see :class:`~editloss_core.encoders.decoder_features.VAEDecoderEncoder`.
+        image_size: side of the square that is encoded, in pixels; 0 keeps each picture's size.
+    """
+    encoder = vae_encoder(vae, image_size, scaled=False)
+    name = encoder.info.name.removesuffix("/grid").removeprefix("vae/")
+    return VAEDecoderEncoder(
+        encoder,
+        vae.decoder,
+        lambda z: vae.decode(z.to(vae.dtype)),
+        f"vae-decoder/{name}",
+        encoder.latent_space,
+        depths=depths,
     )
 
 

@@ -8,6 +8,7 @@ from .objective import (
     EditObjective,
     ObjectiveReport,
     gradient_where,
+    on_rollouts,
     recommended,
 )
 from .terms import TERMS, TOKEN_WEIGHTS, LossTerm
@@ -23,5 +24,6 @@ __all__ = [
     "ObjectiveReport",
     "TermReport",
     "gradient_where",
+    "on_rollouts",
     "recommended",
 ]

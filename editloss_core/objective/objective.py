@@ -205,4 +205,23 @@ def recommended(encoder: str, geometry_encoder: str = "", geometry_dist: str = "
     return objective
 
 
-PRESETS: dict[str, Callable[..., EditObjective]] = {"recommended": recommended}
+def on_rollouts(encoder: str, geometry_encoder: str = "", geometry_dist: str = "cos") -> EditObjective:
+    """The three task losses for training on rollouts, each with a share of 0.1 of the gradient (``weights = "shares"``).
+
+    Margins are half of what the after picture itself reaches, so that a perfect output never pays. What it does in the demo,
+    beside other ways to train: ``benchmarks/results/efficacy.md``.
+
+    Args:
+        encoder, geometry_encoder, geometry_dist: as in :func:`recommended`.
+    """
+    objective = EditObjective()
+    for term in (
+        LossTerm("no_edit_identity", encoder, weight=0.1, margin="auto:0.5"),
+        LossTerm("geometry_match", geometry_encoder or encoder, weight=0.1, dist=geometry_dist),
+        LossTerm("overlay_avoidance", encoder, weight=0.1, margin="auto:0.5"),
+    ):
+        objective = objective.with_term(term)
+    return objective
+
+
+PRESETS: dict[str, Callable[..., EditObjective]] = {"recommended": recommended, "on rollouts": on_rollouts}

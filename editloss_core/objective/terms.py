@@ -103,6 +103,11 @@ class LossTerm:
         """Whether a sample's loss depends on the other samples of the batch."""
         return self.negative == IN_BATCH
 
+    @property
+    def pushes(self) -> bool:
+        """Whether the term keeps the output away from something of its own pair."""
+        return (self.negative not in (None, IN_BATCH)) or self.label == 0
+
     def gate(self, t: Tensor) -> Tensor:
         """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""
         return (t >= self.t_min) & (t <= self.t_max)

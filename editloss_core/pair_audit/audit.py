@@ -40,7 +40,7 @@ def audit(
 ) -> PairAudit:
     """Look for everything that spoils a set of pairs.
 
-    Pictures are read one by one, and about 40 kB of each pair are kept. On one core 0.15 s a pair of 512² pixels, 0.3 s of
+    Pictures are read one by one, and about 40 kB of each pair are kept. On one core 0.2 s a pair of 512² pixels, 0.35 s of
     1024². A folder is read twice: once as :func:`~..pairs.find_pairs` checks it, once to measure.
 
     Args:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import blur, oklab
-from ..pairs import PairSet
+from ..pairs import PairSet, bucket_size, load
 from ..progress import Progress
 from .between_pairs import adds, group_of
 from .measures import CLOSE, change_between, fitted, grown_by
@@ -37,7 +37,8 @@ from .registration import register, warp
 KINDS = {"unedited": "nothing was edited", "overlaid": "the old object is still there"}
 SETTINGS = ("leave out", "keep", "stop")
 
-SIZE = 192  # pixels on the long side
+RESOLUTION = 512  # pixels squared at which pictures are read, whatever they are trained at
+SIZE = 192  # pixels on the long side at which they are compared
 LEAST = 4  # pairs with an edit
 COMMON = 0.6  # median cosine of what pairs put in, from which it is one thing
 SAME = 0.45  # the same of one pair to the others, from which it puts in what they do
@@ -117,7 +118,7 @@ def find_flawed(
     for index, pair in enumerate(pairs):
         if check is not None:
             check()
-        images = pairs.load(index)
+        images = load(pair, bucket_size(pairs.sizes[index], RESOLUTION))
         looks[pair.name] = look(images.before, images.after)
         if progress is not None:
             progress(index + 1, len(pairs))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Iterator, Mapping, get_type_hints
+from typing import Any, Iterator, Mapping, Union, get_type_hints
 
 from ..encoders.base import Encoder
+from ..encoders.decoder_features import VAEDecoderEncoder, check_depths
 from ..encoders.spec import KINDS, EncoderSpec
 from ..encoders.vae import VAEEncoder
 from ..lora.lora import LoRASettings
@@ -117,6 +118,20 @@ class VAESection:
 
 
 @dataclass(frozen=True)
+class VAEDecoderSection:
+    """An encoder of ``kind = "vae_decoder"``: features of the model's own autoencoder's decoder.
+
+    See :class:`~editloss_core.encoders.decoder_features.VAEDecoderEncoder`.
+    """
+
+    depths: tuple[int, ...] = (1,)
+    image_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_depths(self.depths)
+
+
+@dataclass(frozen=True)
 class TimmSection:
     """An encoder of ``kind = "timm"``: see :class:`~editloss_core.encoders.TimmEncoder`."""
 
@@ -151,7 +166,10 @@ def _spec(kind: str, values: Mapping[str, Any], base: Path) -> EncoderSpec:
     return EncoderSpec(kind, settings.pop(KINDS[kind].first), settings)
 
 
-def encoder_section(encoder: Encoder) -> VAESection | TimmSection | OpenCLIPSection:
+EncoderSection = Union[VAESection, VAEDecoderSection, TimmSection, OpenCLIPSection]
+
+
+def encoder_section(encoder: Encoder) -> EncoderSection:
     """What makes an equal encoder elsewhere.
 
     Raises:
@@ -161,17 +179,27 @@ def encoder_section(encoder: Encoder) -> VAESection | TimmSection | OpenCLIPSect
         size = encoder.preprocess
         if size.height == size.width:
             return VAESection(size.height)
+    if isinstance(encoder, VAEDecoderEncoder):
+        size = encoder.vae.preprocess
+        if size.height == size.width:
+            return VAEDecoderSection(encoder.depths, size.height)
     arguments = encoder.arguments or {}
     for section in (TimmSection, OpenCLIPSection):
         wanted = {f.name for f in fields(section)}
         if arguments.keys() == wanted and isinstance(arguments.get("image_size", 0), int):
             return section(**arguments)
     raise ValueError(
-        f"objective: the encoder {encoder.info.name!r} cannot be made outside this program; use VAE Latents, timm or OpenCLIP"
+        f"objective: the encoder {encoder.info.name!r} cannot be made outside this program; use VAE Latents, VAE Decoder Features, timm "
+        "or OpenCLIP"
     )
 
 
-ENCODER_KINDS = {"vae": VAESection, "timm": TimmSection, "openclip": OpenCLIPSection}
+ENCODER_KINDS: Mapping[str, type[EncoderSection]] = {
+    "vae": VAESection,
+    "vae_decoder": VAEDecoderSection,
+    "timm": TimmSection,
+    "openclip": OpenCLIPSection,
+}
 
 
 @dataclass(frozen=True)
@@ -191,7 +219,7 @@ class TrainingConfig:
     model: ModelSection
     pairs: PairsSection
     run: RunSection
-    encoders: Mapping[str, VAESection | TimmSection | OpenCLIPSection] = field(default_factory=dict)
+    encoders: Mapping[str, EncoderSection] = field(default_factory=dict)
     objective: EditObjective = EditObjective()
     training: TrainingSettings = TrainingSettings()
     lora: LoRASettings = LoRASettings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 import types
@@ -218,7 +219,9 @@ class _Reader:
                 continue
             values = self._values(table, ENCODER_KEYS[kind], at, ("name", "kind"))
             if values is not None and isinstance(name, str):
-                made.setdefault(name, ENCODER_KINDS[kind](**values))
+                section = self.attempt(at, functools.partial(_made, ENCODER_KINDS[kind]), values, ENCODER_KEYS[kind])
+                if section is not None:
+                    made.setdefault(name, section)
         return made
 
     def _objective(self, encoders: Mapping[str, Any]) -> Optional[EditObjective]:
@@ -359,6 +362,10 @@ def _described(value: Any) -> str:
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.5)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+def _made(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    return kind(**values)
 
 
 def _check_model(section: ModelSection) -> None:

@@ -7,7 +7,7 @@ d_i the reach of pair i for a term (the mean over several negatives), and m its 
 
     r_i = d_i / m,   w_i = min over the terms of clamp((r_i − 0.6) / 0.15, 0, 1)
 
-is the pair's weight in every loss, divided by the weights' mean. In a set of one target right pairs are alike: in the demo r
+is the pair's weight in every loss, divided by the mean of those above 0; pairs of weight 0 are in no batch. In a set of one target right pairs are alike: in the demo r
 is 0.78 to 1.2 for right pairs, 0.45 to 0.57 for overlaid ones and 0 for unedited ones (no-edit identity, VAE latents). In a
 set of many kinds of edits small ones are not wrong; there it is not to be used.
 """
@@ -63,7 +63,7 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
 
 
 def weights(ratios: Tensor) -> Tensor:
-    """w of each pair ``[pairs]``, of mean 1.
+    """w of each pair ``[pairs]``; those above 0 have a mean of 1.
 
     Raises:
         ValueError: nothing is left.
@@ -71,7 +71,7 @@ def weights(ratios: Tensor) -> Tensor:
     found = ((ratios - NOTHING) / (ALL - NOTHING)).clamp(0, 1).amin(1)
     if not bool(found.any()):
         raise ValueError("pair_weights: no pair is left; expected a set of one target, in which right pairs are alike")
-    return found / found.mean()
+    return found / found[found > 0].mean()
 
 
 def notes(ratios: Tensor, prepared: Prepared) -> list[str]:

@@ -14,7 +14,7 @@ from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
 from ..lora.keys import save_both
 from ..lora.lora import LoRA, adapted_sizes
-from ..models.autoencoder import VAEDecoder, vae_encoder
+from ..models.autoencoder import VAEDecoder, vae_decoder_encoder, vae_encoder
 from ..models.base import Preview
 from ..models.captions import encode_captions
 from ..models.denoiser import DiffusersDenoiser
@@ -24,7 +24,7 @@ from ..pair_audit.flawed import handle
 from ..pairs import PairSet, find_pairs, with_variants
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar, Progress
-from .config import TrainingConfig, VAESection
+from .config import TrainingConfig, VAEDecoderSection, VAESection
 from .config_reader import checkpoint_of, model_folder
 from .host import ConsoleHost
 from .prepare import Prepared, describe_variants, prepare
@@ -221,6 +221,8 @@ def make_encoders(config: TrainingConfig, base: Path, vae: nn.Module, device: to
         section = config.encoders[name]
         if isinstance(section, VAESection):
             encoder = vae_encoder(vae, section.image_size, scaled=False)
+        elif isinstance(section, VAEDecoderSection):
+            encoder = vae_decoder_encoder(vae, section.depths, section.image_size)
         else:
             encoder = section.spec(base).load(device)
         encoder.info = replace(encoder.info, name=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable, Optional
 
 import torch
@@ -49,6 +49,8 @@ class TrainingSettings:
         estimate: what the objective acts on. ``"one_step"``: x̂0 of the noised after picture, at the noise level drawn.
             ``"rollout"``: x̂0 of a state that the model itself reaches from pure noise, see
             :mod:`~editloss_core.training.rollout`.
+        pushes_t_max: in ``"one_step"``, the highest noise level at which terms that push away count, beside their own gates: above
+            0.5 they were measured to take good outputs away.
         rollout_steps: of the schedule on which it gets there.
         rollout_regression: weight of ‖x̂0 − x0‖² / max(t, 0.1)² of that state, which needs no objective; 0 = off.
         rollout_weights: of the LoRA on the way there, which has no gradients: ``"current"``, ``"average"`` (those of
@@ -88,6 +90,7 @@ class TrainingSettings:
     objective_every: int = 1
     objective_warmup: int = 0
     estimate: str = "one_step"
+    pushes_t_max: float = 0.5
     rollout_steps: int = 8
     rollout_regression: float = 0.0
     rollout_weights: str = "current"
@@ -121,6 +124,7 @@ class TrainingSettings:
         for name in ("weight_decay", "clip", "velocity_weight", "rollout_regression"):
             check_number(name, getattr(self, name), 0.0)
         check_number("edit_weight", self.edit_weight, 0.0, open_low=True)
+        check_number("pushes_t_max", self.pushes_t_max, 0.0, 1.0)
         check_number("estimate_cap", self.estimate_cap, 0.0, open_low=True)
         check_option("optimizer", self.optimizer, tuple(OPTIMIZERS))
         check_option("schedule", self.schedule, SCHEDULES)
@@ -234,6 +238,38 @@ def check_objective(objective: Optional[EditObjective], settings: TrainingSettin
             f"velocity_weight: 0 leaves nothing to train on, as no term's t_min to t_max meets the noise levels that are "
             f"drawn, {drawn.minimum:g} to {drawn.maximum:g}; raise it or move the gates"
         )
+
+
+SAFE_T = 0.5  # above it, pushes on one-step estimates cost good outputs in the demo; below it they change little
+
+
+def gated(objective: EditObjective, settings: TrainingSettings) -> EditObjective:
+    """The objective with the gate of ``pushes_t_max`` where it holds; a term that is wholly above it is closed."""
+    if settings.estimate != "one_step":
+        return objective
+    highest = settings.pushes_t_max
+    terms = [
+        replace(t, t_min=min(t.t_min, highest), t_max=min(t.t_max, highest)) if t.pushes else t for t in objective.terms
+    ]
+    return EditObjective(tuple(terms))
+
+
+def warnings(objective: Optional[EditObjective], settings: TrainingSettings) -> list[str]:
+    """What was measured of these settings and is not good."""
+    terms = objective.terms if objective and settings.estimate == "one_step" else ()
+    names = ", ".join(t.name for t in terms if t.weight and t.pushes)
+    if not names:
+        return []
+    if settings.pushes_t_max > SAFE_T:
+        return [
+            f"pushes_t_max {settings.pushes_t_max:g}: above t = {SAFE_T:g} the one-step estimate is a mean over what could be "
+            f"there, and in the demo losses that push away ({names}) took good outputs away; lower it, or use Rollout Options "
+            "(estimate rollout)"
+        ]
+    return [
+        f"{names}: on the one-step estimate they count up to t = {settings.pushes_t_max:g} (pushes_t_max), where in the demo they "
+        "did next to nothing; Rollout Options (estimate rollout) lets them act where an edit is decided"
+    ]
 
 
 class MovingAverage:

@@ -43,7 +43,7 @@ from .own_failures import ROLE, Judged, OwnFailures, judged, summary, tally
 from .prepare import Prepared
 from .resume import differences, resumable
 from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
-from .settings import MovingAverage, TrainingSettings, check_objective, every
+from .settings import MovingAverage, TrainingSettings, check_objective, every, gated, warnings
 from .shares import Shares
 from .trackers import scalars, start_trackers
 from .validation import Validator
@@ -143,7 +143,7 @@ class Trainer:
             if len(pairs) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(pairs)} pairs, got {len(given)}")
         check_objective(objective, settings)
-        objective = objective if objective and objective.terms else None
+        objective = gated(objective, settings) if objective and objective.terms else None
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.folder, self.host, self.decode = settings, folder, host or Host(), decode
         self.info = {
@@ -155,7 +155,7 @@ class Trainer:
         }
         self._advice = {"resolution": resolution, "rank": lora.settings.rank, "optimizer": settings.optimizer}
         self._checkpointing, self._cache = checkpointing, cache
-        self.notes: list[str] = []  # what a person should know though it stops nothing
+        self.notes = warnings(objective, settings)  # what a person should know though it stops nothing
         if settings.batch_size % self.processes.count:
             each = -(-settings.batch_size // self.processes.count)
             self.notes.append(
@@ -188,10 +188,12 @@ class Trainer:
                 f"rollouts at every {settings.objective_every}. step: on average {without:.2g} passes without gradients and "
                 f"{with_gradients:.3g} with them a step, in place of 1"
             )
+        self._taught = list(range(len(prepared)))
         self._pair_weights: Optional[Tensor] = None
         if settings.pair_weights == "reach":
             ratios = pair_weights.reach(terms, prepared)
             self._pair_weights = pair_weights.weights(ratios)
+            self._taught = self._pair_weights.nonzero()[:, 0].tolist()
             self.notes += pair_weights.notes(ratios, prepared)
         if in_batch and settings.batch_size == 1:
             self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
@@ -790,7 +792,9 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         if epoch not in self._epochs:
-            batches = self.prepared.pairs.batches(self.settings.batch_size, self.settings.seed, epoch)
+            taught = self._taught
+            drawn = self.prepared.pairs.subset(taught).batches(self.settings.batch_size, self.settings.seed, epoch)
+            batches = [[taught[i] for i in batch] for batch in drawn]
             self._epochs = {0: self._epochs.get(0, batches), epoch: batches}
         return self._epochs[epoch]
 

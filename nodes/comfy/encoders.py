@@ -7,7 +7,7 @@ here goes around all of it when a gradient is asked for, and is a plain forward 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import comfy.model_management
 import comfy.sampler_helpers
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...editloss_core.device_memory import is_out_of_memory
 from ...editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess, check_output
+from ...editloss_core.encoders.decoder_features import VAEDecoderEncoder
 from ...editloss_core.encoders.diffusion import DiffusionFeatureEncoder
 from ...editloss_core.encoders.openclip import OpenCLIPEncoder
 from ...editloss_core.encoders.timm_net import TimmEncoder
@@ -103,6 +104,33 @@ def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
     )
     encoder.patchers = (vae.patcher,)
     return encoder
+
+
+class ManagedVAEDecoder(VAEDecoderEncoder):
+    """Features of a ComfyUI VAE's decoder: see :class:`~editloss_core.encoders.decoder_features.VAEDecoderEncoder`.
+
+    Args:
+        vae: ComfyUI VAE in TAESD's layout or that of Stable Diffusion's autoencoder.
+        depths, image_size: see there and :func:`vae_encoder`.
+
+    Raises:
+        ValueError: as :func:`vae_encoder`; a decoder of another layout; depths that it has not.
+    """
+
+    def __init__(self, vae, depths: Sequence[int] = (1,), image_size: int = 0):
+        encoder = vae_encoder(vae, image_size)
+        self.comfy_vae = vae = static_vae(vae)
+        net = vae.first_stage_model
+        decoder = getattr(net, "taesd_decoder", None) or getattr(net, "decoder", net)
+        name = encoder.info.name.removesuffix("/grid").removeprefix("vae/")
+        super().__init__(encoder, decoder, net.decode, f"vae-decoder/{name}", encoder.latent_space, depths=depths)
+        self.patchers = (vae.patcher,)
+
+    def features(self, z: Tensor) -> list[Tensor]:
+        vae = self.comfy_vae
+        load_for_call(vae.patcher, vae.memory_used_decode(z.shape, vae.vae_dtype))
+        with differentiable(vae.first_stage_model):
+            return super().features(z.to(vae.device, vae.vae_dtype))
 
 
 def _affine(latent_format, channels: int) -> tuple[Any, Any]:

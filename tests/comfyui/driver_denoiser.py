@@ -977,6 +977,8 @@ def static_vae_check() -> None:
     assert static is not vae and vae.patcher.is_dynamic() and not static.patcher.is_dynamic()
     assert encoder.patchers == (static.patcher,) and static.patcher.model is static.first_stage_model
     assert static.patcher.load_device == GPU and static.latent_channels == 16
+    features = PACK.encoders.ManagedVAEDecoder(vae)
+    assert features.patchers == (static.patcher,) and features.comfy_vae is static
     made = static.first_stage_model.state_dict()
     assert made.keys() == state.keys() and all(torch.equal(made[k], state[k]) for k in state)
     assert not any(p.is_inference() for p in static.first_stage_model.parameters())

@@ -314,6 +314,50 @@ def check_vae_refusals() -> None:
     refused(lambda: MODEL.vae_encoder(vae), "vae", "3 latent dimensions")
 
 
+# ---------------------------------------------------------------------------- the decoder of a VAE
+
+
+def _vae_decoder(kind: str, channels: int, inference: bool) -> None:
+    """Against hooks on ComfyUI's own decode; nothing behind the deepest features runs."""
+    with loaded(inference):
+        vae = small_vae(channels, kind)
+        encoder = MODEL.ManagedVAEDecoder(vae, (1, 2))
+        x = pictures(40, 64)
+    net = vae.first_stage_model
+    if kind == "taesd":
+        ends, after = (net.taesd_decoder[5], net.taesd_decoder[10]), net.taesd_decoder[11]
+    else:
+        ends, after = (net.decoder.up[3].block[-1], net.decoder.up[2].block[-1]), net.decoder.up[2].upsample
+    seen, ran = [], []
+    hooks = [module.register_forward_hook(lambda _m, _a, out: seen.append(out.clone())) for module in ends]
+    with loaded(inference):
+        z = vae.encode(x)
+        vae.decode(z)
+        wanted, z = [v.clone() for v in seen], z.clone()
+    for hook in hooks:
+        hook.remove()
+    after.register_forward_hook(lambda _m, _a, _out: ran.append(1))
+    with torch.no_grad():
+        for ours, theirs in zip(encoder.features(z), wanted, strict=True):
+            assert_close(ours, theirs, 1e-5)
+        assert_close(encoder.from_latents(z), encoder(x).clone(), 1e-3, "features of latents and of their pictures")
+    assert encoder.grid(40, 64) == (5, 8) and encoder.reads_latents(MODEL.vae_encoder(vae).latent_space, 40, 64)
+    assert_contract(encoder, x)
+    assert_gradient(encoder, x)
+    assert_gradient(encoder.from_latents, z)
+    assert not ran, "the decoder went on to pixels"
+    assert encoder.patchers == (vae.patcher,)
+    again, other = MODEL.ManagedVAEDecoder(small_vae(channels, kind), (1, 2)), MODEL.ManagedVAEDecoder(vae, (2,))
+    assert again.info == encoder.info and other.info.fingerprint != encoder.info.fingerprint
+    assert other.grid(40, 64) == (10, 16) and encoder.info.name.endswith("ch/1+2/grid"), encoder.info.name
+    refused(lambda: MODEL.ManagedVAEDecoder(vae, (1, 5)), "depths", "1 to 4", "5")
+
+
+for _kind, _channels, _inference in (("taesd", 16, True), ("kl", 4, False)):
+    _name = f"vae_decoder_{_kind}{_channels}{'_loaded_in_inference_mode' if _inference else ''}"
+    CHECKS[_name] = lambda k=_kind, c=_channels, i=_inference: _vae_decoder(k, c, i)
+
+
 # ---------------------------------------------------------------------------- CLIP_VISION
 
 

@@ -87,6 +87,7 @@ ENCODERS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "timm": lambda model, vae, clip: PACK.encoders.ManagedTimm("test_vit", None, random_seed=0),
     "openclip": lambda model, vae, clip: PACK.encoders.ManagedOpenCLIP("ViT-S-32-alt", None, "tokens", random_seed=0),
     "other_vae": lambda model, vae, clip: PACK.encoders.vae_encoder(small.small_vae(4, "kl")),
+    "vae_decoder": lambda model, vae, clip: PACK.encoders.ManagedVAEDecoder(vae),
     "features_of_the_model_itself": lambda model, vae, clip: _features(model, vae, clip),
     "features_of_a_clone": lambda model, vae, clip: _features(model.clone(), vae, clip),
     "features_of_another_model": lambda model, vae, clip: _features(flux(), vae, clip),
@@ -165,7 +166,8 @@ def _step_with(kind: str) -> None:
     assert calls and all(between for between, _ in calls), f"{kind}: something was loaded inside a graph"
     loaded = {id(m) for _, models in calls for m in models}
     reads_latents = kind.startswith("features") and kind != "features_of_pictures"
-    needed = {id(p.model) for p in PACK.loading.patchers_of(encoder, reads_latents)}
+    own_decoder = kind == "vae_decoder"  # which reads latents as well, and needs the VAE all the same
+    needed = {id(p.model) for p in PACK.loading.patchers_of(encoder, reads_latents or own_decoder)}
     assert needed and id(model.model) in loaded and needed <= loaded
     assert (id(vae.first_stage_model) in loaded) != reads_latents, (
         "the decoder is loaded for pictures and only for them"

@@ -399,6 +399,7 @@ RECIPES: dict[str, dict[str, list[Any]]] = {
     "OpenCLIPEncoder": {},
     "CLIPVisionEncoder": {"clip_vision": ["vae", "src"]},
     "VAEEncoder": {"vae": ["vae"]},
+    "VAEDecoderEncoder": {"vae": ["vae"]},
     "DiffusionEncoder": {"model": ["model"], "vae": ["vae"], "conditioning": [["data", 1], ["data", 1], "lotus"]},
     "Encode": {"encoder": ["encoder", "vector", "latents"], "embeddings": ["encode", "encode_vector"]},
     "SaveEmbeddings": {"embeddings": ["encode", "encode_vector"]},

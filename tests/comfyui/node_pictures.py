@@ -40,6 +40,12 @@ OTHERS = [
         audit=("EditLossAuditEncoders", {"encoder_1": link("encoder")}),
     ),
     graph(
+        vae=("VAELoader",),
+        encoder=("EditLossVAEDecoderEncoder", {"vae": link("vae")}),
+        loss=("EditLossGeometryMatch", {"encoder": link("encoder")}),
+        audit=("EditLossAuditEncoders", {"encoder_1": link("encoder")}),
+    ),
+    graph(
         encoder=("EditLossOpenCLIPEncoder", {"weights": "ViT-L-14.safetensors"}),
         embed=("EditLossEncode", {"encoder": link("encoder")}),
         loss=("EditLossNoEditIdentity", {"encoder": link("encoder")}),

@@ -117,6 +117,7 @@ def test_the_file_says_what_the_graph_trains(client: Client, comfyui_server: Com
     assert config.model.path == "/models/kontext" and config.model.quantization == "nf4"
     assert not config.model.gradient_checkpointing and config.validation.preview_guidance == 3.0
     assert Path(config.pairs.folder) == folder and config.pairs.default_caption == "put a “stool” there"
+    assert config.pairs.flawed == "leave out"
     assert config.validation.hold_out == 1 and not config.validation.folder
     assert (
         path.parent / config.run.folder
@@ -137,7 +138,7 @@ def test_the_file_says_what_the_graph_trains(client: Client, comfyui_server: Com
         ({"vae": ("EditLossDiffusionEncoder", {
             "model": link("model"), "vae": link("model", 2), "conditioning": link("words"), "block": "double_blocks.0",
             "noise_level": 0.3, "seed": 0, "output": "grid"})},
-         "cannot be made outside this program; use VAE Latents, timm or OpenCLIP"),
+         "cannot be made outside this program; use VAE Latents, VAE Decoder Features, timm or OpenCLIP"),
     ],
 )  # fmt: skip
 def test_what_no_file_can_say_is_refused(client: Client, folder: Path, changes: dict, expected: str) -> None:

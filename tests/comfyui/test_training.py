@@ -21,7 +21,7 @@ from runner.client import Client, ComfyError, NodeError
 from runner.server import ComfyServer
 from safetensors import safe_open
 
-from editloss_core.demo.scenes import stool_pairs, write_folder
+from editloss_core.demo.scenes import flawed, stool_pairs, write_folder
 from editloss_core.runs.checkpoint import Checkpoint, checkpoints
 from editloss_core.runs.log import RunLog
 
@@ -318,6 +318,31 @@ def test_variants_of_pairs_are_trained_on_and_held_out_pairs_have_none(
     assert len(own) == 2 and trained == sorted(f"{name}{end}" for name in own for end in ("", " ~1", " ~2"))
     watched = {picture.pair for picture in log.validations[-1].pictures}
     assert len(watched) == 2 and not any(" ~" in name for name in watched) and not own & watched
+
+
+def test_flawed_pairs_are_left_out_kept_or_stopped_at(client: Client, comfyui_server: ComfyServer) -> None:
+    folder = comfyui_server.input_dir / "flawed pairs"
+    *right, one, two = stool_pairs(7)
+    names = write_folder([*right, flawed(one, "unedited"), flawed(two, "overlaid")], folder)
+    load = {"folder": "flawed pairs", "resolution": 128}
+
+    def said(**values: str) -> dict:
+        return client.run(graph(load=("EditLossLoadPairs", {**load, **values}))).outputs["load"]
+
+    left_out = said()
+    text = left_out["said"][0]
+    assert text.startswith("5 pairs") and "2 of 7 pairs are flawed, and left out." in text
+    assert f"{names[5]}: nothing was edited (" in text and f"{names[6]}: the old object is still there (" in text
+    kept = said(flawed="keep")
+    assert kept["said"][0].startswith("7 pairs") and "2 of 7 pairs are flawed, and kept as asked." in kept["said"][0]
+    assert pixels(client, left_out).shape[0] > 7 * 128  # all seven are shown, the flawed ones marked
+    with pytest.raises(NodeError) as caught:
+        said(flawed="stop")
+    assert caught.value.node_id == "load" and f"{names[6]}: the old object is still there" in caught.value.message
+
+    demo = {"count": 5, "unedited": 1, "overlaid": 1, "held_out": 1, "seed": 0}
+    outputs = client.run(graph(pairs=("EditLossDemoPairs", demo))).outputs["pairs"]
+    assert outputs["said"][0].startswith("5 pairs") and "2 of 7 pairs are flawed, and left out." in outputs["said"][0]
 
 
 def test_pairs_from_pictures_in_the_graph(client: Client) -> None:

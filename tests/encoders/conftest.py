@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # the modules beside this file
     sys.path.insert(0, str(HERE))
 
-from small_networks import CLIPS, TIMM_KWARGS, TinyDiT, TinyEncoder, randomise, register_clips  # noqa: E402
+from small_networks import CLIPS, TIMM_KWARGS, TinyDecoder, TinyDiT, TinyEncoder, randomise, register_clips  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,24 @@ def diffusion():
         )
 
     return SimpleNamespace(ae=ae, model=dit, vae=vae, build=build)
+
+
+@pytest.fixture
+def decoder_features():
+    """A small VAE: SimpleNamespace(ae, decoder, vae, build(**options) → VAEDecoderEncoder)."""
+    from editloss_core.encoders import VAEDecoderEncoder, VAEEncoder
+    from editloss_core.encoders.base import freeze
+    from editloss_core.hashing import hash_module
+
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    ae, decoder = freeze(TinyEncoder(), cpu), freeze(TinyDecoder(), cpu)
+    vae = VAEEncoder(ae, "vae/tiny", hash_module(ae), 8, shift=0.1, scale=1.5)
+
+    def build(vae=vae, **options):
+        return VAEDecoderEncoder(vae, decoder, decoder, "vae-decoder/tiny", hash_module(decoder), **options)
+
+    return SimpleNamespace(ae=ae, decoder=decoder, vae=vae, build=build)
 
 
 @pytest.fixture(scope="session")

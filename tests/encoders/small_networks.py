@@ -66,6 +66,16 @@ class TinyEncoder(nn.Sequential):
         )
 
 
+class TinyDecoder(nn.Sequential):
+    """Shaped like TAESD's decoder: two resolutions before the last, upsampled by twice."""
+
+    def __init__(self, channels: int = 4):
+        up = [nn.Conv2d(channels, 8, 3, 1, 1), nn.SiLU()]
+        for _ in range(3):
+            up += [nn.Conv2d(8, 8, 3, 1, 1), nn.SiLU(), nn.Upsample(scale_factor=2)]
+        super().__init__(*up, nn.Conv2d(8, 8, 3, 1, 1), nn.SiLU(), nn.Conv2d(8, 3, 3, 1, 1))
+
+
 class TinyDiT(nn.Module):
     """Shaped like Flux where it matters here: patches of 2 × 2 latents, text tokens first, blocks that return pairs."""
 

@@ -11,7 +11,7 @@ import torch
 from small_networks import CLIPS, DINO2, TIMM_KWARGS
 
 from editloss_core import encoders
-from editloss_core.encoders import Encoder, EncoderInfo, OpenCLIPEncoder, TimmEncoder
+from editloss_core.encoders import Encoder, EncoderInfo, OpenCLIPEncoder, TimmEncoder, VAEDecoderEncoder
 
 HERE = Path(__file__).resolve().parent
 CASES = [
@@ -21,6 +21,8 @@ CASES = [
     "vae:grid",
     "diffusion:tokens",
     "diffusion:grid",
+    "vae-decoder 1:grid",
+    "vae-decoder 1+2:grid",
 ]
 
 
@@ -33,7 +35,7 @@ def test_every_encoder_is_tried():
 
 
 @pytest.fixture(params=CASES)
-def encoder(request, clips, timms, diffusion):
+def encoder(request, clips, timms, diffusion, decoder_features):
     name, output = request.param.split(":")
     # As in a ComfyUI node; the loader has to leave inference mode by itself.
     with torch.inference_mode():
@@ -42,6 +44,8 @@ def encoder(request, clips, timms, diffusion):
         if name in TIMM_KWARGS:
             size = (42, 56) if name == DINO2 else (64, 32)
             return TimmEncoder(name, timms[name].file, output, image_size=size, model_kwargs=timms[name].kwargs)
+        if name.startswith("vae-decoder"):
+            return decoder_features.build(depths=[int(depth) for depth in name.split()[1].split("+")])
     return diffusion.vae if name == "vae" else diffusion.build(output=output)
 
 
@@ -106,11 +110,13 @@ def test_info_survives_json(encoder):
 
 
 def _double(encoder):
-    for part in ("network", "encode"):
+    if isinstance(encoder, VAEDecoderEncoder):
+        encoder.layers()  # of the network as it is
+    for part in ("network", "encode", "decode", "predict"):
         if hasattr(encoder, part):
             getattr(encoder, part).double()
     if hasattr(encoder, "vae"):
-        encoder.vae.encode.double(), encoder.predict.double()
+        encoder.vae.encode.double()
     return encoder
 
 

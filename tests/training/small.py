@@ -204,7 +204,7 @@ def conditioning(count):
 
 def settings(**changes):
     chosen = {"steps": 6, "batch_size": 2, "learning_rate": 1e-2, "gradients_every": 2, "validate_every": 0,
-              "checkpoint_every": 2, "preview_steps": 0, "timesteps": Timesteps("uniform", minimum=0.05),
+              "checkpoint_every": 2, "preview_steps": 0, "timesteps": Timesteps("uniform", minimum=0.05), "pushes_t_max": 1.0,
               "self_check": False}  # fmt: skip
     return TrainingSettings(**{**chosen, **changes})
 

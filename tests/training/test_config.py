@@ -6,7 +6,9 @@ import re
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
+from editloss_core.encoders.decoder_features import VAEDecoderEncoder
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.lora.lora import LoRASettings
 from editloss_core.negatives import OverlaySettings
@@ -22,6 +24,7 @@ from editloss_core.training.config import (
     RunSection,
     TimmSection,
     TrainingConfig,
+    VAEDecoderSection,
     VAESection,
     ValidationSection,
     encoder_section,
@@ -59,6 +62,7 @@ FULL = TrainingConfig(
     run=RunSection("runs/b", "120", "cache", 7, 2, "fp32", ("tensorboard",)),
     encoders={
         "vae": VAESection(256),
+        "decoder": VAEDecoderSection((1, 3), 128),
         "dino": TimmSection("vit_small_patch14_dinov2", "w.safetensors", "tokens", -2, 392, True),
         "clip": OpenCLIPSection("ViT-B-32", "c.safetensors", "grid", True),
     },
@@ -141,9 +145,10 @@ def test_the_terms_may_use_the_encoders_only_and_names_are_numbered():
         ("[validation]\nhold_out = -1\n", "line 8: validation.hold_out: expected a whole number >= 0, got -1"),
         ("resume = 'newest'\n", "line 7: run.resume: expected '', 'last' or the step of a checkpoint, got 'newest'"),
         ("lora_dtype = 'int8'\n", "line 7: run.lora_dtype: expected one of 'bf16', 'fp16', 'fp32', got 'int8'"),
-        ("[[encoders]]\nname = 'a'\n", "line 7: encoders[1].kind: expected one of vae, timm, openclip, got nothing"),
+        ("[[encoders]]\nname = 'a'\n", "line 7: encoders[1].kind: expected one of vae, vae_decoder, timm, openclip, got nothing"),
         ("[[encoders]]\nkind = 'vae'\n", "line 7: encoders[1].name: expected the name that terms call it by, got nothing"),
         ("[[encoders]]\nname = 'a'\nkind = 'timm'\nweights = 'w'\n", "line 7: encoders[1]: model_name is missing"),
+        ("[[encoders]]\nname = 'a'\nkind = 'vae_decoder'\ndepths = [2, 1]\n", "line 10: encoders[1].depths: expected ascending whole"),
         ("[encoders]\nname = 'a'\n", "line 7: encoders: expected tables [[encoders]], each with name, kind"),
         ("[[objective]]\nkind = 'triple'\nencoder = 'a'\n", "line 8: objective[1].kind: there is no loss 'triple'; did you mean triplet?"),
         ("[training]\nvelocity_weight = 0\n", "line 8: objective: velocity_weight: 0 without an objective"),
@@ -259,6 +264,10 @@ def test_the_section_of_an_encoder(tmp_path):
     assert encoder_section(vae) == VAESection(0)
     small = VAEEncoder(vae.encode, "vae", "weights", 8, image_size=64)
     assert encoder_section(small) == VAESection(64)
+    features = VAEDecoderEncoder(
+        small, torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU(), torch.nn.ReLU()), abs, "d", "f"
+    )
+    assert encoder_section(features) == VAEDecoderSection((1,), 64)
     arguments = vars(FULL.encoders["dino"])
     patches = Patches()
     with pytest.raises(ValueError, match="'patches/grid' cannot be made outside this program; use VAE Latents"):

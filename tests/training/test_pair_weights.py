@@ -47,11 +47,7 @@ def test_a_pair_without_an_edit_teaches_nothing():
     run = trainer(prepared=prepared, objective=NO_EDIT, pair_weights="reach", steps=12, batch_size=3)
     assert any("pair_weights: 1 of 6 teach nothing" in note and "pair 6" in note for note in run.notes)
     log = run.run().log
-    told = {s.pair: [] for step in log.steps for s in step.samples}
-    for step in log.steps:
-        for s in step.samples:
-            told[s.pair].append(sum(x.weighted for x in s.terms.values()))
-    assert set(told["pair 6"]) == {0.0} and all(min(values) > 0 for name, values in told.items() if name != "pair 6")
+    assert {s.pair for step in log.steps for s in step.samples} == {f"pair {i}" for i in range(1, 6)}
 
 
 def test_pairs_that_are_alike_train_as_without():
