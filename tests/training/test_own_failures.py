@@ -240,7 +240,7 @@ def test_what_lies_beyond_a_variant_s_pictures_is_not_judged():
 
     output = load(where).after.clone()
     output[:, 28:] = 1 - output[:, 28:].round()
-    assert judged(prepared, where, output, "").said == "collateral change"
+    assert judged(prepared, where, output, "").picture is not None
     assert judged(replace(prepared, pairs=Beyond()), where, output, "").said == "good"
 
 
