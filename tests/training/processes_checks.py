@@ -38,6 +38,7 @@ from small import (
 )
 
 from editloss_core import losses
+from editloss_core.hard_negatives import HardNegativeBuffer
 from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.objective import TERMS, EditObjective, LossTerm
 from editloss_core.pairs import PairProblems, PairSet
@@ -47,6 +48,7 @@ from editloss_core.runs.log import LOG_FILE, RunLog
 from editloss_core.training import prepare as preparation
 from editloss_core.training.estimate import EstimateObjective
 from editloss_core.training.gradients import NonFinite
+from editloss_core.training.own_failures import FOLDER
 from editloss_core.training.prepare import prepare
 from editloss_core.training.trainer import Trainer
 
@@ -221,6 +223,34 @@ def a_run_ends_as_in_one_process(accelerator, folder):
     everyone = Processes(accelerator).gather([weights(result.lora)])
     assert all(torch.equal(everyone[0][name], everyone[rank][name]) for name in everyone[0]), "the same to the last bit"
     assert any("batch_size 3" in note for note in made.notes)
+
+
+@check
+def own_failures_of_one_process_are_everyone_s(accelerator, folder):
+    """Each process samples some of the pairs, process 0 writes, and all hold the same."""
+    term = LossTerm("multi_negative", PATCHES, name="failed", dist="l2", margin=5.0)
+    changes = {"objective": EditObjective((*EVERYTHING.terms, term)), "own_failures_every": 2, "rollout_steps": 2,
+               "steps": 4, "accumulation": 1, "validate_every": 0}  # fmt: skip
+    processes, place = Processes(accelerator), folder / "failures"
+    made = make(accelerator, place, **changes)
+    result = made.run()
+    batch = made._batch(2)
+    src = made.prepared.embeddings(batch, [PATCHES]).get("src", PATCHES)
+    held = processes.gather([made.failures.embeddings(batch, PATCHES, src)])
+    assert len(batch) == 3 and torch.equal(held[0], held[1])
+    if processes.main:
+        lone = make(None, folder / "failures alone", **changes)
+        expected = lone.run()
+        close(
+            held[0], lone.failures.embeddings(batch, PATCHES, src), rtol=1e-2, atol=2e-2
+        )  # 8 bits may round otherwise
+        found, single = ([(e.key, e.step, e.note) for e in HardNegativeBuffer(f / FOLDER).entries()]
+                         for f in (place, folder / "failures alone"))  # fmt: skip
+        assert found == single and 0 < len(found) <= 3 and {step for _, step, _ in found} == {3}
+        for name, value in weights(expected.lora).items():
+            close(weights(result.lora)[name], value, atol=1e-3)
+        assert all("failed" in s.terms for s in result.log.steps[-1].samples)
+    processes.wait()
 
 
 @check
