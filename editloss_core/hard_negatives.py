@@ -273,12 +273,21 @@ class HardNegativeBuffer:
             )
         return torch.stack(chosen)
 
-    def clear(self, key: str | None = None) -> int:
-        """Deletes the entries of this space, all or those under one key; returns how many. Foreign files stay."""
+    def clear(self, key: str | None = None, after: int | None = None) -> int:
+        """Deletes the entries of this space, all or those under one key; returns how many. Foreign files stay.
+
+        Args:
+            key: see :meth:`store`.
+            after: a training step: only entries of later steps go.
+        """
         key = None if key is None else _checked_key(key)
+        if after is not None:
+            check_whole("after", after)
         with self._lock:
             self._sweep()
             gone = [e for e in self._scan() if key is None or e.key == key]
+            if after is not None:
+                gone = [e for e in gone if e.step is not None and e.step > after]
             for entry in gone:
                 self._remove(entry)
             return len(gone)

@@ -173,16 +173,23 @@ class RolloutOptions(io.ComfyNode):
                 io.Float.Input("regression", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Weight of a regression of that estimate on the after picture's latents; needs no losses. 0 = off."),
                 folded(io.Combo.Input("weights", options=list(ROLLOUT_WEIGHTS), default="current", tooltip="Of the LoRA on the way without gradients: current; average (needs ema in Optimizer Options); frozen, the model without a LoRA.")),
             ],
+            [
+                io.Int.Input("own_failures_every", default=0, min=0, max=100_000, optional=True, tooltip="At every N-th step the LoRA's outputs for the pairs of the batch are judged, and those that fail become the negatives of losses whose negative is hard_negative. 0 = never; 50 to 100 to begin with. Costs steps passes without gradients each time."),
+                folded(io.Int.Input("own_failures_kept", default=4, min=1, max=64, optional=True, tooltip="Most failed outputs per pair that losses look at, the newest. The before picture stands in where there is none yet.")),
+            ],
         )  # fmt: skip
 
     @classmethod
     @checked()
-    def execute(cls, every, steps, regression, weights, options=None) -> io.NodeOutput:
+    def execute(
+        cls, every, steps, regression, weights, options=None, own_failures_every=0, own_failures_kept=4,
+    ) -> io.NodeOutput:  # fmt: skip
         return _answer(
             cls,
             _with(
                 options, "training", estimate="rollout", objective_every=every, rollout_steps=steps,
-                rollout_regression=regression, rollout_weights=weights,
+                rollout_regression=regression, rollout_weights=weights, own_failures_every=own_failures_every,
+                own_failures_kept=own_failures_kept,
             ),
         )  # fmt: skip
 

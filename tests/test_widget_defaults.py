@@ -158,6 +158,15 @@ TABLE: dict[str, Counterparts] = {
     "PairVariants": of(VariantSettings, "count", "flip", "shift", "zoom", "turn", "tone", "seed"),
     "PlotLosses": of(picture_of_curves, "width"),
     "RecommendedMix": of(recommended, "geometry_dist"),
+    "RolloutOptions": of(
+        TrainingSettings,
+        "own_failures_every",
+        "own_failures_kept",
+        every="objective_every",
+        steps="rollout_steps",
+        regression="rollout_regression",
+        weights="rollout_weights",
+    ),
     "RunOptions": together(
         of(
             TrainingSettings, "checkpoint_every", "keep", "validate_every", "previews", "preview_steps", "self_check"
@@ -207,6 +216,8 @@ DIFFERENT = {
     "ExamplePairs.resolution": "the size that the example graph is quick with; the core's is that of every folder",
     "GateTerms.t_max": "a gate that is open everywhere would be none",
     "LoRAOptions.layers": "empty leaves what the trainer's own widget says",
+    "RolloutOptions.every": "a rollout at every step would take many times as long",
+    "RolloutOptions.regression": "rollouts are off until the node turns them on",
     "StoreHardNegative.score": "a number cannot be left out: 0 is none",
 }
 EXAMPLE_NAME = "an example of a name, which the core wants to be told"

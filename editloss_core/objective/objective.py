@@ -121,7 +121,7 @@ class EditObjective:
 
     def reads(self, role: str) -> bool:
         """Whether any term needs embeddings of a role."""
-        return any(role in (t.anchor, t.positive, t.negative, t.reference) for t in self.terms)
+        return any(role in term.roles for term in self.terms)
 
     def at(self, t: Tensor) -> EditObjective:
         """The terms that count for at least one of the noise levels ``[B]``: what a trainer has to compute."""

@@ -94,6 +94,11 @@ class LossTerm:
         return family(**{name: value for name, value in given.items() if value is not None})
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """What the term reads, ``"in_batch"`` among it."""
+        return tuple(r for r in (self.anchor, self.positive, self.negative, self.reference) if r is not None)
+
+    @property
     def across_batch(self) -> bool:
         """Whether a sample's loss depends on the other samples of the batch."""
         return self.negative == IN_BATCH

@@ -16,7 +16,7 @@ from ..objective import NO_FAILURE, NOT_A_NUMBER, TERMS
 from ..pairs.files import read_picture
 from ..progress import Progress
 from ..runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE
-from ..runs.log import LOG_FILE, PictureLog, RunLog, ValidationLog
+from ..runs.log import LOG_FILE, OWN_FAILURES, PictureLog, RunLog, ValidationLog
 from ..runs.pictures import PICTURE_FOLDER
 from ..verdict.items import as_signal
 from ..verdict.judge import FAILURES, VERDICTS, Verdict
@@ -260,7 +260,9 @@ class RunVerdicts:
     def notes(self) -> list[str]:
         """What happened to the run, and what of it is missing here."""
         found = []
-        for event in self.log.events:
+        looks = [event for event in self.log.events if event.event == OWN_FAILURES]
+        happened = [event for event in self.log.events if event.event != OWN_FAILURES]
+        for event in happened:
             if event.event in ("checked", "unchecked"):
                 found += [note[:1].upper() + note[1:] for note in event.notes]
                 continue
@@ -268,8 +270,10 @@ class RunVerdicts:
             said = words.get(event.event, f"{event.event.capitalize()} at step {event.step}")
             if event.event != "started" or event.notes:
                 found.append(said + (f": {'; '.join(event.notes)}" if event.notes else ""))
+        if looks:
+            found.append(f"Own failures at step {looks[-1].step}, the last look: {'; '.join(looks[-1].notes)}")
         total = self.settings.get("steps")
-        if self.log.events and self.log.events[-1].event in ("started", "resumed", "checked", "unchecked"):
+        if happened and happened[-1].event in ("started", "resumed", "checked", "unchecked"):
             found.append(f"The log ends at step {self.steps} of {total}: the run goes on, or was killed.")
         if self.cut_off:
             found.append(f"{counted(self.cut_off, 'line')} of the log could not be read (cut off, or damaged).")

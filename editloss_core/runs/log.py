@@ -12,6 +12,7 @@ from ..files import replacing
 
 VELOCITY = "velocity"  # name of the flow-matching loss among the terms
 LOG_FILE = "log.jsonl"
+OWN_FAILURES = "own failures"
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ class EventLog:
     """What happened to a run after ``step`` steps, beside its steps.
 
     Attributes:
-        event: ``"started"``, ``"resumed"``, ``"checked"`` (the self-check), ``"unchecked"`` (it was off), ``"stopped"`` or
-            ``"ended"``; a process that is killed leaves none of the last two.
+        event: ``"started"``, ``"resumed"``, ``"checked"`` (the self-check), ``"unchecked"`` (it was off), ``"own failures"``
+            (a look at the LoRA's outputs, within ``step``), ``"stopped"`` or ``"ended"``; a process that is killed leaves
+            none of the last two.
         notes: what a person should know.
-        info: settings, objective and pairs, where a run starts or goes on.
+        info: settings, objective and pairs, where a run starts or goes on; of a look, "outputs" and "failed" (failure → how
+            many).
     """
 
     step: int

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..encoders.base import Encoder
 from ..objective import EditObjective, LossTerm, ObjectiveReport, TermReport, gradient_where
 from ..processes import Processes
+from .own_failures import ROLE, OwnFailures
 from .prepare import Prepared
 
 HALO = 4  # latents around the crop that are decoded too and cut off, so that the crop's border looks as in the whole
@@ -41,6 +42,7 @@ class EstimateObjective:
         frozen: a context in which encoders run, for those that share the network that is trained: without its LoRA.
         device: where the constants are kept.
         processes: that work on each batch together.
+        failures: the role hard_negative; without them no term may read it.
 
     Raises:
         ValueError: an encoder is missing, or a decoder is needed and there is none.
@@ -55,10 +57,12 @@ class EstimateObjective:
         frozen: Callable[[], ContextManager] = nullcontext,
         device: torch.device | str = "cpu",
         processes: Optional[Processes] = None,
+        failures: Optional[OwnFailures] = None,
     ):
         self.objective, self.prepared, self.decode, self.frozen, self.device = (
             objective, prepared, decode, frozen, device,
         )  # fmt: skip
+        self.failures = failures
         self.processes = processes or Processes()
         self.encoders = {name: encoders[name] for name in objective.encoders if name in encoders}
         missing = [name for name in objective.encoders if name not in encoders]
@@ -135,7 +139,12 @@ class EstimateObjective:
         details: bool,
     ) -> ObjectiveReport:
         objective = EditObjective(terms)
-        embeddings = self.prepared.embeddings(indices, objective.encoders).to(self.device)
+        embeddings = self.prepared.embeddings(indices, objective.encoders)
+        for name in self.failures.encoders if self.failures is not None else ():
+            if name in objective.encoders:
+                negatives = self.failures.embeddings(indices, name, embeddings.get("src", name))
+                embeddings = embeddings.with_embedding(ROLE, self.encoders[name].info, negatives)
+        embeddings = embeddings.to(self.device)
         for name in objective.encoders:
             embeddings = embeddings.with_embedding("pred", self.encoders[name].info, preds[name])
         return objective.evaluate(embeddings, details, t.to(self.device), sample_weights)

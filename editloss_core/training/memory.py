@@ -90,7 +90,13 @@ def advice(
             helps.append((share, line))
         helps.append((0.25, "connect a small decoder (a TAEF1 VAE): decoding falls to about 25% or less"))
     resolution = settings.get("resolution")
-    if (activations or stage in ("validation", "rollout")) and isinstance(resolution, int) and resolution > 256:
+    if stage == "own failures":
+        helps.append((0.0, "own_failures_every 0: no outputs of training pairs, which are decoded whole"))
+    if (
+        (activations or stage in ("validation", "rollout", "own failures"))
+        and isinstance(resolution, int)
+        and resolution > 256
+    ):
         smaller = max(256, resolution * 3 // 4 // 64 * 64)
         share = (smaller / resolution) ** 2
         helps.append((share, f"resolution {resolution} → {smaller}: activations fall to about {share:.0%}"))

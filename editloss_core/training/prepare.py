@@ -186,6 +186,18 @@ class Prepared:
                 made = made.with_mask(cropped, name)
         return made
 
+    def embed(self, encoder: Encoder, index: int, pictures: Tensor) -> Tensor:
+        """Embeddings of other pictures ``[N, H, W, 3]`` of a pair, made as its own were, in float32 on the CPU.
+
+        Raises:
+            ValueError: an encoder that the pairs were not prepared for.
+        """
+        if not self.reads_latents(encoder.info.name):
+            return encoder.embed(self.crops[index](pictures.movedim(-1, 1)).movedim(1, -1), len(pictures))
+        with torch.no_grad():
+            z = self.vae.latents(pictures).float().cpu()  # as kept ones are
+            return encoder.from_latents(self.vae.unscaled(z.to(encoder.device))).float().cpu()
+
     def _check(self, encoder: str) -> None:
         if encoder not in self.encoders:
             raise ValueError(f"encoder: expected one of those prepared, {sorted(self.encoders)}, got {encoder!r}")

@@ -21,7 +21,7 @@ SCHEDULES = ("constant", "cosine")
 ESTIMATES = ("one_step", "rollout")
 ROLLOUT_WEIGHTS = ("current", "average", "frozen")
 WEIGHTS = ("factors", "shares")
-TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch")
+TRAINABLE_ROLES = ("pred", "gt", "src", "overlay", "in_batch", "hard_negative")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ class TrainingSettings:
             see :class:`~editloss_core.training.shares.Shares`.
         pair_weights: ``"alike"``, or ``"reach"``: a pair whose after picture is near its own negatives teaches less or nothing,
             see :mod:`~editloss_core.training.pair_weights`.
+        own_failures_every: at every N-th step, but not the first, the LoRA samples the pairs of the batch in ``rollout_steps``
+            steps, and outputs that the judge fails become the role hard_negative, see
+            :mod:`~editloss_core.training.own_failures`; 0 = never.
+        own_failures_kept: most of them per pair, the newest.
         estimate_weighting, estimate_cap: see :func:`~editloss_core.training.flow.estimate_weights`.
         gradients_every: the gradient norm of each term is measured at every N-th step; 0 = never.
         validate_every: validation at every N-th step and at the end; 0 = never.
@@ -92,6 +96,8 @@ class TrainingSettings:
     rollout_weights: str = "current"
     weights: str = "factors"
     pair_weights: str = "alike"
+    own_failures_every: int = 0
+    own_failures_kept: int = 4
     estimate_weighting: str = "none"
     estimate_cap: float = 100.0
     gradients_every: int = 10
@@ -103,11 +109,13 @@ class TrainingSettings:
     self_check: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "objective_every", "rollout_steps", "keep"):
+        for name in (
+            "steps", "batch_size", "accumulation", "objective_every", "rollout_steps", "own_failures_kept", "keep",
+        ):  # fmt: skip
             check_whole(name, getattr(self, name), 1)
         for name in (
-            "warmup", "objective_warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews",
-            "checkpoint_every",
+            "warmup", "objective_warmup", "seed", "own_failures_every", "gradients_every", "validate_every",
+            "preview_steps", "previews", "checkpoint_every",
         ):  # fmt: skip
             check_whole(name, getattr(self, name), 0)
         if not isinstance(self.self_check, bool):
@@ -133,6 +141,10 @@ class TrainingSettings:
                 raise ValueError(
                     f"{name}: expected at most the {self.steps} steps of the run, got {getattr(self, name)}"
                 )
+        if self.own_failures_every >= self.steps:
+            raise ValueError(
+                f"own_failures_every: expected less than the {self.steps} steps of the run, got {self.own_failures_every}"
+            )
         if self.rollout_weights == "average" and not self.ema:
             raise ValueError("rollout_weights: average needs the moving average; set ema, or choose current")
         if self.rollout_regression and self.estimate != "rollout":
@@ -188,14 +200,24 @@ def check_objective(objective: Optional[EditObjective], settings: TrainingSettin
     """ValueError for terms that training has no pictures for or cannot learn from, and for no loss at all."""
     terms = objective.terms if objective else ()
     for term in terms:
-        for role in (term.anchor, term.positive, term.negative, term.reference):
-            if role is not None and role not in TRAINABLE_ROLES:
+        for role in term.roles:
+            if role not in TRAINABLE_ROLES:
                 raise ValueError(
-                    f"objective: {term.name!r} reads {role}, which training has no pictures for; it has pred, gt, src and "
-                    "overlay"
+                    f"objective: {term.name!r} reads {role}, which training has no pictures for; it has pred, gt, src, "
+                    "overlay and hard_negative"
                 )
+        if "hard_negative" in term.roles and not settings.own_failures_every:
+            raise ValueError(
+                f"objective: {term.name!r} reads hard_negative, which training makes of the LoRA's own failed outputs; set "
+                "own_failures_every above 0, or another negative"
+            )
         if term.anchor != "pred" and term.weight:
             raise ValueError(f"objective: {term.name!r} does not read pred, so that nothing can be learnt from it")
+    if settings.own_failures_every and not any("hard_negative" in term.roles for term in terms):
+        raise ValueError(
+            f"own_failures_every: {settings.own_failures_every} samples outputs that no loss reads; set the negative of a loss to "
+            "hard_negative, or own_failures_every to 0"
+        )
     if settings.weights == "shares":
         check_shares(terms)
     if settings.pair_weights == "reach":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..models.base import Denoiser, Preview
 from ..objective import EditObjective, LossTerm
 from ..processes import Processes, ProcessLost, check_accelerator, check_batch
 from ..runs.checkpoint import CHECKPOINT_FOLDER, Checkpoint, checkpoint_path, checkpoints, tidy
-from ..runs.log import VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
+from ..runs.log import OWN_FAILURES, VELOCITY, EventLog, RunLog, Sample, StepLog, TermSample, ValidationLog
 from ..runs.pictures import PreviewRow, save_pictures
 from . import pair_weights, rollout
 from .estimate import Decode, EstimateObjective
@@ -37,6 +38,8 @@ from .gradients import (
 )
 from .host import Host
 from .memory import OutOfMemory, StepMemory, advice
+from .own_failures import FOLDER as FAILURES_FOLDER
+from .own_failures import ROLE, Judged, OwnFailures, judged, summary, tally
 from .prepare import Prepared
 from .resume import differences, resumable
 from .self_check import SelfCheck, check_network, check_objective_parts, identity, program_of, recall, remember
@@ -142,7 +145,7 @@ class Trainer:
         check_objective(objective, settings)
         objective = gated(objective, settings) if objective and objective.terms else None
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
-        self.settings, self.folder, self.host = settings, folder, host or Host()
+        self.settings, self.folder, self.host, self.decode = settings, folder, host or Host(), decode
         self.info = {
             "settings": settings.as_dict(),
             "lora": asdict(lora.settings),
@@ -161,20 +164,24 @@ class Trainer:
             )
 
         def on_estimates(
-            pairs: Prepared, terms: Sequence[LossTerm], processes: Optional[Processes] = None
+            pairs: Prepared,
+            terms: Sequence[LossTerm],
+            processes: Optional[Processes] = None,
+            failures: Optional[OwnFailures] = None,
         ) -> Optional[EstimateObjective]:
             if not terms:
                 return None
             return EstimateObjective(
-                EditObjective(terms), encoders or {}, pairs, decode, lora.disabled, denoiser.device, processes
+                EditObjective(terms), encoders or {}, pairs, decode, lora.disabled, denoiser.device, processes, failures
             )
 
         terms = objective.terms if objective else ()
-        alone = [term for term in terms if not term.across_batch]
+        alone = [term for term in terms if not term.across_batch and ROLE not in term.roles]
         in_batch = ", ".join(term.name for term in terms if term.across_batch)
         self._teaching = {rollout.REGRESSION, *(term.name for term in terms if term.weight)}
         self.shares = Shares(terms, VELOCITY) if settings.weights == "shares" and terms else None
-        self.objective = on_estimates(prepared, terms, self.processes)
+        self.failures = self._own_failures(terms, encoders or {})
+        self.objective = on_estimates(prepared, terms, self.processes, self.failures)
         if settings.estimate == "rollout":
             without, with_gradients = rollout.passes(settings.rollout_steps, settings.objective_every)
             self.notes.append(
@@ -195,6 +202,11 @@ class Trainer:
             if in_batch:
                 self.notes.append(
                     f"{in_batch}: left out of validation, where pairs come one at a time and there is no batch to compare"
+                )
+            of_failures = ", ".join(term.name for term in terms if ROLE in term.roles)
+            if of_failures:
+                self.notes.append(
+                    f"{of_failures}: left out of validation, whose pairs have no failed outputs to compare with"
                 )
             self.validator = Validator(
                 denoiser, lora, validation, validation_conditioning, settings, on_estimates(validation, alone), decode,
@@ -319,6 +331,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.step < self.settings.steps:  # else what came later stays: somebody wants the LoRA of this step
                 tidy(self.folder / CHECKPOINT_FOLDER, self.step)
+                if self.failures is not None:
+                    self.failures.forget(self.step)
                 self.log.rewrite()
         said = len(self.notes)
         start_trackers(self.processes.accelerator, self.folder, self.info)
@@ -329,6 +343,8 @@ class Trainer:
         try:
             if self.step < self.settings.steps:
                 checked = self._checked()
+                if self.failures is not None and self.step:
+                    self._guarded(self._recall)
             if self._validation_is_due():  # who was stopped within a validation makes it up
                 pictures = self._guarded(self._validate)
             elif self.step >= self.settings.steps and self.validator and self.settings.validate_every:
@@ -336,6 +352,8 @@ class Trainer:
                     pictures = self._guarded(self._pictures)
             while self.step < self.settings.steps:
                 self._check()
+                if self.step and every(self.settings.own_failures_every, self.step):
+                    self._guarded(self._look)
                 log = self._guarded(self._step)
                 self._record(log)
                 self.host.on_step(log, self.settings.steps)
@@ -364,6 +382,10 @@ class Trainer:
                 f"{idle} of {len(self.log.steps)} steps changed nothing: velocity_weight is 0, and the noise levels drawn were "
                 "outside every term's t_min to t_max"
             )
+        looks = [event.info for event in self.log.events if event.event == OWN_FAILURES]
+        if looks:
+            failed: Counter[str] = sum((Counter(look["failed"]) for look in looks), Counter())
+            self.notes.append(f"own failures: {summary(sum(look['outputs'] for look in looks), failed)}")
         self.log.add(EventLog(self.step, "ended", tuple(self.notes[said:])))
         return TrainingResult(self.step, self.lora, self.log, pictures, self._saved, checked)
 
@@ -478,6 +500,76 @@ class Trainer:
                 settings=self._advice,
             )
             raise OutOfMemory(text) from error
+
+    def _own_failures(self, terms: Sequence[LossTerm], encoders: Mapping[str, Encoder]) -> Optional[OwnFailures]:
+        """What keeps them, with a note on the cost; None where they are off."""
+        settings, pairs = self.settings, self.prepared.pairs
+        interval = settings.own_failures_every
+        if not interval:
+            return None
+        if self.decode is None:
+            raise ValueError(
+                f"own_failures_every: {interval} needs pictures of outputs; give a decoder, or set it to 0"
+            )
+        most = (settings.steps - 1) // interval * settings.batch_size * settings.accumulation
+        size = 3 * max(height * width for height, width in pairs.targets)
+        kept = f"; up to {most} pictures, {most * size / 1e6:.3g} MB, in {FAILURES_FOLDER}" if self.folder else ""
+        self.notes.append(
+            f"own failures at every {interval}. step: {settings.rollout_steps} passes without gradients each time, on average "
+            f"{settings.rollout_steps / interval:.2g} a step, with decoding and a verdict{kept}"
+        )
+        readers = dict.fromkeys(term.encoder for term in terms if ROLE in term.roles)
+        found = {name: encoders[name] for name in readers if name in encoders}
+        return OwnFailures(
+            self.prepared, found, settings.own_failures_kept, max(1, most), self.lora.disabled, self.folder,
+            self.processes.main,
+        )  # fmt: skip
+
+    def _recall(self) -> None:
+        assert self.failures is not None
+        self._memory.begin()
+        self._memory.enter("own failures")
+        self.failures.recall(self.step)
+
+    def _look(self) -> None:
+        """Sample the pairs of the coming step, and keep what the judge fails. One pair at a time, so that what comes of it
+        does not depend on the processes."""
+        assert self.failures is not None
+        self._memory.begin()
+        self._memory.enter("own failures")
+        self.host.before_step()
+        step, accumulation = self.step + 1, self.settings.accumulation
+        numbers = range(self.step * accumulation, step * accumulation)
+        indices = list(dict.fromkeys(i for number in numbers for i in self._batch(number)))
+        self.lora.eval()
+        try:
+            found = self.processes.each(len(indices), lambda k: self._judged(indices[k]), (NonFinite,))
+        finally:
+            self.lora.train()
+        for index, one in zip(indices, found):
+            self.failures.hold(index, one, step)
+        failed = tally(found)
+        notes = [summary(len(found), failed)]
+        notes += [
+            f"{self.prepared.pairs[i].name} was not judged: {f.problem}" for i, f in zip(indices, found) if f.problem
+        ]
+        self.log.add(EventLog(step, OWN_FAILURES, tuple(notes), {"outputs": len(found), "failed": failed}))
+
+    @torch.no_grad()
+    def _judged(self, index: int) -> Judged:
+        """The LoRA's output for a pair, and the verdict on it."""
+        device, where = self.denoiser.device, f"own failures at step {self.step + 1}"
+        before = self.prepared.before([index])
+        generator = generator_for(self.settings.seed, "own failures", self.step, self.prepared.pairs[index].name)
+        latents = self.denoiser.edit_model.sample(
+            self.denoiser,
+            torch.randn(before.shape, generator=generator).to(device),
+            [before.to(device)],
+            [self.conditioning[index]],
+            self.settings.rollout_steps,
+            progress=lambda done, total: self._check(),
+        )
+        return judged(self.prepared, index, self.decode(latents)[0], where)
 
     def _step(self) -> StepLog:
         began = time.perf_counter()

@@ -399,7 +399,7 @@ class Untouched(SmallDenoiser):
         ),
         (
             {"objective": EditObjective((LossTerm("multi_negative", PATCHES),))},
-            "reads hard_negative, which training has no",
+            "reads hard_negative, which training makes of the LoRA's own",
         ),
         ({"with_encoders": {}}, "objective: its terms read 'vae/blocks/grid', which is not among the encoders"),
         ({"objective": EditObjective((LossTerm("geometry_match", PATCHES, anchor="src"),))}, "does not read pred"),
