@@ -43,7 +43,7 @@ class Counts:
     """Pairs by truth and construction, and what was said of them."""
 
     def __init__(self) -> None:
-        self.pairs: dict[tuple[str, str], Counter] = defaultdict(Counter)
+        self.pairs: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self.sets, self.untold, self.kept = 0, 0, 0
 
     def add(self, some: list[Seen]) -> None:
@@ -165,7 +165,7 @@ def rendered_sets(of_object: list[dict[str, list[Seen]]], name: str, sets: int) 
 
 def constructions(counts: dict[str, Counts]) -> list[str]:
     lines = ["| truth | made by | pairs | called right | unedited | overlaid |", "|---|---|---|---|---|---|"]
-    total: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    total: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for some in counts.values():
         for key, said in some.pairs.items():
             total[key] += said

@@ -4,8 +4,8 @@
     python benchmarks/training_step.py --comfyui PATH --size kontext --device cuda     # 12 billion parameters, 1024²
 
 The steps are those of :class:`Trainer` itself on ComfyUI's Flux, with no objective, with the recommended mix on VAE latents
-(three task losses), and with these and an image encoder on a decoded crop. kontext has random weights, which cost what real
-ones do: FLUX.1's transformer and autoencoder, and DINOv2-L. The three take turns, several runs each, and each run's first
+(three task losses), on features of the VAE's decoder, and with those on latents and an image encoder on a decoded crop. kontext has random weights, which cost what real
+ones do: FLUX.1's transformer and autoencoder, and DINOv2-L. They take turns, several runs each, and each run's first
 two steps are not counted. Encoders and decoder are checkpointed, so that their backward pass computes them once more.
 Writes benchmarks/results/training_step_SIZE.md.
 """
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from in_comfyui import ROOT, start
@@ -34,7 +35,8 @@ AUTOENCODER = {
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 WARM_UP = 2
-PLAIN, LATENTS, PICTURES = "no objective", "three losses on latents", "the same and an encoder on a crop"
+PLAIN, LATENTS, PICTURES = "no objective", "three losses on latents", "those on latents and an encoder on a crop"
+DEPTHS = {"three losses on decoder features, depth 1": (1,), "three losses on decoder features, depths 1 and 2": (1, 2)}
 # Column → what it adds up: stages of a step, and within the objective the decoder's and the encoder's share.
 COLUMNS = {
     "data": ("loading",),
@@ -122,7 +124,7 @@ class Times:
 
 
 class Case:
-    """One of the three, run by run."""
+    """One of them, run by run."""
 
     def __init__(self, make_trainer, pack, device):
         self.make_trainer, self.device, self.pack = make_trainer, device, pack
@@ -212,7 +214,7 @@ def noise_pairs(pack, pixels: int):
 
 
 def cases(args, pack, device, dtype: str) -> dict[str, Case]:
-    """What is measured, by name: three trainers on one model and one preparation."""
+    """What is measured, by name: trainers on one model and one preparation."""
 
     demo, denoisers, models = pack("nodes.demo"), pack("nodes.comfy.denoiser"), pack("nodes.comfy.encoders")
     objectives, negatives = pack("editloss_core.objective"), pack("editloss_core.negatives")
@@ -244,16 +246,18 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
         conditioning = [clip.encode_from_tokens_scheduled(clip.tokenize(p.caption)) for p in pairs]
     latents, reader = models.vae_encoder(vae, 0, patcher.model.latent_format), models.vae_encoder(vae)
     of_latents, of_pictures = reader.info.name, encoder.info.name
-    encoders = {of_latents: reader, of_pictures: encoder}
+    decoding = {name: models.ManagedVAEDecoder(vae, depths) for name, depths in DEPTHS.items()}
+    encoders = {of_latents: reader, **{e.info.name: e for e in decoding.values()}, of_pictures: encoder}
     prepared = prepare.prepare(pairs, latents, encoders, crop=crop, overlay=negatives.OverlaySettings())
     mix = objectives.recommended(of_latents)
     chosen = {
         PLAIN: None,
         LATENTS: mix,
+        **{name: objectives.recommended(e.info.name) for name, e in decoding.items()},
         PICTURES: objectives.EditObjective(
             (
                 *mix.terms,
-                *(objectives.replace(t, name=f"{t.name}, pictures") for t in objectives.recommended(of_pictures).terms),
+                *(replace(t, name=f"{t.name}, pictures") for t in objectives.recommended(of_pictures).terms),
             )
         ),
     }
@@ -267,7 +271,7 @@ def cases(args, pack, device, dtype: str) -> dict[str, Case]:
             return trainers.Trainer(
                 denoiser, lora.LoRA(denoiser.module, lora.LoRASettings(16, 16.0)), prepared, conditioning,
                 settings.TrainingSettings(steps=steps, batch_size=args.batch or (1 if large else 6), gradients_every=0, validate_every=0),
-                objective=objective, encoders={of_latents: reader, of_pictures: watched}, decode=decode, host=host,
+                objective=objective, encoders={**encoders, of_pictures: watched}, decode=decode, host=host,
             )  # fmt: skip
 
         return Case(make_trainer, pack, device)

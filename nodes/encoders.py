@@ -175,8 +175,8 @@ class VAEDecoderFeatures(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the model that you train (for FLUX: ae.safetensors)."),
                 io.String.Input(
                     "depths", default="1",
-                    tooltip="Where the decoder is read. 1: before it first upsamples, which is cheap. 2: at twice that resolution, "
-                    "and so on; each costs two to four times as much. Several: 1, 2.",
+                    tooltip="Where the decoder is read. 1: after the blocks that work at the resolution of the latents, which is cheap. 2: at "
+                    "twice that, and so on; each costs two to four times as much. Several: 1, 2.",
                 ),
                 _size_input("Side of the square that the VAE sees, in pixels. 0: the picture's own size."),
                 _name_input(),

@@ -228,11 +228,11 @@ class RecommendedMix(io.ComfyNode):
             node_id="EditLossRecommendedMix",
             display_name="Loss Preset: Recommended Mix",
             category=CATEGORY,
-            description="A starting objective against all three failures: no-edit identity 1.0 and overlay avoidance 0.7, "
-            "both with margin 0.25, and geometry match 0.5.",
+            description="A starting objective against all three failures: no-edit identity, overlay avoidance and geometry match, "
+            "with weights for judging pictures or shares for training on rollouts.",
             inputs=[
                 EncoderSocket.Input("encoder", tooltip="For identity and overlay: an encoder that knows objects (DINOv2, CLIP)."),
-                io.Combo.Input("preset", options=list(PRESETS), default="recommended", tooltip="Which mix to start from."),
+                io.Combo.Input("preset", options=list(PRESETS), default="recommended", tooltip="recommended: to judge pictures. on rollouts: to train, with Rollout Options and weights as shares in Objective Options."),
                 io.Combo.Input(
                     "geometry_dist", options=list(losses.MATCHES), default="cos",
                     tooltip="Distance of the geometry term. cos keeps the three weights on one scale; l2 also sees the length "

@@ -16,6 +16,7 @@ from .vae import VAEEncoder, check_latents
 Step = Callable[[Tensor], Tensor]
 
 OUTLIER = 10.0  # standard deviations of a channel; what lies beyond counts as this much
+SHORT = 0.01  # of a layer's mean square: what is far shorter is not brought to full length
 DEAD = 0.1  # of a layer's root mean square deviation: a channel that hardly moves is not blown up any further
 PATTERNS, SIDE = 8, 64  # pictures from which a channel's mean and deviation are taken, and their side in pixels
 
@@ -23,17 +24,18 @@ PATTERNS, SIDE = 8, 64  # pictures from which a channel's mean and deviation are
 class VAEDecoderEncoder(Encoder):
     """Features of a VAE's decoder at chosen depths as a grid, read from latents: the decoder runs to the deepest and stops.
 
-    A depth is a resolution: 1 is what the decoder has made at that of the latents, just before it upsamples; 2 is the same
-    at twice as many rows and columns, and so on. Depth 1 of FLUX's decoder costs as much as a few convolutions; each
-    further one costs about twice to four times the one before.
+    Depth 1 is what the decoder's blocks at the resolution of the latents have made, upsampled by its own convolution (diffusers:
+    the output of the first of ``up_blocks``), 2 the same of the blocks at twice that resolution, and so on; the last is not
+    upsampled. Each depth costs about two to four times the one before.
 
-    This is the embedding behind the latent perceptual loss (LPL: Berrada et al. 2024, https://arxiv.org/abs/2411.04873).
-    As there, each layer's channels are standardised, extreme activations are kept from ruling the distance, and layers
-    count by the inverse of their upscaling. What differs: LPL takes mean and deviation from the features of the target and
-    masks outliers in both pictures; an embedding is of one picture and knows no target, so the mean and deviation of each
-    channel are fixed, taken once from the decoder's features of eight drawn patterns, and a value beyond ten deviations
-    counts as ten, without a gradient. Statistics of the picture itself would hide its contrast and brightness. Features of finer
-    layers are averaged over the cells of the coarsest.
+    These are the features of the latent perceptual loss (LPL: Berrada et al. 2024, https://arxiv.org/abs/2411.04873). As
+    there, each depth's channels are standardised, extreme activations are kept from ruling the distance, and depths count by
+    the inverse of their upscaling. What differs: LPL takes mean and deviation from the features of the target and masks outliers
+    in both pictures. An embedding is of one picture and knows no target, so mean and deviation of each channel are fixed, taken
+    once from the decoder's features of eight drawn patterns, and a value beyond ten deviations counts as ten, without a gradient;
+    statistics of the picture itself would hide its brightness and contrast. Each depth's features at a place are then brought to
+    one length, as LPIPS does it (Zhang et al. 2018, https://arxiv.org/abs/1801.03924), which told bent objects from harmless
+    changes better. Finer depths are averaged over the cells of the coarsest; the whole token's length is at most 1.
 
     Args:
         vae: encodes pictures, and says which latents are read; its shift and scale do not matter.
@@ -66,7 +68,7 @@ class VAEDecoderEncoder(Encoder):
         self._layers: Optional[list[_Layer]] = None
         chosen = "+".join(map(str, depths))
         described = f"{vae.preprocess.describe()}; decoder to depth {chosen}"
-        method = f"{PATTERNS} patterns of {SIDE}, outliers {OUTLIER:g}, dead {DEAD:g}"
+        method = f"{PATTERNS} patterns of {SIDE}, outliers {OUTLIER:g}, dead {DEAD:g}, short {SHORT:g}"
         whole = hash_tensors([], vae.latent_space, vae.preprocess.describe(), fingerprint, chosen, method)
         self.info = EncoderInfo(f"{name}/{chosen}/grid", described, whole, "grid")
 
@@ -103,8 +105,9 @@ class VAEDecoderEncoder(Encoder):
         made = []
         for x, layer in zip(features, layers):
             x = x if x.dtype == torch.float64 else x.float()
-            x = (x - layer.mean.to(x)) * layer.scale.to(x)
-            made.append(F.avg_pool2d(x.clamp(-layer.most, layer.most), x.shape[2] // coarsest))
+            x = ((x - layer.mean.to(x)) / layer.deviation.to(x)).clamp(-OUTLIER, OUTLIER)
+            x = x * (layer.length / (x.square().sum(1, keepdim=True) + SHORT * x.shape[1]).sqrt())
+            made.append(F.avg_pool2d(x, x.shape[2] // coarsest))
         return torch.cat(made, 1).movedim(1, -1)
 
     def layers(self) -> list[_Layer]:
@@ -114,8 +117,10 @@ class VAEDecoderEncoder(Encoder):
             with torch.inference_mode(False), torch.no_grad():
                 z = self.vae.encode(2.0 * patterns().to(self.device) - 1.0)
                 features = self.features(z)
-                upscaled = [x.shape[2] / features[0].shape[2] for x in features]
-                self._layers = [_Layer.of(x, z.shape[2], factor) for x, factor in zip(features, upscaled)]
+                shares = [features[0].shape[2] / x.shape[2] for x in features]
+                self._layers = [
+                    _Layer.of(x, z.shape[2], (share / sum(shares)) ** 0.5) for x, share in zip(features, shares)
+                ]
         return self._layers
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -131,25 +136,23 @@ class _Layer(NamedTuple):
     """Standardisation of one depth.
 
     Attributes:
-        mean, scale: ``[1, D, 1, 1]``. Over the patterns, (x − mean) · scale has a token of squared length 1 on average, divided
-            by how much finer the layer is than the coarsest chosen one.
-        most: largest absolute value after that.
-        cells: cells of the layer per latent, along a side.
+        mean, deviation: ``[1, D, 1, 1]``, over the patterns.
+        length: to which its features at a place are brought; the squares of all depths' add up to 1.
+        cells: cells per latent, along a side.
     """
 
     mean: Tensor
-    scale: Tensor
-    most: float
+    deviation: Tensor
+    length: float
     cells: float
 
     @classmethod
-    def of(cls, x: Tensor, latents: int, factor: float) -> _Layer:
+    def of(cls, x: Tensor, latents: int, length: float) -> _Layer:
         """Of the features ``[B, D, rows, columns]`` of pictures with ``latents`` rows of latents."""
         x = x.float()
         deviation = x.std((0, 2, 3), keepdim=True)
         deviation = deviation.clamp_min(DEAD * float(deviation.square().mean().sqrt()) + 1e-12)
-        share = (x.shape[1] * factor) ** -0.5
-        return cls(x.mean((0, 2, 3), keepdim=True), share / deviation, share * OUTLIER, x.shape[2] / latents)
+        return cls(x.mean((0, 2, 3), keepdim=True), deviation, length, x.shape[2] / latents)
 
 
 def patterns() -> Tensor:
@@ -173,8 +176,8 @@ def check_depths(depths: Sequence[int], most: Optional[int] = None) -> None:
 
 
 def decoder_steps(decoder: nn.Module) -> tuple[nn.Module, list[list[Step]]]:
-    """The first convolution of a decoder, and what follows it, resolution by resolution; the layers that make pixels of the
-    last features are left out.
+    """The first convolution of a decoder, and what follows it, depth by depth; the layers that make pixels of the last features
+    are left out.
 
     The blocks are run one by one, not by the decoder: it would run to its end, and may checkpoint them itself.
 
@@ -198,10 +201,10 @@ def _of_sequential(layers: nn.Sequential) -> tuple[nn.Module, list[list[Step]]]:
     modules = list(layers)
     start = next((i for i, module in enumerate(modules) if isinstance(module, nn.Conv2d)), len(modules))
     steps: list[list[Step]] = [[]]
-    for module in modules[start + 1 : -1]:
-        if isinstance(module, nn.Upsample):
-            steps.append([])
+    for before, module in zip(modules[start:], modules[start + 1 : -1]):
         steps[-1].append(module)
+        if isinstance(before, nn.Upsample):  # module is its convolution
+            steps.append([])
     if not steps[0]:
         raise ValueError(
             f"decoder: expected a convolution and blocks, as TAESD has them, got {', '.join(type(m).__name__ for m in modules)}"
@@ -219,7 +222,8 @@ def _of_compvis(decoder: Any) -> list[list[Step]]:
             if len(level.attn):
                 steps[-1].append(level.attn[i])
         if level is not decoder.up[0]:
-            steps.append([level.upsample])
+            steps[-1].append(level.upsample)
+            steps.append([])
     return steps
 
 
@@ -232,7 +236,8 @@ def _of_diffusers(decoder: Any) -> list[list[Step]]:
     for up in decoder.up_blocks:
         steps[-1] += map(_with_none, up.resnets)
         if up.upsamplers:
-            steps.append(list(up.upsamplers))
+            steps[-1] += up.upsamplers
+            steps.append([])
     return steps
 
 

@@ -253,8 +253,8 @@ def look(before: Tensor, after: Tensor) -> Look:
     share = float(region.float().mean())
     if not bool(region.any()) or bool(region.all()):
         return Look(share, change.tone)
-    was, now = (blur(oklab(t[None]), 0.7, 2)[0] for t in (old, new))
-    return Look(share, change.tone, _taken(was, now, region), _put_in(now, region))
+    was, is_now = (blur(oklab(t[None]), 0.7, 2)[0] for t in (old, new))
+    return Look(share, change.tone, _taken(was, is_now, region), _put_in(is_now, region))
 
 
 def _taken(before: Tensor, after: Tensor, region: Tensor) -> float:

@@ -325,9 +325,9 @@ def _vae_decoder(kind: str, channels: int, inference: bool) -> None:
         x = pictures(40, 64)
     net = vae.first_stage_model
     if kind == "taesd":
-        ends, after = (net.taesd_decoder[5], net.taesd_decoder[10]), net.taesd_decoder[11]
+        ends, after = (net.taesd_decoder[7], net.taesd_decoder[12]), net.taesd_decoder[13]
     else:
-        ends, after = (net.decoder.up[3].block[-1], net.decoder.up[2].block[-1]), net.decoder.up[2].upsample
+        ends, after = (net.decoder.up[3].upsample, net.decoder.up[2].upsample), net.decoder.up[1].block[0]
     seen, ran = [], []
     hooks = [module.register_forward_hook(lambda _m, _a, out: seen.append(out.clone())) for module in ends]
     with loaded(inference):
@@ -341,7 +341,7 @@ def _vae_decoder(kind: str, channels: int, inference: bool) -> None:
         for ours, theirs in zip(encoder.features(z), wanted, strict=True):
             assert_close(ours, theirs, 1e-5)
         assert_close(encoder.from_latents(z), encoder(x).clone(), 1e-3, "features of latents and of their pictures")
-    assert encoder.grid(40, 64) == (5, 8) and encoder.reads_latents(MODEL.vae_encoder(vae).latent_space, 40, 64)
+    assert encoder.grid(40, 64) == (10, 16) and encoder.reads_latents(MODEL.vae_encoder(vae).latent_space, 40, 64)
     assert_contract(encoder, x)
     assert_gradient(encoder, x)
     assert_gradient(encoder.from_latents, z)
@@ -349,7 +349,7 @@ def _vae_decoder(kind: str, channels: int, inference: bool) -> None:
     assert encoder.patchers == (vae.patcher,)
     again, other = MODEL.ManagedVAEDecoder(small_vae(channels, kind), (1, 2)), MODEL.ManagedVAEDecoder(vae, (2,))
     assert again.info == encoder.info and other.info.fingerprint != encoder.info.fingerprint
-    assert other.grid(40, 64) == (10, 16) and encoder.info.name.endswith("ch/1+2/grid"), encoder.info.name
+    assert other.grid(40, 64) == (20, 32) and encoder.info.name.endswith("ch/1+2/grid"), encoder.info.name
     refused(lambda: MODEL.ManagedVAEDecoder(vae, (1, 5)), "depths", "1 to 4", "5")
 
 

@@ -507,6 +507,19 @@ def test_vae_encoder_through_the_stock_loader(world: SimpleNamespace, client: Cl
     assert term["per_sample"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5) and expected.min() > 1e-4
 
 
+def test_vae_decoder_encoder(world: SimpleNamespace, client: Client) -> None:
+    """The numbers are held against ComfyUI's own in test_model_encoders.py; here the node runs as a user wires it."""
+    loader = ("VAELoader", {"vae_name": VAE_FILE})
+    found = []
+    for depths in ("1", "1, 2"):
+        node = ("EditLossVAEDecoderEncoder", {"vae": link("vae"), "depths": depths})
+        (term,) = values_of(client, distance_by(node, "l2", vae=loader))["terms"].values()
+        assert term["encoder"] == f"vae-decoder/taesd-16ch/{depths.replace(', ', '+')}/grid"
+        found.append(term["per_sample"])
+        assert all(1e-4 < v < 4 for v in found[-1])
+    assert found[0] != found[1]
+
+
 DIFFUSION = {
     "model": ("UNETLoader", {"unet_name": MODEL_FILE, "weight_dtype": "default"}),
     "vae": ("VAELoader", {"vae_name": VAE_FILE}),
@@ -916,6 +929,14 @@ ERRORS: list[tuple[str, Callable[[], dict[str, Any]], str, str]] = [
         lambda: distance_by(("EditLossVAEEncoder", {"vae": link("vae"), "image_size": 50}), vae=DIFFUSION["vae"]),
         "VAEEncoder",
         "image_size: expected multiples of 8",
+    ),
+    (
+        "depths that are no numbers",
+        lambda: distance_by(
+            ("EditLossVAEDecoderEncoder", {"vae": link("vae"), "depths": "deep"}), vae=DIFFUSION["vae"]
+        ),
+        "VAEDecoderEncoder",
+        "depths: expected ascending whole numbers from 1, such as 1, 2; got 'deep'",
     ),
     (
         "unknown block",

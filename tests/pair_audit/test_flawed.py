@@ -80,7 +80,8 @@ def test_an_addition_among_replacements_is_right_where_its_caption_says_so(examp
     for caption, accused in (("add my stool", []), ("replace the chair with my stool", ["pair 7"])):
         captions = ["replace the chair with my stool"] * 6 + [caption]
         captions = [f"{c} number {i}" for i, c in enumerate(captions)]  # one group, by look alone
-        pairs = PairSet.from_images(*(torch.stack(side) for side in zip(*images)), captions=captions, resolution=128)
+        before, after = (torch.stack(side) for side in zip(*images))
+        pairs = PairSet.from_images(before, after, None, captions, resolution=128)
         assert [f.name for f in find_flawed(pairs).found] == accused
 
 
