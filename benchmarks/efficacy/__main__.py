@@ -23,16 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arms  # noqa: E402
 from in_comfyui import ROOT, start  # noqa: E402
 
-PLAN = {  # (data, variants of each pair) → arms
+PLAN = {  # (data, variants of each pair) → arms, in the order in which they are made
     ("flawed kept", 8): (
         arms.PLAIN, arms.RECIPE, "regression on rollouts", "only no-edit identity", "only overlay avoidance",
-        "attract-only features", "contrastive flow matching", "Flow-DPO", "edit region × 4", "pair weights",
+        "contrastive flow matching", "attract-only features", "Flow-DPO",
     ),
     ("right", 8): (
         arms.PLAIN, arms.RECIPE, "regression on rollouts", "only geometry match", "one-step losses × 4", arms.LONGER,
     ),
-    ("flawed left out", 8): (arms.PLAIN, arms.RECIPE),
-    ("flawed kept", 0): (arms.PLAIN, arms.RECIPE),
 }  # fmt: skip
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

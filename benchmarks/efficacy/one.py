@@ -21,7 +21,7 @@ SETTINGS = {
     "gradients_every": 0, "validate_every": 0, "self_check": False,
 }  # fmt: skip
 LORA = {"rank": 16, "alpha": 16.0, "layers": "all"}
-POINTS = 4  # of the curves; all but the last with a quarter of the rooms
+POINTS = 4  # of the curves; all but the last with an eighth of the rooms
 SAMPLING = 10  # steps
 
 
@@ -106,7 +106,7 @@ class Lab:
 
         def point() -> None:
             if run.step < steps and run.step % max(1, steps // POINTS) == 0:
-                found = look(rooms[: -(-job.rooms // 4)])
+                found = look(rooms[: -(-job.rooms // 8)])
                 good = sum(v.verdict == "good" for v in found) / len(found)
                 curve.append([run.step, spent.seconds, good])
 

@@ -48,7 +48,7 @@ def check_pair_weights(terms: Sequence[LossTerm]) -> None:
 
 @torch.no_grad()
 def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
-    """r of each pair for each term of :func:`hinges`, ``[pairs, terms]``."""
+    """r of each pair for each term of :func:`hinges`, ``[pairs, terms]``; variants of a pair have the median of theirs."""
     objective = EditObjective(tuple(hinges(terms)))
     found = torch.zeros(len(prepared), len(objective.terms))
     for members in prepared.pairs.buckets.values():
@@ -59,7 +59,14 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
             report = objective.evaluate(embeddings, details=True)
             for k, term in enumerate(report.terms):
                 found[i, k] = term.distances[f"d(gt, {term.term.negative})"].mean()
-    return found / found.median(0).values.clamp_min(1e-6)
+    of: dict[str, list[int]] = {}
+    for i, pair in enumerate(prepared.pairs):
+        of.setdefault(pair.original, []).append(i)
+    medians = torch.stack([found[members].median(0).values for members in of.values()])
+    ratios = medians / medians.median(0).values.clamp_min(1e-6)
+    for row, members in zip(ratios, of.values()):
+        found[members] = row
+    return found
 
 
 def weights(ratios: Tensor) -> Tensor:
@@ -76,13 +83,13 @@ def weights(ratios: Tensor) -> Tensor:
 
 def notes(ratios: Tensor, prepared: Prepared) -> list[str]:
     """Which pairs teach nothing, or less."""
-    told = []
+    told, pairs = [], len({pair.original for pair in prepared.pairs})
     less = ((ratios - NOTHING) / (ALL - NOTHING)).clamp(0, 1).amin(1)
     for what, chosen in (("teach nothing", less <= 0), ("teach less than the others", (less > 0) & (less < 1))):
-        names = [prepared.pairs[i].name for i in chosen.nonzero()[:, 0].tolist()]
+        names = list(dict.fromkeys(prepared.pairs[i].original for i in chosen.nonzero()[:, 0].tolist()))
         if names:
             listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
             told.append(
-                f"pair_weights: {len(names)} of {len(prepared)} {what}, being near to their own negatives: {listed}"
+                f"pair_weights: {len(names)} of {pairs} pairs {what}, being near to their own negatives: {listed}"
             )
     return told

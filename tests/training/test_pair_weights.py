@@ -8,7 +8,7 @@ from small import ALL, GEOMETRY, LATENTS, encoders, parts, pictures, trainer, we
 
 from editloss_core.negatives import OverlaySettings
 from editloss_core.objective import EditObjective
-from editloss_core.pairs import PairSet
+from editloss_core.pairs import PairSet, VariantSettings, with_variants
 from editloss_core.training import pair_weights
 from editloss_core.training.prepare import prepare
 
@@ -45,9 +45,21 @@ def test_weights_are_nothing_all_or_between_and_have_a_mean_of_one():
 def test_a_pair_without_an_edit_teaches_nothing():
     prepared = flawed()
     run = trainer(prepared=prepared, objective=NO_EDIT, pair_weights="reach", steps=12, batch_size=3)
-    assert any("pair_weights: 1 of 6 teach nothing" in note and "pair 6" in note for note in run.notes)
+    assert any("pair_weights: 1 of 6 pairs teach nothing" in note and "pair 6" in note for note in run.notes)
     log = run.run().log
     assert {s.pair for step in log.steps for s in step.samples} == {f"pair {i}" for i in range(1, 6)}
+
+
+def test_variants_share_what_their_pair_can_teach():
+    before, after, mask = pictures(6)
+    after[5] = before[5] + 0.02 * (after[5] - before[5])
+    pairs = PairSet.from_images(before, after, mask, "make it a square", min_size=16)
+    varied = with_variants(pairs, VariantSettings(3, shift=0.0, zoom=1.0, turn=0.0, tone=0.0))
+    prepared = prepare(varied, parts()[1], encoders(), overlay=OverlaySettings(kinds=("blend",)))
+    found = pair_weights.reach(NO_EDIT.terms, prepared)
+    assert all(len(set(found[3 * i : 3 * i + 3, 0].tolist())) == 1 for i in range(6))
+    run = trainer(prepared=prepared, objective=NO_EDIT, pair_weights="reach", steps=2, batch_size=3)
+    assert any("pair_weights: 1 of 6 pairs teach nothing" in note and note.endswith("pair 6") for note in run.notes)
 
 
 def test_pairs_that_are_alike_train_as_without():
