@@ -90,7 +90,7 @@ class OwnFailures:
         encoders: Mapping[str, Encoder],
         kept: int,
         most: int,
-        frozen: Callable[[], ContextManager],
+        frozen: Callable[[], ContextManager[None]],
         folder: Optional[Path] = None,
         writes: bool = True,
     ):

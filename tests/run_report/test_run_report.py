@@ -442,6 +442,21 @@ def test_the_self_check_s_word_does_not_hide_what_was_trained(tmp_path):
     assert run.settings["batch_size"] == 3 and run.info["lora"]["rank"] == 4 and "no edit" in run.terms_of
 
 
+def test_the_last_look_at_own_failures_stands_in_the_report(tmp_path):
+    folder = make_run(tmp_path / "run", [["good"]])
+    log = RunLog.read(folder)
+    log.events = [e for e in log.events if e.event in ("started", "resumed")]
+    for step, failed in ((5, 3), (9, 1)):
+        log.events.append(
+            EventLog(step, "own failures", (f"{failed} of 4 outputs failed: overlay {failed}",), {"outputs": 4})
+        )
+    log.rewrite()
+    notes = judge_run(folder).notes()
+    told = [note for note in notes if note.startswith("Own failures")]
+    assert told == ["Own failures at step 9, the last look: 1 of 4 outputs failed: overlay 1"]
+    assert any("the run goes on, or was killed" in note for note in notes)
+
+
 def test_a_run_whose_losses_are_not_known_is_reported(tmp_path):
     run = judge_run(make_run(tmp_path / "run", [[FINE, BAD], [FINE, FINE]], losses=[None, None]))
     assert run.lowest is None and run.best.step == 20
