@@ -184,10 +184,11 @@ def decoder_steps(decoder: nn.Module) -> tuple[nn.Module, list[list[Step]]]:
     Raises:
         ValueError: a decoder of another layout.
     """
-    if hasattr(decoder, "up_blocks") and hasattr(decoder, "mid_block"):
-        return decoder.conv_in, _of_diffusers(decoder)
-    if hasattr(decoder, "up") and hasattr(decoder, "mid"):
-        return decoder.conv_in, _of_compvis(decoder)
+    first = getattr(decoder, "conv_in", None)
+    if isinstance(first, nn.Module) and hasattr(decoder, "up_blocks") and hasattr(decoder, "mid_block"):
+        return first, _of_diffusers(decoder)
+    if isinstance(first, nn.Module) and hasattr(decoder, "up") and hasattr(decoder, "mid"):
+        return first, _of_compvis(decoder)
     layers = getattr(decoder, "layers", decoder)
     if isinstance(layers, nn.Sequential):
         return _of_sequential(layers)
