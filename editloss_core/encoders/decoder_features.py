@@ -175,7 +175,7 @@ def check_depths(depths: Sequence[int], most: Optional[int] = None) -> None:
         raise ValueError(f"depths: this decoder has 1 to {most}, got {depths[-1]}")
 
 
-def decoder_steps(decoder: nn.Module) -> tuple[nn.Module, list[list[Step]]]:
+def decoder_steps(decoder: Any) -> tuple[nn.Module, list[list[Step]]]:
     """The first convolution of a decoder, and what follows it, depth by depth; the layers that make pixels of the last features
     are left out.
 

@@ -93,6 +93,24 @@ def test_features_are_those_of_hooks_on_the_whole_decoder(layout):
         VAEDecoderEncoder(vae, decoder, decode, "d", "f", depths=(1, 5))
 
 
+def test_of_diffusers_autoencoder_with_its_own_latents():
+    """As ``kind = "vae_decoder"`` of a training config makes it."""
+    diffusers = pytest.importorskip("diffusers")
+    from editloss_core.models.autoencoder import vae_decoder_encoder, vae_encoder
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(**KL, scaling_factor=0.3611, shift_factor=0.1159).eval().requires_grad_(False)
+    encoder, of_model = vae_decoder_encoder(vae, (1, 2)), vae_encoder(vae)
+    pictures = torch.rand(1, 32, 48, 3)
+    z = of_model.unscaled(of_model.latents(pictures))
+    assert encoder.info.name == "vae-decoder/autoencoderkl-4ch/1+2/grid" and encoder.reads_latents(
+        of_model.latent_space, 32, 48
+    )
+    torch.testing.assert_close(encoder.from_latents(z), encoder(pictures), rtol=1e-3, atol=1e-4)
+    block = vae.decoder.up_blocks[0](vae.decoder.mid_block(vae.decoder.conv_in(vae.post_quant_conv(z))))
+    torch.testing.assert_close(encoder.features(z)[0], block)
+
+
 def test_standardised_by_hand(decoder_features):
     encoder = decoder_features.build(depths=(1, 2))
     vae, decoder = decoder_features.ae, decoder_features.decoder
