@@ -105,8 +105,8 @@ class LossTerm:
 
     @property
     def pushes(self) -> bool:
-        """Whether the term keeps the output away from something of its own pair."""
-        return (self.negative not in (None, IN_BATCH)) or self.label == 0
+        """Whether the term keeps the output away from something of its own pair; a ranking with a reference only pulls."""
+        return (self.negative not in (None, IN_BATCH) and self.reference is None) or self.label == 0
 
     def gate(self, t: Tensor) -> Tensor:
         """Which samples of noise levels ``t`` ``[B]`` the term counts, as booleans ``[B]``."""

@@ -10,11 +10,20 @@ from torch import nn
 
 from editloss_core.objective import EditObjective, LossTerm
 from editloss_core.training.flow import Timesteps
-from editloss_core.training.settings import OPTIMIZERS, MovingAverage, TrainingSettings, check_objective, every
+from editloss_core.training.settings import (
+    OPTIMIZERS,
+    MovingAverage,
+    TrainingSettings,
+    check_objective,
+    every,
+    gated,
+    warnings,
+)
 
-WHOLE = ["steps", "batch_size", "accumulation", "objective_every", "keep"]
+WHOLE = ["steps", "batch_size", "accumulation", "objective_every", "rollout_steps", "keep"]
 WHOLE_OR_NONE = [
-    "warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews", "checkpoint_every",
+    "warmup", "objective_warmup", "seed", "gradients_every", "validate_every", "preview_steps", "previews",
+    "checkpoint_every",
 ]  # fmt: skip
 NUMBERS = {"learning_rate": True, "weight_decay": False, "clip": False, "velocity_weight": False, "edit_weight": True,
            "estimate_cap": True, "ema": False}  # name → whether 0 is refused  # fmt: skip
@@ -141,3 +150,45 @@ def test_the_moving_average_equals_its_recursion():
         expected = decay * expected + (1 - decay) * math.sin(n)
         assert average.values["p"].item() == pytest.approx(expected, abs=1e-6)
     assert not average.values["p"].requires_grad and average.values["p"].data_ptr() != p.data_ptr()
+
+
+# --- where losses that push away count --------------------------------------------------------------------------------
+
+
+def pushing(**changes):
+    return EditObjective(
+        (LossTerm("overlay_avoidance", "e", name="overlay", **changes), LossTerm("geometry_match", "e"))
+    )
+
+
+def test_pushes_on_one_step_estimates_count_up_to_the_gate_and_matches_everywhere():
+    made = gated(pushing(), TrainingSettings())
+    assert [(t.t_min, t.t_max) for t in made.terms] == [(0.0, 0.5), (0.0, 1.0)]
+    assert [t.t_max for t in gated(pushing(t_max=0.3), TrainingSettings()).terms] == [0.3, 1.0]
+    closed = gated(pushing(t_min=0.6), TrainingSettings()).terms[0]
+    assert (closed.t_min, closed.t_max) == (0.5, 0.5), "a gate that begins above it is closed, not moved down"
+    assert gated(pushing(), TrainingSettings(estimate="rollout")) == pushing()
+
+
+@pytest.mark.parametrize(
+    "kind, pushes",
+    (("no_edit_identity", True), ("triplet", True), ("multi_negative", True), ("margin_ranking", False),
+     ("geometry_match", False), ("feature_match", False), ("contrastive", False), ("info_nce", False)),
+)  # fmt: skip
+def test_which_kinds_push(kind, pushes):
+    chosen = {"negative": "in_batch"} if kind == "info_nce" else {}
+    assert LossTerm(kind, "e", **chosen).pushes == pushes
+
+
+def test_a_contrastive_term_pushes_where_its_label_says_so():
+    assert LossTerm("contrastive", "e", label=0, margin=0.5).pushes
+
+
+def test_what_was_measured_to_do_harm_is_said():
+    (harm,) = warnings(pushing(), TrainingSettings(pushes_t_max=0.9))
+    assert harm.startswith("pushes_t_max 0.9: above t = 0.5") and "(overlay)" in harm
+    (idle,) = warnings(pushing(), TrainingSettings())
+    assert idle.startswith("overlay: on the one-step estimate they count up to t = 0.5") and "Rollout Options" in idle
+    assert warnings(pushing(), TrainingSettings(estimate="rollout", pushes_t_max=0.9)) == []
+    assert warnings(pushing(weight=0.0), TrainingSettings(pushes_t_max=0.9)) == []
+    assert warnings(EditObjective((LossTerm("geometry_match", "e"),)), TrainingSettings()) == []
