@@ -152,7 +152,7 @@ class Train(io.ComfyNode):
             else:
                 result = trainer.run()
                 run = TrainingRun(folder.name, result, metadata(trainer), folder)
-                notes = (*trainer.prepared.notes, *trainer.notes)
+                notes = (*trainer.warnings, *trainer.prepared.notes, *trainer.notes)
                 ended_runs.keep(asked, run, notes)
 
             result = run.result

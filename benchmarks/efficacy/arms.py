@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PLAIN = "flow matching"
-LONGER = "flow matching, equal time"
+LONGER = "flow matching at equal time"
 RECIPE = "recipe"
 
 

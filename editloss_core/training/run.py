@@ -202,7 +202,7 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     if main:
         if result.self_check:
             say(result.self_check)
-        for note in (*train.notes, *trainer.notes):
+        for note in (*trainer.warnings, *train.notes, *trainer.notes):
             say(f"note: {note}")
         dtype = DTYPES[config.run.lora_dtype]
         for path in save_both(result.lora, plan.folder / LORA_FILE, metadata(trainer), dtype):

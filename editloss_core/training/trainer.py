@@ -155,7 +155,8 @@ class Trainer:
         }
         self._advice = {"resolution": resolution, "rank": lora.settings.rank, "optimizer": settings.optimizer}
         self._checkpointing, self._cache = checkpointing, cache
-        self.notes = warnings(objective, settings)  # what a person should know though it stops nothing
+        self.warnings = warnings(objective, settings)  # settings that were measured, and are not good
+        self.notes: list[str] = []  # what a person should know though it stops nothing
         if settings.batch_size % self.processes.count:
             each = -(-settings.batch_size // self.processes.count)
             self.notes.append(

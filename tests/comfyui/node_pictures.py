@@ -23,6 +23,11 @@ Prompt = dict[str, dict[str, Any]]
 
 OTHERS = [
     graph(
+        mix=("EditLossRecommendedMix",),
+        gate=("EditLossGateTerms", {"objective": link("mix")}),
+        train=("EditLossTrainKontextLoRA", {"objective": link("gate")}),
+    ),
+    graph(
         vision=("CLIPVisionLoader",),
         encoder=("EditLossCLIPVisionEncoder", {"clip_vision": link("vision")}),
         embed=("EditLossEncode", {"encoder": link("encoder")}),
