@@ -189,7 +189,7 @@ def _stool_learnt(client, outputs: dict, workflow: dict) -> None:
     assert share("source copied", "no edit") == 100
     assert share("target through the VAE", "good") >= 90, table
     assert share("base", "no edit") >= 50 and share("base", "good") == 0, table
-    assert share("with the LoRA", "good") >= 35, table
+    assert share("with the LoRA", "good") >= 25, table
     assert share("with the LoRA", "no edit") <= 2 and share("with the LoRA", "overlay") <= 12, table
     assert float(rows["base"]["progress"]) < 0.4 and float(rows["with the LoRA"]["progress"]) > 0.7, table
     assert float(rows["with the LoRA"]["old left"]) < 0.2 < float(rows["base"]["old left"]), table
