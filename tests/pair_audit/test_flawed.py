@@ -143,3 +143,15 @@ def test_a_config_leaves_them_out_before_it_holds_pairs_out(examples: list[Examp
     assert left == {e.seed for e in examples[:6]} and len(watched) == 2
     with pytest.raises(ValueError, match="pairs.flawed: expected one of 'leave out', 'keep', 'stop', got 'drop'"):
         parse_config('[model]\npath = "m"\n[pairs]\nfolder = "p"\nflawed = "drop"\n[run]\nfolder = "r"\n', files=False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sets_of_the_experiment_become_the_right_pairs(seed):
+    """benchmarks/efficacy and the README call them "left out" and train on the right ones."""
+    pairs = stool_pairs(16, seed)
+    flaws = [None] * 12 + ["unedited"] * 2 + ["overlaid"] * 2
+    made = [flawed(e, f) if f else e for e, f in zip(pairs, flaws)]
+    before, after = (torch.stack([getattr(e, part) for e in made]) for part in ("before", "after"))
+    names = [str(i) for i in range(16)]
+    found = handle(PairSet.from_images(before, after, None, [e.prompt for e in made], names=names), "leave out")
+    assert sorted(map(int, found.left_out)) == [12, 13, 14, 15]
