@@ -143,7 +143,7 @@ class Trainer:
             if len(pairs) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(pairs)} pairs, got {len(given)}")
         check_objective(objective, settings)
-        objective = gated(objective, settings) if objective and objective.terms else None
+        objective = objective if objective and objective.terms else None
         self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
         self.settings, self.folder, self.host, self.decode = settings, folder, host or Host(), decode
         self.info = {
@@ -176,7 +176,7 @@ class Trainer:
                 EditObjective(terms), encoders or {}, pairs, decode, lora.disabled, denoiser.device, processes, failures
             )
 
-        terms = objective.terms if objective else ()
+        terms = gated(objective, settings).terms if objective else ()
         alone = [term for term in terms if not term.across_batch and ROLE not in term.roles]
         in_batch = ", ".join(term.name for term in terms if term.across_batch)
         self._teaching = {rollout.REGRESSION, *(term.name for term in terms if term.weight)}

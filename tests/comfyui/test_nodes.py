@@ -1157,16 +1157,18 @@ def test_work_on_pairs_tells_every_picture_and_gives_the_cores_result(world: Sim
 
 
 def test_option_nodes_as_they_come_change_nothing(object_info: dict[str, Any], client: Client) -> None:
-    """Their widgets begin at what a run has without them."""
+    """Their widgets begin at what a run has without them; Rollout Options is what turns rollouts on."""
     nodes = [name for name, info in ours(object_info).items() if info["output"] == ["EDITLOSS_TRAINING_OPTIONS"]]
-    assert len(nodes) == 5
+    assert len(nodes) == 6
     prompt = {}
     for name in nodes:
         values = {k: o["default"] for k, (_, o) in inputs_of(object_info[name]).items() if "default" in o}
         prompt.update(graph(**{name: (name, values), f"{name} shown": ("PreviewAny", {"source": link(name)})}))
     outputs = client.run(prompt).outputs
-    assert {name: outputs[name]["text"] for name in nodes} == {
-        name: ["nothing changed: these are the defaults"] for name in nodes
+    (rollouts,) = outputs["EditLossRolloutOptions"]["text"]
+    assert rollouts == "objective_every: 4\nestimate: rollout\nrollout_regression: 1"
+    assert {name: outputs[name]["text"] for name in nodes if name != "EditLossRolloutOptions"} == {
+        name: ["nothing changed: these are the defaults"] for name in nodes if name != "EditLossRolloutOptions"
     }
 
 
