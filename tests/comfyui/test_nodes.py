@@ -1166,7 +1166,7 @@ def test_option_nodes_as_they_come_change_nothing(object_info: dict[str, Any], c
         prompt.update(graph(**{name: (name, values), f"{name} shown": ("PreviewAny", {"source": link(name)})}))
     outputs = client.run(prompt).outputs
     (rollouts,) = outputs["EditLossRolloutOptions"]["text"]
-    assert rollouts == "objective_every: 4\nestimate: rollout\nrollout_regression: 1"
+    assert rollouts == "estimate: rollout\nobjective_every: 4\nrollout_regression: 1"
     assert {name: outputs[name]["text"] for name in nodes if name != "EditLossRolloutOptions"} == {
         name: ["nothing changed: these are the defaults"] for name in nodes if name != "EditLossRolloutOptions"
     }
