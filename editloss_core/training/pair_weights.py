@@ -7,9 +7,10 @@ d_i the reach of pair i for a term (the mean over several negatives), and m its 
 
     r_i = d_i / m,   w_i = min over the terms of clamp((r_i − 0.6) / 0.15, 0, 1)
 
-is the pair's weight in every loss, divided by the mean of those above 0; pairs of weight 0 are in no batch. In a set of one target right pairs are alike: in the demo r
-is 0.78 to 1.2 for right pairs, 0.45 to 0.57 for overlaid ones and 0 for unedited ones (no-edit identity, VAE latents). In a
-set of many kinds of edits small ones are not wrong; there it is not to be used.
+is the pair's weight in every loss, divided by the mean of those above 0; pairs of weight 0 are in no batch. In a set of one
+target right pairs are alike: in the demo r is 0.78 to 1.2 for right pairs, 0.45 to 0.57 for overlaid ones and 0 for unedited
+ones (no-edit identity, VAE latents, three seeds). In a set of many kinds of edits small ones are not wrong; there it is not to
+be used.
 """
 
 from __future__ import annotations
@@ -51,14 +52,12 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
     """r of each pair for each term of :func:`hinges`, ``[pairs, terms]``; variants of a pair have the median of theirs."""
     objective = EditObjective(tuple(hinges(terms)))
     found = torch.zeros(len(prepared), len(objective.terms))
-    for members in prepared.pairs.buckets.values():
-        for i in members:
-            embeddings = prepared.embeddings([i], objective.encoders)
-            for name in objective.encoders:
-                embeddings = embeddings.with_embedding("pred", prepared.encoders[name], embeddings.get("gt", name))
-            report = objective.evaluate(embeddings, details=True)
-            for k, term in enumerate(report.terms):
-                found[i, k] = term.distances[f"d(gt, {term.term.negative})"].mean()
+    for i in range(len(prepared)):
+        embeddings = prepared.embeddings([i], objective.encoders)
+        for name in objective.encoders:
+            embeddings = embeddings.with_embedding("pred", prepared.encoders[name], embeddings.get("gt", name))
+        for k, term in enumerate(objective.evaluate(embeddings, details=True).terms):
+            found[i, k] = term.distances[f"d(gt, {term.term.negative})"].mean()
     of: dict[str, list[int]] = {}
     for i, pair in enumerate(prepared.pairs):
         of.setdefault(pair.original, []).append(i)
@@ -69,13 +68,18 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
     return found
 
 
+def _teaches(ratios: Tensor) -> Tensor:
+    """w of each pair ``[pairs]``, 0…1, before the division by a mean."""
+    return ((ratios - NOTHING) / (ALL - NOTHING)).clamp(0, 1).amin(1)
+
+
 def weights(ratios: Tensor) -> Tensor:
     """w of each pair ``[pairs]``; those above 0 have a mean of 1.
 
     Raises:
         ValueError: nothing is left.
     """
-    found = ((ratios - NOTHING) / (ALL - NOTHING)).clamp(0, 1).amin(1)
+    found = _teaches(ratios)
     if not bool(found.any()):
         raise ValueError("pair_weights: no pair is left; expected a set of one target, in which right pairs are alike")
     return found / found[found > 0].mean()
@@ -84,7 +88,7 @@ def weights(ratios: Tensor) -> Tensor:
 def notes(ratios: Tensor, prepared: Prepared) -> list[str]:
     """Which pairs teach nothing, or less."""
     told, pairs = [], len({pair.original for pair in prepared.pairs})
-    less = ((ratios - NOTHING) / (ALL - NOTHING)).clamp(0, 1).amin(1)
+    less = _teaches(ratios)
     for what, chosen in (("teach nothing", less <= 0), ("teach less than the others", (less > 0) & (less < 1))):
         names = list(dict.fromkeys(prepared.pairs[i].original for i in chosen.nonzero()[:, 0].tolist()))
         if names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Mapping, Sequence
+from typing import Sequence
 
 from ..objective import LossTerm
 
@@ -40,14 +40,16 @@ class Shares:
     Args:
         terms: their weights are the shares, Σ < 1.
         reference: name of the part that the rest falls to.
-        means: running means (log) by name, of a run that goes on.
+
+    Attributes:
+        means: running means of log norms by name; a run that goes on brings its own.
     """
 
-    def __init__(self, terms: Sequence[LossTerm], reference: str, means: Mapping[str, float] | None = None):
+    def __init__(self, terms: Sequence[LossTerm], reference: str):
         check_shares(terms)
         self.reference = reference
         self.shares = {term.name: term.weight for term in terms if term.weight}
-        self.means: dict[str, float] = dict(means or {})
+        self.means: dict[str, float] = {}
 
     def measured(self, name: str, norms: Sequence[float]) -> None:
         """Norms of the gradient of a part with its share as its weight, of one sample each; those that are 0 do not count."""

@@ -749,7 +749,11 @@ class Trainer:
             measured: whether part by part.
         """
         output = predicted.detach().requires_grad_(True)
-        parts = self._weighted(losses(output), batch)
+
+        def weighted() -> list[Part]:
+            return self._weighted(losses(output), batch)
+
+        parts = weighted()
         if not parts:
             return 0.0, []
         names = [self.prepared.pairs[i].name for i in batch]
@@ -761,7 +765,7 @@ class Trainer:
         found = found.tolist()  # a wait for the device
         finite = [bool(row.pop()) for row in found]
         if not all(finite):
-            blame(self._weighted(losses(output), batch), output, finite, names, levels, where, self.processes)
+            blame(weighted(), output, finite, names, levels, where, self.processes)
         self._memory.enter("backward")
         predicted.backward(gradient / self.settings.accumulation)
 
