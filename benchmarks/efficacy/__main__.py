@@ -26,7 +26,8 @@ from in_comfyui import ROOT, start  # noqa: E402
 PLAN = {  # (data, variants of each pair) → arms, in the order in which they are made
     ("flawed kept", 8): (
         arms.PLAIN, arms.RECIPE, "regression on rollouts", "only no-edit identity", "only overlay avoidance",
-        "pair weights", "contrastive flow matching", "attract-only features", "Flow-DPO",
+        "pair weights", "losses on rollouts", "edit region × 4", "contrastive flow matching", "attract-only features",
+        "Flow-DPO",
     ),
     ("right", 8): (
         arms.PLAIN, arms.RECIPE, "regression on rollouts", "only geometry match", "one-step losses × 4", arms.LONGER,

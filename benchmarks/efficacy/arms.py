@@ -131,7 +131,7 @@ def arms(objective: Any) -> dict[str, Arm]:
                             lambda encoder: tuple(replace(t, weight=0.0) for t in three(encoder))),
         RECIPE: Arm("regression and the three task losses on rollouts, shares of 0.1, pair weights", RECIPE_TRAINING, three),
         **{
-            f"only {name}": Arm("one task loss on rollouts with its pair weights, no regression",
+            f"only {name}": Arm("one task loss on rollouts, no regression" + ("" if k == 1 else ", and its pair weights"),
                                 {**ROLLOUTS, **SHARES, **({} if k == 1 else {"pair_weights": "reach"})}, one(k))
             for k, name in enumerate(("no-edit identity", "geometry match", "overlay avoidance"))
         },
