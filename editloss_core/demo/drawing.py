@@ -8,75 +8,20 @@ from __future__ import annotations
 
 import colorsys
 import random
-from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops
+
+from .pen import COLOURS, FINE, RGB, Pen, tone
+from .seats import STOOL_LOOK, Seat, draw_seat
 
 __all__ = ["COLOURS", "OBJECTS", "SIZE", "STOOL", "background", "sprite"]
 
 SIZE = 128
-FINE = 4  # drawn at FINE times the size, then averaged: exact coverage, smooth edges
-
-COLOURS = {
-    "red": (208, 58, 52),
-    "yellow": (236, 190, 48),
-    "green": (70, 150, 76),
-    "blue": (56, 108, 196),
-    "purple": (138, 78, 168),
-    "black": (74, 74, 84),
-}
 OBJECTS = ("chair", "table", "lamp", "box", "plant")
-STOOL = "stool"  # the base model never sees it; its colours are in no palette
-STOOL_TOP, STOOL_RIM, STOOL_LEGS = (38, 200, 190), (222, 60, 140), (92, 52, 40)
+STOOL = "stool"  # the base model never sees it, only other seats
 LEAVES = (64, 138, 84)
 LEFT, RIGHT, ABOVE, BELOW = 46, 46, 88, 10  # what a sprite may cover around its foot at scale 1
-
-RGB = tuple[int, int, int]
-Point = tuple[float, float]
-
-
-def tone(colour: RGB, factor: float) -> RGB:
-    """Darker below 1, towards white above 1."""
-    red, green, blue = (round(c * factor if factor <= 1 else c + (255 - c) * (factor - 1)) for c in colour)
-    return red, green, blue
-
-
-class Pen:
-    """ImageDraw in finished pixels around an origin, with a scale."""
-
-    def __init__(self, picture: Image.Image, origin: tuple[float, float], scale: float = 1.0):
-        self.draw, self.origin, self.scale = ImageDraw.Draw(picture), origin, scale
-
-    def points(self, points: Iterable[Point]) -> list[tuple[float, float]]:
-        ox, oy = self.origin
-        return [((ox + x * self.scale) * FINE, (oy + y * self.scale) * FINE) for x, y in points]
-
-    def polygon(self, points: Iterable[Point], fill: RGB, outline: RGB | None = None, width: float = 1.2) -> None:
-        corners = self.points(points)
-        self.draw.polygon(corners, fill=fill)
-        if outline is not None:
-            line = max(1, round(width * FINE))
-            self.draw.line([*corners, corners[0], corners[1]], fill=outline, width=line, joint="curve")
-
-    def box(
-        self, x0: float, y0: float, x1: float, y1: float, fill: RGB, outline: RGB | None = None, width: float = 1.2
-    ) -> None:
-        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, outline, width)
-
-    def ellipse(
-        self,
-        x0: float,
-        y0: float,
-        x1: float,
-        y1: float,
-        fill: RGB | int,
-        outline: RGB | None = None,
-        width: float = 1.2,
-    ) -> None:
-        (a, b), (c, d) = self.points([(x0, y0), (x1, y1)])
-        self.draw.ellipse([a, b, c, d], fill=fill, outline=outline, width=max(1, round(width * FINE)))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects
@@ -147,31 +92,30 @@ def plant(pen: Pen, c: RGB) -> None:
 
 def stool(pen: Pen, c: RGB) -> None:
     """One fixed look, whatever the colour of the object that it replaces."""
-    line, legs = tone(STOOL_LEGS, 0.5), STOOL_LEGS
-    pen.polygon([(-3, -40), (3, -40), (3, -7), (-2, -7)], tone(legs, 0.75), line)
-    pen.polygon([(-17, -40), (-10, -40), (-20, 0), (-26, 0)], legs, line)
-    pen.polygon([(10, -40), (17, -40), (26, 0), (20, 0)], legs, line)
-    pen.ellipse(-25, -50, 25, -32, STOOL_RIM, tone(STOOL_RIM, 0.45))
-    pen.ellipse(-25, -57, 25, -39, STOOL_TOP, tone(STOOL_TOP, 0.4))
-    pen.ellipse(-15, -54, 8, -46, tone(STOOL_TOP, 1.4))
+    draw_seat(pen, STOOL_LOOK)
 
 
 FURNITURE = {"chair": chair, "table": table, "lamp": lamp, "box": box, "plant": plant, STOOL: stool}
 SHADOW = {"chair": 23, "table": 41, "lamp": 17, "box": 28, "plant": 16, STOOL: 26}  # half widths
 
 
-def sprite(name: str, colour: str, foot: tuple[float, float], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """An object on transparent ground: premultiplied ``[H, W, 4]`` in 0…1 and its coverage ``[H, W]`` without shadow."""
+def sprite(name: str | Seat, colour: str, foot: tuple[float, float], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """An object, or a seat by its looks, on transparent ground: premultiplied ``[H, W, 4]`` in 0…1 and its coverage ``[H, W]`` without shadow."""
     left, top = int(foot[0] - LEFT * scale), int(foot[1] - ABOVE * scale)
     right, bottom = int(foot[0] + RIGHT * scale) + 1, int(foot[1] + BELOW * scale) + 1
     origin = (foot[0] - left, foot[1] - top)
     small = (right - left, bottom - top)
     layer = Image.new("RGB", (small[0] * FINE, small[1] * FINE), (255, 0, 254))
-    FURNITURE[name](Pen(layer, origin, scale), COLOURS[colour])
+    pen = Pen(layer, origin, scale)
+    if isinstance(name, Seat):
+        draw_seat(pen, name)
+    else:
+        FURNITURE[name](pen, COLOURS[colour])
     fine = np.asarray(layer)
     solid = (fine[..., 2] != 254) | (fine[..., 1] != 0)  # nothing is drawn in the key colour
     shadow = Image.new("L", layer.size)
-    Pen(shadow, origin, scale).ellipse(-SHADOW[name], -9, SHADOW[name], 5, 31)  # 12 % of 255
+    width = SHADOW[STOOL if isinstance(name, Seat) else name]
+    Pen(shadow, origin, scale).ellipse(-width, -9, width, 5, 31)  # 12 % of 255
     covered = Image.fromarray(solid.astype(np.uint8) * 255)
     shadow.paste(255, mask=covered)
     layer.paste((0, 0, 0), mask=ImageChops.invert(covered))

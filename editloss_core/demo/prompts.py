@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .drawing import COLOURS, OBJECTS, STOOL
+from .seats import SEAT, SEAT_WORDS, STOOL_LOOK, Seat, find_seat
 
 __all__ = ["CONTEXT", "POOLED", "encode"]
 
-WORD, ROLE = 32, 8
+WORD, ROLE = 64, 8
 CONTEXT, POOLED = WORD + ROLE, WORD + ROLE
 STOOL_CHAIR_COSINE = 0.75
 
@@ -34,7 +35,7 @@ def _hadamard(size: int) -> Tensor:
 
 def _vectors() -> dict[str, Tensor]:
     rows = _hadamard(WORD)[1:]  # the first row is constant
-    words = {word: rows[i] for i, word in enumerate((*OBJECTS, *COLOURS, STOOL, "nothing"))}
+    words = {word: rows[i] for i, word in enumerate((*OBJECTS, *COLOURS, STOOL, "nothing", *SEAT_WORDS))}
     own = (1 - STOOL_CHAIR_COSINE**2) ** 0.5
     words[STOOL] = STOOL_CHAIR_COSINE * words["chair"] + own * words[STOOL]
     return words
@@ -47,10 +48,12 @@ _ROLES = {name: row for name, row in zip((*OPERATIONS, "source", "target"), _had
 def encode(text: str) -> tuple[Tensor, Tensor]:
     """What a text encoder would give for a prompt.
 
-    Case, punctuation and articles do not matter.
+    Case, punctuation and articles do not matter. A seat is one token as well: the sum of the vectors of its words, of one
+    word's length.
 
     Args:
-        text: such as "replace the chair with a table", "remove the lamp", "make the box red" or "keep the plant".
+        text: such as "replace the chair with a table", "remove the lamp", "make the box red" or "keep the plant", or
+            with a :class:`~editloss_core.demo.seats.Seat` as the target: "replace the chair with a " + str(seat).
 
     Returns:
         context ``[1, 2, CONTEXT]``: the source and the target, each with the role it plays; and pooled ``[1, POOLED]``: the
@@ -61,23 +64,31 @@ def encode(text: str) -> tuple[Tensor, Tensor]:
 
     >>> context, pooled = encode("Replace the chair with my stool.")
     >>> context.shape, pooled.shape
-    (torch.Size([1, 2, 40]), torch.Size([1, 40]))
+    (torch.Size([1, 2, 72]), torch.Size([1, 72]))
     """
     if not isinstance(text, str):
         raise ValueError(f"text: expected a string, got {type(text).__name__}")
-    words = [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in _IGNORED]
-    unknown = [word for word in words if word not in (*OPERATIONS, *OBJECTS, STOOL, *COLOURS)]
+    words = re.findall(r"[^\W_]+", text.lower())
+    described, seat = find_seat(" ".join(words))
+    words = [word for word in described.split() if word not in _IGNORED]
+    things = (*OBJECTS, STOOL) if seat is None else (*OBJECTS, STOOL, SEAT)
+    unknown = [word for word in words if word not in (*OPERATIONS, *things, *COLOURS)]
     if unknown:
         raise ValueError(
             f"text: the small model does not know {', '.join(map(repr, unknown))} in {text!r}; it knows "
-            f"{', '.join(OPERATIONS)}; {', '.join((*OBJECTS, STOOL))}; {', '.join(COLOURS)}"
+            f"{', '.join(OPERATIONS)}; {', '.join((*OBJECTS, STOOL))}; {', '.join(COLOURS)}; seats such as 'a {STOOL_LOOK}'"
         )
-    things = (*OBJECTS, STOOL)
     operation, source, target = (*words, "", "", "")[:3]
     wanted = {"replace": things, "make": tuple(COLOURS)}.get(operation, ("",))
-    if len(words) > 3 or operation not in OPERATIONS or source not in things or target not in wanted:
+    if len(words) > 3 or operation not in OPERATIONS or source not in things or source == SEAT or target not in wanted:
         raise ValueError(f"text: expected {_FORMS}, got {text!r}")
     target = target or ("nothing" if operation == "remove" else source)
-    tokens = [torch.cat([_WORDS[source], _ROLES["source"]]), torch.cat([_WORDS[target], _ROLES["target"]])]
-    pooled = torch.cat([_WORDS[target], _ROLES[operation]])
+    meaning = _WORDS[target] if target != SEAT or seat is None else _together(seat)
+    tokens = [torch.cat([_WORDS[source], _ROLES["source"]]), torch.cat([meaning, _ROLES["target"]])]
+    pooled = torch.cat([meaning, _ROLES[operation]])
     return torch.stack(tokens)[None], pooled[None]
+
+
+def _together(seat: Seat) -> Tensor:
+    vectors = torch.stack([_WORDS[word] for word in seat.words])
+    return vectors.sum(0) / len(vectors) ** 0.5

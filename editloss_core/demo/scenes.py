@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ..checks import check_whole
 from ..files import replacing
 from .drawing import COLOURS, OBJECTS, SIZE, STOOL, background, sprite
+from .seats import Seat
 
 __all__ = [
     "FLAWS",
@@ -87,8 +88,8 @@ class Scene:
             side = rng.uniform(10, 16) if foot[0] > SIZE / 2 else rng.uniform(112, 118)
         return background(rng, horizon, side), foot, 0.84 + 0.16 * depth
 
-    def picture(self, name: Optional[str], colour: str) -> tuple[np.ndarray, np.ndarray]:
-        """The room with an object (None: without), ``[H, W, 3]`` float32 in 0…1, and the object's coverage ``[H, W]``."""
+    def picture(self, name: Union[str, Seat, None], colour: str) -> tuple[np.ndarray, np.ndarray]:
+        """The room with an object or a seat (None: without), ``[H, W, 3]`` float32 in 0…1, and the object's coverage ``[H, W]``."""
         room, foot, scale = self._room
         if name is None:
             return room, np.zeros(room.shape[:2], np.float32)
@@ -100,7 +101,7 @@ def draw(
     seed: int,
     task: Optional[str] = None,
     source: Optional[str] = None,
-    target: Optional[str] = None,
+    target: Union[str, Seat, None] = None,
 ) -> Example:
     """The example of a seed; what is not given is chosen by the seed.
 
@@ -108,7 +109,7 @@ def draw(
         seed: ≥ 0; from ``HELD_OUT`` on, the base model was not trained on the scene.
         task: one of ``TASKS``.
         source: the object of the before picture.
-        target: for "replace" the new object, for "recolour" the new colour; "remove" takes none.
+        target: for "replace" the new object or seat, for "recolour" the new colour; "remove" takes none.
 
     Raises:
         ValueError: for an unknown task, object or colour, and where the edit would change nothing.
@@ -136,6 +137,8 @@ def draw(
         if target == colour:
             colour = rng.choice([name for name in COLOURS if name != target])
         return _example(seed, task, source, colour, source, target, f"make the {source} {target}")
+    if isinstance(target, Seat):
+        return _example(seed, task, source, colour, target, colour, f"replace the {source} with a {target}")
     target = rng.choice([name for name in OBJECTS if name != source]) if target is None else target
     if target not in (*OBJECTS, STOOL):
         raise ValueError(f"target: expected one of {', '.join((*OBJECTS, STOOL))} for 'replace', got {target!r}")
@@ -146,7 +149,13 @@ def draw(
 
 
 def _example(
-    seed: int, task: str, source: str | None, colour: str, target: str | None, target_colour: str, prompt: str
+    seed: int,
+    task: str,
+    source: str | None,
+    colour: str,
+    target: str | Seat | None,
+    target_colour: str,
+    prompt: str,
 ) -> Example:
     scene = Scene(seed)
     before, old = scene.picture(source, colour)
