@@ -1,7 +1,7 @@
 """Prompts as the small model reads them: a token per role, and a pooled vector of the operation and its target.
 
 A Flux gives text tokens no order, so a token says itself what part it plays: it is (word ⊕ role). Word vectors are rows of
-a Hadamard matrix: fixed, orthogonal, the same on every machine, and not learned. Only the stool's is mixed, at a cosine
+a Hadamard matrix: fixed, orthogonal, the same on every machine, and not learned. A seat is the sum of its words. Only the stool's is mixed, at a cosine
 of 0.75 with the chair's, as a real text encoder would have it.
 """
 
