@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from editloss_core.demo.drawing import COLOURS, OBJECTS, SIZE
-from editloss_core.demo.judge import judge, table
+from editloss_core.demo.judge import Verdict, judge, table
 from editloss_core.demo.model import AUTOENCODER, DIFFUSION, Autoencoder, flux_config
 from editloss_core.demo.prompts import encode
 from editloss_core.demo.scenes import HELD_OUT, TASKS, Example, Scene, draw
@@ -221,21 +221,30 @@ def edit(network: nn.Module, autoencoder: Autoencoder, examples: Sequence[Exampl
         return autoencoder.decode(sample(network, before, context, pooled, steps))
 
 
+def held_out(task: str, count: int) -> list[Example]:
+    """Scenes that were not trained on, with an edit of a task: one of ``TASKS``, or "seat"."""
+    if task != "seat":
+        return [draw(HELD_OUT + i, task) for i in range(count)]
+    seats = random.Random("held-out seats")
+    return [draw(HELD_OUT + i, "replace", target=drawn_seat(seats)) for i in range(count)]
+
+
+def judged(
+    network: nn.Module, autoencoder: Autoencoder, examples: Sequence[Example]
+) -> tuple[list[Verdict], list[Verdict]]:
+    """Verdicts of the network's answers, and of the round trips of what was asked for."""
+    with torch.no_grad():
+        trips = autoencoder.decode(autoencoder.encode(torch.stack([e.after for e in examples])))
+    return judge(edit(network, autoencoder, examples), examples), judge(trips, examples)
+
+
 def report(network: nn.Module, autoencoder: Autoencoder, count: int = 32) -> str:
     """The table of verdicts on held-out scenes, a row per task, between copies of the source and round trips of the target."""
     rows = {}
-    seats = random.Random("held-out seats")
     for task in (*TASKS, "seat"):
-        seat = task == "seat"
-        examples = [
-            draw(HELD_OUT + i, "replace", target=drawn_seat(seats)) if seat else draw(HELD_OUT + i, task)
-            for i in range(count)
-        ]
-        after, before = (torch.stack([getattr(e, key) for e in examples]) for key in ("after", "before"))
-        rows[f"{task}: copy of the source"] = judge(before, examples)
-        with torch.no_grad():
-            rows[f"{task}: round trip of the target"] = judge(autoencoder.decode(autoencoder.encode(after)), examples)
-        rows[f"{task}: model"] = judge(edit(network, autoencoder, examples), examples)
+        examples = held_out(task, count)
+        rows[f"{task}: copy of the source"] = judge(torch.stack([e.before for e in examples]), examples)
+        rows[f"{task}: model"], rows[f"{task}: round trip of the target"] = judged(network, autoencoder, examples)
     return table(rows)
 
 
