@@ -22,6 +22,7 @@ __all__ = ["estimate_mask", "feather_mask"]
 # re-encoded as WebP, is 0.015 to 0.03 after the blur below; the edited objects reach 0.13 to 0.45.
 JUST_VISIBLE = 0.02
 LARGEST_DRIFT = 0.06  # a colour shift of the whole picture; the pairs above have 0.003 to 0.016. More is an edit.
+SHORT = 32  # pixels that the short side keeps where a mask is estimated: of a strip two pixels high, all is border
 LARGEST_NOISE = 0.15  # what differs by more is changed, even if it is the whole picture
 
 
@@ -90,7 +91,8 @@ def estimate_mask(
 ) -> Tensor:
     """The region in which two pictures of a pair differ, made to survive re-encoding and shifts by a pixel.
 
-    1. Both pictures are reduced to at most ``working_size`` pixels on the long side, taken to Oklab and blurred.
+    1. Both pictures are reduced to at most ``working_size`` pixels on the long side, but no less than 32 on the short one,
+       taken to Oklab and blurred.
     2. d(p) = max(min_q ‖before(p) − after(q)‖, min_q ‖after(p) − before(q)‖) over q at most one pixel from p, so that
        edges that moved by a pixel do not count as changed. A colour shift of the whole background, measured as the
        median over the unchanged pixels, is taken out first.
@@ -109,7 +111,7 @@ def estimate_mask(
         margin: growth on every side, as a fraction of the long side, 0…0.25.
         min_area: smallest piece that counts, as a fraction of the picture's area, 0…1.
         feather: half-width of the soft edge in pixels, see :func:`feather_mask`; 0 leaves the mask in {0, 1}.
-        working_size: pixels on the long side at which the work is done, ≥ 32.
+        working_size: pixels on the long side at which the work is done, ≥ 32; strips beyond 12 : 1 have more.
 
     Returns:
         ``[B, H, W]`` in the dtype of ``before``; all zeros for a sample without a visible edit.
@@ -126,7 +128,7 @@ def estimate_mask(
     if not isinstance(working_size, int) or working_size < 32:
         raise ValueError(f"working_size: expected a whole number >= 32, got {working_size!r}")
     height, width = before.shape[1:3]
-    ratio = min(1.0, working_size / max(height, width))
+    ratio = min(1.0, max(working_size / max(height, width), SHORT / min(height, width)))
     size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
     masks = []
     for b in range(before.shape[0]):  # one at a time: the thresholds are each sample's own

@@ -77,7 +77,7 @@ class Asked:
 
     def before(self) -> Optional[Tensor]:
         """The before picture ``[H, W, 3]`` where the model reads it, else None."""
-        return self.pairs.load(self.index).before if self.content else None
+        return self.pairs.load_checked(self.index).before if self.content else None
 
 
 def distinct_captions(model: EditModel, sets: Sequence[PairSet]) -> tuple[list[Asked], list[list[int]]]:

@@ -7,11 +7,12 @@ width) in pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -20,8 +21,30 @@ from ..ahead import ahead
 from ..checks import check_whole, is_whole
 from ..hashing import hash_tensors
 from ..progress import Progress
-from .files import Finding, Layout, PairProblems, Picture, digest_state, read_caption, read_picture, relative, scan
-from .geometry import MULTIPLE, PairImages, Size, bounding_box, bucket_size, cover, resample, same_proportions, times
+from .files import (
+    Finding,
+    Layout,
+    PairProblems,
+    digest_state,
+    listed,
+    read_caption,
+    readable,
+    relative,
+    scan,
+)
+from .geometry import (
+    MASK_PROPORTIONS,
+    MULTIPLE,
+    PairImages,
+    Size,
+    bounding_box,
+    bucket_size,
+    cover,
+    resample,
+    same_proportions,
+    times,
+)
+from .pictures import Picture, Remark, notes_on, read_picture
 from .variants import Variant, VariantSettings, content_of, draw
 
 GEOMETRY = "geometry 1"  # part of every fingerprint: what `load` does to a picture
@@ -73,14 +96,13 @@ def find_pairs(
       of them that has one.
     * the folders ``before/``, ``after/`` and, if wanted, ``mask/``; captions as .txt beside the after pictures, beside
       the before pictures, in ``captions/`` or in ``folder``: the first of them that has one.
-    * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png``; captions in ``x.txt``,
-      ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
+    * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png`` or ``mask/x.png``; captions in
+      ``x.txt``, ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
 
-    Pictures may be PNG, JPEG, WebP, BMP or TIFF, captions UTF-8 or, with a byte order mark, UTF-16. Subfolders are
-    searched as well, and a pair has the same one in every place: ``before/kitchen/x.png`` and ``after/kitchen/x.png`` are
-    the pair "kitchen/x". Passed over are hidden files, files of other kinds, and folders that begin with ".", "_" or "@".
-    EXIF orientation is honoured, transparency is laid on white (in masks on black), and grey, palette and 16-bit files
-    become RGB.
+    ``masks/`` and ``caption/`` do as well. Pictures are whatever :func:`~.pictures.read_picture` reads, and become sRGB as it
+    says; captions are UTF-8, UTF-16 or UTF-32. Subfolders are searched as well, and a pair has the same one in every place:
+    ``before/kitchen/x.png`` and ``after/kitchen/x.png`` are the pair "kitchen/x". Passed over are hidden files, files of
+    other kinds, and folders that begin with ".", "_" or "@"; the set's notes name them.
 
     Args:
         folder, control_folder: see above; an empty control folder means none.
@@ -103,7 +125,7 @@ def find_pairs(
         before, after = layout.before.get(key), layout.after.get(key)
         if before is None or after is None:
             for kind, path in (("no before", after), ("no after", before)):
-                findings += [] if path is None else [Finding(kind, (layout.name(path),))]
+                findings += [] if path is None else [Finding(kind, (layout.name(path),), layout.partner(path))]
             continue
         caption, written = "", layout.captions.get(key)
         if written:
@@ -119,7 +141,8 @@ def find_pairs(
         pairs.append(Pair(layout.names[key], before, after, caption or default_caption.strip(), layout.masks.get(key)))
     known = layout.before.keys() | layout.after.keys()
     for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions)):
-        findings += [Finding(kind, (layout.name(path),)) for key, path in table.items() if key not in known]
+        lone = [path for key, path in table.items() if key not in known]
+        findings += [Finding(kind, (layout.name(path),), layout.partner(path)) for path in lone]
     partial = [layout.before.get(k) or layout.after[k] for k in known if not (k in layout.before and k in layout.after)]
     found = _checked(pairs, findings, layout, partial, resolution, upscale, min_size, progress)
     control = Path(control_folder) if str(control_folder) else None
@@ -144,7 +167,8 @@ class PairSet:
     Attributes:
         pairs: in the order of their names (or of the batch).
         sizes: what every picture of a pair has at least, (height, width).
-        contents: sha256 of a pair's files or tensors.
+        contents: sha256 of a pair's files or tensors, as they were when they were checked.
+        states: what the file system said of a pair's files just before; "" for tensors. Empty: nobody looked.
         resolution, upscale: see :func:`find_pairs`.
         folder, control_folder, default_caption: see :func:`find_pairs`; the folder is None if they came from pictures.
         layout: how they lay there, in words.
@@ -167,6 +191,7 @@ class PairSet:
     default_caption: str = ""
     variants: Optional[VariantSettings] = None
     flawed: str = "keep"
+    states: tuple[str, ...] = ()
 
     @classmethod
     def from_images(
@@ -253,6 +278,63 @@ class PairSet:
         images = load(pair, self.targets[index])
         return pair.variant.apply(images) if pair.variant else images
 
+    def load_checked(self, index: int) -> PairImages:
+        """As :meth:`load`, where what is read must be what was checked, as its fingerprint will stand for it.
+
+        Raises:
+            ValueError: a file cannot be read, or has changed since it was checked.
+        """
+        pair = self.pairs[index]
+        read = _read(pair)
+        content = _content(read)
+        if (content_of(content, pair.variant) if pair.variant else content) != self.contents[index]:
+            files = " or ".join(self.called(index, part) for part in read)
+            raise ValueError(f"pairs: {files} has changed since it was checked; start again")
+        images = _fitted(read, self.targets[index])
+        return pair.variant.apply(images) if pair.variant else images
+
+    def as_they_are(self) -> PairSet:
+        """The set as its files are now: pairs whose files have changed since they were checked are checked again.
+
+        What they are called and their captions stay, and so does everything about the other pairs; the set itself if nothing
+        changed. A changed pair has new variants, and a note.
+
+        Raises:
+            PairProblems: what is wrong with the changed ones.
+        """
+        moved = {
+            pair.original
+            for pair, state in zip(self.pairs, self.states)
+            if isinstance(pair.before, Path) and state != _state(pair)
+        }
+        sizes, contents, states = list(self.sizes), list(self.contents), list(self.states)
+        pairs, changed, findings = list(self.pairs), list[str](), list[Finding]()
+        looked: dict[str, _Look] = {}
+        for index, pair in enumerate(self.pairs):
+            if pair.original not in moved:
+                continue
+            if pair.original not in looked:
+                looked[pair.original] = _inspect(replace(pair, variant=None), self.folder, 1)
+                findings += looked[pair.original].findings
+            look, drawn = looked[pair.original], pair.variant
+            if drawn is not None and self.variants is not None:
+                drawn = draw(drawn.of, pair.caption, look.content, drawn.number, self.variants)
+            content = look.content if drawn is None else content_of(look.content, drawn)
+            changed += [pair.name] if content != contents[index] else []
+            sizes[index], contents[index], states[index] = look.size, content, look.state
+            pairs[index] = replace(pair, variant=drawn)
+        if findings:
+            raise self.problems(findings)
+        if not moved:
+            return self
+        notes = (
+            [f"changed since the folder was checked, and read as they are now: {listed(changed)}"] if changed else []
+        )
+        return replace(
+            self, pairs=tuple(pairs), sizes=tuple(sizes), contents=tuple(contents), states=tuple(states),
+            notes=(*self.notes, *notes),
+        )  # fmt: skip
+
     def called(self, index: int, part: str) -> str:
         """What a message calls the part "before", "after" or "mask" of a pair: its file below the folder, if it has one."""
         return _called(self.pairs[index], part, self.folder)
@@ -311,12 +393,13 @@ class PairSet:
 
     def subset(self, indices: Sequence[int]) -> PairSet:
         """The pairs of some indices, in that order."""
-        pairs, sizes, contents = self.pairs, self.sizes, self.contents
+        pairs, sizes, contents, states = self.pairs, self.sizes, self.contents, self.states
         return replace(
             self,
             pairs=tuple(pairs[i] for i in indices),
             sizes=tuple(sizes[i] for i in indices),
             contents=tuple(contents[i] for i in indices),
+            states=tuple(states[i] for i in indices if states),
         )
 
     def split(self, hold_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
@@ -368,7 +451,8 @@ def with_variants(pairs: PairSet, settings: Optional[VariantSettings]) -> PairSe
         taken = sorted(name for name in set(names) if names.count(name) > 1)
         raise ValueError(f"pairs: {', '.join(taken)}: variants would have these names; rename the pairs that have them")
     sizes = tuple(pairs.sizes[i] for i in numbers)
-    return replace(pairs, pairs=tuple(made), sizes=sizes, contents=tuple(contents), variants=settings)
+    states = tuple(pairs.states[i] for i in numbers if pairs.states)
+    return replace(pairs, pairs=tuple(made), sizes=sizes, contents=tuple(contents), states=states, variants=settings)
 
 
 def load(pair: Pair, size: Size) -> PairImages:
@@ -380,8 +464,37 @@ def load(pair: Pair, size: Size) -> PairImages:
     Raises:
         ValueError: a file cannot be read.
     """
-    sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
-    pixels = {part: _pixels(s, part == "mask").values for part, s in sources.items() if s is not None}
+    return _fitted(_read(pair), size)
+
+
+def _read(pair: Pair) -> dict[str, Picture]:
+    return {part: _pixels(source, part == "mask") for part, source in _sources(pair).items()}
+
+
+def _sources(pair: Pair) -> dict[str, Source]:
+    return {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
+
+
+def _content(read: Mapping[str, Picture]) -> str:
+    """sha256 of a pair's files or tensors."""
+    return hash_tensors([], *(f"{part} {picture.content}" for part, picture in read.items()))
+
+
+def _state(pair: Pair) -> str:
+    """Changes when a file of a pair does, or is another one, without opening it; "" where there are none."""
+    found = []
+    for source in _sources(pair).values():
+        if isinstance(source, Path):
+            try:
+                status = source.stat()
+                found.append(f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+            except OSError:  # reading it will say why
+                found.append("gone")
+    return ", ".join(found)
+
+
+def _fitted(read: Mapping[str, Picture], size: Size) -> PairImages:
+    pixels = {part: picture.values for part, picture in read.items()}
     keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
     box = cover(pixels["after"].shape[:2], size, keep)
     with torch.inference_mode(False):
@@ -394,11 +507,11 @@ def _pixels(source: Source, mask: bool) -> Picture:
         try:
             return read_picture(source, mask)
         except ValueError as error:
-            raise ValueError(f"{source.parent.name}/{source.name}: {error}") from error
+            raise ValueError(f"{readable(f'{source.parent.name}/{source.name}')}: {error}") from error
     if not bool(torch.isfinite(source).all()):
         raise ValueError("expected values in 0…1, got NaN or infinity")
     content = hash_tensors([("picture", source)])
-    return Picture(source.float().clamp(0.0, 1.0).numpy(), content, False)
+    return Picture(source.float().clamp(0.0, 1.0).numpy(), content)
 
 
 def _check_settings(resolution: int, min_size: int) -> None:
@@ -418,36 +531,81 @@ def _checked(
 ) -> PairSet:
     """Decode every picture, and make a set of them or raise the whole report. ``partial``: pictures without a partner,
     which are looked at as well."""
-    sizes: list[Size] = []
-    contents, transparent, unequal = [], [], []
+    looks: list[_Look] = []
     folder, description = (layout.root, layout.description) if layout else (None, "")
     with ahead(lambda pair: _inspect(pair, folder, min_size), pairs) as inspected:
-        for done, (pair, (before, after, content, clear, wrong)) in enumerate(zip(pairs, inspected)):
-            findings += wrong
-            sizes.append((min(before[0], after[0]), min(before[1], after[1])))
-            contents.append(content)
-            transparent += [pair.name] if clear else []
-            unequal += [f"{pair.name} ({times(before)}, {times(after)})"] if before != after else []
+        for done, look in enumerate(inspected):
+            looks.append(look)
+            findings += look.findings
             if progress is not None:
                 progress(done + 1, len(pairs))
+    notes = list(layout.notes) if layout else []
     if layout is not None:
         for path in partial:
             _try_pixels(path, False, layout.name(path), findings)
     if findings:
-        raise PairProblems(findings, _where(folder, description))
-    notes = []
-    if transparent:
-        notes.append(f"transparency was laid on white in {len(transparent)} pairs: {', '.join(transparent[:5])}")
+        raise PairProblems(findings, _where(folder, description), notes)
+    notes += _notes({pair.name: look for pair, look in zip(pairs, looks)})
+    return PairSet(
+        tuple(pairs), tuple(look.size for look in looks), tuple(look.content for look in looks), resolution, upscale, folder,
+        description, tuple(notes), states=tuple(look.state for look in looks),
+    )  # fmt: skip
+
+
+class _Look(NamedTuple):
+    """What :func:`_inspect` finds: sizes by part, content, state, remarks on how parts were read, and what is wrong."""
+
+    sizes: Mapping[str, Size]
+    content: str
+    state: str
+    remarks: Mapping[str, Sequence[Remark]]
+    findings: Sequence[Finding]
+
+    @property
+    def size(self) -> Size:
+        """What both pictures have at least."""
+        both = [self.sizes.get(part, (0, 0)) for part in ("before", "after")]
+        return min(h for h, _ in both), min(w for _, w in both)
+
+
+def _notes(looks: Mapping[str, _Look]) -> list[str]:
+    """What a person should know of pairs that have nothing wrong."""
+    remarks = [
+        (name, remark if not remark.detail else remark._replace(detail=f"{part}: {remark.detail}"))
+        for name, look in looks.items()
+        for part, told in look.remarks.items()
+        for remark in told
+    ]
+    notes = notes_on(remarks)
+    profiles = Counter(
+        next(
+            (r.detail.removeprefix("from ") for r in look.remarks.get(part, ()) if r.kind == "profile"), "sRGB or none"
+        )
+        for look in looks.values()
+        for part in ("before", "after")
+    )
+    if len(profiles) > 1:
+        counts = ", ".join(f"{name}: {count}" for name, count in profiles.most_common())
+        notes.append(f"the set mixes colour profiles ({counts} pictures); all are read as sRGB")
+    unequal = {n: look.sizes for n, look in looks.items() if look.sizes["before"] != look.sizes["after"]}
     if unequal:
+        told = (f"{name} ({times(sizes['before'])}, {times(sizes['after'])})" for name, sizes in unequal.items())
         notes.append(
             f"before and after differ in size in {len(unequal)} pairs, and are resized to one (before, after): "
-            f"{', '.join(unequal)}"
+            f"{', '.join(told)}"
         )
-    return PairSet(tuple(pairs), tuple(sizes), tuple(contents), resolution, upscale, folder, description, tuple(notes))
+    other = [
+        f"{name} ({times(look.sizes['mask'])} for {times(look.sizes['after'])})"
+        for name, look in looks.items()
+        if "mask" in look.sizes and look.sizes["mask"] not in (look.sizes["before"], look.sizes["after"])
+    ]
+    if other:
+        notes.append(f"masks of another size than their pictures are resized to them: {listed(other)}")
+    return notes
 
 
 def _where(folder: Optional[Path], layout: str) -> str:
-    return f"{folder} ({layout})" if folder else "the picture batches"
+    return f"{readable(str(folder))} ({layout})" if folder else "the picture batches"
 
 
 def _called(pair: Pair, part: str, folder: Optional[Path]) -> str:
@@ -463,10 +621,11 @@ def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding])
         return None
 
 
-def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, Size, str, bool, list[Finding]]:
-    """(size before, size after, content, transparency) of a pair, and what is wrong with it."""
+def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> _Look:
+    """Read a pair, and say what is wrong with it."""
     findings: list[Finding] = []
-    sources = {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
+    state = _state(pair)  # first: what changes while it is read is seen later
+    sources = _sources(pair)
     labels = {part: _called(pair, part, folder) for part in sources}
     tried = {part: _try_pixels(s, part == "mask", labels[part], findings) for part, s in sources.items()}
     found = {part: picture for part, picture in tried.items() if picture is not None}
@@ -484,12 +643,12 @@ def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, S
         findings.append(Finding("no edit", (labels["before"], labels["after"]), "they are the same"))
     if "mask" in sizes:
         top = float(found["mask"].values.max())
+        fits = (same_proportions(sizes["mask"], sizes[p], MASK_PROPORTIONS) for p in sizes if p != "mask")
         if top < 0.5:
             detail = f"its brightest value is {top * 255:.0f} of 255, expected at least 128"
             findings.append(Finding("mask empty", (labels["mask"],), detail))
-        elif "after" in sizes and not any(same_proportions(sizes["mask"], sizes[p]) for p in sizes if p != "mask"):
+        elif "after" in sizes and not any(fits):
             detail = f"{times(sizes['mask'])} for {times(sizes['after'])}"
             findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
-    content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items()))
-    transparent = any(p.transparent for part, p in found.items() if part != "mask")
-    return sizes.get("before", (0, 0)), sizes.get("after", (0, 0)), content, transparent, findings
+    remarks = {part: picture.remarks for part, picture in found.items()}
+    return _Look(sizes, _content(found), state, remarks, findings)

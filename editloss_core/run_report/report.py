@@ -22,7 +22,7 @@ from ..drawing.statistics import percent
 from ..extras import need
 from ..files import replacing
 from ..objective import NO_FAILURE, TERMS
-from ..pairs.files import read_picture
+from ..pairs.pictures import read_picture
 from ..verdict.judge import FAILURES, VERDICTS
 from . import charts
 from .columns import Columns, counted, middle_cut, number

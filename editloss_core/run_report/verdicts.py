@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..drawing.statistics import Share
 from ..objective import NO_FAILURE, NOT_A_NUMBER, TERMS
-from ..pairs.files import read_picture
+from ..pairs.pictures import read_picture
 from ..progress import Progress
 from ..runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE
 from ..runs.log import LOG_FILE, OWN_FAILURES, PictureLog, RunLog, ValidationLog

@@ -242,8 +242,8 @@ def prepare(
 
     Raises:
         PairProblems: pairs without a visible edit or with a mask that vanishes at their size, all in one report, before
-            any model is run.
-        ValueError: an argument out of range, latents or embeddings that are not finite, or overlays that cannot be made;
+            any model is run; or what is wrong with pairs that have changed since they were checked.
+        ValueError: a picture that changes while it is prepared, an argument out of range, latents or embeddings that are not finite, or overlays that cannot be made;
             the message names the pair.
         OutOfMemory: the device has not enough for a single picture; the message names pair, model and size, and what would
             help.
@@ -252,6 +252,7 @@ def prepare(
     _check_arguments(pairs, vae, encoders, crop, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # in this order: the first one turns gradients on
         processes = Processes(accelerator)
+        pairs = pairs.as_they_are()  # since they were checked, minutes may have gone by, while captions were encoded
         work = _Work(pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress, processes)
         return work.run(encoders)
 
@@ -384,7 +385,7 @@ class _Work:
 
     def _both(self, index: int) -> Tensor:
         """After and before ``[2, H, W, 3]``."""
-        images = self.pairs.load(index)
+        images = self.pairs.load_checked(index)
         return torch.stack([images.after, images.before])
 
     def _pictures(self, index: int, mask: Optional[Tensor], crop: Optional[Crop]) -> Optional[Tensor]:
@@ -392,7 +393,7 @@ class _Work:
         overlays alone, whole, or None if there are none."""
         if crop is None and self.overlay is None:
             return None
-        images = self.pairs.load(index)
+        images = self.pairs.load_checked(index)
         overlays = self._overlays(images, mask, index) if self.overlay else None
         if crop is None:
             return overlays
@@ -403,7 +404,7 @@ class _Work:
         """ "mask", the edit region in steps of 1/255, and "valid", where the pictures are, as uint8 ``[H, W]``, as far as there
         are any; and what is wrong."""
         problems: list[Finding] = []
-        images = self.pairs.load(index)
+        images = self.pairs.load_checked(index)
         own = self.pairs[index].mask is not None
         mask, where = images.mask if own or self.estimating else None, "inside its mask "
         both = self.pairs.called(index, "before"), self.pairs.called(index, "after")

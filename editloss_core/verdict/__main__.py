@@ -71,6 +71,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     print(report(items, limits))
     for path in found.unused:
         print(f"not used: {path}")
+    for note in found.notes:
+        print(f"note: {note}")
     print(f"\n{given.out / 'verdicts.csv'}\n{given.out / 'sheet.png'}")
     if stopped:
         print(f"{parser.prog}: {stopped} after {len(items)} of {len(found.entries)}; they are written", file=sys.stderr)
@@ -170,7 +172,7 @@ def _verdict_on(part: Share, limit: Optional[float]) -> str:
 
 
 def _check_out(out: Path, found: folders.Folder) -> None:
-    for part, place in found.parts.items():
+    for part, place in ((part, place) for part, places in found.parts.items() for place in places):
         if place.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(
                 f"--out: expected a folder outside of {part}/, got {out}: its pictures would be judged the next time"

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import replacing
-from ..pairs.files import pictures_in, read_picture, relative, subfolder
+from ..pairs.files import Layout, part_folders, pictures_in, readable, relative, walk
+from ..pairs.pictures import read_picture
 from .items import Item
 from .picture import heat
 
@@ -52,11 +53,13 @@ class Folder:
         entries: every name in ``before/`` or ``output/``, in natural order (2 before 10).
         unused: files in ``after/`` and ``mask/`` that belong to no output.
         parts: the folders that are there.
+        notes: what was passed over, with the reason, and names that cannot be written as they are.
     """
 
     entries: tuple[Entry, ...]
     unused: tuple[str, ...] = ()
-    parts: Mapping[str, Path] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def scan(folder: Path) -> Folder:
@@ -70,23 +73,27 @@ def scan(folder: Path) -> Folder:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder: there is no folder {folder}")
-    parts = {part: place for part in PARTS if (place := subfolder(folder, part)) is not None}
+        raise FileNotFoundError(f"folder: there is no folder {readable(str(folder))}")
+    parts = {part: places for part in PARTS if (places := part_folders(folder, part))}
     missing = [f"{part}/" for part in PARTS[:2] if part not in parts]
     if missing:
-        there = ", ".join(sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())[:12]) or "nothing"
+        there = ", ".join(sorted(readable(p.name) + "/" * p.is_dir() for p in folder.iterdir())[:12]) or "nothing"
         raise ValueError(
-            f"folder: expected before/ and output/ in {folder}, got no {' and no '.join(missing)}; there is: {there}"
+            f"folder: expected before/ and output/ in {readable(str(folder))}, got no {' and no '.join(missing)}; there is: {there}"
         )
     found: dict[str, dict[str, list[Path]]] = {part: {} for part in PARTS}
     names: dict[str, str] = {}
-    for part, place in parts.items():
-        for name, path in pictures_in(place):
+    layout = Layout("folders before/ and output/", folder)
+    for part, places in parts.items():
+        for name, path in (entry for place in places for entry in pictures_in(place)):
+            layout.use(path)
             found[part].setdefault(name.casefold(), []).append(path)
             if part in PARTS[:2]:
                 names[name.casefold()] = name  # as the output has it, which comes last
+    layout.account(walk(folder), "pictures outside before/, output/, after/ and mask/", PARTS)
     if not names:
-        raise ValueError(f"folder: expected pictures in before/ and output/ of {folder}, got none")
+        told = "".join(f"; {note}" for note in layout.notes)
+        raise ValueError(f"folder: expected pictures in before/ and output/ of {readable(str(folder))}, got none{told}")
     entries = [_entry(folder, names[key], {part: found[part].get(key, []) for part in parts}) for key in names]
     unused = [
         relative(p, folder)
@@ -95,7 +102,8 @@ def scan(folder: Path) -> Folder:
         if key not in names
         for p in paths
     ]
-    return Folder(tuple(sorted(entries, key=lambda e: _natural(e.name))), tuple(sorted(unused, key=_natural)), parts)
+    ordered = sorted(entries, key=lambda e: _natural(e.name))
+    return Folder(tuple(ordered), tuple(sorted(unused, key=_natural)), parts, tuple(layout.notes))
 
 
 def _entry(folder: Path, name: str, files: Mapping[str, Sequence[Path]]) -> Entry:
@@ -139,12 +147,9 @@ def judge_entry(entry: Entry, maps: Optional[Path] = None) -> Item:
             try:
                 picture = read_picture(path, mask=part == "mask")
             except ValueError as error:
-                return Item(entry.name, None, f"{part}: {path.name} cannot be read: {error}", tuple(notes))
+                return Item(entry.name, None, f"{part}: {readable(path.name)} cannot be read: {error}", tuple(notes))
             pictures[part] = torch.from_numpy(picture.values.copy())
-            if picture.transparent:
-                notes.append(
-                    f"The {part} picture is transparent in places; it was laid on {'black' if part == 'mask' else 'white'}."
-                )
+            notes += [f"The {part} picture: {remark}." for remark in picture.remarks]
         item = Item.judged(entry.name, notes=notes, **pictures)
     except Exception as error:  # nothing that is odd about one picture should cost the other 499 their verdicts
         reason = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"

@@ -19,10 +19,10 @@ from editloss_core.pairs import (
     PairProblems,
     PairSet,
     bucket_size,
-    files,
     find_pairs,
     folder_state,
     load,
+    pictures,
 )
 from editloss_core.pairs.files import KINDS
 from editloss_core.pairs.geometry import Box, cover, same_proportions
@@ -500,12 +500,12 @@ def test_a_program_that_tolerates_cut_off_files_changes_nothing(tmp_path, monkey
 def test_a_cut_off_file_is_one_also_while_other_threads_read(tmp_path, monkeypatch):
     """Pillow's flag is the process': a reader that is done must not take it back under one that is not."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with files._whole_files_only():
-        with ThreadPoolExecutor(1) as pool, files._whole_files_only():
+    with pictures._whole_files_only():
+        with ThreadPoolExecutor(1) as pool, pictures._whole_files_only():
             assert pool.submit(lambda: ImageFile.LOAD_TRUNCATED_IMAGES).result(30) is False
 
             def another():
-                with files._whole_files_only():
+                with pictures._whole_files_only():
                     pass
 
             pool.submit(another).result(30)  # would wait for ever if only one could read
