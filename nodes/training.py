@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import distinct_captions
+from ..editloss_core.models.captions import distinct_captions, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -200,6 +200,7 @@ def make_trainer(
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
         preview=Preview(options.preview_guidance),
     )  # fmt: skip
+    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, conditioning)})
     return trainer, host
 
 

@@ -8,6 +8,7 @@ its layers are called in LoRA files. :mod:`.registry` knows them all; :mod:`.kon
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
 
@@ -158,6 +159,7 @@ class EditModel:
         patch: latents per token along each side.
         downscale: pixels per latent along each side.
         text_tokens: of a caption.
+        letters: what its text encoder knows beyond the English alphabet, without case; None: every script.
         width_attribute, block_attributes: where diffusers' network has its width and its blocks.
         block_values: numbers per token and width that a block keeps for its backward pass beside its input.
     """
@@ -177,6 +179,7 @@ class EditModel:
     patch: int = 2
     downscale: int = 8
     text_tokens: int = 512
+    letters: Optional[str] = None
     width_attribute: str = "inner_dim"
     block_attributes: tuple[str, ...] = ("transformer_blocks",)
     block_values: int = 17
@@ -283,6 +286,18 @@ class EditModel:
     def caption(self, tensors: Mapping[str, Tensor]) -> Any:
         """What :meth:`velocity` takes for a sample, made of what :meth:`encode` gave."""
         raise NotImplementedError
+
+    def words(self, caption: Any) -> Tensor:
+        """What the text encoder made of the words of a caption, as :meth:`caption` gives it: equal for captions that are the
+        same to the model."""
+        raise NotImplementedError
+
+    def unknown(self, caption: str) -> tuple[int, int]:
+        """(letters of a caption that the text encoder does not know, all of its letters)."""
+        letters = [letter for letter in unicodedata.normalize("NFKC", caption).casefold() if letter.isalpha()]
+        if self.letters is None:
+            return 0, len(letters)
+        return sum(not letter.isascii() and letter not in self.letters for letter in letters), len(letters)
 
     # -- diffusers' network -----------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from .between_pairs import copies, find_swapped, likely_partners
 from .flawed import Look, flaws, look
 from .measures import Measured, PairMeasures, Sketch, agreeing, measure
 from .result import AuditFinding, PairAudit
-from .rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_pair
+from .rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_letters, of_pair
 
 
 def audit(
@@ -162,7 +162,7 @@ class _Run:
         """Read, measure and judge one pair."""
         if self.check is not None:
             self.check()
-        told = of_caption(pair.caption.strip())
+        told = of_caption(pair.caption.strip()) + of_letters(pair.caption)
         try:
             measured, self.looks[pair.name] = read_and_measure(pair)
             self.measured[pair.name] = measured

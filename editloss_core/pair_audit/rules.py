@@ -11,6 +11,7 @@ import math
 import re
 from typing import NamedTuple
 
+from ..models.registry import MODELS
 from ..pairs.files import KINDS as REFUSED
 from ..pairs.geometry import Size, same_proportions, times
 from .measures import Coverage, Movement, PairMeasures
@@ -77,6 +78,7 @@ KINDS: dict[str, Kind] = {
     "tone": Kind("note", "another brightness or colour", "match the tones outside the edit to the before picture's"),
     "softness": Kind("note", "another sharpness", "outside the edit, paste the before picture over the after picture"),
     "compression": Kind("note", "another compression", "save both sides without loss, from the originals"),
+    "caption unread": Kind("warning", "caption that a text encoder cannot read", "write it in English: letters that a text encoder does not know are all the same to it"),
     "caption long": Kind("note", "long caption", "CLIP reads 77 tokens: say first what to change"),
     "caption placeholder": Kind("note", "caption with a placeholder", "only the trainer that it was written for replaces it; write the word itself"),
     "caption no verb": Kind("note", "caption without an instruction", "say what to do (“replace the chair with …”), as you will ask for it later"),
@@ -134,6 +136,17 @@ def of_caption(caption: str) -> list[Found]:
                 "caption no verb", ("caption",), f"“{caption[:60]}{'…' if len(caption) > 60 else ''}” names no change"
             )
         )
+    return found
+
+
+def of_letters(caption: str) -> list[Found]:
+    """Which of the edit models has a text encoder that does not know the letters of a caption, or most of them."""
+    found = []
+    for model in MODELS:
+        unknown, letters = model.unknown(caption)
+        if 2 * unknown > letters:
+            detail = f"the text encoder of {model.title} does not know {unknown} of its {letters} letters"
+            found.append(Found("caption unread", ("caption",), detail))
     return found
 
 

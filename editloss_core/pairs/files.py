@@ -314,10 +314,12 @@ def _suffixed(folder: Path) -> Layout:
     pictures, texts = list(pictures_in(folder, captions)), list(_texts(folder, captions))
     for part, ending in (("after", "_after"), ("before", "_before")):
         layout.add(part, ending_in(ending, pictures))
-    apart = [(name, path) for name, path in _each(pictures_in, mask) if not _bare_of(name, ("_before", "_after"))]
-    below = {path for _, path in apart}
-    masks = ending_in("_mask", [(name, path) for name, path in pictures if path not in below])
-    layout.add("masks", [*masks, *((_bare_of(name, ("_mask",)) or name, path) for name, path in apart)])
+    masks = {path: name for name, path in ending_in("_mask", pictures)}
+    for name, path in _each(pictures_in, mask):  # unless the folder is one of pairs, of people who wear one
+        pairs_own = masks.get(path, "").casefold() in layout.before.keys() | layout.after.keys()
+        if not pairs_own and not _bare_of(name, ("_before", "_after")):
+            masks[path] = _bare_of(name, ("_mask",)) or name
+    layout.add("masks", [(name, path) for path, name in masks.items()])
     layout.add_captions([(name, path) for name, path in texts if not _bare_of(name, ("_after", "_before"))])
     for ending in ("_after", "_before"):
         layout.add_captions(ending_in(ending, texts))

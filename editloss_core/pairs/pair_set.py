@@ -7,6 +7,7 @@ width) in pixels.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ from .geometry import (
 from .pictures import Picture, Remark, notes_on, read_picture
 from .variants import Variant, VariantSettings, content_of, draw
 
+GONE = "gone"
 GEOMETRY = "geometry 1"  # part of every fingerprint: what `load` does to a picture
 
 Source = Union[Path, Tensor]
@@ -284,28 +286,26 @@ class PairSet:
         Raises:
             ValueError: a file cannot be read, or has changed since it was checked.
         """
-        pair = self.pairs[index]
-        read = _read(pair)
-        content = _content(read)
-        if (content_of(content, pair.variant) if pair.variant else content) != self.contents[index]:
-            files = " or ".join(self.called(index, part) for part in read)
-            raise ValueError(f"pairs: {files} has changed since it was checked; start again")
-        images = _fitted(read, self.targets[index])
-        return pair.variant.apply(images) if pair.variant else images
+        images, pair = self.load(index), self.pairs[index]
+        if self.states and _state(pair) != self.states[index]:
+            files = ", ".join(self.called(index, part) for part in _sources(pair))
+            raise ValueError(f"pairs: one of {files} has changed since they were checked; start again")
+        return images
 
     def as_they_are(self) -> PairSet:
         """The set as its files are now: pairs whose files have changed since they were checked are checked again.
 
         What they are called and their captions stay, and so does everything about the other pairs; the set itself if nothing
-        changed. A changed pair has new variants, and a note.
+        changed. A changed pair has new variants, and a note. Files that are gone are told by whoever reads them.
 
         Raises:
             PairProblems: what is wrong with the changed ones.
         """
+        now = {pair.original: _state(pair) for pair in self.pairs} if self.states else {}
         moved = {
             pair.original
             for pair, state in zip(self.pairs, self.states)
-            if isinstance(pair.before, Path) and state != _state(pair)
+            if GONE not in now[pair.original] and now[pair.original] != state
         }
         sizes, contents, states = list(self.sizes), list(self.contents), list(self.states)
         pairs, changed, findings = list(self.pairs), list[str](), list[Finding]()
@@ -464,20 +464,16 @@ def load(pair: Pair, size: Size) -> PairImages:
     Raises:
         ValueError: a file cannot be read.
     """
-    return _fitted(_read(pair), size)
-
-
-def _read(pair: Pair) -> dict[str, Picture]:
-    return {part: _pixels(source, part == "mask") for part, source in _sources(pair).items()}
+    pixels = {part: _pixels(source, part == "mask").values for part, source in _sources(pair).items()}
+    keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
+    box = cover(pixels["after"].shape[:2], size, keep)
+    with torch.inference_mode(False):
+        fitted = {part: resample(values, box, size) for part, values in pixels.items()}
+    return PairImages(fitted["before"], fitted["after"], fitted.get("mask"))
 
 
 def _sources(pair: Pair) -> dict[str, Source]:
     return {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
-
-
-def _content(read: Mapping[str, Picture]) -> str:
-    """sha256 of a pair's files or tensors."""
-    return hash_tensors([], *(f"{part} {picture.content}" for part, picture in read.items()))
 
 
 def _state(pair: Pair) -> str:
@@ -489,17 +485,8 @@ def _state(pair: Pair) -> str:
                 status = source.stat()
                 found.append(f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
             except OSError:  # reading it will say why
-                found.append("gone")
+                found.append(GONE)
     return ", ".join(found)
-
-
-def _fitted(read: Mapping[str, Picture], size: Size) -> PairImages:
-    pixels = {part: picture.values for part, picture in read.items()}
-    keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
-    box = cover(pixels["after"].shape[:2], size, keep)
-    with torch.inference_mode(False):
-        fitted = {part: resample(values, box, size) for part, values in pixels.items()}
-    return PairImages(fitted["before"], fitted["after"], fitted.get("mask"))
 
 
 def _pixels(source: Source, mask: bool) -> Picture:
@@ -545,11 +532,22 @@ def _checked(
             _try_pixels(path, False, layout.name(path), findings)
     if findings:
         raise PairProblems(findings, _where(folder, description), notes)
+    foreign = [pair.name for pair in pairs if _of_another_script(pair.caption)]
+    if foreign:
+        notes.append(
+            f"captions in other scripts than Latin, in {len(foreign)} pairs ({listed(foreign)}): many text encoders do not know "
+            "them, and read different words as the same; write them in English"
+        )
     notes += _notes({pair.name: look for pair, look in zip(pairs, looks)})
     return PairSet(
         tuple(pairs), tuple(look.size for look in looks), tuple(look.content for look in looks), resolution, upscale, folder,
         description, tuple(notes), states=tuple(look.state for look in looks),
     )  # fmt: skip
+
+
+def _of_another_script(caption: str) -> bool:
+    letters = [letter for letter in caption if letter.isalpha()]
+    return 2 * sum("LATIN" not in unicodedata.name(letter, "") for letter in letters) > len(letters)
 
 
 class _Look(NamedTuple):
@@ -651,4 +649,5 @@ def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> _Look:
             detail = f"{times(sizes['mask'])} for {times(sizes['after'])}"
             findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
     remarks = {part: picture.remarks for part, picture in found.items()}
-    return _Look(sizes, _content(found), state, remarks, findings)
+    content = hash_tensors([], *(f"{part} {picture.content}" for part, picture in found.items()))
+    return _Look(sizes, content, state, remarks, findings)

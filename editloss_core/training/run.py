@@ -16,7 +16,7 @@ from ..lora.keys import save_both
 from ..lora.lora import LoRA, adapted_sizes
 from ..models.autoencoder import VAEDecoder, vae_decoder_encoder, vae_encoder
 from ..models.base import Preview
-from ..models.captions import encode_captions
+from ..models.captions import encode_captions, same_words
 from ..models.denoiser import DiffusersDenoiser
 from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
@@ -193,9 +193,11 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     free_memory()
     latents = vae_encoder(vae)
     train, watched = (_prepared(some, latents, made, plan, accelerator) for some in (plan.pairs, plan.held_out))
+    told = plan.files.edit_model.words
     trainer = make_trainer(
         plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, train, watched, captions, watched_captions,
     )  # fmt: skip
+    trainer.notes += same_words({pair.caption: told(made) for pair, made in zip(train.pairs, captions)})
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
     result = trainer.run()
