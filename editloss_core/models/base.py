@@ -294,7 +294,7 @@ class EditModel:
 
     def unknown(self, caption: str) -> tuple[int, int]:
         """(letters of a caption that the text encoder does not know, all of its letters)."""
-        letters = [letter for letter in unicodedata.normalize("NFKC", caption).casefold() if letter.isalpha()]
+        letters = [letter for letter in unicodedata.normalize("NFKC", caption).lower() if letter.isalpha()]
         if self.letters is None:
             return 0, len(letters)
         return sum(not letter.isascii() and letter not in self.letters for letter in letters), len(letters)

@@ -530,15 +530,15 @@ def _checked(
     if layout is not None:
         for path in partial:
             _try_pixels(path, False, layout.name(path), findings)
-    if findings:
-        raise PairProblems(findings, _where(folder, description), notes)
     foreign = [pair.name for pair in pairs if _of_another_script(pair.caption)]
     if foreign:
         notes.append(
             f"captions in other scripts than Latin, in {len(foreign)} pairs ({listed(foreign)}): many text encoders do not know "
             "them, and read different words as the same; write them in English"
         )
-    notes += _notes({pair.name: look for pair, look in zip(pairs, looks)})
+    notes += _notes({pair.name: look for pair, look in zip(pairs, looks) if not look.findings})
+    if findings:
+        raise PairProblems(findings, _where(folder, description), notes)
     return PairSet(
         tuple(pairs), tuple(look.size for look in looks), tuple(look.content for look in looks), resolution, upscale, folder,
         description, tuple(notes), states=tuple(look.state for look in looks),

@@ -90,7 +90,8 @@ def scan(folder: Path) -> Folder:
             found[part].setdefault(name.casefold(), []).append(path)
             if part in PARTS[:2]:
                 names[name.casefold()] = name  # as the output has it, which comes last
-    layout.account(walk(folder), "pictures outside before/, output/, after/ and mask/", PARTS)
+    pictures = (path for path in walk(folder) if path.suffix.lower() != ".txt")  # captions have nothing to say here
+    layout.account(pictures, "pictures outside before/, output/, after/ and mask/", PARTS)
     if not names:
         told = "".join(f"; {note}" for note in layout.notes)
         raise ValueError(f"folder: expected pictures in before/ and output/ of {readable(str(folder))}, got none{told}")

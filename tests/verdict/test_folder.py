@@ -1,15 +1,19 @@
 """Judging a folder from the command line: which files belong together, what is written, and the exit status."""
 
 import csv
+import io
+import os
 import shutil
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
 
+import numpy as np
+import profiles
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from editloss_core.demo.scenes import draw
 from editloss_core.drawing.statistics import Share, wilson
@@ -69,6 +73,61 @@ def test_files_are_matched_by_stem_without_case_in_natural_order(tmp_path):
     found = scan(tmp_path)
     assert [e.name for e in found.entries] == ["Chair 2", "chair 10", "sub/x", "é"]
     assert all(not e.problem and set(e.files) == {"before", "output"} for e in found.entries)
+
+
+def test_what_is_passed_over_is_named_and_odd_names_are_written(tmp_path, by_grey, capsys):
+    odd = os.fsdecode("椅子".encode("gbk"))
+    for name in ("a", odd):
+        for part in ("before", "output"):
+            try:
+                grey(tmp_path / part / f"{name}.png", 0.9)
+            except OSError:
+                pytest.skip("this file system takes no such name")
+    for name in ("output/b.heic", "before/b.heic", "output/log.json", "output/a.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    found = scan(tmp_path)
+    assert [e.name for e in found.entries] == [r"\xd2\xce\xd7\xd3", "a"]
+    assert set(found.notes) == {
+        "passed over (HEIC needs the package pillow-heif; or save it as PNG): before/b.heic, output/b.heic",
+        "passed over (neither pictures nor captions): output/log.json",
+        r"names that are not UTF-8, or have control characters, are written with \x: before/\xd2\xce\xd7\xd3.png, "
+        r"output/\xd2\xce\xd7\xd3.png",
+    }
+    assert run(tmp_path, tmp_path / "out") == 0
+    assert set(rows_of(tmp_path / "out")) == {"a", r"\xd2\xce\xd7\xd3"}
+    said = capsys.readouterr().out
+    assert all(f"note: {note}\n" in said for note in found.notes)
+    (tmp_path / "output" / f"{odd}.png").write_bytes(b"x")
+    item = next(judge_entry(e) for e in scan(tmp_path).entries if e.name != "a")
+    assert item.message.startswith(r"output: \xd2\xce\xd7\xd3.png cannot be read: its content is not PNG")
+
+
+@pytest.mark.parametrize("name", ["masks", "Mask"])
+def test_masks_by_the_other_name_and_two_spellings_of_a_folder(tmp_path, name):
+    for place in ("before/a", "output/a", f"{name}/a", "Before/b", "output/b"):
+        grey(tmp_path / f"{place}.png", 0.9)
+    found = scan(tmp_path)
+    assert [(e.name, sorted(e.files), e.problem) for e in found.entries] == [
+        ("a", ["before", "mask", "output"], ""), ("b", ["before", "output"], ""),
+    ]  # fmt: skip
+
+
+def test_outputs_are_judged_as_they_look_whatever_their_profile(tmp_path):
+    """One and the same look in sRGB and in Display P3: nothing is between them, and the note says what was done."""
+    wide = profiles.rgb()
+    to_wide = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(wide)), "RGB", "RGB"
+    )
+    shown = {part: Image.fromarray((values * 255).round().byte().numpy()) for part, values in (("before", PAIR.before), ("after", PAIR.after))}  # fmt: skip
+    shown["output"] = ImageCms.applyTransform(shown["after"], to_wide)
+    for part, image in shown.items():
+        image.save(tmp_path / f"{part}.png", icc_profile=wide if part == "output" else None)
+    item = judge_entry(Entry("a", {part: tmp_path / f"{part}.png" for part in ("before", "output", "after")}))
+    assert item.verdict.verdict == "good"
+    assert item.notes == ("The output picture: colours were converted to sRGB (from Display P3).",)
+    stored = torch.from_numpy(np.array(shown["output"])).int()
+    output, after = item.pictures["output"].int(), item.pictures["after"].int()
+    assert (stored - after).abs().max() > 10 and (output - after).abs().max() <= 2
 
 
 def test_pictures_without_their_counterpart_are_named(tmp_path):
