@@ -142,12 +142,12 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
             raise ValueError(f"control_folder: expected another folder than the after pictures', got {folder} for both")
         found = _two_folders(folder, control_folder)
     else:
-        before, after = (subfolder(folder, name) for name in ("before", "after"))
+        before, after = (part_folder(folder, name) for name in ("before", "after"))
         found = _side_by_side(folder, before, after) if before and after else _suffixed(folder)
     if not found.before and not found.after:
-        there = sorted(p.name + "/" * p.is_dir() for p in _visible(folder))
+        there = sorted(p.name + "/" * p.is_dir() for p in visible(folder))
         raise ValueError(
-            f"pairs: no pairs in {folder}; expected the folders before/ and after/, or files that end in _before and "
+            f"pairs: no pairs in {folder}; expected the folders before/ and after/ (or control/ and target/), or files that end in _before and "
             f"_after, or pictures here and a control_folder with the before pictures ({', '.join(SUFFIXES)}); got "
             f"{', '.join(there[:LISTED]) or 'an empty folder'}{', …' if len(there) > LISTED else ''}"
         )
@@ -156,7 +156,7 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
 
 def _two_folders(folder: Path, control: Path) -> Layout:
     layout = Layout("after pictures in the folder, before pictures in the control folder", folder)
-    mask, captions = subfolder(folder, "mask"), subfolder(folder, "captions")
+    mask, captions = part_folder(folder, "mask"), subfolder(folder, "captions")
     apart = (mask, captions, control)
     layout.add("after", pictures_in(folder, apart))
     layout.add("before", pictures_in(control, [folder]))
@@ -169,7 +169,7 @@ def _two_folders(folder: Path, control: Path) -> Layout:
 
 def _side_by_side(folder: Path, before: Path, after: Path) -> Layout:
     layout = Layout("folders before/ and after/", folder)
-    mask, captions = subfolder(folder, "mask"), subfolder(folder, "captions")
+    mask, captions = part_folder(folder, "mask"), subfolder(folder, "captions")
     layout.add("after", pictures_in(after))
     layout.add("before", pictures_in(before))
     layout.add("masks", pictures_in(mask))
@@ -184,15 +184,15 @@ def _suffixed(folder: Path) -> Layout:
     captions = subfolder(folder, "captions")
     pictures, texts = list(pictures_in(folder, [captions])), list(_texts(folder, [captions]))
     for part, ending in (("after", "_after"), ("before", "_before"), ("masks", "_mask")):
-        layout.add(part, _ending_in(ending, pictures))
+        layout.add(part, ending_in(ending, pictures))
     _add_captions(layout, [(name, path) for name, path in texts if not name.casefold().endswith(("_after", "_before"))])
     for ending in ("_after", "_before"):
-        _add_captions(layout, _ending_in(ending, texts))
+        _add_captions(layout, ending_in(ending, texts))
     _add_captions(layout, _texts(captions))
     return layout
 
 
-def _ending_in(ending: str, entries: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+def ending_in(ending: str, entries: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """The entries whose names end so, without it."""
     return [
         (name[: -len(ending)], path)
@@ -216,7 +216,7 @@ def _add_captions(layout: Layout, entries: Iterable[tuple[str, Path]], strict: b
     layout.captions.update(taken)
 
 
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
@@ -249,9 +249,23 @@ def _texts(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iter
     return _files(folder, (".txt",), apart)
 
 
+# What trainers call the folders of one part, the own name first.
+PART_FOLDERS = {
+    "before": ("before", "control"),
+    "after": ("after", "target"),
+    "output": ("output", "outputs", "samples", "sample"),
+    "mask": ("mask", "masks"),
+}
+
+
+def part_folder(folder: Path, part: str) -> Optional[Path]:
+    """The folder of a part in a folder, by the first of its names that is there; None if there is none."""
+    return next((place for name in PART_FOLDERS[part] if (place := subfolder(folder, name)) is not None), None)
+
+
 def subfolder(folder: Path, name: str) -> Optional[Path]:
     """The folder of this name (lower case) in a folder, however its letters are written; None if there is none."""
-    return next((p for p in _visible(folder) if p.name.casefold() == name and p.is_dir()), None)
+    return next((p for p in visible(folder) if p.name.casefold() == name and p.is_dir()), None)
 
 
 def read_caption(path: Path) -> str:

@@ -188,7 +188,7 @@ def test_signal_and_judge_side_by_side(tmp_path):
     html = report.page(run)
     assert (
         html.count('class="ne"') == 2
-        and "They agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
+        and "Signal and judge agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
     )
     assert "In 1 the signal points to no edit where the judge finds the output good." in html
 
