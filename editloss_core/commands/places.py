@@ -32,11 +32,12 @@ def folder_to_write(option: str, folder: Path) -> Path:
 
 
 def file_to_write(option: str, path: Path, name: str) -> Path:
-    """The file of an option; of a folder, the one called ``name`` in it. Its folder can be written to.
+    """The file of an option; of a folder, or a name without a suffix, the one called ``name`` in it. Its folder can be written
+    to.
 
     Raises:
         Stop: as :func:`folder_to_write`.
     """
-    path = path / name if path.is_dir() or not path.name else path
+    path = path / name if path.is_dir() or not path.suffix else path
     folder_to_write(option, path.parent)
     return path

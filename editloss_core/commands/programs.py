@@ -14,6 +14,17 @@ from .program import Parser, Program
 # The core has these numbers and names; a test holds the two equal, since the core's modules need torch.
 SHEET_ROWS, SHARD_PAIRS = 40, 256
 LIMITS = ("no-edit", "overlay", "distorted", "collateral-change", "any")
+OTHER_WORDS = {  # that people have for the same
+    "no-change": "no-edit",
+    "ghost": "overlay",
+    "double": "overlay",
+    "warped": "distorted",
+    "background": "collateral-change",
+    "background-changed": "collateral-change",
+    "shift": "collateral-change",
+    "offset": "collateral-change",
+    "zoom": "collateral-change",
+}
 ENCODER = """\
 An encoder is KIND:NAME,SETTING=VALUE,…: timm:vit_small_patch14_dinov2,weights=FILE.safetensors,output=grid,image_size=518 or
 openclip:ViT-B-32,weights=FILE.safetensors. A .pth file becomes .safetensors with editloss convert-encoder."""
@@ -72,6 +83,8 @@ DIAGNOSE = Program(
 
 Written to DIR: verdicts.csv (a row per output: verdict, scores, measures, and why it could not be judged), sheet.png, and
 with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell could not be answered.
+In other words: no edit is "no change"; overlay "ghost", "double"; distorted "warped"; collateral change "background changed",
+"shift", "offset", "zoom". --fail-above takes these as well, as in ghost=0.1.
 
 After each checkpoint of any trainer, with one line of JSON:
   editloss diagnose samples --before control --after target --step last --format line --fail-above any=0.5""",
@@ -398,6 +411,7 @@ def _step(text: str) -> int:
 def _limit(text: str) -> tuple[str, float]:
     name, _, number = text.partition("=")
     key = name.strip().casefold().replace(" ", "-").replace("_", "-")
+    key = OTHER_WORDS.get(key, key)
     if key not in LIMITS:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(LIMITS)}, got {name!r}")
     try:

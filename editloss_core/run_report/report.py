@@ -115,28 +115,28 @@ def text(run: RunVerdicts) -> str:
     return "\n".join(lines + (["", "Notes:", *(f"- {cell(note)}" for note in notes)] if notes else []))
 
 
-def picture(run: RunVerdicts, width: int = 1600) -> Tensor:
-    """Failure rates with the choice, and below them the held-out pairs with their verdicts: ``[1, H, W, 3]`` in 0…1."""
+def picture(run: RunVerdicts, width: int = 1600, rows: int = MOST_ROWS) -> Tensor:
+    """Failure rates with the choice, and below them at most ``rows`` pairs with their verdicts: ``[1, H, W, 3]`` in 0…1."""
     head = _head_picture(run, width)
     shown = _few(run)
     if not shown:
         return head[None]
-    across = [*([run.base] if run.base.outputs else []), *shown]
-    names = ["before", *(f"{_called(run, v)}{' (best)' if v is run.best else ''}" for v in across), "after"]
-    rows, titles, notes = [], [], []
-    for pair, caption in _pairs(run)[:MOST_ROWS]:
-        outputs = [next((o for o in v.outputs if o.pair == pair), None) for v in across]
+    columns = [*([run.base] if run.base.outputs else []), *shown]
+    names = ["before", *(f"{_called(run, v)}{' (best)' if v is run.best else ''}" for v in columns), "after"]
+    found_rows, titles, notes = [], [], []
+    for pair, caption in _pairs(run)[: min(rows, MOST_ROWS)]:
+        outputs = [next((o for o in v.outputs if o.pair == pair), None) for v in columns]
         files = next(o.files for o in outputs if o is not None) if any(outputs) else {}
         found = [_open(files.get("before")), *(_open(o and o.files.get("output")) for o in outputs), _open(files.get("after"))]  # fmt: skip
         size = next((p.shape for p in found if p is not None), None)
         if size is None:
             continue
-        rows.append([torch.full(size, 0.8) if p is None else p for p in found])
+        found_rows.append([torch.full(size, 0.8) if p is None else p for p in found])
         titles.append(f"{pair}: {caption}" if caption else pair)
         notes.append(["", *("" if o is None else o.judged or "not judged" for o in outputs), ""])
-    if not rows:
+    if not found_rows:
         return head[None]
-    table = grid.grid(rows, names, titles, notes, width)[0]
+    table = grid.grid(found_rows, names, titles, notes, width)[0]
     across = max(head.shape[1], table.shape[1])
     return torch.cat([_padded(head, across), _padded(table, across)])[None]
 

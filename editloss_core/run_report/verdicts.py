@@ -341,11 +341,12 @@ class RunVerdicts:
                 f"The validations up to {self.called(others[-1])} watched other pairs or sampled the base otherwise than the last one: "
                 "their rates are not of the same pictures."
             )
-        found += [
-            f"{o.pair}, {self.called(o.step)}: not judged: {o.problem}"
-            for o in (*self.base.outputs, *self.outputs)
-            if o.problem
-        ]
+        if self.pictures is None or self.pictures.is_dir():  # without the folder none can be, which the advice says
+            found += [
+                f"{o.pair}, {self.called(o.step)}: not judged: {o.problem}"
+                for o in (*self.base.outputs, *self.outputs)
+                if o.problem
+            ]
         return found
 
     def _watched(self, validation: Judged) -> list[tuple]:
