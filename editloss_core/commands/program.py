@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 from . import exits
 from .exits import INTERRUPTED, UNUSABLE
@@ -24,9 +24,24 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.several: dict[str, Callable[[str], bool]] = {}
+        self.given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args(self._apart(sys.argv[1:] if args is None else list(args)), namespace)
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(self._apart(self.given), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Who reads JSON gets a wrong argument there as well."""
+        form = next(
+            (text for text in self.given if text in ("json", "line") or text in ("--format=json", "--format=line")), ""
+        )
+        program = self.get_default("program")
+        if program is not None and program.tables and form and any(text.startswith("--format") for text in self.given):
+            print(
+                formatted(Answer("", (), {"error": message}), form.rpartition("=")[2], program.name, UNUSABLE),
+                flush=True,
+            )
+        super().error(message)
 
     def _apart(self, given: Sequence[str]) -> list[str]:
         """``--option a b`` as ``--option a --option b``."""

@@ -164,6 +164,13 @@ def test_rates_over_steps_and_the_last_step_alone(sampled, by_grey, capsys):
     assert (line["exit"], line["exceeded"]) == (FOUND, ["no edit"])
     assert main(["diagnose", str(sampled), "--step", "9"]) == UNUSABLE
     assert "--step: expected one of 250, 500, 750, got 9" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["diagnose", str(sampled), "--step", "soon", "--format", "line"])
+    said = capsys.readouterr()
+    assert (
+        ended.value.code == json.loads(said.out)["exit"] == UNUSABLE
+        and "argument --step" in json.loads(said.out)["error"]
+    )
 
 
 def test_csv_has_pair_and_step(sampled, by_grey, capsys):
