@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -18,11 +20,14 @@ from .tables import FORMATS, Answer, formatted
 CORE = __name__.rpartition(".commands.")[0]  # whatever name the pack is imported under
 
 
+WIDTH = 110  # letters of a line that argparse leaves as it is
+
+
 class Parser(argparse.ArgumentParser):
     """An option that takes several values ends at the first that is none of them: ``--fail-above overlay=0.1 FOLDER``."""
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self.several: dict[str, Callable[[str], bool]] = {}
         self.given: list[str] = []
 
@@ -91,8 +96,8 @@ class Program:
 
     def add_to(self, parser: Parser) -> Parser:
         """Fill a parser in."""
-        parser.description = self.about
-        parser.epilog = f"{self.details.strip()}\n\n{exits.listing(self.exits)}\n"
+        parser.description = textwrap.fill(self.about, WIDTH)
+        parser.epilog = f"{_filled(self.details)}\n\n{exits.listing(self.exits)}\n"
         self.arguments(parser)
         if self.tables:
             parser.add_argument(
@@ -124,6 +129,12 @@ class Program:
         except KeyboardInterrupt:
             return refuse(given, "interrupted", INTERRUPTED)
         return status
+
+
+def _filled(text: str) -> str:
+    """Paragraphs in lines of one width; those that begin with a blank, or have lines that do, are left as they are."""
+    paragraphs = text.strip("\n").split("\n\n")
+    return "\n\n".join(p if re.search(r"^ ", p, re.M) else textwrap.fill(p, WIDTH) for p in paragraphs)
 
 
 class Stop(Exception):

@@ -204,7 +204,8 @@ REPORT = Program(
     f"""RUN_FOLDER is the folder of a run of EditLoss (log.jsonl and pictures/), or results/train_demo of the demo.
 
 Of any other trainer, it is a folder of sample pictures with the step in their names. Take pictures that were not trained on.
-{LAYOUTS}
+
+{LAYOUTS.replace("FOLDER", "RUN_FOLDER")}
 
   editloss report output/my_lora/samples --before control --after target --out my_lora.html
 

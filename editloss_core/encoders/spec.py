@@ -98,6 +98,7 @@ def encoder_spec(given: argparse.Namespace, text: str) -> EncoderSpec:
         return EncoderSpec.parse(text)
     except ValueError as error:
         given.parser.error(f"argument --encoder: {error}")
+        raise  # not reached
 
 
 def _value(key: str, text: str, kind: type) -> Any:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from .files import Layout, ending_in, part_folder, pictures_in, relative, visible
 
@@ -32,7 +32,8 @@ _PLAIN = re.compile(
 )
 
 
-class Moment(NamedTuple):
+@dataclass(frozen=True)
+class Moment:
     """When an output was made: after so many steps, or epochs; None where the name does not say."""
 
     count: Optional[int] = None

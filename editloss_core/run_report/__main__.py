@@ -12,9 +12,11 @@ from ..commands.program import give
 from ..commands.programs import REPORT
 from ..commands.tables import Answer
 from ..extras import need
+from ..pairs.outputs import PARTS
 from ..progress import ConsoleBar
+from ..runs.log import LOG_FILE
 from ..runs.place import find_run
-from ..verdict.folder import PARTS, scan
+from ..verdict.folder import scan
 from ..verdict.judge import FAILURES
 from .report import REPORT_FILE, text, write_page
 from .verdicts import Judged, RunVerdicts, judge_run, judge_samples
@@ -45,7 +47,7 @@ def report(given: argparse.Namespace) -> int:
 
 def _is_run(folder: Any) -> bool:
     """Whether a folder, or log, is that of a run of EditLoss; a folder with several logs is, and is refused as such."""
-    return folder.is_file() or not folder.is_dir() or any(folder.glob("*log.jsonl"))
+    return not folder.is_dir() or (folder / LOG_FILE).is_file() or any(folder.glob(f"*.{LOG_FILE}"))
 
 
 def _samples(folder: Any, parts: dict[str, Any]) -> Any:

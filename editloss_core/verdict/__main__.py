@@ -19,9 +19,10 @@ from ..commands.program import give, refuse, say
 from ..commands.programs import DIAGNOSE
 from ..commands.tables import Answer, aligned
 from ..drawing.statistics import Share, percent
+from ..drawing.written import save
 from ..extras import need
 from ..files import replacing
-from ..pairs.outputs import Moment
+from ..pairs.outputs import PARTS, Moment
 from . import folder as folders
 from . import picture
 from .items import Item, verdict_share
@@ -35,7 +36,7 @@ main = DIAGNOSE.main
 
 def diagnose(given: argparse.Namespace) -> int:
     """Judge what the arguments name, write what there is to write, and print it."""
-    parts = {part: getattr(given, part) for part in folders.PARTS if getattr(given, part) is not None}
+    parts = {part: getattr(given, part) for part in PARTS if getattr(given, part) is not None}
     if given.maps and not given.out:
         raise ValueError("--maps: expected --out DIR with it, where the maps are written to")
     if given.out:
@@ -55,7 +56,7 @@ def diagnose(given: argparse.Namespace) -> int:
     if given.out:
         try:
             write_csv(items, given.out / "verdicts.csv", found.entries)
-            folders.save(picture.sheet(items, given.width, rows=given.rows)[0], given.out / "sheet.png")
+            save(picture.sheet(items, given.width, rows=given.rows)[0], given.out / "sheet.png")
         except OSError as error:
             return refuse(given, f"cannot write to {given.out}: {error}", INCOMPLETE)
     if stopped:
@@ -162,7 +163,7 @@ def _over_steps(items: Sequence[Item], entries: Sequence[folders.Entry]) -> list
     at = _at(items, entries)
     if len(at) < 2:
         return []
-    rows = [("", "any failure", "95 % interval", *FAILURES)]
+    rows: list[tuple[str, ...]] = [("", "any failure", "95 % interval", *FAILURES)]
     for moment, some in at.items():
         part = rate(some, ANY)
         low, high = part.interval
