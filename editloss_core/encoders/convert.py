@@ -6,13 +6,14 @@ python -m editloss_core.encoders.convert dinov2_vits14_pretrain.pth dinov2_vits1
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, Mapping, Union
 
 import torch
 from torch import Tensor
 
+from ..commands.exits import DONE
+from ..commands.programs import CONVERT_ENCODER
 from ..files import replacing
 
 # Where training scripts put a network's tensors, in the order of preference.
@@ -74,21 +75,13 @@ def _tensors(loaded: Any, file: str) -> dict[str, Tensor]:
     return tensors
 
 
-def main(arguments: Union[list[str], None] = None) -> int:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m editloss_core.encoders.convert", description=about)
-    parser.add_argument("source", help="a .pth, .pt or .bin file of weights")
-    parser.add_argument("target", help="the .safetensors file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
-    options = parser.parse_args(arguments)
-    try:
-        count = convert_to_safetensors(options.source, options.target, options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} tensors written to {options.target}")
-    return 0
+def run(given: argparse.Namespace) -> int:
+    count = convert_to_safetensors(given.source, given.target, given.overwrite)
+    print(f"{count} tensors written to {given.target}")
+    return DONE
 
+
+main = CONVERT_ENCODER.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -242,7 +242,7 @@ def _colours(image: Image.Image, profile: Optional[bytes], remarks: list[Remark]
     if alpha is not None:
         image = image.convert("L" if image.mode in ("L", "LA") else "RGBA")
     colours = _in_srgb(image, profile, remarks)
-    if alpha is not None and alpha.getextrema()[0] < 255:
+    if alpha is not None and np.asarray(alpha).min() < 255:
         remarks.append(Remark("transparent"))
         colours.putalpha(alpha)
         colours = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
@@ -360,7 +360,9 @@ class _Transform(NamedTuple):
     built: Any
 
     def apply(self, image: Image.Image) -> Image.Image:
-        return ImageCms.applyTransform(image, self.built)
+        converted = ImageCms.applyTransform(image, self.built)
+        assert converted is not None  # it is so only in place
+        return converted
 
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}

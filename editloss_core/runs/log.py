@@ -147,10 +147,10 @@ class RunLog:
                 file.write(_line(entry))
 
     @classmethod
-    def read(cls, folder: Path, last_step: Optional[int] = None) -> RunLog:
-        """The log of a folder up to ``last_step``; a line that was cut off is left out."""
+    def read(cls, folder: Path, last_step: Optional[int] = None, file: Optional[Path] = None) -> RunLog:
+        """The log of a folder, or another file, up to ``last_step``; a line that was cut off is left out."""
         log = cls(folder)
-        path = folder / LOG_FILE
+        path = folder / LOG_FILE if file is None else file
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)

@@ -6,10 +6,11 @@ python -m editloss_core.training.convert_lora my_edit.safetensors my_edit_diffus
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Sequence, Union
+from typing import Union
 
+from ..commands.exits import DONE
+from ..commands.programs import CONVERT_LORA
 from ..files import write_safetensors
 from ..lora.keys import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
 
@@ -47,21 +48,13 @@ def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: 
     return wanted, len(made)
 
 
-def main(arguments: Union[Sequence[str], None] = None) -> int:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m editloss_core.training.convert_lora", description=about)
-    parser.add_argument("source", help="a .safetensors file in either program's keys")
-    parser.add_argument("target", help="the .safetensors file to write, in the other's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
-    options = parser.parse_args(arguments)
-    try:
-        dialect, count = convert_lora(options.source, options.target, options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} layers written to {options.target} in the keys of {dialect}")
-    return 0
+def run(given: argparse.Namespace) -> int:
+    dialect, count = convert_lora(given.source, given.target, given.overwrite)
+    print(f"{count} layers written to {given.target} in the keys of {dialect}")
+    return DONE
 
+
+main = CONVERT_LORA.main
 
 if __name__ == "__main__":
     raise SystemExit(main())
