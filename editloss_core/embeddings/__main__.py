@@ -45,6 +45,8 @@ def _run(given: argparse.Namespace, accelerator: Optional[Accelerator], program:
             lambda: find_pairs(given.pairs, given.control, resolution=given.resolution, default_caption="none"),
             (ValueError, OSError),
         )
+        for note in pairs.notes:
+            say(f"note: {note}")
         what = f"process 1 of {processes.count}" if processes.count > 1 else "encoding"
         with ConsoleBar(what, unit=" pictures", disable=not processes.main, smoothing=0.1) as bar:
             began = time.perf_counter()

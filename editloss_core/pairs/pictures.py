@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -99,13 +99,14 @@ class Picture(NamedTuple):
 
 @cache
 def _initialised() -> None:
-    """Every plugin that Pillow has, and the one for HEIC if it is installed."""
+    """Every plugin that Pillow has, and those for HEIC and JPEG XL if they are installed."""
     Image.init()
-    try:
+    with suppress(ImportError):
         import pillow_heif
-    except ImportError:
-        return
-    pillow_heif.register_heif_opener()
+
+        pillow_heif.register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401 - registers itself
 
 
 def _formats() -> list[str]:

@@ -102,7 +102,8 @@ class Plan:
             lines.insert(4, f"variants    {describe_variants(self.pairs)}")
         if config.encoders:
             lines.append("            and what the encoders of the objective take")
-        return "\n".join([*lines, *(f"note        {note}" for note in self.pairs.notes)])
+        notes = dict.fromkeys((*self.pairs.notes, *(self.held_out.notes if self.held_out is not None else ())))
+        return "\n".join([*lines, *(f"note        {note}" for note in notes)])
 
 
 def plan(config: TrainingConfig, base: Path, progress: Optional[Progress] = None) -> Plan:

@@ -6,6 +6,7 @@ import math
 import shutil
 
 import numpy as np
+import profiles
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -565,6 +566,7 @@ def test_letters_that_are_known(caption, told):
     assert [f.kind for f in of_letters(caption)] == ["caption unread"] * told
 
 
+@profiles.without_heic
 def test_what_was_passed_over_and_how_pictures_were_read_is_in_the_report(folder):
     (folder / "after" / "IMG.heic").write_bytes(b"x")
     path = folder / "before" / "p1.png"

@@ -1,6 +1,12 @@
-"""Colour profiles as cameras and editors write them, made small."""
+"""Colour profiles as cameras and editors write them, made small; and whether HEIC is read here."""
 
 import struct
+
+import pytest
+
+from editloss_core.pairs.pictures import endings
+
+without_heic = pytest.mark.skipif(".heic" in endings(), reason="pillow-heif is installed, so HEIC is not passed over")
 
 # Columns of red, green and blue in XYZ under D50, as the profiles of these spaces have them.
 DISPLAY_P3 = ((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))

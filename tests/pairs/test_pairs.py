@@ -611,6 +611,7 @@ def test_a_transparent_mask_is_black_where_nothing_is(tmp_path):
 # --- what is passed over, and names ------------------------------------------------------------------------------------
 
 
+@profiles.without_heic
 def test_whatever_is_passed_over_is_named_with_the_reason(tmp_path):
     three(tmp_path)
     for name in (
@@ -664,6 +665,7 @@ def test_many_that_are_passed_over_are_counted(tmp_path):
     assert note.endswith("after/x11.npz and 18 more")
 
 
+@profiles.without_heic
 def test_a_picture_whose_other_half_cannot_be_read_says_so(tmp_path):
     three(tmp_path)
     picture(tmp_path / "before" / "vase.png")

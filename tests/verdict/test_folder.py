@@ -75,6 +75,7 @@ def test_files_are_matched_by_stem_without_case_in_natural_order(tmp_path):
     assert all(not e.problem and set(e.files) == {"before", "output"} for e in found.entries)
 
 
+@profiles.without_heic
 def test_what_is_passed_over_is_named_and_odd_names_are_written(tmp_path, by_grey, capsys):
     odd = os.fsdecode("椅子".encode("gbk"))
     for name in ("a", odd):
