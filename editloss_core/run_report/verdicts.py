@@ -19,7 +19,7 @@ from ..runs.checkpoint import CHECKPOINT_FOLDER, SET_ASIDE
 from ..runs.log import LOG_FILE, OWN_FAILURES, PictureLog, RunLog, ValidationLog
 from ..runs.pictures import PICTURE_FOLDER
 from ..verdict.items import as_signal
-from ..verdict.judge import FAILURES, VERDICTS, Verdict
+from ..verdict.judge import FAILURES, GOOD, UNDECIDED, VERDICTS, Verdict
 from ..verdict.judge import judge as judge_picture
 from .columns import counted
 
@@ -30,6 +30,7 @@ OPTIONS = {
     "previews": "Run Options; [validation]",
     "validate_every": "Run Options; [validation]",
 }
+SAYING = tuple(v for v in VERDICTS if v != UNDECIDED)  # verdicts that a signal can agree with
 Judge = Callable[..., Verdict]
 
 
@@ -66,7 +67,7 @@ class Output:
     @property
     def agree(self) -> Optional[bool]:
         """Whether signal and judge say the same; None where one of them says nothing."""
-        if self.verdict is None or self.says is None:
+        if self.verdict is None or self.verdict.verdict == UNDECIDED or self.says is None:
             return None
         return self.says == as_signal(self.verdict.verdict)
 
@@ -83,12 +84,23 @@ class Judged:
     def counts(self) -> Mapping[str, int]:
         return Counter(o.judged for o in self.outputs if o.verdict)
 
+    @property
+    def undecided(self) -> int:
+        """Outputs in which no failure was found, and of which not all could be asked: they count as neither good nor failing."""
+        return self.counts[UNDECIDED]
+
     def judged_as(self, *verdicts: str) -> Share:
-        return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()))
+        """Of the outputs that are good or have a failure."""
+        return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()) - self.undecided)
 
     @property
     def failing(self) -> Share:
         return self.judged_as(*FAILURES)
+
+    @property
+    def not_good(self) -> float:
+        """What the best step is chosen by: the share of all judged outputs that is not known to be good."""
+        return 1 - self.counts[GOOD] / max(1, sum(self.counts.values()))
 
     @property
     def loss(self) -> Optional[float]:
@@ -172,12 +184,12 @@ class RunVerdicts:
     @property
     def alike(self) -> bool:
         """Whether several validations fail equally often, so that failures choose none of them."""
-        return len(self.validations) > 1 and len({v.failing.value for v in self.validations if v.failing.n}) == 1
+        return len(self.validations) > 1 and len({v.not_good for v in self.validations if v.failing.n}) == 1
 
     @staticmethod
     def _least(found: Sequence[Judged]) -> Optional[Judged]:
         def rank(v: Judged) -> tuple:
-            return v.failing.value, float("inf") if v.loss is None else v.loss, v.step
+            return v.not_good, float("inf") if v.loss is None else v.loss, v.step
 
         return min(found, key=rank, default=None)
 
@@ -211,12 +223,18 @@ class RunVerdicts:
                 f"({OPTIONS['validate_every']})."
             ]
         if best is None:
+            undecided = sum(v.undecided for v in self.validations)
+            if undecided:
+                return [
+                    f"No failure rates: all {counted(undecided, 'output')} that could be judged are undecided: no failure was found, and "
+                    "not all could be asked. The notes say what."
+                ]
             kept = "they could not be judged" if self.outputs else "none were kept"
             return [
                 f"No failure rates: of {counted(len(self.validations), 'validation')} with sampled pictures {kept}. Set previews and "
                 f"preview_steps above 0 ({OPTIONS['previews']})."
             ]
-        rates = {v.failing.value for v in self.validations if v.failing.n}
+        rates = {v.not_good for v in self.validations if v.failing.n}
         if not self.alike:
             alone = len(self.validations) == 1
             said = [
@@ -224,7 +242,9 @@ class RunVerdicts:
             ]
         else:
             said = [f"Every step fails as often: {best.failing}. Step {best.step} has the lowest loss of them."]
-        if self.base.failing.n and best.failing.value >= self.base.failing.value:
+        if best.undecided:
+            said.append(f"{counted(best.undecided, 'more output')} of that step: undecided, neither good nor failing.")
+        if self.base.failing.n and best.not_good >= self.base.not_good:
             said.append("The base model without the LoRA fails no more often than that.")
         if not self.checkpoint(best.step):
             other = self.best_kept
@@ -241,7 +261,7 @@ class RunVerdicts:
             said += ["It has the lowest loss as well."] if len(rates) > 1 else []
         elif lowest.failing.n:
             more = lowest.failing.count - best.failing.count
-            fails = f"{more} more of {lowest.failing.n} fail" if more else "as many fail"
+            fails = f"{more} more of {lowest.failing.n} fail" if more > 0 else "as many fail" if not more else "fewer fail, and fewer are good"
             said.append(f"Choosing by loss would have taken step {lowest.step}, where {fails}.")
         if len(self.validations) > 1:
             worst = max((v for v in self.validations if v.failing.n), key=lambda v: v.failing.value)
@@ -284,6 +304,10 @@ class RunVerdicts:
                 f"The validations up to step {others[-1]} watched other pairs or sampled the base otherwise than the last one: "
                 "their rates are not of the same pictures."
             )
+        unanswered = Counter(
+            text for o in (*self.base.outputs, *self.outputs) if o.judged == UNDECIDED for text in o.verdict.unanswered
+        )
+        found += [f"Undecided, {counted(count, 'output')}: {text}" for text, count in unanswered.most_common()]
         found += [
             f"{o.pair}, {'base' if o.step is None else f'step {o.step}'}: not judged: {o.problem}"
             for o in (*self.base.outputs, *self.outputs)
@@ -372,9 +396,9 @@ def _mean(values) -> Optional[float]:
 
 
 def matrix(run: RunVerdicts) -> tuple[list[str], list[list[int]]]:
-    """How often the signal (rows) and the judge (columns: :data:`VERDICTS`) said what, over all validations."""
+    """How often the signal (rows) and the judge (columns: :data:`SAYING`) said what, over all validations."""
     outputs = [o for o in run.outputs if o.agree is not None]
     rows = [NO_FAILURE, *(f for f in FAILURES if f in run.terms_of), NOT_A_NUMBER]
     rows += sorted({o.says for o in outputs} - set(rows))
     rows = [row for row in rows if row != NOT_A_NUMBER or any(o.says == row for o in outputs)]
-    return rows, [[sum(o.says == says and o.judged == v for o in outputs) for v in VERDICTS] for says in rows]
+    return rows, [[sum(o.says == says and o.judged == v for o in outputs) for v in SAYING] for says in rows]

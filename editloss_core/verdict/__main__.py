@@ -19,8 +19,8 @@ from ..extras import need
 from ..files import replacing
 from . import folder as folders
 from . import picture
-from .items import Item, verdict_share
-from .judge import FAILURES, MEASURES, VERDICTS
+from .items import Failing, Item, unanswered, verdict_share
+from .judge import FAILURES, MEASURES, REMEDIES, UNDECIDED, VERDICTS
 from .picture import MOST_ROWS, Ranking
 
 PASSED, EXCEEDED, UNUSABLE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -28,17 +28,19 @@ ANY = "any"
 LISTED = 10  # names of a kind on the screen; verdicts.csv has them all
 EPILOG = """\
 FOLDER holds before/ and output/, and optionally after/ and mask/ (white where the edit belongs). Pictures belong together
-by file stem, without regard to case: before/Chair 1.jpg, output/chair 1.png.
+by file stem, without regard to case: before/Chair 1.jpg, output/chair 1.png. Outputs of another size are brought to that of
+the before picture where the proportions agree within two per cent.
 
 Written to DIR: verdicts.csv (a row per name: verdict, scores, measures, and why it could not be judged), sheet.png, and
-with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell could not be answered.
+with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell could not be answered. Undecided: no failure
+was found, and not all could be asked, as without after/; that is never counted as good.
 
 exit status:
   0  everything was judged, and no rate is above its limit
   1  a rate is above its limit (also if pictures could not be judged)
   2  wrong arguments, or nothing in FOLDER to judge
-  3  pictures could not be judged (--allow-errors forgives that while at least one was), no picture could answer what a
-     limit asks, or DIR cannot be written to
+  3  pictures could not be judged (--allow-errors forgives that while at least one was), the pictures cannot answer what a
+     limit asks (any: undecided ones may take it above its limit), or DIR cannot be written to
   130  interrupted; what was judged so far is written
 """
 
@@ -80,39 +82,50 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 def status(items: Sequence[Item], limits: Mapping[str, float], allow_errors: bool = False) -> int:
     """The exit status: see ``--help``."""
-    shares = ((rate(items, name).value, limit) for name, limit in limits.items())
-    if any(value is not None and value > limit for value, limit in shares):
+    kept = [_keeps(items, name, limit) for name, limit in limits.items()]
+    if False in kept:
         return EXCEEDED
     errors = sum(item.verdict is None for item in items)
-    unanswered = any(not rate(items, name).n for name in limits)
-    return INCOMPLETE if errors == len(items) or unanswered or (errors and not allow_errors) else PASSED
+    return INCOMPLETE if errors == len(items) or None in kept or (errors and not allow_errors) else PASSED
 
 
 def rate(items: Sequence[Item], name: str) -> Share:
-    """Share with a verdict, or with any failure, of the judged pictures; of a failure, of those that could be asked for it: a
-    picture without an after picture would otherwise count as one that is not distorted."""
+    """Share with a verdict of the judged pictures; of a failure, of those that could be asked for it: a picture without an after
+    picture would otherwise count as one that is not distorted."""
     if name in FAILURES:
         items = [item for item in items if item.verdict and item.verdict.scores.get(name) is not None]
-    return verdict_share(items, *(FAILURES if name == ANY else (name,)))
+    return verdict_share(items, name)
+
+
+def _keeps(items: Sequence[Item], name: str, limit: float) -> Optional[bool]:
+    """Whether a rate is within its limit; None where that cannot be answered."""
+    if name == ANY:
+        failing = Failing.of(items)
+        low, high = failing.least.value, failing.most.value
+    else:
+        low = high = rate(items, name).value
+    if low is None or high is None:
+        return None
+    return False if low > limit else True if high <= limit else None
 
 
 def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
-    """What the command prints: a line per verdict, the limits, and what could not be judged."""
+    """What the command prints: a line per verdict, the limits, what could not be answered, and what could not be judged."""
     rows = [("", "count", "share", "95 % interval", "limit")]
-    for name in (*VERDICTS, ANY):
+    for name in VERDICTS:
         part = rate(items, name)
-        low, high = part.interval
-        rows.append(
-            (
-                "any failure" if name == ANY else name,
-                f"{part.count} of {part.n}",
-                "–" if part.value is None else percent(part.value),
-                f"{percent(low)} to {percent(high)}" if part.n else "–",
-                _verdict_on(part, limits.get(name)),
-            )
-        )
+        if name != UNDECIDED or part.count:
+            rows.append((name, f"{part.count} of {part.n}", *_shares(part, part), _verdict_on(items, name, limits)))
+    any_ = Failing.of(items)
+    counts = f"{any_.failed} to {any_.most.count}" if any_.undecided else str(any_.failed)
+    shares = _shares(any_.least, any_.most)
+    rows.append(("any failure", f"{counts} of {any_.n}", *shares, _verdict_on(items, ANY, limits)))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    undecided = [item for item in items if item.verdict and item.verdict.verdict == UNDECIDED]
+    if undecided:
+        lines += ["", f"undecided: {len(undecided)}; no failure was found, and not all could be asked"]
+        lines += [_unanswered(text, f"{count} of {len(undecided)}") for text, count in unanswered(undecided)]
     errors = [item for item in items if item.verdict is None]
     if errors:
         lines += ["", f"not judged: {len(errors)}"]
@@ -161,12 +174,24 @@ def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Opti
     return items, ""
 
 
-def _verdict_on(part: Share, limit: Optional[float]) -> str:
-    if limit is None:
+def _verdict_on(items: Sequence[Item], name: str, limits: Mapping[str, float]) -> str:
+    if name not in limits:
         return ""
-    if part.value is None:
-        return f"{limit:.0%}: could not be answered"
-    return f"{limit:.0%}: {'EXCEEDED' if part.value > limit else 'kept'}"
+    words = {True: "kept", False: "EXCEEDED", None: "could not be answered"}
+    return f"{limits[name]:.0%}: {words[_keeps(items, name, limits[name])]}"
+
+
+def _shares(least: Share, most: Share) -> tuple[str, str]:
+    """Share and interval in words."""
+    if least.value is None or most.value is None:
+        return "–", "–"
+    shares = dict.fromkeys(percent(part.value) for part in (least, most) if part.value is not None)
+    return " to ".join(shares), f"{percent(least.interval[0])} to {percent(most.interval[1])}"
+
+
+def _unanswered(text: str, count: str) -> str:
+    add = f". Add {REMEDIES[text]}" if text in REMEDIES else ""
+    return f"  {count}: {text}{add}"
 
 
 def _check_out(out: Path, found: folders.Folder) -> None:
