@@ -13,7 +13,7 @@ from .program import Parser, Program
 
 # The core has these numbers and names; a test holds the two equal, since the core's modules need torch.
 SHEET_ROWS, SHARD_PAIRS = 40, 256
-LIMITS = ("no-edit", "overlay", "distorted", "collateral-change", "any")
+LIMITS = ("no-edit", "overlay", "distorted", "collateral-change", "unusable", "any")
 OTHER_WORDS = {  # that people have for the same
     "no-change": "no-edit",
     "ghost": "overlay",
@@ -82,7 +82,9 @@ DIAGNOSE = Program(
     f"""{LAYOUTS}
 
 Written to DIR: verdicts.csv (a row per output: verdict, scores, measures, and why it could not be judged), sheet.png, and
-with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell could not be answered.
+with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell could not be answered. Undecided: no failure
+was found, and not all could be asked, as without after/; that is never counted as good. Outputs of another size are brought
+to that of the before picture where the proportions agree within two per cent.
 In other words: no edit is "no change"; overlay "ghost", "double"; distorted "warped"; collateral change "background changed",
 "shift", "offset", "zoom". --fail-above takes these as well, as in ghost=0.1.
 
@@ -92,8 +94,8 @@ After each checkpoint of any trainer, with one line of JSON:
         DONE: "everything was judged, and no rate is above its limit",
         FOUND: "a rate is above its limit (also if pictures could not be judged)",
         UNUSABLE: "wrong arguments, or nothing in FOLDER to judge",
-        INCOMPLETE: "pictures could not be judged (--allow-errors forgives that while at least one was), no picture could\n"
-        "answer what a limit asks, or DIR cannot be written to",
+        INCOMPLETE: "pictures could not be judged (--allow-errors forgives that while at least one was), the pictures cannot\n"
+        "answer what a limit asks (any: undecided ones may take it above its limit), or DIR cannot be written to",
         INTERRUPTED: "interrupted; what was judged so far is written",
     },
     tables=True,

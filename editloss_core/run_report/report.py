@@ -23,10 +23,10 @@ from ..extras import need
 from ..files import replacing
 from ..objective import NO_FAILURE, TERMS
 from ..pairs.pictures import read_picture
-from ..verdict.judge import FAILURES, VERDICTS
+from ..verdict.judge import FAILURES, GOOD, UNDECIDED
 from . import charts
 from .columns import Columns, counted, middle_cut, number
-from .verdicts import Judged, Output, Progress, RunVerdicts, SampledRun, judge_run, matrix
+from .verdicts import SAYING, Judged, Output, Progress, RunVerdicts, SampledRun, judge_run, matrix
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -211,6 +211,8 @@ def _cards(run: RunVerdicts) -> list[dict[str, str]]:
         small = "" if v.step is None else run.where(v.step) + (f"; held-out loss {number(v.loss)}" if v.log else "")
         failing = v.failing
         fails = f"{failing.count} of {failing.n} fail" if failing.n else "not judged"
+        if v.undecided:
+            fails = f"{fails}, {v.undecided} undecided" if failing.n else f"{v.undecided} undecided"
         return {
             "head": head,
             "big": "base model" if v.step is None else _called(run, v),
@@ -233,10 +235,12 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
     """A row per validation: shares of failures, losses, and where the checkpoint is."""
     logged = [v.log for v in run.validations if v.log]
     terms = list(dict.fromkeys(name for log in logged for name in log.terms))
-    heads = [run.unit, "failing", "95 % interval", *FAILURES, "checkpoint", *(["velocity", *terms] if logged else [])]
+    some = [UNDECIDED] if any(v.undecided for v in (run.base, *run.validations)) else []
+    losses = ["velocity", *terms] if logged else []
+    heads = [run.unit, "failing", "95 % interval", *FAILURES, *some, "checkpoint", *losses]
     rows = []
     for v in (run.base, *run.validations):
-        if v.log is None and not v.failing.n:
+        if v.log is None and not v.failing.n and not v.undecided:
             continue
         failing, log = v.failing, v.log
         low, high = failing.interval
@@ -248,6 +252,7 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
             f"{failing.count} of {failing.n}" if failing.n else "–",
             f"{percent(low)} to {percent(high)}" if failing.n else "–",
             *(f"{percent(s.value)} ({s.count})" if s.count else "0" if s.n else "–" for s in shares),
+            *(str(v.undecided) for _ in some),
             ""
             if v.step is None
             else "there"
@@ -334,19 +339,19 @@ def _matrix(run: RunVerdicts) -> Optional[dict[str, Any]]:
     same = sum(o.agree is True for o in run.outputs)
     rows = []
     for name, row in zip(says, counts):
-        own = VERDICTS[0] if name == NO_FAILURE else name
-        kinds = ["diagonal" if v == own else "off" if count else "" for v, count in zip(VERDICTS, row)]
+        own = GOOD if name == NO_FAILURE else name
+        kinds = ["diagonal" if v == own else "off" if count else "" for v, count in zip(SAYING, row)]
         rows.append({"says": name, "cells": [{"count": c, "kind": k} for c, k in zip(row, kinds)]})
     words = f"Signal and judge agree on {same} of {counted(total, 'output')}."
     parted = Counter((o.says, o.judged) for o in run.outputs if o.agree is False)
     for (name, judged), count in parted.most_common(_PARTED):
         if name == NO_FAILURE:
             words += f" In {count} the judge sees {judged} where the signal points to no failure."
-        elif judged == VERDICTS[0]:
+        elif judged == GOOD:
             words += f" In {count} the signal points to {name} where the judge finds the output good."
         else:
             words += f" In {count} the signal points to {name}, and the judge sees {judged}."
-    return {"heads": VERDICTS, "rows": rows, "text": words}
+    return {"heads": SAYING, "rows": rows, "text": words}
 
 
 def _against(run: RunVerdicts, failure: str) -> Optional[dict[str, Any]]:

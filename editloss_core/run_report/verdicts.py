@@ -23,7 +23,7 @@ from ..runs.log import OWN_FAILURES, PictureLog, RunLog, ValidationLog
 from ..runs.place import find_run
 from ..verdict.folder import Folder
 from ..verdict.items import as_signal
-from ..verdict.judge import FAILURES, VERDICTS, Verdict
+from ..verdict.judge import FAILURES, GOOD, UNDECIDED, VERDICTS, Verdict
 from ..verdict.judge import judge as judge_picture
 from .columns import counted
 
@@ -35,6 +35,7 @@ OPTIONS = {
     "validate_every": "Run Options; [validation]",
 }
 _CHECKPOINT_ENDINGS = (".safetensors", ".ckpt", ".pt", "")  # "": a folder, as diffusers writes it
+SAYING = tuple(v for v in VERDICTS if v != UNDECIDED)  # verdicts that a signal can agree with
 Judge = Callable[..., Verdict]
 
 
@@ -71,7 +72,7 @@ class Output:
     @property
     def agree(self) -> Optional[bool]:
         """Whether signal and judge say the same; None where one of them says nothing."""
-        if self.verdict is None or self.says is None:
+        if self.verdict is None or self.verdict.verdict == UNDECIDED or self.says is None:
             return None
         return self.says == as_signal(self.verdict.verdict)
 
@@ -88,12 +89,23 @@ class Judged:
     def counts(self) -> Mapping[str, int]:
         return Counter(o.judged for o in self.outputs if o.verdict)
 
+    @property
+    def undecided(self) -> int:
+        """Outputs in which no failure was found, and of which not all could be asked: they count as neither good nor failing."""
+        return self.counts[UNDECIDED]
+
     def judged_as(self, *verdicts: str) -> Share:
-        return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()))
+        """Of the outputs that are good or have a failure."""
+        return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()) - self.undecided)
 
     @property
     def failing(self) -> Share:
         return self.judged_as(*FAILURES)
+
+    @property
+    def not_good(self) -> float:
+        """What the best step is chosen by: the share of all judged outputs that is not known to be good."""
+        return 1 - self.counts[GOOD] / max(1, sum(self.counts.values()))
 
     @property
     def loss(self) -> Optional[float]:
@@ -198,12 +210,12 @@ class RunVerdicts:
     @property
     def alike(self) -> bool:
         """Whether several validations fail equally often, so that failures choose none of them."""
-        return len(self.validations) > 1 and len({v.failing.value for v in self.validations if v.failing.n}) == 1
+        return len(self.validations) > 1 and len({v.not_good for v in self.validations if v.failing.n}) == 1
 
     @staticmethod
     def _least(found: Sequence[Judged]) -> Optional[Judged]:
         def rank(v: Judged) -> tuple:
-            return v.failing.value, float("inf") if v.loss is None else v.loss, v.step
+            return v.not_good, float("inf") if v.loss is None else v.loss, v.step
 
         return min(found, key=rank, default=None)
 
@@ -238,7 +250,7 @@ class RunVerdicts:
             ]
         if best is None:
             return [self._nothing_judged()]
-        rates = {v.failing.value for v in self.validations if v.failing.n}
+        rates = {v.not_good for v in self.validations if v.failing.n}
         at = self.called(best.step)
         if not self.alike:
             alone = len(self.validations) == 1
@@ -248,7 +260,11 @@ class RunVerdicts:
         else:
             which = "has the lowest loss of them" if lowest else "is the first of them"
             said = [f"Every {self.unit} fails as often: {best.failing}. {at.capitalize()} {which}."]
-        if self.base.failing.n and best.failing.value >= self.base.failing.value:
+        if best.undecided:
+            said.append(
+                f"{counted(best.undecided, 'more output')} of that {self.unit}: undecided, neither good nor failing."
+            )
+        if self.base.failing.n and best.not_good >= self.base.not_good:
             said.append("The base model without the LoRA fails no more often than that.")
         said += self._where_it_is(best)
         said += self._by_loss(best, lowest, rates)
@@ -275,6 +291,15 @@ class RunVerdicts:
 
     def _nothing_judged(self) -> str:
         """Why there are validations and no failure rates."""
+        undecided = sum(v.undecided for v in self.validations)
+        if undecided:
+            return (
+                f"No failure rates: all {counted(undecided, 'output')} that could be judged are undecided: no failure was found, and "
+                "not all could be asked. The notes say what."
+            )
+        return self._none_kept()
+
+    def _none_kept(self) -> str:
         named = sum(len(v.log.pictures) for v in self.validations if v.log)
         if named and self.pictures is not None and not self.pictures.is_dir():
             return (
@@ -307,7 +332,13 @@ class RunVerdicts:
         if not lowest.failing.n:
             return []
         more = lowest.failing.count - best.failing.count
-        fails = f"{more} more of {lowest.failing.n} fail" if more else "as many fail"
+        fails = (
+            f"{more} more of {lowest.failing.n} fail"
+            if more > 0
+            else "as many fail"
+            if not more
+            else "fewer fail, and fewer are good"
+        )
         return [f"Choosing by loss would have taken step {lowest.step}, where {fails}."]
 
     def notes(self) -> list[str]:
@@ -342,6 +373,10 @@ class RunVerdicts:
                 f"The validations up to {self.called(others[-1])} watched other pairs or sampled the base otherwise than the last one: "
                 "their rates are not of the same pictures."
             )
+        unanswered = Counter(
+            text for o in (*self.base.outputs, *self.outputs) if o.judged == UNDECIDED for text in o.verdict.unanswered
+        )
+        found += [f"Undecided, {counted(count, 'output')}: {text}" for text, count in unanswered.most_common()]
         if self.pictures is None or self.pictures.is_dir():  # without the folder none can be, which the advice says
             found += [
                 f"{o.pair}, {self.called(o.step)}: not judged: {o.problem}"
@@ -390,7 +425,7 @@ class SampledRun(RunVerdicts):
             return f"not known: no file of {self.called(step)} was found beside the samples"
         return relative(path, self.folder)
 
-    def _nothing_judged(self) -> str:
+    def _none_kept(self) -> str:
         return "No failure rates: none of the sample pictures could be judged; the notes say why."
 
     def _where_it_is(self, best: Judged) -> list[str]:
@@ -539,9 +574,9 @@ def _mean(values) -> Optional[float]:
 
 
 def matrix(run: RunVerdicts) -> tuple[list[str], list[list[int]]]:
-    """How often the signal (rows) and the judge (columns: :data:`VERDICTS`) said what, over all validations."""
+    """How often the signal (rows) and the judge (columns: :data:`SAYING`) said what, over all validations."""
     outputs = [o for o in run.outputs if o.agree is not None]
     rows = [NO_FAILURE, *(f for f in FAILURES if f in run.terms_of), NOT_A_NUMBER]
     rows += sorted({o.says for o in outputs} - set(rows))
     rows = [row for row in rows if row != NOT_A_NUMBER or any(o.says == row for o in outputs)]
-    return rows, [[sum(o.says == says and o.judged == v for o in outputs) for v in VERDICTS] for says in rows]
+    return rows, [[sum(o.says == says and o.judged == v for o in outputs) for v in SAYING] for says in rows]

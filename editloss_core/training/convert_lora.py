@@ -1,5 +1,7 @@
 """A LoRA of a known model from ComfyUI's keys to diffusers', or back, with the same output.
 
+Keys of kohya's trainers (lora_unet_double_blocks_0_img_attn_qkv …) are ComfyUI's with underscores, and become diffusers'.
+
 python -m editloss_core.training.convert_lora my_edit.safetensors my_edit_diffusers.safetensors
 """
 
@@ -11,28 +13,28 @@ from typing import Union
 
 from ..commands.exits import DONE
 from ..commands.programs import CONVERT_LORA
-from ..files import write_safetensors
+from ..files import check_conversion, write_safetensors
 from ..lora.keys import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
 
 
 def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: bool = False) -> tuple[str, int]:
-    """Write the LoRA of ``source`` in the other dialect; header texts and dtype stay.
+    """Write the LoRA of ``source`` in the other dialect; header texts and dtype stay. (Where parts of 8 bits that become one
+    layer have other strengths, its ``lora_up`` becomes bfloat16.)
 
     Returns:
         The dialect that was written, and the number of layers in it.
 
     Raises:
-        FileNotFoundError: if there is no ``source``.
+        FileNotFoundError: if there is no ``source``, or no folder for ``target``.
+        IsADirectoryError: if one of them is a folder.
         FileExistsError: if ``target`` exists and ``overwrite`` is False.
-        ValueError: for files that are not safetensors, and what is no LoRA of a known model.
+        NotWritten: no room left for ``target``, or no right to write it.
+        ValueError: for a ``target`` that is ``source``, files that are not safetensors, and what is no LoRA of a known model.
     """
     from safetensors import SafetensorError, safe_open
 
     source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise FileNotFoundError(f"source: no such file: {source}")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"target: {target} exists already")
+    check_conversion(source, target, overwrite)
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}

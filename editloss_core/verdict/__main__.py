@@ -25,8 +25,8 @@ from ..files import replacing
 from ..pairs.outputs import PARTS, Moment
 from . import folder as folders
 from . import picture
-from .items import Item, verdict_share
-from .judge import FAILURES, MEASURES, VERDICTS
+from .items import Failing, Item, unanswered, verdict_share
+from .judge import FAILURES, MEASURES, REMEDIES, UNDECIDED, VERDICTS
 from .picture import MOST_ROWS, Ranking
 
 ANY = "any"
@@ -78,38 +78,47 @@ def diagnose(given: argparse.Namespace) -> int:
 
 def status(items: Sequence[Item], limits: Mapping[str, float], allow_errors: bool = False) -> int:
     """The exit status: see ``--help``."""
-    shares = ((rate(items, name).value, limit) for name, limit in limits.items())
-    if any(value is not None and value > limit for value, limit in shares):
+    kept = [_keeps(items, name, limit) for name, limit in limits.items()]
+    if False in kept:
         return FOUND
     errors = sum(item.verdict is None for item in items)
-    unanswered = any(not rate(items, name).n for name in limits)
-    return INCOMPLETE if errors == len(items) or unanswered or (errors and not allow_errors) else DONE
+    return INCOMPLETE if errors == len(items) or None in kept or (errors and not allow_errors) else DONE
 
 
 def rate(items: Sequence[Item], name: str) -> Share:
-    """Share with a verdict, or with any failure, of the judged pictures; of a failure, of those that could be asked for it: a
-    picture without an after picture would otherwise count as one that is not distorted."""
+    """Share with a verdict of the judged pictures; of a failure, of those that could be asked for it: a picture without an after
+    picture would otherwise count as one that is not distorted."""
     if name in FAILURES:
         items = [item for item in items if item.verdict and item.verdict.scores.get(name) is not None]
-    return verdict_share(items, *(FAILURES if name == ANY else (name,)))
+    return verdict_share(items, name)
+
+
+def _keeps(items: Sequence[Item], name: str, limit: float) -> Optional[bool]:
+    """Whether a rate is within its limit; None where that cannot be answered."""
+    if name == ANY:
+        failing = Failing.of(items)
+        low, high = failing.least.value, failing.most.value
+    else:
+        low = high = rate(items, name).value
+    if low is None or high is None:
+        return None
+    return False if low > limit else True if high <= limit else None
 
 
 def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
-    """What the command prints: a line per verdict, the limits, and what could not be judged."""
+    """What the command prints: a line per verdict, the limits, what could not be answered, and what could not be judged."""
     rows = [("", "count", "share", "95 % interval", "limit")]
-    for name in (*VERDICTS, ANY):
+    for name in VERDICTS:
         part = rate(items, name)
-        low, high = part.interval
-        rows.append(
-            (
-                "any failure" if name == ANY else name,
-                f"{part.count} of {part.n}",
-                "–" if part.value is None else percent(part.value),
-                f"{percent(low)} to {percent(high)}" if part.n else "–",
-                _verdict_on(part, limits.get(name)),
-            )
-        )
+        if name != UNDECIDED or part.count:
+            rows.append((name, f"{part.count} of {part.n}", *_shares(part, part), _verdict_on(items, name, limits)))
+    any_ = Failing.of(items)
+    rows.append(("any failure", _failed(any_), *_shares(any_.least, any_.most), _verdict_on(items, ANY, limits)))
     lines = [aligned(rows)]
+    undecided = [item for item in items if item.verdict and item.verdict.verdict == UNDECIDED]
+    if undecided:
+        lines += ["", f"undecided: {len(undecided)}; no failure was found, and not all could be asked"]
+        lines += [_unanswered(text, f"{count} of {len(undecided)}") for text, count in unanswered(undecided)]
     errors = [item for item in items if item.verdict is None]
     if errors:
         lines += ["", f"not judged: {len(errors)}"]
@@ -165,12 +174,9 @@ def _over_steps(items: Sequence[Item], entries: Sequence[folders.Entry]) -> list
         return []
     rows: list[tuple[str, ...]] = [("", "any failure", "95 % interval", *FAILURES)]
     for moment, some in at.items():
-        part = rate(some, ANY)
-        low, high = part.interval
+        any_ = Failing.of(some)
         counts = (f"{verdict_share(some, name).count}" for name in FAILURES)
-        rows.append(
-            (str(moment), f"{part.count} of {part.n}", f"{percent(low)} to {percent(high)}" if part.n else "–", *counts)
-        )
+        rows.append((str(moment), _failed(any_), _shares(any_.least, any_.most)[1], *counts))
     return [
         "",
         aligned(rows),
@@ -185,8 +191,10 @@ def _summary(items: Sequence[Item], entries: Sequence[folders.Entry], limits: Ma
     steps = list(_at(items, entries))
     if steps:
         found |= {steps[-1].unit: steps[-1].count}
-    found["rates"] = {name: rate(items, name).value for name in (*VERDICTS, ANY)}
-    found["exceeded"] = [name for name, limit in limits.items() if (rate(items, name).value or 0.0) > limit]
+    found["rates"] = {**{name: rate(items, name).value for name in VERDICTS}, ANY: Failing.of(items).least.value}
+    kept = {name: _keeps(items, name, limit) for name, limit in limits.items()}
+    found["exceeded"] = [name for name, within in kept.items() if within is False]
+    found["unanswered"] = [name for name, within in kept.items() if within is None]
     return found
 
 
@@ -223,12 +231,30 @@ def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Opti
     return items, ""
 
 
-def _verdict_on(part: Share, limit: Optional[float]) -> str:
-    if limit is None:
+def _verdict_on(items: Sequence[Item], name: str, limits: Mapping[str, float]) -> str:
+    if name not in limits:
         return ""
-    if part.value is None:
-        return f"{limit:.0%}: could not be answered"
-    return f"{limit:.0%}: {'EXCEEDED' if part.value > limit else 'kept'}"
+    words = {True: "kept", False: "EXCEEDED", None: "could not be answered"}
+    return f"{limits[name]:.0%}: {words[_keeps(items, name, limits[name])]}"
+
+
+def _failed(failing: Failing) -> str:
+    """How many of how many; of undecided ones, any may have failed as well."""
+    most = f" to {failing.most.count}" if failing.undecided else ""
+    return f"{failing.failed}{most} of {failing.n}"
+
+
+def _shares(least: Share, most: Share) -> tuple[str, str]:
+    """Share and interval in words."""
+    if least.value is None or most.value is None:
+        return "–", "–"
+    shares = dict.fromkeys(percent(part.value) for part in (least, most) if part.value is not None)
+    return " to ".join(shares), f"{percent(least.interval[0])} to {percent(most.interval[1])}"
+
+
+def _unanswered(text: str, count: str) -> str:
+    add = f". Add {REMEDIES[text]}" if text in REMEDIES else ""
+    return f"  {count}: {text}{add}"
 
 
 def _check_out(out: Path, found: folders.Folder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from ..pairs.pictures import read_picture
 from .items import Item
 from .picture import heat
 
+LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
 MOST_WORKERS = 8  # more would read more pictures at a time than disks and memory like
 # Pictures: workers take about 4 s to start, one picture 0.3 s (512 x 512, one core of a Xeon at 2.1 GHz).
 POOL_PAYS = 24
@@ -140,7 +142,8 @@ def judge_entry(entry: Entry, maps: Optional[Path] = None) -> Item:
 
     Args:
         entry: from :func:`scan`.
-        maps: folder into which the heat maps go, laid over the output, as NAME.MAP.png.
+        maps: folder into which the heat maps go, laid over the output, as NAME.MAP.png; a name that would be too long for the
+            file system is cut, and ends in a part of its hash.
 
     Raises:
         OSError: the maps cannot be written.
@@ -163,7 +166,7 @@ def judge_entry(entry: Entry, maps: Optional[Path] = None) -> Item:
         return Item(entry.name, None, f"judging it failed: {reason}", tuple(notes))
     if maps is not None and item.verdict:
         for name, values in item.verdict.maps.items():
-            save(heat(pictures["output"], values), maps / f"{entry.name}.{name.replace(' ', '_')}.png")
+            save(heat(pictures["output"], values), maps / _file_name(entry.name, f".{name.replace(' ', '_')}.png"))
     return item
 
 
@@ -216,3 +219,16 @@ def _with_values(item: Item, change: Callable[[Any], Any]) -> Item:
         maps = {name: change(values) for name, values in verdict.maps.items()}
         verdict = replace(verdict, maps=maps, mask=None if verdict.mask is None else change(verdict.mask))
     return replace(item, verdict=verdict, pictures={part: change(x) for part, x in item.pictures.items()})
+
+
+def _file_name(name: str, ending: str) -> str:
+    """NAME and the ending, where the last part of NAME is cut to fit."""
+    place, slash, last = name.rpartition("/")
+    given, most = os.fsencode(last), LONGEST_NAME - len(ending)
+    if len(given) > most:
+        digest = f"~{hashlib.sha256(given).hexdigest()[:10]}"
+        last = os.fsdecode(given)
+        while len(os.fsencode(last)) > most - len(digest):
+            last = last[:-1]  # whole characters, of one to four bytes
+        last += digest
+    return place + slash + last + ending
