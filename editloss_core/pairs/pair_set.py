@@ -27,6 +27,7 @@ from .files import (
     Layout,
     PairProblems,
     digest_state,
+    file_state,
     listed,
     read_caption,
     readable,
@@ -482,8 +483,7 @@ def _state(pair: Pair) -> str:
     for source in _sources(pair).values():
         if isinstance(source, Path):
             try:
-                status = source.stat()
-                found.append(f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+                found.append(file_state(source))
             except OSError:  # reading it will say why
                 found.append(GONE)
     return ", ".join(found)
