@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
+from ..files import NotWritten, check_writable, make_folder
 from .exits import INCOMPLETE
 from .program import Stop
 
@@ -15,19 +15,11 @@ def folder_to_write(option: str, folder: Path) -> Path:
     Raises:
         Stop: with a sentence, and the exit status for what cannot be written.
     """
-    for place in (folder, *folder.absolute().parents):
-        if place.exists():
-            if not place.is_dir():
-                raise Stop(f"{option}: expected a folder to write to, got {folder}: {place} is a file", INCOMPLETE)
-            break
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-    except OSError as error:
-        raise Stop(
-            f"{option}: expected a folder to write to, got {folder}: {error.strerror or error}", INCOMPLETE
-        ) from error
+        check_writable(folder)
+        make_folder(folder)
+    except NotWritten as error:
+        raise Stop(f"{option}: expected a folder to write to; {error}", INCOMPLETE) from error
     return folder
 
 

@@ -24,6 +24,8 @@ OTHER_WORDS = {  # that people have for the same
     "shift": "collateral-change",
     "offset": "collateral-change",
     "zoom": "collateral-change",
+    "noise": "unusable",
+    "black": "unusable",
 }
 ENCODER = """\
 An encoder is KIND:NAME,SETTING=VALUE,…: timm:vit_small_patch14_dinov2,weights=FILE.safetensors,output=grid,image_size=518 or
@@ -36,7 +38,8 @@ Before, output, after and mask belong together by file name, without suffix and 
   before/ output/ after/ mask/          or control/, outputs/ or samples/, target/, masks/
   NAME_before NAME_output NAME_after NAME_mask     in one place
 or each part is named: --before A --output C --after B --mask D, each a folder or one picture. With --before, FOLDER may hold
-the outputs alone. before and output are needed. Without after, distorted cannot be answered.
+the outputs alone. before and output are needed. Without after no output can be called good:
+it fails, or it is undecided.
 
 Several outputs of a pair, as trainers sample them, are told apart by what is in the name beside the pair's: a step
 (kitchen_000000250.png, kitchen_step250.png, step_250/kitchen.png, checkpoint-250/kitchen.png), an epoch (e000003), a number or
@@ -86,7 +89,7 @@ with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell c
 was found, and not all could be asked, as without after/; that is never counted as good. Outputs of another size are brought
 to that of the before picture where the proportions agree within two per cent.
 In other words: no edit is "no change"; overlay "ghost", "double"; distorted "warped"; collateral change "background changed",
-"shift", "offset", "zoom". --fail-above takes these as well, as in ghost=0.1.
+"shift", "offset", "zoom"; unusable "noise", "black". --fail-above takes these as well, as in ghost=0.1.
 
 After each checkpoint of any trainer, with one line of JSON:
   editloss diagnose samples --before control --after target --step last --format line --fail-above any=0.5""",

@@ -292,10 +292,11 @@ def moment_of(name: str) -> Moment:
 
 
 def _moment(name: str) -> Optional[tuple[Moment, int]]:
-    """(when, where in the name it ends)."""
+    """(when, where in the name it ends). Words decide; without one, numbers that are padded or folders of their own, and epochs as
+    kohya writes them. Numbers behind a clock are seeds, where there is one before it."""
     tokens = [(m[0], m.start(), m.end()) for m in _TOKEN.finditer(name)]
-    padded: Optional[tuple[Moment, int]] = None
-    epoch: Optional[tuple[Moment, int]] = None
+    found: list[tuple[Moment, int]] = []
+    before_clock: Optional[int] = None  # how many of them
     after_date = False
     for i, (token, start, end) in enumerate(tokens):
         following = tokens[i + 1] if i + 1 < len(tokens) else None
@@ -305,21 +306,23 @@ def _moment(name: str) -> Optional[tuple[Moment, int]]:
             if _STEP_WORD.fullmatch(letters):
                 return Moment(int(digits)), end
             if _EPOCH_WORD.fullmatch(letters) and (letters.lower() != "e" or len(digits) >= 3):
-                epoch = epoch or (Moment(int(digits), "epoch"), end)
+                found.append((Moment(int(digits), "epoch"), end))
         elif following and following[0].isdecimal() and not _CLOCK.fullmatch(following[0]):
             if _STEP_WORD.fullmatch(token):
                 return Moment(int(following[0])), following[2]
             if _EPOCH_WORD.fullmatch(token) and len(token) > 1:
-                epoch = epoch or (Moment(int(following[0]), "epoch"), following[2])
-        if _DATE.fullmatch(token):
-            after_date = True
-            continue
-        clock = _CLOCK.fullmatch(token) or (after_date and len(token) == 6)
-        after_date = False
-        folder = end < len(name) and name[end] == "/" and (start == 0 or name[start - 1] == "/")
-        if token.isdecimal() and not clock and (_PADDED.fullmatch(token) or folder):
-            padded = padded or (Moment(int(token)), end)
-    return padded or epoch
+                found.append((Moment(int(following[0]), "epoch"), following[2]))
+        a_date = _DATE.fullmatch(token) is not None
+        if a_date or _CLOCK.fullmatch(token) or (after_date and len(token) == 6):
+            before_clock = len(found)
+        elif token.isdecimal():
+            folder = name[end : end + 1] == "/" and (start == 0 or name[start - 1] == "/")
+            if _PADDED.fullmatch(token) or folder:
+                found.append((Moment(int(token)), end))
+        after_date = a_date
+    if not found:
+        return None
+    return found[0] if before_clock == 0 else found[(before_clock or len(found)) - 1]
 
 
 def sample_number(name: str) -> Optional[int]:

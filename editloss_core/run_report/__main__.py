@@ -17,7 +17,7 @@ from ..progress import ConsoleBar
 from ..runs.log import LOG_FILE
 from ..runs.place import find_run
 from ..verdict.folder import scan
-from ..verdict.judge import FAILURES
+from ..verdict.judge import FAILURES, UNDECIDED
 from .report import REPORT_FILE, text, write_page
 from .verdicts import Judged, RunVerdicts, judge_run, judge_samples
 
@@ -75,6 +75,7 @@ def _rows(run: RunVerdicts) -> list[dict[str, Any]]:
         return {
             run.unit: "base" if v.step is None else v.step, "outputs": len(v.outputs), "judged": v.failing.n,
             "failing": v.failing.value, "low": low, "high": high, **{f: v.judged_as(f).value for f in FAILURES},
+            "undecided": v.judged_as(UNDECIDED).value,
             "loss": v.loss, "checkpoint": None if kept is None else str(kept), "best": v is run.best,
         }  # fmt: skip
 

@@ -211,8 +211,7 @@ def _cards(run: RunVerdicts) -> list[dict[str, str]]:
         small = "" if v.step is None else run.where(v.step) + (f"; held-out loss {number(v.loss)}" if v.log else "")
         failing = v.failing
         fails = f"{failing.count} of {failing.n} fail" if failing.n else "not judged"
-        if v.undecided:
-            fails = f"{fails}, {v.undecided} undecided" if failing.n else f"{v.undecided} undecided"
+        fails += f", {v.undecided} undecided" if v.undecided else ""
         return {
             "head": head,
             "big": "base model" if v.step is None else _called(run, v),
@@ -240,7 +239,7 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
     heads = [run.unit, "failing", "95 % interval", *FAILURES, *some, "checkpoint", *losses]
     rows = []
     for v in (run.base, *run.validations):
-        if v.log is None and not v.failing.n and not v.undecided:
+        if v.log is None and not v.failing.n:
             continue
         failing, log = v.failing, v.log
         low, high = failing.interval

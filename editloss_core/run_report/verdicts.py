@@ -91,21 +91,22 @@ class Judged:
 
     @property
     def undecided(self) -> int:
-        """Outputs in which no failure was found, and of which not all could be asked: they count as neither good nor failing."""
+        """Outputs in which no failure was found, and of which not all could be asked: they are neither good nor failing."""
         return self.counts[UNDECIDED]
 
     def judged_as(self, *verdicts: str) -> Share:
-        """Of the outputs that are good or have a failure."""
-        return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()) - self.undecided)
+        """Of all outputs that were judged, undecided ones among them: of a failure, so many at least."""
+        return Share(sum(self.counts[v] for v in verdicts), sum(self.counts.values()))
 
     @property
     def failing(self) -> Share:
         return self.judged_as(*FAILURES)
 
     @property
-    def not_good(self) -> float:
-        """What the best step is chosen by: the share of all judged outputs that is not known to be good."""
-        return 1 - self.counts[GOOD] / max(1, sum(self.counts.values()))
+    def badness(self) -> tuple[float, float]:
+        """What the best step is chosen by: the share that is not known to be good; then, as where no after picture lets any be
+        known so, the share that fails."""
+        return 1 - (self.judged_as(GOOD).value or 0.0), self.failing.value or 0.0
 
     @property
     def loss(self) -> Optional[float]:
@@ -194,7 +195,8 @@ class RunVerdicts:
     @cached_property
     def best(self) -> Optional[Judged]:
         """The validation that fails least; of equals the one with the lower loss, then the earlier one."""
-        return self._least([v for v in self.validations if v.failing.n])
+        decided = any(v.failing.n > v.undecided for v in self.validations)
+        return self._least([v for v in self.validations if v.failing.n]) if decided else None
 
     @cached_property
     def best_kept(self) -> Optional[Judged]:
@@ -210,12 +212,12 @@ class RunVerdicts:
     @property
     def alike(self) -> bool:
         """Whether several validations fail equally often, so that failures choose none of them."""
-        return len(self.validations) > 1 and len({v.not_good for v in self.validations if v.failing.n}) == 1
+        return len(self.validations) > 1 and len({v.badness for v in self.validations if v.failing.n}) == 1
 
     @staticmethod
     def _least(found: Sequence[Judged]) -> Optional[Judged]:
         def rank(v: Judged) -> tuple:
-            return v.not_good, float("inf") if v.loss is None else v.loss, v.step
+            return *v.badness, float("inf") if v.loss is None else v.loss, v.step
 
         return min(found, key=rank, default=None)
 
@@ -250,7 +252,7 @@ class RunVerdicts:
             ]
         if best is None:
             return [self._nothing_judged()]
-        rates = {v.not_good for v in self.validations if v.failing.n}
+        rates = {v.badness for v in self.validations if v.failing.n}
         at = self.called(best.step)
         if not self.alike:
             alone = len(self.validations) == 1
@@ -262,9 +264,10 @@ class RunVerdicts:
             said = [f"Every {self.unit} fails as often: {best.failing}. {at.capitalize()} {which}."]
         if best.undecided:
             said.append(
-                f"{counted(best.undecided, 'more output')} of that {self.unit}: undecided, neither good nor failing."
+                f"{counted(best.undecided, 'output')} of that {self.unit} {'is' if best.undecided == 1 else 'are'} undecided: no failure was "
+                "found, and not all could be asked."
             )
-        if self.base.failing.n and best.not_good >= self.base.not_good:
+        if self.base.failing.n and best.badness >= self.base.badness:
             said.append("The base model without the LoRA fails no more often than that.")
         said += self._where_it_is(best)
         said += self._by_loss(best, lowest, rates)

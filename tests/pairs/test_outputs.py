@@ -29,6 +29,10 @@ def told(outputs):
         ("mylora_000000250_00", 250, "step"),
         ("name_e000001_00_20240101120000", 1, "epoch"),  # kohya
         ("name_000250_00_20240101120000_42", 250, "step"),
+        ("name_000250_00_20240101120000_1234567890", 250, "step"),  # a seed is no step
+        ("name_e000003_01_20240101120000_1234567890", 3, "epoch"),
+        ("chair_123456_000250_00_20240101120000", 250, "step"),  # the name has a number of its own
+        ("pair_000000_000250", 250, "step"),
         ("checkpoint-500/image_0", 500, "step"),  # diffusers
         ("validation/step_250/kitchen", 250, "step"),
         ("kitchen-step00000250", 250, "step"),
@@ -51,6 +55,7 @@ def test_the_step_in_a_name(name, count, unit):
     [
         ("1700000000000__000000250_3", 3),
         ("name_e000001_01_20240101120000_42", 1),
+        ("name_000250_02_20240101120000_1234567890", 2),
         ("checkpoint-500/image_12", 12),
         ("step_250/kitchen", None),
     ],

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from editloss_core.commands.exits import DONE, FOUND, INCOMPLETE, UNUSABLE
+from editloss_core.drawing.statistics import Share
 from editloss_core.run_report import report, verdicts
 from editloss_core.run_report.__main__ import main
 from editloss_core.run_report.verdicts import judge_samples
 from editloss_core.runs.log import RunLog, ValidationLog
 from editloss_core.runs.pictures import PreviewRow, save_pictures
 from editloss_core.verdict.folder import scan
-from editloss_core.verdict.judge import FAILURES, Verdict
+from editloss_core.verdict.judge import FAILURES, UNDECIDED, Verdict
 
 PLAN = {0: "nn", 250: "no", 500: "og", 750: "gg", 1000: "dg", 1250: "dd"}  # step → verdicts of the two pairs
 GREYS = {"n": (40, "no edit"), "o": (90, "overlay"), "g": (140, "good"), "d": (190, "distorted")}
@@ -77,6 +78,30 @@ def test_its_page_has_no_losses_and_no_settings(tmp_path):
     picture = report.picture(run, 800)
     assert picture.shape[0] == 1 and picture.shape[2] >= 800 and 0 <= float(picture.min()) and float(picture.max()) <= 1
     assert report.picture(run, 800, rows=1).shape[1] < picture.shape[1]
+
+
+def test_without_after_pictures_what_is_not_seen_to_fail_is_undecided_and_still_chosen(tmp_path, monkeypatch):
+    """It is not called good, and a step at which nothing fails is not one that was not judged."""
+    judged = verdicts.judge_picture
+
+    def judge(before, output, after=None, mask=None):
+        found = judged(before, output, after, mask)
+        return (
+            found
+            if found.verdict != "good"
+            else Verdict(UNDECIDED, {**found.scores, "distorted": None}, {}, ("distorted: …",))
+        )
+
+    monkeypatch.setattr(verdicts, "judge_picture", judge)
+    run = run_of(trained(tmp_path / "run"))
+    assert run.best.step == 750 and (run.best.failing, run.best.undecided) == (Share(0, 2), 2) and run.since_best == 2
+    said = " ".join(run.advice())
+    assert (
+        "Step 750 fails least: 0 of 2" in said and "2 outputs of that step are undecided: no failure was found" in said
+    )
+    assert "| 500 | 1 of 2 |" in report.text(run) and "0 of 2 fail, 2 undecided" in report.page(run)
+    alone = run_of(trained(tmp_path / "alone", plan={250: "gg", 500: "gg"}))
+    assert alone.best is None and "are undecided" in alone.advice()[0]
 
 
 def test_epochs_of_kohya(tmp_path):
