@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -444,6 +444,12 @@ def digest_state(paths: Mapping[str, Path]) -> str:
     """sha256 over names, sizes and times of files: changes when a file does, without reading any."""
     digest = hashlib.sha256()
     for name, path in sorted(paths.items()):
-        status = path.stat()
-        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{name} {file_state(path)}\n".encode())
     return digest.hexdigest()
+
+
+def file_state(path: Path) -> str:
+    """Changes when a file does, or another one takes its place: size, and times of its content and of itself, which the tools
+    that copy times along do not set."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

@@ -10,7 +10,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
@@ -27,6 +27,7 @@ from .files import (
     Layout,
     PairProblems,
     digest_state,
+    file_state,
     listed,
     read_caption,
     readable,
@@ -170,7 +171,7 @@ class PairSet:
         pairs: in the order of their names (or of the batch).
         sizes: what every picture of a pair has at least, (height, width).
         contents: sha256 of a pair's files or tensors, as they were when they were checked.
-        states: what the file system said of a pair's files just before; "" for tensors. Empty: nobody looked.
+        states: name of a pair of files → what the file system said of them just before.
         resolution, upscale: see :func:`find_pairs`.
         folder, control_folder, default_caption: see :func:`find_pairs`; the folder is None if they came from pictures.
         layout: how they lay there, in words.
@@ -193,7 +194,7 @@ class PairSet:
     default_caption: str = ""
     variants: Optional[VariantSettings] = None
     flawed: str = "keep"
-    states: tuple[str, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_images(
@@ -287,7 +288,7 @@ class PairSet:
             ValueError: a file cannot be read, or has changed since it was checked.
         """
         images, pair = self.load(index), self.pairs[index]
-        if self.states and _state(pair) != self.states[index]:
+        if self.states.get(pair.original) not in (None, _state(pair)):
             files = ", ".join(self.called(index, part) for part in _sources(pair))
             raise ValueError(f"pairs: one of {files} has changed since they were checked; start again")
         return images
@@ -301,13 +302,9 @@ class PairSet:
         Raises:
             PairProblems: what is wrong with the changed ones.
         """
-        now = {pair.original: _state(pair) for pair in self.pairs} if self.states else {}
-        moved = {
-            pair.original
-            for pair, state in zip(self.pairs, self.states)
-            if GONE not in now[pair.original] and now[pair.original] != state
-        }
-        sizes, contents, states = list(self.sizes), list(self.contents), list(self.states)
+        now = {pair.original: _state(pair) for pair in self.pairs if pair.original in self.states}
+        moved = {name for name, state in now.items() if GONE not in state and state != self.states[name]}
+        sizes, contents = list(self.sizes), list(self.contents)
         pairs, changed, findings = list(self.pairs), list[str](), list[Finding]()
         looked: dict[str, _Look] = {}
         for index, pair in enumerate(self.pairs):
@@ -321,7 +318,7 @@ class PairSet:
                 drawn = draw(drawn.of, pair.caption, look.content, drawn.number, self.variants)
             content = look.content if drawn is None else content_of(look.content, drawn)
             changed += [pair.name] if content != contents[index] else []
-            sizes[index], contents[index], states[index] = look.size, content, look.state
+            sizes[index], contents[index] = look.size, content
             pairs[index] = replace(pair, variant=drawn)
         if findings:
             raise self.problems(findings)
@@ -331,8 +328,8 @@ class PairSet:
             [f"changed since the folder was checked, and read as they are now: {listed(changed)}"] if changed else []
         )
         return replace(
-            self, pairs=tuple(pairs), sizes=tuple(sizes), contents=tuple(contents), states=tuple(states),
-            notes=(*self.notes, *notes),
+            self, pairs=tuple(pairs), sizes=tuple(sizes), contents=tuple(contents), notes=(*self.notes, *notes),
+            states={**self.states, **{name: look.state for name, look in looked.items()}},
         )  # fmt: skip
 
     def called(self, index: int, part: str) -> str:
@@ -393,13 +390,12 @@ class PairSet:
 
     def subset(self, indices: Sequence[int]) -> PairSet:
         """The pairs of some indices, in that order."""
-        pairs, sizes, contents, states = self.pairs, self.sizes, self.contents, self.states
+        pairs, sizes, contents = self.pairs, self.sizes, self.contents
         return replace(
             self,
             pairs=tuple(pairs[i] for i in indices),
             sizes=tuple(sizes[i] for i in indices),
             contents=tuple(contents[i] for i in indices),
-            states=tuple(states[i] for i in indices if states),
         )
 
     def split(self, hold_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
@@ -451,8 +447,7 @@ def with_variants(pairs: PairSet, settings: Optional[VariantSettings]) -> PairSe
         taken = sorted(name for name in set(names) if names.count(name) > 1)
         raise ValueError(f"pairs: {', '.join(taken)}: variants would have these names; rename the pairs that have them")
     sizes = tuple(pairs.sizes[i] for i in numbers)
-    states = tuple(pairs.states[i] for i in numbers if pairs.states)
-    return replace(pairs, pairs=tuple(made), sizes=sizes, contents=tuple(contents), states=states, variants=settings)
+    return replace(pairs, pairs=tuple(made), sizes=sizes, contents=tuple(contents), variants=settings)
 
 
 def load(pair: Pair, size: Size) -> PairImages:
@@ -482,8 +477,7 @@ def _state(pair: Pair) -> str:
     for source in _sources(pair).values():
         if isinstance(source, Path):
             try:
-                status = source.stat()
-                found.append(f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+                found.append(file_state(source))
             except OSError:  # reading it will say why
                 found.append(GONE)
     return ", ".join(found)
@@ -541,7 +535,7 @@ def _checked(
         raise PairProblems(findings, _where(folder, description), notes)
     return PairSet(
         tuple(pairs), tuple(look.size for look in looks), tuple(look.content for look in looks), resolution, upscale, folder,
-        description, tuple(notes), states=tuple(look.state for look in looks),
+        description, tuple(notes), states={pair.name: look.state for pair, look in zip(pairs, looks) if look.state},
     )  # fmt: skip
 
 

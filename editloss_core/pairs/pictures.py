@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
+from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Optional
@@ -52,14 +53,14 @@ UNDER = 0.05  # of the scale: how far below 0 the ringing of a resize may reach
 REMARKS = {
     "transparent": "transparency was laid on white",
     "transparent mask": "transparency was laid on black",
-    "cut-out": "its transparency was taken for the mask, opaque where the edit is",
+    "cut-out": "a cut-out's transparency was read as the mask",
     "profile": "colours were converted to sRGB",
-    "bad profile": "its colour profile cannot be used; read as if it were sRGB",
-    "only EXIF": "its EXIF says Adobe RGB and it has no profile; read as if it were sRGB",
+    "bad profile": "a colour profile that cannot be used was left out",
+    "only EXIF": "Adobe RGB that only EXIF tells was read as sRGB",
     "frames": "the first of several frames or pages was read",
-    "scale": "its numbers were read on another scale than its format's",
+    "scale": "numbers were read on another scale than the format's",
     "bright": "values above 1 were cut off",
-    "orientation": "its EXIF is damaged; read as it is stored",
+    "orientation": "a picture with damaged EXIF was read as it is stored",
 }
 READ_OTHERWISE = (
     "cut-out",
@@ -102,11 +103,9 @@ def _initialised() -> None:
     """Every plugin that Pillow has, and those for HEIC and JPEG XL if they are installed."""
     Image.init()
     with suppress(ImportError):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
+        import_module("pillow_heif").register_heif_opener()
     with suppress(ImportError):
-        import pillow_jxl  # noqa: F401 - registers itself
+        import_module("pillow_jxl")  # which registers itself
 
 
 def _formats() -> list[str]:
@@ -362,7 +361,7 @@ class _Transform(NamedTuple):
 
     def apply(self, image: Image.Image) -> Image.Image:
         converted = ImageCms.applyTransform(image, self.built)
-        assert converted is not None  # it is so only in place
+        assert converted is not None  # it is so only where it was asked to work in place
         return converted
 
 

@@ -576,7 +576,7 @@ def test_what_was_passed_over_and_how_pictures_were_read_is_in_the_report(folder
             (folder / "after" / "p3.png").write_bytes(b"no picture")
         text = audit(folder).text()
         assert "passed over (HEIC needs the package pillow-heif; or save it as PNG): after/IMG.heic" in text
-        assert "its colour profile cannot be used; read as if it were sRGB in 1 pairs: p1 (before: " in text
+        assert "a colour profile that cannot be used was left out in 1 pairs: p1 (before: " in text
         if not spoilt:
             assert audit(find_pairs(folder)).notes[:2] == audit(folder).notes[:2]
 

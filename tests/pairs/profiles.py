@@ -1,5 +1,6 @@
 """Colour profiles as cameras and editors write them, made small; and whether HEIC is read here."""
 
+import itertools
 import struct
 
 import pytest
@@ -34,7 +35,25 @@ def grey(gamma: float = 1.0, name: str = "Linear Grey") -> bytes:
     return _profile(b"GRAY", {b"wtpt": b"XYZ \0\0\0\0" + _fixed(*D50), b"kTRC": _curve(gamma)}, name)
 
 
-def _profile(space: bytes, tags: dict[bytes, bytes], name: str) -> bytes:
+# Inks on paper in CIELAB; what is printed over one another is as dark as the darkest and as coloured as their mean.
+INKS = {"cyan": (60, -30, -40), "magenta": (50, 70, 0), "yellow": (90, -5, 90), "black": (15, 0, 0)}
+
+
+def cmyk(name: str = "Coated") -> bytes:
+    """A table profile of four inks, with one entry for each of the 16 ways to print them."""
+    ramp = bytes(range(256))
+    clut = b""
+    for inks in itertools.product((0, 1), repeat=4):
+        used = [lab for on, lab in zip(inks, INKS.values()) if on] or [(100, 0, 0)]
+        light, a, b = min(lab[0] for lab in used), *(sum(lab[k] for lab in used) / len(used) for k in (1, 2))
+        clut += bytes((round(light * 2.55), round(a) + 128, round(b) + 128))
+    table = struct.pack(">4s4x4B", b"mft1", 4, 3, 2, 0) + _fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + clut + ramp * 3
+    return _profile(b"CMYK", {b"wtpt": b"XYZ \0\0\0\0" + _fixed(*D50), b"A2B0": table}, name, b"prtr", b"Lab ")
+
+
+def _profile(
+    space: bytes, tags: dict[bytes, bytes], name: str, kind: bytes = b"mntr", connection: bytes = b"XYZ "
+) -> bytes:
     text = name.encode() + b"\0"
     tags = tags | {
         b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + b"\0" * 78,
@@ -44,5 +63,5 @@ def _profile(space: bytes, tags: dict[bytes, bytes], name: str) -> bytes:
     for tag, data in tags.items():
         table += tag + struct.pack(">II", place + len(body), len(data))
         body += data + b"\0" * (-len(data) % 4)
-    head = struct.pack(">I4x4s4s4s4s12x4s28x", place + len(body), b"\x02\x20\0\0", b"mntr", space, b"XYZ ", b"acsp")
+    head = struct.pack(">I4x4s4s4s4s12x4s28x", place + len(body), b"\x02\x20\0\0", kind, space, connection, b"acsp")
     return (head + _fixed(*D50)).ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body

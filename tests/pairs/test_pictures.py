@@ -178,6 +178,27 @@ def test_a_broken_profile_is_said_and_the_picture_read_as_it_is(tmp_path, profil
     np.testing.assert_array_equal(levels(made), np.asarray(image))
 
 
+@pytest.mark.parametrize("ending", ["tif", "jpg"])
+def test_cmyk_by_its_profile(tmp_path, ending):
+    """Paper, cyan and yellow have the colours that the profile gives them, and not those that a screen would make of the names;
+    its darkest black becomes the screen's, as ever in perceptual conversion."""
+    strips = np.zeros((48, 80, 4), np.uint8)
+    for k in range(4):
+        strips[:, 16 * (k + 1) : 16 * (k + 2), k] = 255
+    image = Image.fromarray(strips, mode="CMYK")
+    options = {"quality": 100, "subsampling": 0} if ending == "jpg" else {}
+    made = read(tmp_path / f"x.{ending}", image, icc_profile=profiles.cmyk(), **options)
+    assert made.remarks == (Remark("profile", "from Coated"),)
+    lab = np.array([(100, 0, 0), *profiles.INKS.values()]) * (2.55, 1, 1) + (0, 128, 128)
+    bands = [Image.fromarray(band[None]) for band in lab.round().astype(np.uint8).T]
+    expected = ImageCms.profileToProfile(
+        Image.merge("LAB", bands), ImageCms.createProfile("LAB"), SRGB, outputMode="RGB"
+    )
+    found = levels(made)[24, 8::16]
+    assert np.abs(found - np.asarray(expected)[0])[[0, 1, 3]].max() <= 8
+    assert np.abs(found - np.asarray(image.convert("RGB"))[24, 8::16])[1].max() > 50 and found[4].max() < 40
+
+
 def test_cmyk_with_a_profile_of_rgb_is_read_without(tmp_path):
     image = colours().convert("CMYK")
     made = read(tmp_path / "x.tif", image, icc_profile=profiles.rgb())
