@@ -27,7 +27,7 @@ log.jsonl, pictures of held-out pairs, and report.html.
 
 exit status:
   0  the run is done, or --check found nothing wrong
-  1  the run was stopped (out of memory, a loss that is not a number); what was learnt is in the last checkpoint
+  1  the run was stopped (out of memory, a loss that is not a number, a full disk); what was learnt is in the last checkpoint
   2  something is wrong with the config, the pairs or the model, or the self-check failed; nothing was learnt
   130  interrupted; what was learnt is in the last checkpoint
 """
@@ -62,17 +62,20 @@ def _missing_packages() -> list[str]:
 
 
 def _plan(path: Path) -> Any:
-    from .config_reader import read_config
-    from .run import plan
+    from .run import plan_of
 
-    config = read_config(path)
     with ConsoleBar("looking at pairs", delay=1.0) as bar:
-        return plan(config, path.parent, bar.update)
+        return plan_of(path, bar.update)
 
 
 def _check(path: Path, prog: str) -> int:
+    from .run import accelerator_for, check_device
+
     try:
-        print(_plan(path).describe())
+        plan = _plan(path)
+        accelerator = accelerator_for(plan)
+        check_device(plan, accelerator.device)
+        print(plan.describe(accelerator.num_processes))
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
@@ -80,11 +83,12 @@ def _check(path: Path, prog: str) -> int:
 
 
 def _train(path: Path, prog: str) -> int:
-    from .run import accelerator_for, run
+    from .run import RunStopped, accelerator_for, check_device, run
 
     try:
         plan = _plan(path)
         accelerator = accelerator_for(plan)
+        check_device(plan, accelerator.device)
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
@@ -96,14 +100,18 @@ def _train(path: Path, prog: str) -> int:
     except KeyboardInterrupt:
         print(f'{prog}: interrupted; set resume = "last" in [run] to go on', file=sys.stderr)
         return INTERRUPTED
-    except (NonFinite, OutOfMemory, ProcessLost) as error:
+    except (NonFinite, OutOfMemory, ProcessLost, RunStopped) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return STOPPED
-    except (SelfCheckFailed, ValueError) as error:
+    except (SelfCheckFailed, ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
     if main_process:
-        finish(plan, result)
+        try:
+            finish(plan, result)
+        except OSError as error:
+            print(f"{prog}: {error}\nThe LoRA is kept in {plan.folder}.", file=sys.stderr)
+            return STOPPED
     for tracker in accelerator.trackers:
         tracker.finish()
     return DONE
