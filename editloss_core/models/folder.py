@@ -146,8 +146,8 @@ class ModelFolder:
         return faults + _misfits(configs, model)
 
     def _faults_of_decoder(self, decoder: Path, model: EditModel) -> list[str]:
-        if not decoder.is_dir():
-            return [f"decoder: expected a folder, {decoder} is {'a file' if decoder.is_file() else 'not there'}"]
+        if decoder.is_file():
+            return [f"decoder: expected a folder, {decoder} is a file"]
         config = _json(decoder / "config.json")
         if isinstance(config, str):
             return [f"decoder: {config}"]

@@ -44,6 +44,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--check", action="store_true", help="check everything and print the plan; train nothing")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # peft imports it whatever a run quantises; what it wants for kernels of CPUs is in nobody's way here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     missing = _missing_packages()
     if missing:

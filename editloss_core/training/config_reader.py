@@ -134,13 +134,9 @@ def _text(path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            path.name,
-            [
-                f"line {line}: expected text in UTF-8, got the byte {error.object[error.start]:#04x}; save the file as UTF-8"
-            ],
-        ) from error
+        line, byte = data[: error.start].count(b"\n") + 1, data[error.start]
+        fault = f"line {line}: expected text in UTF-8, got the byte {byte:#04x}; save the file as UTF-8"
+        raise ConfigError(path.name, [f"cannot be read: {fault}"]) from error
 
 
 def _tables(text: str, name: str) -> dict[str, Any]:
