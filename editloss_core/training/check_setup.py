@@ -15,10 +15,11 @@ import torch
 
 from .. import __version__
 from ..commands.exits import DONE, FOUND, UNUSABLE
-from ..commands.program import give, say
+from ..commands.program import give
 from ..commands.programs import PROGRAMS
 from ..commands.tables import Answer, aligned
 from ..extras import EXTRAS
+from ..pairs.pictures import needs
 from .__main__ import PACKAGES
 from .__main__ import check as check_config
 
@@ -50,38 +51,43 @@ def check(given: argparse.Namespace) -> int:
     missing = sorted({extra for row in rows for extra in row["extras"]})
     pip = f'pip install -e ".[{",".join(missing)}]"' if missing else None
     device = _device()
-    plan, problems, status = "", "", FOUND if any(row["works"] == "no" for row in rows) else DONE
+    unread = ", ".join(
+        f"{kind[1:].upper()}, which needs {needs(kind)}" for kind in (".avif", ".heic", ".jxl") if needs(kind)
+    )
+    plan, told, status = "", "", FOUND if any(row["works"] == "no" for row in rows) else DONE
     if given.config is not None:
-        status, plan, problems = _of_config(given)
+        status, plan, told = _of_config(given)
     table = aligned([("command", "works", "missing"), *((r["command"], r["works"], r["missing"]) for r in rows)])
     lines = [
         f"EditLoss {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"device: {device}",
+        *([f"pictures that are not read here: {unread}"] if unread else []),
         "",
         table,
     ]
     lines += ["", f"To have what is missing, in the folder of EditLoss:\n  {pip}"] if pip else []
     if given.config is None:
         lines += ["", NEXT]
-    elif not problems:
+    elif plan:
         lines += ["", plan, "", f"What next: editloss train {given.config}"]
     summary = {"device": device, "missing": missing, "pip": pip, "works": {r["command"]: r["works"] for r in rows}}
-    summary |= {} if given.config is None else {"problems": problems or None}
+    summary |= {} if given.config is None else {"problems": (told or None) if status else None}
     details = {"commands": rows, "plan": plan or None}
-    return give(given, Answer("\n".join(lines).rstrip(), rows, summary, details), status)
+    give(given, Answer("\n".join(lines).rstrip(), rows, summary, details), status)
+    if told:  # last, where a person looks
+        print(told, file=sys.stderr, flush=True)
+    return status
 
 
 def _of_config(given: argparse.Namespace) -> tuple[int, str, str]:
-    """(exit status, the plan, what is wrong) of a training, as ``train --check`` says it."""
+    """(exit status, the plan, what is wrong or to know) of a training, as ``train --check`` says it."""
     if _missing("train"):
-        say(given, told := f"{given.config} cannot be checked: {', '.join(_missing('train'))} is not installed")
-        return UNUSABLE, "", told
+        return UNUSABLE, "", f"{given.config} cannot be checked: {', '.join(_missing('train'))} is not installed"
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = check_config(given.config, given.parser.prog)
     told = "\n".join(line.rpartition("\r")[2] for line in err.getvalue().splitlines()).strip()  # without bars
-    print(told, file=sys.stderr, end="\n" if told else "", flush=True)
-    return status, out.getvalue().strip(), told if status else ""
+    return status, out.getvalue().strip(), told
 
 
 def _row(name: str) -> dict[str, Any]:
