@@ -27,6 +27,9 @@ NEEDS = {
     ".heif": "the package pillow-heif",
     ".hif": "the package pillow-heif",
     ".jxl": "the package pillow-jxl-plugin",
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), "a raw converter"),
+    **dict.fromkeys((".ai", ".eps", ".pdf", ".svg"), "to be drawn in pixels"),
+    **dict.fromkeys((".exr", ".hdr"), "to be brought into 0…1"),
 }
 # How a file begins → what it is.
 CONTENT = {
