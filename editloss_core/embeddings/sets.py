@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.base import WHOLE, Encoder, EncoderInfo, Region, check_images
-from ..files import replacing
+from ..files import make_folder, replacing
 from ..hashing import hash_tensors
 from ..progress import Progress
 
@@ -272,7 +272,7 @@ class EmbeddingSet:
             "images": json.dumps(self.images),
         }
         metadata["content"] = _hash_content(tensors, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
         return path

@@ -140,6 +140,27 @@ class LayerNames:
                 return tuple(f"{theirs}.{number}.{part}" for part in inside.get(name, ()))
         return self.outside.get(layer, ())
 
+    def dotted(self, layer: str, comfyui: bool) -> str:
+        """A layer of ComfyUI's or of diffusers' whose name has underscores in place of dots, as kohya's trainers write it;
+        "" for one that the model does not have.
+
+        >>> from editloss_core.models.kontext import KONTEXT
+        >>> KONTEXT.names.dotted("double_blocks_7_img_attn_qkv", comfyui=True)
+        'double_blocks.7.img_attn.qkv'
+        """
+        for ours, theirs, inside in self.blocks:
+            head = ours if comfyui else theirs
+            number, _, name = layer.removeprefix(f"{head}_").partition("_")
+            if layer.startswith(f"{head}_") and number.isdecimal():
+                known = inside if comfyui else (part for parts in inside.values() for part in parts)
+                return next((f"{head}.{number}.{known_as}" for known_as in known if _under(known_as) == name), "")
+        outside = self.outside if comfyui else (part for parts in self.outside.values() for part in parts)
+        return next((known_as for known_as in outside if _under(known_as) == layer), "")
+
+
+def _under(layer: str) -> str:
+    return layer.replace(".", "_")
+
 
 class EditModel:
     """One edit model. A subclass fills in the attributes and overrides what is not as below.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 from .pictures import endings, needs
 
@@ -26,9 +26,9 @@ LISTED = 12  # files that a message names where there may be thousands
 
 # What the folders of one part are called; the first of these names that is there is the one.
 PART_FOLDERS = {
-    "before": ("before",),
-    "after": ("after",),
-    "output": ("output",),
+    "before": ("before", "control"),
+    "after": ("after", "target"),
+    "output": ("output", "outputs", "samples", "sample"),
     "mask": ("mask", "masks"),
     "captions": ("captions", "caption"),
 }
@@ -272,7 +272,7 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
         there = sorted(readable(p.name) + "/" * p.is_dir() for p in visible(folder))
         wanting = [f"; {reason}" for reason in found.unread.values()]
         raise ValueError(
-            f"pairs: no pairs in {readable(str(folder))}; expected the folders before/ and after/, or files that end in "
+            f"pairs: no pairs in {readable(str(folder))}; expected the folders before/ and after/ (or control/ and target/), or files that end in "
             "_before and _after, or pictures here and a control_folder with the before pictures (PNG, JPEG, WebP and others); "
             f"got {', '.join(there[:LISTED]) or 'an empty folder'}{', …' if len(there) > LISTED else ''}"
             + "".join(wanting[:LISTED])

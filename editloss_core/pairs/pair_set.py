@@ -97,7 +97,7 @@ def find_pairs(
     * ``control_folder`` given: after pictures in ``folder``, before pictures in ``control_folder`` (ai-toolkit), masks in
       ``folder/mask``; captions beside the after pictures, beside the before pictures or in ``folder/captions``: the first
       of them that has one.
-    * the folders ``before/``, ``after/`` and, if wanted, ``mask/``; captions as .txt beside the after pictures, beside
+    * the folders ``before/``, ``after/`` and, if wanted, ``mask/`` (or ``control/``, ``target/``, ``masks/``); captions as .txt beside the after pictures, beside
       the before pictures, in ``captions/`` or in ``folder``: the first of them that has one.
     * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png`` or ``mask/x.png``; captions in
       ``x.txt``, ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.

@@ -149,8 +149,8 @@ def test_pictures_without_their_counterpart_are_named(tmp_path):
 def test_folders_that_are_not_there_are_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no folder"):
         scan(tmp_path / "nowhere")
-    grey(tmp_path / "outputs/a.png", 0.1)
-    with pytest.raises(ValueError, match=r"no before/ and no output/; there is: outputs/"):
+    grey(tmp_path / "pictures/a.png", 0.1)
+    with pytest.raises(ValueError, match=r"no before/ and no output/; there is: pictures/"):
         scan(tmp_path)
     assert run(tmp_path, tmp_path / "out") == 2
     assert "no before/" in capsys.readouterr().err
