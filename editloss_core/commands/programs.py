@@ -280,7 +280,7 @@ Written to the run's folder: lora.safetensors (for ComfyUI), lora_diffusers.safe
 log.jsonl, pictures of held-out pairs, and report.html.""",
     {
         DONE: "the run is done, or --check found nothing wrong",
-        FOUND: "the run was stopped (out of memory, a loss that is not a number); what was learnt is in the last checkpoint",
+        FOUND: "the run was stopped (out of memory, a loss that is not a number, a full disk); what was learnt is in the last checkpoint",
         UNUSABLE: "something is wrong with the config, the pairs or the model, or the self-check failed; nothing was learnt",
         INTERRUPTED: "interrupted; what was learnt is in the last checkpoint",
     },

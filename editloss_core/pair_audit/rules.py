@@ -74,6 +74,7 @@ KINDS: dict[str, Kind] = {
     "same after": Kind("note", "one after picture, different before pictures", "fine if it is meant; else one of them has the wrong after picture"),
     "leak": Kind("warning", "also in the other set", "take it out of one of the two, or validation measures memory"),
     "background": Kind("note", "background repainted", "fine for edits of the whole picture; else the model learns to repaint what should stay"),
+    "all over": Kind("note", "a difference all over", "fine for edits of the whole picture (noise, blur, light); else nothing was edited: leave the pair out"),
     "sizes": Kind("note", "before and after differ in size", "both are resized to one size; what was enlarged stays softer"),
     "tone": Kind("note", "another brightness or colour", "match the tones outside the edit to the before picture's"),
     "softness": Kind("note", "another sharpness", "outside the edit, paste the before picture over the after picture"),
@@ -113,7 +114,11 @@ def of_pair(v: PairMeasures) -> list[Found]:
     moved = _movement(v.movement, max(sizes[0]))
     if v.changed_share == 0 and v.tone > TONE:
         return [*moved, *_tone(v, "nothing else changes")]
-    if v.changed_share == 0:
+    if v.changed_share < TINY and v.differ == "all over" and not moved:
+        return [
+            Found("all over", BOTH, "they differ by more than a copy that was saved again, and no region stands out")
+        ]
+    if v.changed_share == 0 and (moved or not v.differ):
         taken = ", once the movement is taken out" if moved else ""
         return [*moved, Found("no edit", BOTH, f"nothing differs by more than {v.noise:.3f} in Oklab{taken}")]
     found = [*moved, *_background(v, sizes)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..ahead import ahead
 from ..checks import check_whole, is_whole
 from ..hashing import hash_tensors
+from ..masks import REGION
 from ..progress import Progress
 from .files import (
     Finding,
@@ -440,7 +441,8 @@ def with_variants(pairs: PairSet, settings: Optional[VariantSettings]) -> PairSe
             variant = draw(pair.name, pair.caption, content, number, settings) if number else None
             name = f"{pair.name} ~{number}" if number else pair.name
             made.append(replace(pair, name=name, variant=variant))
-            contents.append(content if variant is None else content_of(content, variant))
+            seen = content if pair.mask is not None else f"{content} {REGION}"  # in view stays what is estimated
+            contents.append(content if variant is None else content_of(seen, variant))
             numbers.append(index)
     names = [pair.name for pair in made]
     if len(set(names)) < len(names):

@@ -23,6 +23,9 @@ main = TRAIN.main
 def start(given: argparse.Namespace) -> int:
     """Train, or check, what the configuration says."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # peft imports it whatever a run quantises; what it wants for kernels of CPUs is in nobody's way here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
     missing = missing_packages()
     if missing:
         raise ImportError(f'{", ".join(missing)} is not installed; pip install -e ".[train]" in the folder of EditLoss')
@@ -36,17 +39,20 @@ def missing_packages() -> list[str]:
 
 
 def _plan(path: Path) -> Any:
-    from .config_reader import read_config
-    from .run import plan
+    from .run import plan_of
 
-    config = read_config(path)
     with ConsoleBar("looking at pairs", delay=1.0) as bar:
-        return plan(config, path.parent, bar.update)
+        return plan_of(path, bar.update)
 
 
 def check(path: Path, prog: str) -> int:
+    from .run import accelerator_for, check_device
+
     try:
-        print(_plan(path).describe())
+        plan = _plan(path)
+        accelerator = accelerator_for(plan)
+        check_device(plan, accelerator.device)
+        print(plan.describe(accelerator.num_processes))
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
@@ -54,11 +60,12 @@ def check(path: Path, prog: str) -> int:
 
 
 def _train(path: Path, prog: str) -> int:
-    from .run import accelerator_for, run
+    from .run import RunStopped, accelerator_for, check_device, run
 
     try:
         plan = _plan(path)
         accelerator = accelerator_for(plan)
+        check_device(plan, accelerator.device)
     except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
@@ -70,14 +77,18 @@ def _train(path: Path, prog: str) -> int:
     except KeyboardInterrupt:
         print(f'{prog}: interrupted; set resume = "last" in [run] to go on', file=sys.stderr)
         return INTERRUPTED
-    except (NonFinite, OutOfMemory, ProcessLost) as error:
+    except (NonFinite, OutOfMemory, ProcessLost, RunStopped) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return FOUND  # what was learnt is in the last checkpoint
-    except (SelfCheckFailed, ValueError) as error:
+    except (SelfCheckFailed, ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return UNUSABLE
     if main_process:
-        finish(plan, result)
+        try:
+            finish(plan, result)
+        except OSError as error:
+            print(f"{prog}: {error}\nThe LoRA is kept in {plan.folder}.", file=sys.stderr)
+            return FOUND
     for tracker in accelerator.trackers:
         tracker.finish()
     return DONE

@@ -57,7 +57,10 @@ def judged(prepared: Prepared, index: int, output: Tensor, where: str) -> Judged
     """
     if not bool(output.isfinite().all()):
         raise NonFinite(f"{where}: the output for the pair {prepared.pairs[index].name!r} has NaN or infinity")
-    images = prepared.pairs.load(index)
+    try:
+        images = prepared.pairs.load(index)
+    except ValueError as error:  # it was there when the run began
+        return Judged("", problem=f"its pictures cannot be read any more ({error})")
     seen = output.detach().float().cpu()
     if images.valid is not None:
         seen = torch.where(images.valid[..., None] > 0.5, seen, images.before)
