@@ -286,7 +286,16 @@ SAMPLED = {  # step → what the outputs of eight held-out pairs are: too early,
     750: ("good", "overlay", "good", "no edit", "good", "good", "overlay", "good"),
     1000: ("good", "good", "good", "good", "good", "good", "overlay", "good"),
     1250: ("good", "good", "distorted", "good", "distorted", "good", "good", "distorted"),
-    1500: ("distorted", "good", "distorted", "collateral change", "distorted", "distorted", "good", "distorted"),
+    1500: (
+        "distorted",
+        "good",
+        "distorted",
+        "collateral change",
+        "distorted",
+        "collateral change",
+        "good",
+        "distorted",
+    ),
 }
 
 

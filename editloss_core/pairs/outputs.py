@@ -234,9 +234,10 @@ def _matched(found: Sequence[tuple[str, Path]], layout: Layout, one: str) -> tup
         ]
     numbers = {i: number for i in sampled if (number := sample_number(outputs[i].name)) is not None}
     keys = sorted(layout.before, key=natural)
+    first = 1 if numbers and min(numbers.values()) == 1 else 0
     most = max(numbers.values(), default=-1)
-    if not numbers or most + 1 != len(keys):
-        told = f"numbered 0 to {most}" if numbers else "without the name of a pair"
+    if not numbers or most + 1 - first != len(keys):
+        told = f"numbered {first} to {most}" if numbers else "without the name of a pair"
         problem = (
             f"before: its name has no pair's name in it, and the samples are {told} beside {len(keys)} before pictures; name "
             "with --before a folder that has one for each sample, in their order"
@@ -245,8 +246,8 @@ def _matched(found: Sequence[tuple[str, Path]], layout: Layout, one: str) -> tup
             outputs[i] = replace(outputs[i], problem=problem)
         return outputs, []
     for i, number in numbers.items():
-        outputs[i] = replace(outputs[i], key=keys[number], note="Matched by the number of the sample.")
-    places = ", ".join(f"{i} = {layout.name(layout.before[key])}" for i, key in enumerate(keys[:4]))
+        outputs[i] = replace(outputs[i], key=keys[number - first], note="Matched by the number of the sample.")
+    places = ", ".join(f"{i} = {layout.name(layout.before[key])}" for i, key in enumerate(keys[:4], first))
     more = ", …" if len(keys) > 4 else ""
     return outputs, [f"samples were matched to before pictures by their numbers: {places}{more}"]
 
@@ -312,6 +313,11 @@ def _moment(name: str) -> Optional[tuple[Moment, int]]:
                 return Moment(int(following[0])), following[2]
             if _EPOCH_WORD.fullmatch(token) and len(token) > 1:
                 found.append((Moment(int(following[0]), "epoch"), following[2]))
+        counted = (
+            token.isdecimal() and following is not None and re.fullmatch(r"steps|iters|iterations", following[0], re.I)
+        )
+        if counted and not (i + 2 < len(tokens) and tokens[i + 2][0].isdecimal()):  # 250_steps, and not steps_250
+            return Moment(int(token)), tokens[i + 1][2]
         a_date = _DATE.fullmatch(token) is not None
         if a_date or _CLOCK.fullmatch(token) or (after_date and len(token) == 6):
             before_clock = len(found)
@@ -326,15 +332,26 @@ def _moment(name: str) -> Optional[tuple[Moment, int]]:
 
 
 def sample_number(name: str) -> Optional[int]:
-    """The number of the prompt that an output was sampled for: the first behind the step that is no clock."""
+    """The number of the prompt that an output was sampled for: the first behind the step that is no clock, or else the last in
+    front of it.
+
+    >>> sample_number("name_e000001_01_20240101120000_42"), sample_number("image_3_step_250"), sample_number("step_250/kitchen")
+    (1, 3, None)
+    """
     found = _moment(name)
-    behind = name[found[1] :] if found else name
-    numbers = [t for t in _TOKEN.findall(behind) if t.isdecimal() and len(t) <= 5]
-    joined = [
-        m[1] for m in re.finditer(r"(?:image|img|sample|prompt|val(?:idation)?)s?_?(\d{1,5})(?!\d)", behind, re.I)
-    ]
-    chosen = joined or numbers
-    return int(chosen[0]) if chosen else None
+    if found is None:
+        return next(iter(_numbers(name)), None)
+    moment, end = found
+    behind, front = _numbers(name[end:]), _numbers(name[:end])
+    if front and front[-1] == moment.count:
+        front.pop()  # the step itself
+    return behind[0] if behind else front[-1] if front else None
+
+
+def _numbers(text: str) -> list[int]:
+    """Those of at most five digits; where some stand behind a word for a picture, these alone."""
+    named = re.findall(r"(?:image|img|prompt|sample|val(?:idation)?)s?[_\- ]?(\d{1,5})(?!\d)", text, re.I)
+    return [int(t) for t in named or [t for t in _TOKEN.findall(text) if t.isdecimal() and len(t) <= 5]]
 
 
 def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:

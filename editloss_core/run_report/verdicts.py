@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -529,25 +530,35 @@ def judge_samples(
         else []
     )
     return SampledRun(
-        folder, RunLog(), base, validations, unit=unit, checkpoints=_checkpoints(folder, unit), remarks=tuple(remarks)
+        folder,
+        RunLog(),
+        base,
+        validations,
+        unit=unit,
+        checkpoints=_checkpoints(folder, unit, outputs),
+        remarks=tuple(remarks),
     )
 
 
-def _checkpoints(folder: Path, unit: str) -> dict[int, Path]:
+def _checkpoints(folder: Path, unit: str, steps: Collection[int]) -> dict[int, Path]:
     """Checkpoints in the folder of the samples and in the one above it, by the step in their names."""
     found: dict[int, Path] = {}
     for place in (folder.resolve(), folder.resolve().parent):
         for path in sorted(place.iterdir()):
             if path.suffix.lower() in _CHECKPOINT_ENDINGS and path.is_dir() == (path.suffix == ""):
-                moment = _checkpoint_moment(path.stem, unit)
+                moment = _checkpoint_moment(path.stem, unit, steps)
                 if moment is not None and (path.is_file() or any(path.glob("*.safetensors"))):
                     found.setdefault(moment, path)
     return found
 
 
-def _checkpoint_moment(stem: str, unit: str) -> Optional[int]:
-    """After how many steps, or epochs, a checkpoint was made; kohya's NAME-000003 does not say which of the two it counts."""
+def _checkpoint_moment(stem: str, unit: str, steps: Collection[int]) -> Optional[int]:
+    """After how many steps, or epochs, a checkpoint was made; kohya's NAME-000003 does not say which of the two it counts, and a
+    number at the end that is none of those sampled at may be anything."""
     moment = moment_of(stem)
+    last = re.search(r"(?<!\d)(\d+)$", stem)
+    if moment.count is None and last:
+        return int(last[1]) if int(last[1]) in steps else None
     kohya = unit == "epoch" and re.search(r"-\d{6}$", stem) is not None
     return moment.count if moment.unit == unit or kohya else None
 

@@ -39,6 +39,8 @@ def told(outputs):
         ("1000/kitchen", 1000, "step"),
         ("epoch_3/kitchen", 3, "epoch"),
         ("kitchen 250steps", 250, "step"),
+        ("kitchen_250_steps", 250, "step"),
+        ("steps_250_3", 250, "step"),
         ("20240101_120000_kitchen", None, "step"),  # a date and a time
         ("kitchen_00001_", None, "step"),  # ComfyUI counts with five digits
         ("1700000000000", None, "step"),
@@ -58,6 +60,10 @@ def test_the_step_in_a_name(name, count, unit):
         ("name_000250_02_20240101120000_1234567890", 2),
         ("checkpoint-500/image_12", 12),
         ("step_250/kitchen", None),
+        ("step_250_val_img_2", 2),
+        ("image_3_step_250", 3),
+        ("3/step_250", 3),
+        ("1 step 250", 1),
     ],
 )
 def test_the_number_of_the_sample(name, number):
@@ -77,6 +83,11 @@ def test_samples_by_number_take_the_before_picture_at_their_place_and_say_so(tmp
     found = find_outputs(tmp_path / "samples", {"before": tmp_path / "b"})
     assert [key for key, _ in told(found).values()] == ["kitchen 2", "kitchen 10"]
     assert found.notes == ("samples were matched to before pictures by their numbers: 0 = ../b/kitchen 2.png, 1 = ../b/kitchen 10.png",)  # fmt: skip
+
+
+def test_numbers_may_begin_at_one(tmp_path):
+    made(tmp_path, "control/a.png", "control/b.png", "samples/step_250/image_1.png", "samples/step_250/image_2.png")
+    assert [key for key, _ in told(find_outputs(tmp_path)).values()] == ["a", "b"]
 
 
 def test_samples_by_number_are_not_guessed_where_before_pictures_are_more(tmp_path):

@@ -122,8 +122,13 @@ def test_checkpoints_in_folders_and_samples_named_by_pair(tmp_path):
             (root / place / f"{old}.png").rename(root / place / f"{new}.png")
     (root / "checkpoint-500").mkdir()
     (root / "checkpoint-500/pytorch_lora_weights.safetensors").write_bytes(b"")
+    (root / "lora_250.safetensors").write_bytes(b"")
+    (root / "vae_16.safetensors").write_bytes(b"")
     run = run_of(root)
     assert run.best.step == 500 and run.where(500) == "checkpoint-500" and not run.remarks
+    assert run.where(250) == "lora_250.safetensors" and set(run.checkpoints) == {250, 500}
+    (root / "lora_250.safetensors").unlink()
+    run = run_of(root)
     assert "not known" in run.where(250)
 
 
