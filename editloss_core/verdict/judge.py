@@ -308,6 +308,8 @@ def _judge_by(whole: Whole) -> Verdict:
         beside = _beside(whole, crop, new)
         scores["overlay"] = max(scores["overlay"] or 0.0, beside)
         scores["no edit"] = min(scores["no edit"] or 0.0, 1 - beside)
+    if (scores["no edit"] or 0.0) >= 0.5:  # the search may have taken the old object for the new one
+        towards, off = blur(s - expected.plate, 1.0, 3), blur(x - expected.plate, 1.0, 3)
     old_map = local_share(off, towards, old * known).clamp(0, 1) * _old_there(measures, scores)
     unchanged_map = weight * (1 - length(moved) / length(wanted).clamp_min(0.02)).clamp(0, 1)
     maps = {

@@ -119,6 +119,8 @@ def test_every_verdict_is_counted(tmp_path):
     first, second = run.validations
     assert [first.judged_as(v).count for v in known] == [1] * 6 and first.failing == Share(5, 6)
     assert second.failing == Share(1, 6) and run.base.judged_as("no edit") == Share(6, 6)
+    assert second.failing.interval == wilson(1, 6)
+    assert first.score("overlay") == pytest.approx((0.9 + 5 * 0.1) / 6)
 
 
 def test_undecided_outputs_are_in_no_rate_and_never_good(tmp_path):
@@ -136,8 +138,6 @@ def test_undecided_outputs_are_in_no_rate_and_never_good(tmp_path):
     alone = judge_run(make_run(tmp_path / "alone", [["undecided"] * 2, ["undecided"] * 2]))
     assert alone.best is None and "all 4 outputs that could be judged are undecided" in alone.advice()[0]
     assert all(o.agree is None for o in alone.outputs)
-    assert second.failing.interval == wilson(1, 5)
-    assert first.score("overlay") == pytest.approx((0.9 + 4 * 0.1) / 5)
 
 
 def column(html: str, head: str) -> list[str]:
