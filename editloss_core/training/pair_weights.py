@@ -85,6 +85,7 @@ def margin_notes(terms: Sequence[LossTerm], prepared: Prepared, most: int = 32) 
         for report in objective.evaluate(embeddings).terms:
             paid[report.term.name].append(report.per_sample.item())
     for term in fixed:
+        assert isinstance(term.margin, (int, float))
         costs = [cost for cost in paid[term.name] if cost > (1e-3 if not term.smooth else term.margin / 2)]
         if 2 * len(costs) >= len(indices):
             told.append(
