@@ -24,7 +24,7 @@ class StaleEmbeddings(ValueError):
     """An embedding file that must not be used with these encoders or pictures; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmbeddingSet:
     """Roles × encoders → tensors, with what is needed to compare, weigh and draw them.
 
@@ -52,6 +52,13 @@ class EmbeddingSet:
     images: Mapping[str, str] = field(default_factory=dict)
     mask: Optional[Tensor] = None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Shapes, not numbers."""
+        parts = [f"{role} {name} {list(t.shape)} {str(t.dtype)[6:]}" for (role, name), t in self.tensors.items()]
+        parts += [] if self.mask is None else [f"mask {list(self.mask.shape)}"]
+        parts += [f"mask of {name} {list(mask.shape)}" for name, mask in self.masks.items()]
+        return f"EmbeddingSet({', '.join(parts)})"
 
     # -- building ---------------------------------------------------------------------------------------------------
 

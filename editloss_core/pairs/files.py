@@ -220,8 +220,8 @@ def listed(names: Collection[str]) -> str:
 
 
 def readable(name: str) -> str:
-    """A file's name as text that can be written anywhere: bytes that are no UTF-8 and control characters as \\x and two
-    digits, half surrogate pairs as \\u and four.
+    r"""A file's name as text that can be written anywhere: bytes that are no UTF-8 and control characters as \x and two
+    digits, half surrogate pairs as \u and four.
 
     >>> print(readable("caf\udce9\n.png"))
     caf\xe9\x0a.png
@@ -229,13 +229,8 @@ def readable(name: str) -> str:
 
     def escaped(match: re.Match[str]) -> str:
         code = ord(match[0])
-        return (
-            f"\\x{code - 0xDC00:02x}"
-            if 0xDC80 <= code <= 0xDCFF
-            else f"\\x{code:02x}"
-            if code < 256
-            else f"\\u{code:04x}"
-        )
+        byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+        return f"\\x{byte:02x}" if byte < 256 else f"\\u{byte:04x}"
 
     return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escaped, name)
 

@@ -27,6 +27,9 @@ NEEDS = {
     ".heif": "the package pillow-heif",
     ".hif": "the package pillow-heif",
     ".jxl": "the package pillow-jxl-plugin",
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), "a raw converter"),
+    **dict.fromkeys((".ai", ".eps", ".pdf", ".svg"), "to be drawn in pixels"),
+    **dict.fromkeys((".exr", ".hdr"), "to be brought into 0…1"),
 }
 # How a file begins → what it is.
 CONTENT = {
@@ -54,6 +57,7 @@ REMARKS = {
     "transparent": "transparency was laid on white",
     "transparent mask": "transparency was laid on black",
     "cut-out": "a cut-out's transparency was read as the mask",
+    "no mask": "a mask is neither black nor white in most places",
     "profile": "colours were converted to sRGB",
     "bad profile": "a colour profile that cannot be used was left out",
     "only EXIF": "Adobe RGB that only EXIF tells was read as sRGB",
@@ -188,6 +192,9 @@ def read_picture(path: Path, mask: bool = False) -> Picture:
             if profile == b"" and not mask and _adobe_by_exif(image):
                 remarks.append(Remark("only EXIF"))
             values = _mask(upright, remarks) if mask else _colours(upright, profile, remarks)
+            between = float(((values > 0.1) & (values < 0.9)).mean()) if mask else 0.0
+            if between > 0.5:  # such as a picture of the object
+                remarks.append(Remark("no mask", f"{between:.0%} of it"))
     except MemoryError:
         raise
     except UnidentifiedImageError as error:

@@ -197,6 +197,11 @@ class Trainer:
             self._pair_weights = pair_weights.weights(ratios)
             self._taught = self._pair_weights.nonzero()[:, 0].tolist()
             self.notes += pair_weights.notes(ratios, prepared)
+        self.notes += pair_weights.margin_notes(terms, prepared)
+        buckets = prepared.pairs.subset(self._taught).buckets.values()
+        self._full = min(
+            settings.batch_size, max(map(len, buckets), default=1)
+        )  # pairs of a batch that is not cut short
         if in_batch and settings.batch_size == 1:
             self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
         self.validator = None
@@ -774,7 +779,9 @@ class Trainer:
         if not all(finite):
             blame(weighted(), output, finite, names, levels, where, self.processes)
         self._memory.enter("backward")
-        predicted.backward(gradient / self.settings.accumulation)
+        # The gradient is of the batch's mean: that of fewer pairs, of a size that few have, counts for less, or each of them would
+        # count for more than a pair of the others.
+        predicted.backward(gradient / (self.settings.accumulation * self._full / len(batch)))
 
         if self.shares is not None and measured:
             for k, part in enumerate(parts):

@@ -239,7 +239,8 @@ def _flat(output: Tensor) -> tuple[str, ...]:
 
 
 def _called(failure: str) -> str:
-    return {"no edit": "a missing edit", "overlay": "an overlay", "distorted": "a distortion"}.get(failure, failure)
+    words = {"no edit": "a missing edit", "overlay": "an overlay", "distorted": "a distortion"}
+    return {**words, "unusable": "an unusable output"}.get(failure, failure)
 
 
 def finite(value: Optional[float]) -> Optional[float]:

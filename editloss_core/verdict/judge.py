@@ -308,6 +308,8 @@ def _judge_by(whole: Whole) -> Verdict:
         beside = _beside(whole, crop, new)
         scores["overlay"] = max(scores["overlay"] or 0.0, beside)
         scores["no edit"] = min(scores["no edit"] or 0.0, 1 - beside)
+    if (scores["no edit"] or 0.0) >= 0.5:  # the search may have taken the old object for the new one
+        towards, off = blur(s - expected.plate, 1.0, 3), blur(x - expected.plate, 1.0, 3)
     old_map = local_share(off, towards, old * known).clamp(0, 1) * _old_there(measures, scores)
     unchanged_map = weight * (1 - length(moved) / length(wanted).clamp_min(0.02)).clamp(0, 1)
     maps = {
@@ -355,11 +357,12 @@ def _beside(whole: Whole, crop: Crop, new: Tensor) -> float:
 
 
 def _old_there(m: Mapping[str, Optional[float]], scores: Mapping[str, Optional[float]]) -> float:
-    """How far its map is to be shown, 0 to 1: fully where the old object is over a line."""
+    """How far its map is to be shown, 0 to 1: fully where a share of the old object is over its line, not at all below half of
+    it, where the map would show what happens to look like it."""
     if (scores["unusable"] or 0.0) >= 0.5:
         return 0.0
     shares = (_ramp(m[name] or 0.0, *LINES[name]) for name in ("old left", "old edges", "old inside"))
-    return min(1.0, 2 * max(*shares, scores["no edit"] or 0.0))
+    return min(1.0, max(0.0, 4 * max(*shares, scores["no edit"] or 0.0) - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,9 +515,10 @@ LINES = {
     "background": (0.05, 0.3),
 }
 ROOM = (0.6, 0.8)  # line and full, as above: 1 − likeness of the surroundings' edges
-UNLIKE = (0.75, 0.9)  # the same of an object's edges, to say that it is not there
+UNLIKE = (0.7, 0.9)  # the same of an object's edges, to say that it is not there
 SEEN = (0.5, 0.9)  # likeness of an object's edges from which it is there
-STRANGE = 1.0  # residual above which an output is no mixture of before and after, and colours do not tell what is there
+STRANGE = 0.7  # residual above which an output is no mixture of before and after, and colours do not tell what is there
+OWN = (0.1, 0.3)  # line and full, as above: how much more the edges are the old object's than the new one's
 NO_SURROUNDINGS = "collateral change: the mask leaves no surroundings to compare"
 LEAST_AROUND = 0.02  # share of the picture outside the mask
 SMALLEST = 16  # pixels of a mask
@@ -560,8 +564,8 @@ def _redrawn(m: Mapping[str, Optional[float]]) -> float:
     if left is None or ghost is None or new is None:
         return 0.0
     absent = 1 - _ramp(new, *ABSENT)
-    if (m["residual"] or 0.0) > STRANGE and (m["old seen"] or 0.0) > SEEN[0]:  # in colours of its own
-        absent = max(absent, _ramp(1 - (m["new seen"] or 0.0), *UNLIKE))
+    if (m["residual"] or 0.0) > STRANGE:  # in colours of its own
+        absent = max(absent, _ramp((m["old seen"] or 0.0) - (m["new seen"] or 0.0), *OWN))
     return min(_ramp(max(left, ghost), *PRESENT), absent)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur, box_mean, dilate, oklab, tolerant_distance
+from ..masks import JUST_VISIBLE, blur, box_mean, dilate, oklab, tolerant_distance
 from .alignment import CLOSE, Alignment, align, look_up, warp
 
 WHOLE = 256  # pixels on the long side at which the surroundings are compared
@@ -28,7 +28,10 @@ NOISIEST = 0.003  # squared difference in 0…1, three channels together; JPEG a
 FAINT, TOLD = 0.3, 1.0  # sums of squared slopes per pixel: a ridge; what an outline of a hundred pixels has
 FEW = 1e-2  # sum of squared slopes in Oklab, about that of a pixel
 ENOUGH = 0.2  # share of the picture outside the mask by which the room is told
-LARGE = 0.15  # share of the picture that an edit without an object changes visibly
+LARGE, MOST = (
+    0.15,
+    0.4,
+)  # shares of the picture, in the region and anywhere, that an edit without an object changes visibly
 PLAINLY = 0.5  # likeness of edges above which nothing has to be laid on anything
 UNSEEN = 0.004  # Oklab, of a neighbourhood: a step of an 8-bit code is about half of it
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
@@ -336,6 +339,14 @@ def likeness(x: Tensor, y: Tensor, weight: Tensor) -> float:
     return float(together / (squared[0] * squared[1]).sqrt())
 
 
+def local_likeness(x: Tensor, y: Tensor, weight: Tensor, size: int) -> float:
+    """The mean of the cosines of x and y in all neighbourhoods, each counted by what y has there: what was added to x in one place
+    counts for that place alone."""
+    together, in_x, in_y = (box_mean((weight * t).sum(1, keepdim=True), size) for t in (x * y, x.square(), y.square()))
+    cosines = together / (in_x * in_y + 1e-12).sqrt()
+    return float((in_y * cosines).sum() / (in_y.sum() + 1e-9))
+
+
 def edges(x: Tensor, sigma: float) -> Tensor:
     """Slopes of a picture in Oklab that is blurred first."""
     return slopes(blur(oklab(x), sigma, min(math.ceil(2 * sigma), min(x.shape[-2:]) - 1)))
@@ -350,10 +361,11 @@ def room_seen(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> float:
         outside = torch.ones_like(outside)
     longest = max(x.shape[-2:])
     scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
+    size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
 
     def of(picture: Tensor) -> float:
         pairs = ((edges(picture, k), edges(t, k)) for k in scales for t in known)
-        return max(abs(likeness(ours, theirs, outside)) for ours, theirs in pairs)
+        return max(abs(local_likeness(*pair, outside, size)) for pair in pairs)
 
     found = of(x)
     if found >= PLAINLY:
@@ -369,14 +381,15 @@ def surroundings(region: Tensor) -> float:
 
 
 def is_tone(s: Tensor, g: Tensor, region: Tensor) -> bool:
-    """Whether a pair's edit keeps what is in the picture: a large part of it has other colours, light or sharpness, but the
-    same edges."""
+    """Whether a pair's edit keeps what is in the picture: a large part has other colours, light or sharpness, but the region
+    has the same edges."""
     size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
     small_s, small_g, mask = resized(s, size), resized(g, size), resized(region, size) > 0.25
-    apart = mask & (length(blur(oklab(small_g) - oklab(small_s), 1.0, 3)) > VISIBLE)
-    if float(apart.float().mean()) < LARGE:
+    apart = length(blur(oklab(small_g) - oklab(small_s), 1.0, 3)) > JUST_VISIBLE
+    inside = (apart & mask).float()
+    if float(inside.mean()) < LARGE and float(apart.float().mean()) < MOST:
         return False
-    return abs(likeness(edges(small_s, 2.0), edges(small_g, 2.0), apart.float())) >= PLAINLY
+    return abs(likeness(edges(small_s, 2.0), edges(small_g, 2.0), inside)) >= PLAINLY
 
 
 def codec_limit(picture: Tensor, small: Tensor) -> Tensor:

@@ -290,7 +290,10 @@ def test_pairs_from_a_folder(client: Client, comfyui_server: ComfyServer) -> Non
     assert pixels(client, outputs["load"]).std() > 5
     said = outputs["load"]["said"][0]
     assert "- passed over (JXL needs the package pillow-jxl-plugin; or save it as PNG): before/IMG_1.jxl" in said
-    assert r"- names that are not UTF-8, or have control characters, are written with \x: after/\xb5\xca\xd7\xd3.png" in said
+    assert (
+        r"- names that are not UTF-8, or have control characters, are written with \x: after/\xb5\xca\xd7\xd3.png"
+        in said
+    )
     audit = graph(audit=("EditLossAuditPairs", {"folder": "my pairs"}))
     found = client.run(audit).outputs["audit"]
     assert found["said"][0].startswith("3 pairs") and r"| \xb5\xca\xd7\xd3 |" in found["text"][0]

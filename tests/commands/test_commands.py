@@ -190,7 +190,10 @@ def test_a_place_that_cannot_be_written_to_is_a_sentence_and_3(sampled, by_grey,
     for out in ("file", "file/below"):
         assert main(["diagnose", str(sampled), "--out", str(sampled / out), "--format", "line"]) == INCOMPLETE
         said = capsys.readouterr()
-        assert f"--out: expected a folder to write to; {sampled / out} cannot be written: {sampled / 'file'} is a file" in said.err
+        assert (
+            f"--out: expected a folder to write to; {sampled / out} cannot be written: {sampled / 'file'} is a file"
+            in said.err
+        )
         assert json.loads(said.out)["exit"] == INCOMPLETE and "Errno" not in said.err
 
 

@@ -657,6 +657,16 @@ def test_in_one_folder_and_in_two_as_well(tmp_path):
     assert any("JXL needs the package pillow-jxl-plugin" in note and "../control/lamp.jxl" in note for note in notes)
 
 
+def test_pictures_that_no_plugin_reads_are_called_pictures(tmp_path):
+    three(tmp_path)
+    for name in ("IMG_1.CR2", "logo.svg"):
+        write(tmp_path / "before" / name, "x")
+    assert set(find_pairs(tmp_path).notes) == {
+        "passed over (CR2 needs a raw converter; or save it as PNG): before/IMG_1.CR2",
+        "passed over (SVG needs to be drawn in pixels; or save it as PNG): before/logo.svg",
+    }
+
+
 def test_many_that_are_passed_over_are_counted(tmp_path):
     three(tmp_path)
     for i in range(30):

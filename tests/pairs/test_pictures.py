@@ -86,6 +86,7 @@ def test_a_kind_that_needs_more_is_no_ending_and_says_what():
         (b"%PDF-1.4", "PDF"),
         (b"II*\0" + b"\xff" * 60, "TIFF, but damaged"),
     ],
+    ids=["empty", "zeros", "text", "HEIC", "JPEG XL", "HTML", "LFS", "EPS", "PDF", "TIFF"],
 )  # fmt: skip
 def test_what_is_no_picture_says_what_it_is(tmp_path, data, words):
     (tmp_path / "x.png").write_bytes(data)
@@ -216,7 +217,7 @@ def test_adobe_rgb_that_only_exif_tells_is_said(tmp_path):
 def test_a_mask_is_numbers_whatever_its_profile(tmp_path):
     half = Image.fromarray(np.full(SIZE, 100, np.uint8))
     made = read(tmp_path / "x.png", half, mask=True, icc_profile=profiles.grey(1.0))
-    assert made.remarks == () and (levels(made) == 100).all()
+    assert kinds(made) == ["no mask"] and (levels(made) == 100).all()
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -261,6 +262,13 @@ def test_a_mask_in_black_and_white_stays_one_whatever_is_transparent_about_it(tm
     assert made.remarks == () and (levels(made) == region()).all()
 
 
+def test_a_picture_in_a_masks_place_is_said(tmp_path):
+    made = read(tmp_path / "x.png", colours(low=80, high=160), mask=True)
+    assert made.remarks == (Remark("no mask", "100% of it"),)
+    soft = Image.fromarray(region()).resize((640, 480), Image.Resampling.BICUBIC)
+    assert read(tmp_path / "y.png", soft, mask=True).remarks == ()
+
+
 # --- deep numbers ----------------------------------------------------------------------------------------------------
 
 
@@ -286,10 +294,10 @@ def test_8_bit_values_in_a_deeper_file_are_8_bit_values(tmp_path, kind, mask):
     ids=["0…1", "0…65535", "0…255 resampled", "bright parts", "black"],
 )
 def test_floats_on_every_scale_that_programs_write(tmp_path, values, remarks):
-    made = read(tmp_path / "x.tif", Image.fromarray(values.astype(np.float32).reshape(SIZE)), mask=True)
+    made = read(tmp_path / "x.tif", Image.fromarray(values.astype(np.float32).reshape(SIZE)))
     scale = 65535 if values.max() > 300 else 255 if values.max() > 16 else 1
     assert kinds(made) == remarks
-    np.testing.assert_allclose(made.values.ravel(), (values / scale).clip(0, 1), atol=1e-6)
+    np.testing.assert_allclose(made.values[..., 2].ravel(), (values / scale).clip(0, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("values", [(-1.0, 1.0), (0.0, 1e6), (0.0, float("nan"))])

@@ -114,15 +114,30 @@ def test_rates_have_wilsons_interval():
 
 
 def test_every_verdict_is_counted(tmp_path):
-    run = judge_run(make_run(tmp_path / "run", [list(VERDICTS), ["good"] * 4 + ["distorted"]]))
+    known = [verdict for verdict in VERDICTS if verdict != "undecided"]
+    run = judge_run(make_run(tmp_path / "run", [known, ["good"] * 5 + ["distorted"]]))
     first, second = run.validations
-    assert [first.judged_as(v).count for v in VERDICTS] == [1] * 7 and first.undecided == 1
-    assert first.failing == Share(5, 7), (
-        "an undecided output is one of those that were judged, and none that is known to fail"
-    )
-    assert second.failing == Share(1, 5) and run.base.judged_as("no edit") == Share(5, 5)
-    assert second.failing.interval == wilson(1, 5)
-    assert first.score("overlay") == pytest.approx((0.9 + 6 * 0.1) / 7)
+    assert [first.judged_as(v).count for v in known] == [1] * 6 and first.failing == Share(5, 6)
+    assert second.failing == Share(1, 6) and run.base.judged_as("no edit") == Share(6, 6)
+    assert second.failing.interval == wilson(1, 6)
+    assert first.score("overlay") == pytest.approx((0.9 + 5 * 0.1) / 6)
+
+
+def test_undecided_outputs_are_never_good(tmp_path):
+    """The second step has no failure, but only one output is known to be good."""
+    plan = [["good"] * 3 + ["overlay"], ["good"] + ["undecided"] * 3, ["undecided"] * 4]
+    run = judge_run(make_run(tmp_path / "run", plan))
+    first, second, third = run.validations
+    assert [(v.failing, v.undecided) for v in run.validations] == [(Share(1, 4), 0), (Share(0, 4), 3), (Share(0, 4), 4)]
+    assert [v.badness[0] for v in run.validations] == [0.25, 0.75, 1.0]
+    assert run.best is first and not run.alike
+    text = report.text(run)
+    assert "| undecided |" in text and "3 undecided" not in run.advice()[0]
+    html = report.page(run)
+    assert 'class="chip undecided"' in html and '"></i>undecided' not in html
+    alone = judge_run(make_run(tmp_path / "alone", [["undecided"] * 2, ["undecided"] * 2]))
+    assert alone.best is None and "all 4 outputs that could be judged are undecided" in alone.advice()[0]
+    assert all(o.agree is None for o in alone.outputs)
 
 
 def column(html: str, head: str) -> list[str]:
