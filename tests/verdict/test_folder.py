@@ -239,9 +239,16 @@ def test_a_picture_that_could_not_be_asked_is_not_a_picture_that_passed():
     assert (failing.least, failing.most) == (Share(1, 10), Share(10, 10))
     assert command.status(items, {"distorted": 0.5}) == 1 and command.status(items, {}) == 0
     # One failure of ten is known, and nine more are possible.
-    assert {limit: command.status(items, {"any": limit}) for limit in (0.05, 0.1, 0.5, 1.0)} == {0.05: 1, 0.1: 3, 0.5: 3, 1.0: 0}
+    assert {limit: command.status(items, {"any": limit}) for limit in (0.05, 0.1, 0.5, 1.0)} == {
+        0.05: 1,
+        0.1: 3,
+        0.5: 3,
+        1.0: 0,
+    }
     lines = command.report(items, {"any": 0.3}).splitlines()
-    assert " ".join(lines[-4].split()) == "any failure 1 to 10 of 10 10 % to 100 % 2 % to 100 % 30%: could not be answered"
+    assert (
+        " ".join(lines[-4].split()) == "any failure 1 to 10 of 10 10 % to 100 % 2 % to 100 % 30%: could not be answered"
+    )
     assert lines[-2].startswith("undecided: 9;") and f"9 of 9: {WITHOUT_AFTER}. Add after/" in lines[-1]
 
 
@@ -263,7 +270,16 @@ def test_before_and_output_alone_call_nothing_good(tmp_path, capsys):
 
 def test_a_long_name_is_cut_in_the_names_of_its_maps(tmp_path, by_grey):
     """255 bytes are what file systems allow; some characters take four of them."""
-    names = ["a" * 251, "b" * 240 + "1", "b" * 240 + "2", "椅" * 83, "🪑" * 62 + "a", "é" * 125, "sub/" + "c" * 250, "short"]
+    names = [
+        "a" * 251,
+        "b" * 240 + "1",
+        "b" * 240 + "2",
+        "椅" * 83,
+        "🪑" * 62 + "a",
+        "é" * 125,
+        "sub/" + "c" * 250,
+        "short",
+    ]
     for name in names:
         grey(tmp_path / f"before/{name}.png", 0.2)
         grey(tmp_path / f"output/{name}.png", 0.1)
@@ -276,15 +292,28 @@ def test_a_long_name_is_cut_in_the_names_of_its_maps(tmp_path, by_grey):
 
 
 def test_an_output_of_another_size_is_judged_beside_those_that_cannot_be(tmp_path):
-    outputs = {"same": PAIR.after, "half": sized(PAIR.after, 64, 64), "pixel": sized(PAIR.after, 127, 128), "wide": PAIR.after[:100]}
+    outputs = {
+        "same": PAIR.after,
+        "half": sized(PAIR.after, 64, 64),
+        "pixel": sized(PAIR.after, 127, 128),
+        "wide": PAIR.after[:100],
+    }
     for name, output in outputs.items():
         save(PAIR.before, tmp_path / f"before/{name}.png")
         save(output, tmp_path / f"output/{name}.png")
         save(PAIR.after, tmp_path / f"after/{name}.png")
     assert run(tmp_path, tmp_path / "out", "--maps") == 3
     rows = rows_of(tmp_path / "out")
-    assert {stem: row["verdict"] for stem, row in rows.items()} == {"same": "good", "half": "good", "pixel": "good", "wide": ""}
-    assert rows["half"]["notes"] == "The output picture was resized from 64 x 64 to 128 x 128 pixels." and not rows["same"]["notes"]
+    assert {stem: row["verdict"] for stem, row in rows.items()} == {
+        "same": "good",
+        "half": "good",
+        "pixel": "good",
+        "wide": "",
+    }
+    assert (
+        rows["half"]["notes"] == "The output picture was resized from 64 x 64 to 128 x 128 pixels."
+        and not rows["same"]["notes"]
+    )
     assert "128 x 128" in rows["wide"]["message"] and "128 x 100" in rows["wide"]["message"]
     with Image.open(tmp_path / "out/maps/half.unchanged.png") as laid:
         assert laid.size == (64, 64)
