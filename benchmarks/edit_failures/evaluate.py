@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from editloss_core.drawing.statistics import Interval, grouped_auroc, wilson
 from editloss_core.masks import oklab
-from editloss_core.verdict.judge import FAILURES, VERDICTS, judge
+from editloss_core.verdict.judge import VERDICTS, judge
 
 OURS = "verdict"
 SEEN = 0.04  # Oklab; a pixel further than this from the after picture's differs visibly
@@ -166,7 +166,7 @@ def report(every: list[dict], part: str) -> str:
         "| aim | reached |",
         "|---|---|",
     ]
-    moderate = {f: [r for r in rows if r["kind"] == f and r["level"] == "moderate"] for f in FAILURES}
+    moderate = {f: [r for r in rows if r["kind"] == f and r["level"] == "moderate"] for f in KINDS[1:]}
     for failure, some in moderate.items():
         lines.append(f"| {failure}, moderate: AUROC ≥ 0.97 | {shown(separation(rows, f'{OURS}: {failure}', some))} |")
     quarter = [r for r in rows if r["kind"] == "overlay" and r["severity"] == 0.25]

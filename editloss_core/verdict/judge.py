@@ -542,7 +542,7 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
         known = [v for v in values if v is not None]
         return arrived * max(known) if known else None
 
-    return {
+    scores = {
         "no edit": max(ramp("unchanged", m["unchanged"]) or 0.0, _redrawn(m)),
         "overlay": worst(
             ramp("old left", m["old left"]), ramp(edges, m["old edges"]), ramp("old inside", m["old inside"])
@@ -556,6 +556,9 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
         "collateral change": ramp("background", _beyond_codec(m["background"], m["codec"])),
         "unusable": _neither(m),
     }
+    if (scores["unusable"] or 0.0) >= 0.5:  # neither object is there, whatever happens to look like one
+        scores |= {"no edit": 0.0, "overlay": 0.0}
+    return scores
 
 
 def _redrawn(m: Mapping[str, Optional[float]]) -> float:

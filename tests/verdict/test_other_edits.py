@@ -48,7 +48,7 @@ def test_noise_is_unusable_and_shows_no_old_object(seed, cells):
     example, mask = pair(seed)
     found = judge(example.before, noise(seed, cells), example.after, mask)
     assert found.verdict == "unusable" and found.measures["room seen"] < 0.3, found.measures
-    assert float(found.maps["old object"].max()) == 0
+    assert float(found.maps["old object"].max()) == 0 and found.scores["overlay"] == found.scores["no edit"] == 0
     assert judge(example.before, noise(seed, cells), None, mask).verdict == "unusable"
 
 
