@@ -1207,7 +1207,7 @@ def _channels_first(shape: torch.Size) -> bool:
     if len(shape) != 4 or shape[1] not in (4, 8, 16, 32):
         return False
     height, width = shape[2], shape[3]
-    return min(height, width) > shape[1] and max(height, width) <= 4 * min(height, width)
+    return min(height, width) >= max(24, shape[1] + 1) and max(height, width) <= 4 * min(height, width)
 
 
 def _check_same_device(**named: Tensor) -> None:

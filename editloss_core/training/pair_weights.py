@@ -69,7 +69,7 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
 
 
 @torch.no_grad()
-def margin_notes(terms: Sequence[LossTerm], prepared: Prepared, most: int = 32) -> list[str]:
+def margin_warnings(terms: Sequence[LossTerm], prepared: Prepared, most: int = 32) -> list[str]:
     """Which fixed margins are more than the after picture itself reaches, in the first ``most`` pairs: what a perfect output pays."""
     told = []
     fixed = [term for term in hinges(terms) if isinstance(term.margin, (int, float)) and term.weight]

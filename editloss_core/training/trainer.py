@@ -197,7 +197,7 @@ class Trainer:
             self._pair_weights = pair_weights.weights(ratios)
             self._taught = self._pair_weights.nonzero()[:, 0].tolist()
             self.notes += pair_weights.notes(ratios, prepared)
-        self.notes += pair_weights.margin_notes(terms, prepared)
+        self.warnings += pair_weights.margin_warnings(terms, prepared)
         buckets = prepared.pairs.subset(self._taught).buckets.values()
         self._full = min(
             settings.batch_size, max(map(len, buckets), default=1)

@@ -43,6 +43,8 @@ def test_sets_that_are_smaller_than_a_batch_lose_nothing():
 def test_a_margin_that_a_perfect_output_pays_is_told(margin, told):
     term = LossTerm("no_edit_identity", LATENTS, name="no edit", margin=margin)
     notes = [
-        n for n in trainer(objective=EditObjective((term,))).notes if n.startswith("no edit: margin 1.9 is more than")
+        n
+        for n in trainer(objective=EditObjective((term,))).warnings
+        if n.startswith("no edit: margin 1.9 is more than")
     ]
     assert len(notes) == told and all("a perfect output pays 0.92 there" in n and "in 4 of 4 pairs" in n for n in notes)

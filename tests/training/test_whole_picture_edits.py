@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from editloss_core.encoders.vae import VAEEncoder
 from editloss_core.negatives import OverlaySettings
 from editloss_core.pair_audit.audit import audit
+from editloss_core.pair_audit.flawed import handle
 from editloss_core.pairs import PairProblems, VariantSettings, find_pairs, with_variants
 from editloss_core.training.prepare import prepare
 
@@ -137,6 +138,25 @@ def test_copies_are_refused_by_both(tmp_path, name, estimating):
     with pytest.raises(PairProblems) as caught:
         prepare(find_pairs(tmp_path, default_caption="x"), vae(), estimate_missing_masks=estimating)
     assert [f.kind for f in caught.value.findings] == ["no edit", "no edit"]
+
+
+@pytest.mark.parametrize("name", ["relit", "denoised 0.05", "warmer"])
+def test_none_is_left_out_beside_pairs_with_objects(tmp_path, name):
+    """A set of several kinds of edits: what changes no region is not unedited; a copy is."""
+    before, after = EDITS[name]
+    write(tmp_path, before, after, 5)
+    for seed in range(5, 10):
+        x = picture(seed)
+        y = x.copy()
+        y[40:100, 60:130] = np.random.default_rng(seed).uniform(size=3)
+        for part, pixels in (("before", x), ("after", x if seed == 9 else y)):
+            Image.fromarray(eight_bits(saved(90)(pixels) if part == "after" else pixels)).save(
+                tmp_path / part / f"p{seed}.png"
+            )
+        (tmp_path / "after" / f"p{seed}.txt").write_text("paint a box")
+    pairs = find_pairs(tmp_path, default_caption="enhance the photo")
+    found = handle(pairs)
+    assert [(flaw.name, flaw.kind) for flaw in found.found] == [("p9", "unedited")] and found.left_out == ("p9",)
 
 
 def test_a_white_mask_is_the_other_way_out(tmp_path):
