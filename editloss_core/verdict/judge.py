@@ -219,7 +219,7 @@ def _planes(picture: Tensor) -> Tensor:
 
 def _estimated(s: Tensor, other: Tensor) -> Tensor:
     """Where two pictures differ, ``[1, 1, H, W]``."""
-    return estimate_mask(*(t.permute(0, 2, 3, 1) for t in (s, other)))[:, None]
+    return estimate_mask(s.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1))[:, None]
 
 
 def _some(region: Tensor) -> bool:
@@ -373,15 +373,15 @@ ALIKE = "before and after show no visible difference"
 
 def _judge_tone(whole: Whole) -> Verdict:
     """Whether the output is still the before picture, or is near the after picture everywhere."""
-    s, x, g = whole.s, whole.x, whole.g
-    assert g is not None
+    s, x, g, full_g = whole.s, whole.x, whole.g, whole.pictures[2]
+    assert g is not None and full_g is not None
     weight = whole.mask.float()
     moved, wanted, off = (blur(t, 1.0, 3) for t in (x - s, g - s, x - g))
     unchanged = 1 - above_noise(moved, weight, ~whole.mask) / norm(wanted, weight)
     progress, residual = progress_of(moved, wanted, weight)
     whole_picture = torch.zeros_like(whole.mask)
     away, _ = largest_change(x, [g], whole_picture)
-    codec = codec_change(whole.pictures[2], g, whole_picture)
+    codec = codec_change(full_g, g, whole_picture)
     room = room_seen(x, (s, g), whole.mask)
     background, background_map = whole.background()
     measures = dict.fromkeys(MEASURES)
@@ -391,14 +391,14 @@ def _judge_tone(whole: Whole) -> Verdict:
     scores |= {"no edit": _ramp(unchanged, *LINES["unchanged"]), "unusable": _lost(room)}
     unanswered: tuple[str, ...] = ()
     near = norm(off, weight) <= (1 - LINES["unchanged"][0]) * norm(wanted, weight)
-    if near and _beyond_codec(away, codec) <= LINES["background"][0]:
+    if near and (_beyond_codec(away, codec) or 0.0) <= LINES["background"][0]:
         scores |= dict.fromkeys(("overlay", "distorted", "collateral change"), 0.0)
     else:
         asked = ["overlay", "distorted"]
         if background is None:
             asked.append("collateral change")
         else:
-            scores["collateral change"] = _ramp(_beyond_codec(background, codec), *LINES["background"])
+            scores["collateral change"] = _ramp(_beyond_codec(background, codec) or 0.0, *LINES["background"])
         unanswered = (f"{', '.join(asked)}: {TONE}",)
     unchanged_map = weight * (1 - length(moved) / length(wanted).clamp_min(0.02)).clamp(0, 1)
     maps = {"unchanged": unchanged_map[0, 0]}
