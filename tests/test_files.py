@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,15 +15,18 @@ from editloss_core.files import NotWritten, check_writable, make_folder, replaci
 resource = pytest.importorskip("resource")  # not on Windows
 
 
-@pytest.fixture
+@contextmanager
 def full():
-    """As if 4096 bytes were left; the system says "File too large" where a full disk says "No space left on device"."""
+    """As if 4096 bytes were left; the system says "File too large" where a full disk says "No space left on device". Not for
+    longer than it takes: pytest's own output may be a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def write_bytes(path):
@@ -40,10 +44,10 @@ def write_tensors(path):
 
 
 @pytest.mark.parametrize("write", [write_bytes, write_text_in_parts, write_tensors])
-def test_no_room_left(tmp_path, full, write):
+def test_no_room_left(tmp_path, write):
     (tmp_path / "kept.bin").write_bytes(b"mine")
     with pytest.raises(NotWritten) as raised:
-        with replacing(tmp_path / "kept.bin") as temporary:
+        with full(), replacing(tmp_path / "kept.bin") as temporary:
             write(temporary)
     assert str(raised.value) == f"{tmp_path / 'kept.bin'} cannot be written: File too large"
     assert [p.name for p in tmp_path.iterdir()] == ["kept.bin"] and (tmp_path / "kept.bin").read_bytes() == b"mine"

@@ -378,17 +378,15 @@ ALIKE = "before and after show no visible difference"
 
 def _judge_tone(whole: Whole) -> Verdict:
     """Whether the output is still the before picture, or is near the after picture everywhere."""
-    s, x, g = whole.s, whole.x, whole.g
-    assert g is not None
+    s, x, g, full_g = whole.s, whole.x, whole.g, whole.pictures[2]
+    assert g is not None and full_g is not None
     weight = whole.mask.float()
     moved, wanted, off = (blur(t, 1.0, 3) for t in (x - s, g - s, x - g))
     unchanged = 1 - above_noise(moved, weight, ~whole.mask) / norm(wanted, weight)
     progress, residual = progress_of(moved, wanted, weight)
     whole_picture = torch.zeros_like(whole.mask)
     away, _ = largest_change(x, [g], whole_picture)
-    after = whole.pictures[2]
-    assert after is not None
-    codec = codec_change(after, g, whole_picture)
+    codec = codec_change(full_g, g, whole_picture)
     room = room_seen(x, (s, g), whole.mask)
     background, background_map = whole.background()
     measures = dict.fromkeys(MEASURES)
