@@ -72,7 +72,7 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
 def margin_warnings(terms: Sequence[LossTerm], prepared: Prepared, most: int = 32) -> list[str]:
     """Which fixed margins are more than the after picture itself reaches, in the first ``most`` pairs: what a perfect output pays."""
     told = []
-    fixed = [term for term in hinges(terms) if isinstance(term.margin, (int, float)) and term.weight]
+    fixed = [term for term in hinges(terms) if not isinstance(term.margin, str) and term.margin and term.weight]
     indices = [i for i, pair in enumerate(prepared.pairs) if pair.variant is None][:most]
     if not fixed or not indices:
         return []
@@ -85,8 +85,7 @@ def margin_warnings(terms: Sequence[LossTerm], prepared: Prepared, most: int = 3
         for report in objective.evaluate(embeddings).terms:
             paid[report.term.name].append(report.per_sample.item())
     for term in fixed:
-        assert isinstance(term.margin, (int, float))
-        costs = [cost for cost in paid[term.name] if cost > (1e-3 if not term.smooth else term.margin / 2)]
+        costs = [cost for cost in paid[term.name] if cost > (0.1 if term.smooth else 1e-3)]
         if 2 * len(costs) >= len(indices):
             told.append(
                 f"{term.name}: margin {term.margin:g} is more than the after picture itself reaches in {len(costs)} of "
