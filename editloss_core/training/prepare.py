@@ -567,8 +567,8 @@ def everywhere_note(names: Sequence[str]) -> str:
     """For pairs without a mask in which nothing stands out."""
     shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
     return (
-        f"in {len(names)} pairs no region stands out ({shown}): the whole picture is their edit region; give them masks if less of "
-        "it was edited"
+        f"in {len(names)} pair{'s' * (len(names) > 1)} no region stands out ({shown}): the whole picture is the edit region; "
+        "give a mask where less of it was edited"
     )
 
 
