@@ -168,11 +168,11 @@ def test_a_white_mask_is_the_other_way_out(tmp_path):
 
 
 def test_a_small_edit_needs_no_mask_where_nothing_reads_one(tmp_path):
-    """Too small for a region to be estimated: 2 of 160 × 208 pixels."""
+    """Too small for a region to be estimated: 2 × 3 of 160 × 208 pixels."""
 
     def spot(x):
         x = x.copy()
-        x[40:41, 60:62] = 1
+        x[40:42, 60:63] = 1
         return x
 
     pairs = find_pairs(write(tmp_path, same, spot), default_caption="add a dot")
