@@ -15,7 +15,7 @@ this order (``MEASURES`` has a line for each number):
    |α| counts, since a ghost may be lighter or darker than what it is the ghost of; and in the edges inside the new object.
    **distorted**: what is left of x − e inside the object, forgiving small shifts; and how much the object is stretched.
 6. **unusable**: the edges outside the mask are not those of the room (noise, another scene); or neither the old object's edges
-   are seen where it stood nor the new one's anywhere near.
+   are seen where it stood nor the new one's anywhere near, nor its colours.
 
 An edit of the whole picture (light, tone, colour, noise, style) has no object: there it is asked whether x is still s, and
 whether it is near g everywhere; between the two the verdict is **undecided**, as it is wherever no failure was found but not all
@@ -28,6 +28,7 @@ a set of rendered pairs, with other meshes and backgrounds than those on which t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -93,6 +94,7 @@ MEASURES = {
     "codec": "the same that JPEG of quality 50 makes of the picture itself; asked where the background is over its line",
     "old seen": "likeness of the edges where the old object stood to its edges, 0 to 1, in whatever colours",
     "new seen": "likeness of the edges where the new object was found, or belongs, to its edges",
+    "new colours": "likeness of the coarse colours there to the new object's, both against the room behind it",
     "room seen": "likeness of the coarse edges of the surroundings to those of the before or the after picture, 0 to 1",
 }
 
@@ -284,7 +286,7 @@ def _judge_by(whole: Whole) -> Verdict:
             coefficients(edges_x, (edges_s, edges_g), new)[1],
         )
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
-    old_seen, new_seen = _seen(crop, g, expected, old, placed)
+    old_seen, new_seen, new_colours = _seen(crop, g, expected, old, placed)
     room = room_seen(whole.x, (whole.s, whole.g), whole.mask)
 
     progress, residual = progress_of(moved, wanted, weight)
@@ -301,7 +303,8 @@ def _judge_by(whole: Whole) -> Verdict:
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if similarity is None else similarity.displacement,
         "resized": None if similarity is None else similarity.scale - 1,
-        "background": background, "codec": codec, "old seen": old_seen, "new seen": new_seen, "room seen": room,
+        "background": background, "codec": codec, "old seen": old_seen, "new seen": new_seen,
+        "new colours": new_colours, "room seen": room,
     }  # fmt: skip
     scores = _scores(measures, arrived)
     if placed and (scores["no edit"] or 0.0) >= 0.5 and max(background or 0.0, 0.5 * residual) > LINES["background"][0]:
@@ -327,20 +330,26 @@ def _judge_by(whole: Whole) -> Verdict:
     )
 
 
-def _seen(crop: Crop, g: Tensor, expected: Expected, old: Tensor, placed: bool) -> tuple[float, Optional[float]]:
+def _seen(
+    crop: Crop, g: Tensor, expected: Expected, old: Tensor, placed: bool
+) -> tuple[float, Optional[float], Optional[float]]:
     """(likeness to the old object where it stood, to the new one where it was found or belongs): of what they have in edges
-    that the room has not."""
+    that the room has not; and to the new one in coarse colours, where a bent object is still like itself."""
     room, x, s = (edges(t, 2.0) for t in (expected.plate, crop.x, crop.s))
     around = dilate(old > 0.3, 3).float()
     beside = around * (expected.object < 0.1)
     old_seen = max(abs(likeness(x - room, s - room, where)) for where in (around, beside))
     if not placed:
-        return old_seen, None
-    places = (
-        (edges(picture, 2.0), dilate(mask > 0.3, 3).float())
-        for picture, mask in ((expected.picture, expected.object), (g, expected.new))
-    )
-    return old_seen, max(likeness(x - room, picture - room, where) for picture, where in places)
+        return old_seen, None, None
+    sigma = max(1.0, COARSE * float(expected.new.sum()) ** 0.5)
+    radius = min(math.ceil(2.5 * sigma), min(crop.x.shape[-2:]) - 1)
+    coarse = blur(crop.x - expected.plate, sigma, radius)
+    in_edges, in_colours = [], []
+    for picture, mask in ((expected.picture, expected.object), (g, expected.new)):
+        where = dilate(mask > 0.3, 3).float()
+        in_edges.append(likeness(x - room, edges(picture, 2.0) - room, where))
+        in_colours.append(likeness(coarse, blur(picture - expected.plate, sigma, radius), where))
+    return old_seen, max(in_edges), max(in_colours)
 
 
 def _beside(whole: Whole, crop: Crop, new: Tensor) -> float:
@@ -514,6 +523,8 @@ LINES = {
 }
 ROOM = (0.6, 0.8)  # line and full, as above: 1 − likeness of the surroundings' edges
 UNLIKE = (0.7, 0.9)  # the same of an object's edges, to say that it is not there
+COARSE = 0.1  # of the new object's size, by which its colours are blurred
+GONE = (0.3, 0.6)  # line and full, as above: 1 − the share and the likeness of the new object's colours
 SEEN = (0.5, 0.9)  # likeness of an object's edges from which it is there
 STRANGE = 0.7  # residual above which an output is no mixture of before and after, and colours do not tell what is there
 OWN = (0.1, 0.3)  # line and full, as above: how much more the edges are the old object's than the new one's
@@ -580,7 +591,8 @@ def _neither(m: Mapping[str, Optional[float]]) -> Optional[float]:
     if room is None:
         return None
     objects = 0.0 if old is None or new is None else _ramp(1 - max(old, new), *UNLIKE)
-    return max(_lost(room), objects)
+    come = min(m["new there"] or 0.0, m["new colours"] or 0.0)  # however bent it is
+    return max(_lost(room), min(objects, _ramp(1 - come, *GONE)))
 
 
 def _codec(background: Optional[float], picture: Tensor, small: Tensor, mask: Tensor) -> Optional[float]:
