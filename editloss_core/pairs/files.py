@@ -18,7 +18,7 @@ from typing import NamedTuple, Optional
 
 from .pictures import endings, needs
 
-CAPTION_ENDINGS = (".txt",)
+CAPTION_ENDINGS = (".txt", ".caption")  # kohya has either
 NOT_CAPTIONS = ("readme", "license", "licence", "requirements")  # texts that lie beside pictures and describe none
 NOT_FOLDERS = (".", "_", "@")  # beginnings: hidden, of ai-toolkit and macOS (_controls, __MACOSX), of Synology (@eaDir)
 SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir")  # left everywhere; not worth a word
@@ -143,18 +143,21 @@ class Layout:
 
     def add_captions(self, entries: Iterable[tuple[str, Path]], strict: bool = True) -> None:
         """Captions from one more place, for pairs that have none yet. A strict place holds nothing but captions, so that
-        one without a pair is a finding."""
+        one without a pair is a finding. Of a name with both endings, the .txt is read."""
         known, taken = self.before.keys() | self.after.keys(), dict(self.captions)
         wanted = [
             (name, path)
             for name, path in entries
             if name.casefold() in known or (strict and path.stem.casefold() not in NOT_CAPTIONS)
         ]
-        self.add("captions", wanted)
+        of_txt = {name.casefold() for name, path in wanted if path.suffix.lower() == CAPTION_ENDINGS[0]}
+        first = [(n, p) for n, p in wanted if p.suffix.lower() == CAPTION_ENDINGS[0] or n.casefold() not in of_txt]
+        self.add("captions", first)
         self.captions.update(taken)
-        second = {path: "the pair has another caption" for name, path in wanted if name.casefold() in taken}
-        self._used -= second.keys()
-        self._reasons.update(second)
+        read = {path for name, path in first if name.casefold() not in taken}
+        second = {path for _, path in wanted} - read
+        self._used -= second
+        self._reasons.update(dict.fromkeys(second, "the pair has another caption"))
 
     def account(self, files: Iterable[Path], others: str, parts: Sequence[str] = ()) -> None:
         """Note what of ``files`` is in no table, and why.

@@ -136,6 +136,16 @@ def test_the_caption_beside_the_after_picture_wins(tmp_path):
     assert find_pairs(tmp_path)[0].caption == "replace the chair"
 
 
+def test_of_two_captions_in_one_place_the_txt_is_read(tmp_path):
+    three(tmp_path)
+    write(tmp_path / "after" / "chair.caption", "a chair")
+    found = find_pairs(tmp_path)
+    assert found[0].caption == "replace the chair"
+    assert [note for note in found.notes if "chair.caption" in note] == [
+        "passed over (the pair has another caption): after/chair.caption"
+    ]
+
+
 def test_a_default_caption_stands_in(tmp_path):
     three(tmp_path)
     (tmp_path / "after" / "chair.txt").unlink()
@@ -231,7 +241,12 @@ def lay(root, layout, name, *, texts=("say it",), endings=(".png", ".png", ".png
 @in_every_layout
 @pytest.mark.parametrize(
     "endings",
-    [(".PNG", ".Jpeg", ".BMP", ".TXT"), (".jpeg", ".webp", ".tif", ".txt"), (".TIFF", ".WEBP", ".JPG", ".Txt")],
+    [
+        (".PNG", ".Jpeg", ".BMP", ".TXT"),
+        (".jpeg", ".webp", ".tif", ".txt"),
+        (".TIFF", ".WEBP", ".JPG", ".Txt"),
+        (".png", ".png", ".png", ".caption"),
+    ],
 )
 def test_every_ending_in_every_case(tmp_path, layout, endings):
     paths = lay(tmp_path, layout, "chair", endings=endings)
