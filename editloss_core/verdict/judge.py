@@ -13,7 +13,8 @@ this order (``MEASURES`` has a line for each number):
 5. **no edit**: how near x is to s; or the old object is there, redrawn, and nothing of the new one. **overlay**: the
    least-squares share α of x ≈ e + α (s − e) where the old object was: in colours; in the edges beside the new object, where
    |α| counts, since a ghost may be lighter or darker than what it is the ghost of; and in the edges inside the new object.
-   **distorted**: what is left of x − e inside the object, forgiving small shifts; and how much the object is stretched.
+   **distorted**: what is left of x − e inside the object, forgiving small shifts; and how much the object is stretched. Where both
+   are found, x − e has to be like the old object for it to be an overlay.
 6. **unusable**: the edges outside the mask are not those of the room (noise, another scene); or neither the old object's edges
    are seen where it stood nor the new one's anywhere near, nor its colours.
 
@@ -47,11 +48,14 @@ from .measures import (
     Whole,
     above_noise,
     codec_change,
+    codec_tint,
     coefficient,
     coefficients,
     edges,
+    explained,
     filled,
     ghost,
+    in_palette,
     is_like,
     is_tone,
     largest_change,
@@ -59,9 +63,11 @@ from .measures import (
     likeness,
     local_share,
     norm,
+    palette_of,
     progress_of,
     room_seen,
     shape_errors,
+    share_nearer,
     slopes,
     softness,
     surroundings,
@@ -90,7 +96,10 @@ MEASURES = {
     "stretch": "ratio of the two main scalings of the object, less 1",
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
+    "like old": "likeness of what is not as expected to the old object, 0 to 1: of edges beside the new one, or of colours",
     "background": "largest change of a neighbourhood outside the mask, in Oklab",
+    "away": "the same farther off than a third of the new object's size from where it is",
+    "tint": "largest change of the mean colour of a large neighbourhood there, in Oklab: grain and codecs have none",
     "codec": "the same that JPEG of quality 50 makes of the picture itself; asked where the background is over its line",
     "old seen": "likeness of the edges where the old object stood to its edges, 0 to 1, in whatever colours",
     "new seen": "likeness of the edges where the new object was found, or belongs, to its edges",
@@ -178,6 +187,7 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     size, notes = before.shape[:2], list[str]()
     s, x = _planes(before), fitting("output", _planes(output), size, notes)
     g = None if after is None else fitting("after", _planes(after), size, notes)
+    s, g = _in_palette(_planes(output), s, x, g, notes)
     found = _judge(s, x, g, mask, output.shape[:2] != size, notes)
     return replace(found, notes=tuple(notes))
 
@@ -217,6 +227,26 @@ def _judge(s: Tensor, x: Tensor, g: Optional[Tensor], mask: Optional[Tensor], mo
 def _planes(picture: Tensor) -> Tensor:
     """``[H, W, 3]`` → ``[1, 3, H, W]`` in float32."""
     return picture.detach().float().cpu().clamp(0, 1).permute(2, 0, 1)[None]
+
+
+def _in_palette(
+    output: Tensor, s: Tensor, x: Tensor, g: Optional[Tensor], notes: list[str]
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The before and the after picture in the few colours of an output that was saved with a palette, dithered as it is; as they
+    are where it has many, or they too have few."""
+    colours = palette_of(output, MOST)
+    if colours is None or len(colours) < FEWEST:
+        return s, g
+    known = [t for t in (s, g) if t is not None]
+    if any(palette_of(t, MOST) is not None for t in known):
+        return s, g
+    brought = [[in_palette(t, colours, dithered) for t in known] for dithered in (False, True)]
+    nearer = [max(share_nearer(x, t, to) for t, to in zip(some, known, strict=True)) for some in brought]
+    best = brought[nearer.index(max(nearer))]
+    if max(nearer) < 0.5:
+        return s, g  # the colours of something else
+    notes.append(f"The output has {len(colours)} colours; before and after were brought to these.")
+    return best[0], None if g is None else best[1]
 
 
 def _estimated(s: Tensor, other: Tensor) -> Tensor:
@@ -275,6 +305,10 @@ def _judge_by(whole: Whole) -> Verdict:
     old_inside = coefficients(edges_x, (edges_s, edges_e), w)[0] if placed else None
     if old_inside is not None and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
+    like_old = max(
+        abs(likeness(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())),
+        explained(off, towards, old, crop.mask.float() * dilate((old > 0.3) | (w > 0.1) | (new > 0.1), 3)),
+    )
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = None
     if placed:
@@ -290,10 +324,18 @@ def _judge_by(whole: Whole) -> Verdict:
     room = room_seen(whole.x, (whole.s, whole.g), whole.mask)
 
     progress, residual = progress_of(moved, wanted, weight)
-    shape_map, shape, outline, in_place = shape_errors(lab_x, lab_g, expected, old, known)
+    shape_map, shape, outline, in_place = shape_errors(lab_x, lab_g, expected, old, known, crop.mask)
     whole_size = whole.s.shape[-2:]
-    also = crop.in_whole(w, whole_size) > 0.25
-    background, background_map = whole.background(also)
+    # a bent object may reach beyond the mask
+    reach = round(REACH * float(new.sum()) ** 0.5) if placed else 0
+    for far in (reach, 0):
+        also = crop.in_whole(dilate(w > 0.25, far).float() if far else w, whole_size) > 0.25
+        background, background_map = whole.background(also)
+        if background is not None:
+            break
+    tint = _tint(whole, full_g, whole.g, also)
+    around_new = dilate((w > 0.25) | (new > 0.25), round(AFAR * float(new.sum()) ** 0.5)).float() if placed else w
+    away, _ = whole.background(crop.in_whole(around_new, whole_size) > 0.25)
     codec = _codec(background, full_g, whole.g, whole.mask)
     similarity, affine = expected.similarity, expected.affine
     measures = {
@@ -303,7 +345,7 @@ def _judge_by(whole: Whole) -> Verdict:
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if similarity is None else similarity.displacement,
         "resized": None if similarity is None else similarity.scale - 1,
-        "background": background, "codec": codec, "old seen": old_seen, "new seen": new_seen,
+        "like old": like_old, "background": background, "away": away, "tint": tint, "codec": codec, "old seen": old_seen, "new seen": new_seen,
         "new colours": new_colours, "room seen": room,
     }  # fmt: skip
     scores = _scores(measures, arrived)
@@ -463,12 +505,15 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     slopes_s, slopes_x = (slopes(blur(t, 1.0, 3)) for t in (s, x))
     old_edges = coefficient(slopes_x, slopes_s, core)
     background, background_map = whole.background() if masked else (None, torch.zeros(1, 1, *size))
+    tint = _tint(whole, whole.pictures[0], whole.s) if masked else None
     codec = _codec(background, whole.pictures[0], whole.s, whole.mask)
     measures = dict.fromkeys(MEASURES)
     measures.update({"unchanged": unchanged})
     if masked:
         room = room_seen(whole.x, (whole.s,), whole.mask)
-        measures.update({"old edges": old_edges, "background": background, "codec": codec, "room seen": room})
+        measures.update(
+            {"old edges": old_edges, "background": background, "tint": tint, "codec": codec, "room seen": room}
+        )
     scores = _scores(measures, min(1.0, (1 - unchanged) / ARRIVED), "old edges, alone")
     unanswered = [WITHOUT_AFTER]
     if not masked:
@@ -520,6 +565,7 @@ LINES = {
     "soft": (0.22, 0.7),
     "stretch": (0.12, 0.5),
     "background": (0.05, 0.3),
+    "tint": (0.02, 0.15),
 }
 ROOM = (0.6, 0.8)  # line and full, as above: 1 − likeness of the surroundings' edges
 UNLIKE = (0.7, 0.9)  # the same of an object's edges, to say that it is not there
@@ -533,6 +579,10 @@ LEAST_AROUND = 0.02  # share of the picture outside the mask
 SMALLEST = 16  # pixels of a mask
 BESIDE = 3  # pixels around the new object that belong to it
 NO_GHOST = 0.03  # share of the old object's edges
+REACH = 0.12  # of the new object's size, by which it may stand out of the mask
+AFAR = 0.35  # of the same, within which a change of the surroundings may be of a distorted object's making
+LIKE_OLD = 0.36  # likeness below which what looks like an overlay of a distorted object is its distortion
+FEWEST, MOST = 24, 256  # colours of a palette
 PRESENT = (0.35, 0.9)  # line and full, as above: share of the old object from which it is there
 ABSENT = (0.2, 0.5)  # share of the new object below which it is not there, and from which it surely is
 ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
@@ -547,9 +597,12 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
     def ramp(name: str, value: Optional[float]) -> Optional[float]:
         return None if value is None else _ramp(value, *LINES[name])
 
+    def worst_of(*values: Optional[float]) -> Optional[float]:
+        return max((v for v in values if v is not None), default=None)
+
     def worst(*values: Optional[float]) -> Optional[float]:
-        known = [v for v in values if v is not None]
-        return arrived * max(known) if known else None
+        found = worst_of(*values)
+        return None if found is None else arrived * found
 
     scores = {
         "no edit": max(ramp("unchanged", m["unchanged"]) or 0.0, _redrawn(m)),
@@ -562,7 +615,9 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
             ramp("soft", m["soft"]),
             ramp("stretch", m["stretch"]),
         ),
-        "collateral change": ramp("background", _beyond_codec(m["background"], m["codec"])),
+        "collateral change": worst_of(
+            ramp("background", _beyond_codec(m["background"], m["codec"])), ramp("tint", m["tint"])
+        ),
         "unusable": _neither(m),
     }
     if (scores["unusable"] or 0.0) >= 0.5:  # neither object is there, whatever happens to look like one
@@ -600,6 +655,16 @@ def _codec(background: Optional[float], picture: Tensor, small: Tensor, mask: Te
     return codec_change(picture, small, mask) if over else None
 
 
+def _tint(whole: Whole, picture: Tensor, small: Tensor, also: Optional[Tensor] = None) -> Optional[float]:
+    """On the line's scale, where that of a codec is never above the line."""
+    line = LINES["tint"][0]
+    tint = whole.tint(also)
+    if tint is None or tint <= line:
+        return tint
+    mask = whole.mask if also is None else whole.mask | also
+    return tint / max(1.0, (codec_tint(picture, small, mask) or 0.0) / line)
+
+
 def _beyond_codec(background: Optional[float], codec: Optional[float]) -> Optional[float]:
     """The change on the line's scale, where that of a codec is never above the line."""
     if background is None or codec is None:
@@ -624,6 +689,17 @@ def _decide(scores: Mapping[str, Optional[float]], measures: Mapping[str, Option
     failing = [failure for failure in (*FIRST, *MEASURED_BY) if (scores[failure] or 0.0) >= 0.5]
     if not failing:
         return UNDECIDED if None in scores.values() else GOOD
+    like_old = measures["like old"]
+    if "distorted" in failing and "overlay" in failing and like_old is not None and like_old < LIKE_OLD:
+        failing.remove("overlay")
+    away = measures["away"]
+    if (
+        "distorted" in failing
+        and "collateral change" in failing
+        and away is not None
+        and away <= LINES["background"][0]
+    ):
+        failing.remove("collateral change")
     return failing[0] if failing[0] in FIRST else max(failing, key=lambda failure: _lines_over(failure, measures))
 
 

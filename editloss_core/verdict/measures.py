@@ -73,6 +73,11 @@ class Whole:
         known = [t for t in (self.s, self.g) if t is not None]
         return largest_change(self.x, known, self.mask if also is None else self.mask | also)
 
+    def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
+        """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
+        known = [t for t in (self.s, self.g) if t is not None]
+        return largest_tint(self.x, known, self.mask if also is None else self.mask | also)
+
 
 def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Optional[float], Tensor]:
     """(largest mean Oklab distance of x from the nearest of the known pictures in a neighbourhood outside the mask, the
@@ -85,6 +90,18 @@ def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Op
     share = box_mean(outside, 13)
     mean = box_mean(d * outside, 13) / share.clamp_min(1e-6)
     return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
+
+
+def largest_tint(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> Optional[float]:
+    """The same as :func:`largest_change` of mean colours: noise, dithering and shifts within a neighbourhood add up to nothing."""
+    outside = (~dilate(mask, 8)).float()
+    size = 2 * max(6, max(x.shape[-2:]) // 14) + 1  # a seventh of the long side
+    share = box_mean(outside, size)
+    if float(outside.mean()) < 0.02 or not bool((share > 0.3).any()):
+        return None
+    x = oklab(x)
+    changes = (length(box_mean((x - oklab(t)) * outside, size)) / share.clamp_min(1e-6) for t in known)
+    return float(torch.stack(list(changes)).amin(0)[share > 0.3].amax())
 
 
 def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -270,7 +287,7 @@ def filled(picture: Tensor, known: Tensor) -> Tensor:
 
 
 def shape_errors(
-    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor
+    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor, mask: Tensor
 ) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
     the after picture has it); the differences as shares of the object's contrast."""
@@ -282,7 +299,7 @@ def shape_errors(
     level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
     # the room shows through and around the object, where it was or moved along: either will do
     d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
-    near = dilate(w > 0.5, 6) * known
+    near = ((dilate(w > 0.5, 6) > 0) & mask | (w > 0.5)).float() * known  # beyond the mask the room is asked elsewhere
     share = box_mean(near, 15)
     mean = (box_mean(d.square() * near, 15) / share.clamp_min(1e-6)).sqrt()
     counted = share > 0.4
@@ -301,6 +318,11 @@ def _apart(a: Tensor, b: Tensor, where: Tensor) -> Optional[float]:
 def codec_change(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
     """What a round trip through JPEG does to a picture ``[1, 3, H, W]``, as :meth:`Whole.background` measures it."""
     return largest_change(resized(_jpeg(picture, quality), small.shape[-2:]), [small], mask)[0]
+
+
+def codec_tint(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
+    """The same, as :meth:`Whole.tint` measures it."""
+    return largest_tint(resized(_jpeg(picture, quality), small.shape[-2:]), [small], mask)
 
 
 def _jpeg(picture: Tensor, quality: int) -> Tensor:
@@ -424,6 +446,43 @@ def ghost(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, bool]:
     """(|α| of x ≈ α · y in the colour channel where it is largest, whether y has enough to tell by); of slopes ``[1, 6, h, w]``."""
     together, squared = ((weight * t).sum((0, 2, 3)).view(2, 3).sum(0) for t in (x * y, y.square()))
     return float((together / (squared + FAINT)).abs().max()), float(squared.sum()) >= TOLD
+
+
+def explained(x: Tensor, y: Tensor, weight: Tensor, region: Tensor) -> float:
+    """The correlation, 0 to 1, that α · y has with x in a region, where y counts under a weight alone."""
+    alpha = coefficient(x, y, weight * region)
+    gained = (weight * region * (x.square() - (x - alpha * y).square())).sum()
+    return math.sqrt(max(0.0, float(gained / ((region * x.square()).sum() + 1e-3))))
+
+
+def palette_of(picture: Tensor, most: int) -> Optional[Tensor]:
+    """The colours ``[n, 3]`` of a picture ``[1, 3, H, W]`` in 8 bits; None if they are more than ``most``."""
+    codes = (picture[0] * 255).round().int()
+    packed = (codes[0] * 65536 + codes[1] * 256 + codes[2]).flatten()
+    if len(packed[:: max(1, len(packed) // 4096)].unique()) > most:
+        return None
+    found = packed.unique()
+    return None if len(found) > most else torch.stack([found // 65536, found // 256 % 256, found % 256], 1)
+
+
+def share_nearer(x: Tensor, y: Tensor, to: Tensor) -> float:
+    """Of the pixels in which x differs from a picture, the share in which it is nearer to y, twice and more."""
+    before, now = (length(x - t) for t in (to, y))
+    differs = before > 2 / 255
+    return float((now <= 0.5 * before)[differs].float().mean()) if bool(differs.any()) else 0.0
+
+
+def in_palette(picture: Tensor, colours: Tensor, dithered: bool) -> Tensor:
+    """A picture ``[1, 3, H, W]`` in these colours: each pixel's nearest one, or its error spread over its neighbours."""
+    palette = Image.new("P", (1, 1))
+    padded = torch.cat(
+        [colours, colours[:1].expand(256 - len(colours), 3)]
+    )  # a short palette would be filled up with black
+    palette.putpalette(padded.flatten().tolist())
+    image = Image.fromarray((picture[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    how = Image.Dither.FLOYDSTEINBERG if dithered else Image.Dither.NONE
+    brought = np.array(image.quantize(palette=palette, dither=how).convert("RGB"))
+    return torch.from_numpy(brought).permute(2, 0, 1)[None].float() / 255
 
 
 def softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> float:

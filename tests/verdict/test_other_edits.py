@@ -1,6 +1,7 @@
 """What is neither a right edit nor one of the four failures of an object, edits of the whole picture, and pictures of other sizes."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -211,6 +212,12 @@ def test_other_proportions_are_named_with_both_sizes(size, wanted):
         (("overlay", "distorted"), {"old edges": 0.09, "shape": 1.2}, "distorted"),
         (("distorted", "collateral change"), {"shape": 0.6, "background": 0.3}, "collateral change"),
         (("distorted", "collateral change"), {"shape": 1.0, "background": 0.1}, "distorted"),
+        # what looks like a ghost is the distortion's; what changed around it, too, if nothing has farther off
+        (("overlay", "distorted"), {"old edges": 0.9, "shape": 0.5, "like old": 0.3}, "distorted"),
+        (("overlay", "distorted"), {"old edges": 0.9, "shape": 0.5, "like old": 0.4}, "overlay"),
+        (("overlay",), {"old edges": 0.09, "like old": 0.1}, "overlay"),
+        (("distorted", "collateral change"), {"shape": 0.6, "background": 0.3, "away": 0.04}, "distorted"),
+        (("distorted", "collateral change"), {"shape": 0.6, "background": 0.3, "away": 0.06}, "collateral change"),
         (("no edit", "overlay", "collateral change"), {"old edges": 1.0, "background": 0.4}, "no edit"),
         (("unusable", "no edit", "overlay"), {"old edges": 1.0}, "unusable"),
     ],
@@ -225,3 +232,42 @@ def test_the_failure_that_is_furthest_over_its_line_wins(over, measures, wins):
         _decide({**scores, "distorted": None}, known) == ("undecided" if wins == "good" else wins)
         or "distorted" in over
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colours: a tint is a change, a palette is a codec
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_colours(picture, colours, dithered):
+    image = Image.fromarray((picture.numpy() * 255).round().astype("uint8"))
+    few = image.quantize(colours)
+    few = image.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG) if dithered else few
+    return torch.from_numpy(np.array(few.convert("RGB"))).float() / 255
+
+
+@pytest.mark.parametrize("dithered", [False, True], ids=["plain", "dithered"])
+@pytest.mark.parametrize("colours", [32, 64, 128])
+def test_few_colours_are_a_codecs_doing(colours, dithered):
+    example, mask = pair(SCENES[0])
+    grain = 0.02 * torch.randn(*example.before.shape, generator=torch.Generator().manual_seed(0))
+    before, after = ((t + grain).clamp(0, 1) for t in (example.before, example.after))  # as a photograph has it
+    good, unedited = (judge(before, in_colours(t, colours, dithered), after, mask) for t in (after, before))
+    assert (good.verdict, unedited.verdict) == ("good", "no edit")
+    (note,) = good.notes
+    assert re.fullmatch(r"The output has \d+ colours; before and after were brought to these.", note)
+    both = judge(before, in_colours((before + after) / 2, colours, dithered), after, mask)
+    assert both.verdict == "overlay"
+
+
+@pytest.mark.parametrize(
+    "tint", [(0.8, 1.0, 1.15), (1.15, 1.0, 0.8), (1.0, 0.85, 1.0)], ids=["cold", "warm", "magenta"]
+)
+def test_a_region_in_other_light_is_a_collateral_change(tint):
+    example, mask = pair(SCENES[0])
+    output = example.after.clone()
+    output[:50, :50] = (output[:50, :50] * torch.tensor(tint)).clamp(0, 1)
+    output = torch.where(mask[..., None] > 0.5, example.after, output)
+    found = judge(example.before, output, example.after, mask)
+    assert found.verdict == "collateral change" and found.measures["tint"] > 0.02
+    assert judge(example.before, example.after, example.after, mask).measures["tint"] < 0.005
