@@ -1,6 +1,6 @@
 """Embedding-only losses and diagnostics for edit-model LoRAs."""
 
-from importlib import import_module
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imported on first use: a command line that prints its help does not wait for torch."""
     if name in __all__ or name == "losses":
-        losses = import_module(".losses", __name__)
+        from .losses import __name__ as module
+
+        losses = sys.modules[module]
         return losses if name == "losses" else getattr(losses, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

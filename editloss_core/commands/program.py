@@ -9,8 +9,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, Optional
 
 from . import exits
@@ -119,9 +119,8 @@ class Program:
                 stream.reconfigure(
                     errors="backslashreplace"
                 )  # a name that the console cannot show must not end the work
-        module, _, function = self.work.partition(":")
         try:
-            status: int = getattr(import_module(f"{CORE}.{module}"), function)(given)
+            status: int = resolve_name(f"{CORE}.{self.work}")(given)
         except Stop as stop:
             return refuse(given, str(stop), stop.status)
         except (ImportError, ValueError, OSError) as error:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
-from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, Optional
@@ -107,9 +106,11 @@ def _initialised() -> None:
     """Every plugin that Pillow has, and those for HEIC and JPEG XL if they are installed."""
     Image.init()
     with suppress(ImportError):
-        import_module("pillow_heif").register_heif_opener()
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     with suppress(ImportError):
-        import_module("pillow_jxl")  # which registers itself
+        import pillow_jxl  # noqa: F401 (registers itself)
 
 
 def _formats() -> list[str]:
