@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from failures import BEHIND, HIDDEN, KINDS, TABLE, Item, items
 from peers import PEERS, Peers
+from render import PARTS as COUNTS
 from render import Scene, load_scene
 from tqdm import tqdm
 
@@ -193,6 +194,7 @@ def report(every: list[dict], part: str) -> str:
         "",
         f"{len(every)} outputs of {len(scenes)} scenes of the part *{part}* ({len(meshes[0])} meshes before, {len(meshes[1])} after), "
         f"by `benchmarks/edit_failures/evaluate.py`. {PARTS[part]} A verdict takes {seconds:.2f} s (median, one thread). "
+        + (f"These are the first of the part's {COUNTS[part]} scenes. " if len(scenes) < COUNTS[part] else "")
         + (
             "Failures at moderate severity, and a share of the good outputs, another one in each scene. "
             if sampled
