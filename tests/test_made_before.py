@@ -484,5 +484,7 @@ def test_a_folder_is_judged_as_then(tmp_path):
         named = dict(zip(now[0], new, strict=True))  # columns came since
         for head, a in zip(then[0], old, strict=True):
             number = a.replace(".", "", 1).removeprefix("-").isdigit()
-            same = float(named[head]) == pytest.approx(float(a), abs=MOVED.get(head, 5e-4)) if number else a == named[head]
+            same = (
+                float(named[head]) == pytest.approx(float(a), abs=MOVED.get(head, 5e-4)) if number else a == named[head]
+            )
             assert same or head == "verdict", f"{old[0]}: {head}"

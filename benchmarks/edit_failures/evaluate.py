@@ -232,9 +232,7 @@ def report(every: list[dict], part: str) -> str:
     plain = [r for r in moderate["overlay"] if r["visible"] >= LEAST]
     hidden = len(moderate["overlay"]) - len(plain)
     left_out = scenes - {r["scene"] for r in rows if r["construction"] in BEHIND}
-    behind = sum(
-        len(s) for name in BEHIND for level, s in TABLE[name][1].items() if level == "moderate" or not sampled
-    )
+    behind = sum(len(s) for name in BEHIND for level, s in TABLE[name][1].items() if level == "moderate" or not sampled)
     if left_out:
         lines += [
             "",

@@ -78,8 +78,14 @@ def test_copy_and_right_edit_are_exact(scene, made):
 @pytest.mark.parametrize(
     "make",
     [
-        failures._behind, failures._before_new, failures._multiplied, failures._screened, failures._grains, failures._outline,
-        unseen._beside, unseen._half_wiped,
+        failures._behind,
+        failures._before_new,
+        failures._multiplied,
+        failures._screened,
+        failures._grains,
+        failures._outline,
+        unseen._beside,
+        unseen._half_wiped,
     ],  # fmt: skip
 )
 def test_nothing_left_of_the_old_object_is_the_right_edit(scene, make):
