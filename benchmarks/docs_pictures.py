@@ -1,6 +1,7 @@
-"""Pictures of the documentation that are computed and not photographed: curves of the losses, and the three failures.
+"""Pictures of the documentation that are computed and not photographed: curves of the losses, the three failures, and
+a report on samples.
 
-    python benchmarks/docs_pictures.py        # writes docs/pictures/loss_*.webp and docs/pictures/failures.webp
+    python benchmarks/docs_pictures.py        # writes docs/pictures/loss_*.webp, failures.webp and when_to_stop.webp
 
 Every curve is a public function of editloss_core evaluated point by point, and its gradient what autograd says; every
 verdict and map is what :func:`editloss_core.verdict.judge.judge` says of the outputs that the example graphs show.
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -21,6 +24,10 @@ from editloss_core import losses
 from editloss_core.demo import pictures
 from editloss_core.drawing.colours import VERDICT_COLORS, text_on
 from editloss_core.drawing.sheet import INK, LINE, MUTED, Sheet, new_figure, pixels
+from editloss_core.drawing.written import save as written
+from editloss_core.run_report import report
+from editloss_core.run_report.verdicts import judge_samples
+from editloss_core.verdict.folder import scan
 from editloss_core.verdict.judge import judge
 from editloss_core.verdict.picture import FAILURE_OF, heat
 
@@ -269,8 +276,63 @@ def failures() -> None:
     save(page.figure, "failures")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# When to stop
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAMPLED = {  # step → what the outputs of eight held-out pairs are: too early, right, and trained too long
+    250: ("no edit", "no edit", "no edit", "no edit", "no edit", "no edit", "no edit", "overlay"),
+    500: ("no edit", "overlay", "good", "no edit", "overlay", "no edit", "overlay", "no edit"),
+    750: ("good", "overlay", "good", "no edit", "good", "good", "overlay", "good"),
+    1000: ("good", "good", "good", "good", "good", "good", "overlay", "good"),
+    1250: ("good", "good", "distorted", "good", "distorted", "good", "good", "distorted"),
+    1500: (
+        "distorted",
+        "good",
+        "distorted",
+        "collateral change",
+        "distorted",
+        "collateral change",
+        "good",
+        "distorted",
+    ),
+}
+
+
+def samples(root: Path) -> Path:
+    """A folder as ai-toolkit leaves it, with outputs of eight pairs that were made to fail: ``samples/``, checkpoints, and
+    ``control/`` and ``target/`` beside them."""
+    scenes = [scene for scene in pictures.SCENES if scene != pictures.DRAWN]
+    for place, (scene, flipped) in enumerate((scene, flipped) for flipped in (False, True) for scene in scenes):
+        pair = pictures.edit(scene)
+        pair = pair._replace(**{part: getattr(pair, part).flip(1) for part in pictures.PARTS}) if flipped else pair
+        made, name = pictures.outputs(pair), f"{place}_{scene.replace(' ', '_')}{'_mirrored' if flipped else ''}.png"
+        written(pair.before, root / "control" / name)
+        written(pair.after, root / "target" / name)
+        for step, kinds in SAMPLED.items():
+            written(made[kinds[place]], root / "samples" / f"{1_700_000_000_000 + step}__{step:09d}_{place}.png")
+    for step in SAMPLED:
+        (root / f"chair_to_stool_{step:09d}.safetensors").touch()
+    return root
+
+
+def when_to_stop() -> None:
+    """The report on such a folder."""
+    with TemporaryDirectory() as scratch:
+        root = samples(Path(scratch) / "chair_to_stool")
+        found = scan(root, {"before": root / "control", "after": root / "target"})
+        run = judge_samples(found, root)
+        for step, v in zip(SAMPLED, run.validations):
+            if v.counts != Counter(SAMPLED[step]):
+                raise AssertionError(
+                    f"step {step}: the verdicts are {dict(v.counts)}, so that this picture would not be true"
+                )
+        page = report.picture(run, 1400, rows=3)[0]
+    Image.fromarray((page * 255).round().byte().numpy()).save(PICTURES / "when_to_stop.webp", quality=88, method=6)
+
+
 def main(names: Sequence[str]) -> None:
-    for draw in (hinge, match, contrastive, info_nce, masks, failures):
+    for draw in (hinge, match, contrastive, info_nce, masks, failures, when_to_stop):
         if not names or draw.__name__ in names:
             draw()
 

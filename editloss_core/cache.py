@@ -16,7 +16,7 @@ from typing import Any, Mapping, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .files import replacing
+from .files import make_folder, replacing
 from .hashing import hash_tensors
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class TensorCache:
             metadata = {"format": FORMAT, "kind": kind, "key": key, "about": json.dumps(entry.about)}
             metadata["content"] = _content(whole, metadata)
             path = self.folder / kind / f"{key}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with replacing(path) as temporary:
                 save_file(whole, temporary, metadata=metadata)
             self.used.add(path)

@@ -5,11 +5,101 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, Mapping, Union
+from typing import Iterator, Mapping, Optional, Union
 
 from torch import Tensor
+
+
+class NotWritten(OSError):
+    """What cannot be written, by name and with the reason, as a sentence for a person."""
+
+
+@contextmanager
+def writing(path: Union[str, Path], temporary: Optional[Path] = None) -> Iterator[None]:
+    """NotWritten for ``path`` where the block cannot write it: no room left, no right to, a file where a folder should be.
+
+    Args:
+        path: what is named.
+        temporary: what is written in its place.
+    """
+    from safetensors import SafetensorError
+
+    path = Path(path)
+    try:
+        yield
+    except NotWritten:
+        raise
+    except OSError as error:
+        named = error.filename
+        if named is not None and str(named) != str(temporary) and not Path(path).is_relative_to(str(named)):
+            raise  # of a file that the block reads
+        reason = error.strerror or str(error)
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = next((f"{p} is a file, not a folder" for p in (path, *path.parents) if p.is_file()), reason)
+        raise NotWritten(f"{path} cannot be written: {reason}") from error
+    except SafetensorError as error:
+        if "(os error " not in str(error):
+            raise
+        reason = str(error).rpartition("I/O error: ")[2].partition(" (os error ")[0]
+        raise NotWritten(f"{path} cannot be written: {reason}") from error
+
+
+def make_folder(path: Union[str, Path]) -> None:
+    """A folder and those above it, where they are not there yet.
+
+    Raises:
+        NotWritten: it cannot be made.
+    """
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: Union[str, Path]) -> None:
+    """Whether files could be written to a folder, which need not be there; nothing is left behind.
+
+    Raises:
+        NotWritten: they could not.
+    """
+    folder = Path(folder).absolute()
+    with writing(folder):
+        place = next(p for p in (folder, *folder.parents) if p.exists())
+    temporary = place / _temporary_name()
+    with writing(folder, temporary):
+        try:
+            temporary.write_bytes(b"x")
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def check_conversion(source: Path, target: Path, overwrite: bool) -> None:
+    """What a program that makes one file of another asks before any work.
+
+    Raises:
+        FileNotFoundError: there is no ``source``, or no folder for ``target``.
+        IsADirectoryError: one of them is a folder.
+        FileExistsError: ``target`` exists and ``overwrite`` is False.
+        ValueError: ``target`` is no .safetensors file, or is ``source`` itself.
+    """
+    for name, path in (("source", source), ("target", target)):
+        if path.is_dir():
+            raise IsADirectoryError(f"{name}: expected a file, {path} is a folder")
+    if not source.exists():
+        raise FileNotFoundError(f"source: no such file: {source}")
+    if target.suffix.lower() != ".safetensors":
+        raise ValueError(f"target: expected a name ending in .safetensors, got {target.name}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"target: there is no folder {target.parent}")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"target: {target} is the source itself, expected another name")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"target: {target} exists already")
+
+
+def _temporary_name() -> str:
+    return f".{uuid.uuid4().hex}.tmp"
 
 
 @contextmanager
@@ -29,6 +119,7 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     Raises:
         FileNotFoundError: no such folder.
         IsADirectoryError: ``path`` is a folder.
+        NotWritten: no room left, or no right to write there.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "note.txt"
@@ -40,16 +131,19 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path.name}: expected the path of a file, got a folder")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # a long name of its own would not fit beside path's
-    with open(temporary, "xb") as file:
-        mode = os.stat(file.fileno()).st_mode & 0o777
-    try:
-        yield temporary
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    if not path.parent.exists():
+        raise FileNotFoundError(f"{path.name}: there is no folder {path.parent}")
+    temporary = path.with_name(_temporary_name())  # a long name of its own would not fit beside path's
+    with writing(path, temporary):
+        with open(temporary, "xb") as file:
+            mode = os.stat(file.fileno()).st_mode & 0o777
+        try:
+            yield temporary
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_safetensors(path: Union[str, Path]) -> dict[str, Tensor]:
@@ -90,7 +184,8 @@ def write_safetensors(path: Union[str, Path], tensors: Mapping[str, Tensor], met
     wrong = [f"{k!r}: {v!r}" for k, v in metadata.items() if not isinstance(k, str) or not isinstance(v, str)]
     if wrong:
         raise ValueError(f"metadata: expected texts, got {wrong[0]}")
-    broken = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    # Through float32: torch cannot ask this of every float of 8 bits.
+    broken = [name for name, x in tensors.items() if x.is_floating_point() and not x.float().isfinite().all()]
     if broken:
         raise ValueError(
             f"{path.name}: {len(broken)} tensors are not finite in this dtype, among them {', '.join(broken[:3])}"

@@ -40,7 +40,7 @@ import contextlib
 import functools
 import math
 import warnings
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ def loss_no_edit_identity(
     (tensor(0.), tensor(1.2000))
     """
     _check_embeddings(z_pred=z_pred, z_gt=z_gt, z_src=z_src)
+    _look_at_batch(z_pred)
     return _ranking(z_pred, z_gt, [z_src], margin, dist, agg, reduction, weights, smooth)
 
 
@@ -127,11 +128,13 @@ def loss_geometry_match(
 ) -> Tensor:
     """Against *distorted geometry*: feature match of the output with the after picture, token by token.
 
-    Use token or grid embeddings: a global vector hardly moves when a shape is bent.
+    Use token or grid embeddings: a global vector hardly moves when a shape is bent. The default ``"l2"`` is a sum over D squared
+    differences, in the hundreds for most encoders; ``"cos"`` is on one scale, 0…2, with the hinges of the other task losses, whose
+    margins are about 0.25, and is what a sum with them takes.
 
     Args:
         z_pred, z_gt: ``[B, ..., D]`` embeddings of the output and of the after picture.
-        kind, agg, reduction, weights: as :func:`feature_match_loss`.
+        kind, agg, reduction, weights: as :func:`feature_match_loss`; ``kind`` is what nodes and configs call ``dist``.
 
     Raises:
         ValueError: as the module says.
@@ -140,6 +143,7 @@ def loss_geometry_match(
     tensor(4.)
     """
     _check_embeddings(z_pred=z_pred, z_gt=z_gt)
+    _look_at_batch(z_pred)
     _check_option("kind", kind, MATCHES)
     _check_option("agg", agg, AGGREGATIONS)
     _check_option("reduction", reduction, REDUCTIONS)
@@ -174,6 +178,7 @@ def loss_overlay_avoidance(
     (tensor(0.), tensor(0.2929))
     """
     _check_embeddings(z_pred=z_pred, z_gt=z_gt)
+    _look_at_batch(z_pred)
     negatives = _negative_list("z_overlay", z_overlay, z_pred)
     return _ranking(z_pred, z_gt, negatives, margin, dist, agg, reduction, weights, smooth, neg_agg)
 
@@ -403,6 +408,8 @@ def info_nce_loss(
     _check_number("temperature", temperature, minimum=0.0, exclusive=True)
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
 
+    if negatives is None and len(anchor) == 1 and not _is_compiling():
+        _warn_once("info_nce_loss: a batch of one has no other samples as negatives, and the loss is 0; give negatives")
     bank = positive if negatives is None else _shared_bank(negatives, anchor)
     if bank is None:
         assert negatives is not None
@@ -1179,6 +1186,28 @@ def _check_embeddings(**named: Tensor) -> None:
         if x.shape != first.shape:
             raise ValueError(f"{name}: expected shape {_shape(first)} like {first_name}, got {_shape(x)}")
     _check_same_device(**named)
+    if not _is_compiling() and _channels_first(first.shape):
+        _warn_once(
+            f"{first_name}: {_shape(first)} is taken for [B, H, W, D], tokens of {first.shape[-1]} features; are the channels last? "
+            "Latents [B, C, h, w] become embeddings by .movedim(1, -1)"
+        )
+
+
+def _look_at_batch(z_pred: Tensor) -> None:
+    """A warning where ``[P, D]`` looks like the tokens of one picture, not like a batch of an edit model's outputs."""
+    if z_pred.ndim == 2 and len(z_pred) >= 64 and not _is_compiling():
+        _warn_once(
+            f"z_pred: {_shape(z_pred)} is taken for a batch of {len(z_pred)} samples with a vector each; tokens of one picture are "
+            "[1, P, D], by [None]"
+        )
+
+
+def _channels_first(shape: torch.Size) -> bool:
+    """Whether a shape looks like an autoencoder's latents ``[B, C, h, w]``: few channels before a larger picture."""
+    if len(shape) != 4 or shape[1] not in (4, 8, 16, 32):
+        return False
+    height, width = shape[2], shape[3]
+    return min(height, width) >= max(24, shape[1] + 1) and max(height, width) <= 4 * min(height, width)
 
 
 def _check_same_device(**named: Tensor) -> None:
@@ -1277,7 +1306,23 @@ def _split_weights(
         raise ValueError(f"weights: expected device {device} like the embeddings, got {weights.device}")
     if weights.shape not in (shape, shape[:1]):
         ways = f"{list(shape[:1])} per sample" + (f" or {list(shape)} per token" if len(shape) > 1 else "")
-        raise ValueError(f"weights: expected shape {ways}, got {_shape(weights)}")
+        hint = "; are the channels of the embeddings last, and is the batch first?" if weights.ndim > 1 else ""
+        raise ValueError(f"weights: expected shape {ways}, got {_shape(weights)}{hint}")
     if _on_cpu(weights) and bool((weights < 0).any()):
         raise ValueError(f"weights: expected values >= 0, got a minimum of {weights.min().item():g}")
+    if weights.ndim > 1 and _on_cpu(weights) and not bool(weights.flatten(1).any(1).all()):
+        _warn_once(
+            "weights: all tokens of a sample have weight 0, so that its distances are 0 and nothing is learnt from it; is its mask "
+            "empty?"
+        )
     return (weights, None) if weights.ndim == 1 else (None, weights)
+
+
+_warned: Set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    """A UserWarning the first time in a process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=4)

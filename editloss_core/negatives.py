@@ -195,6 +195,9 @@ def make_overlays(
     if not isinstance(settings, OverlaySettings):
         raise ValueError(f"settings: expected OverlaySettings, got {type(settings).__name__}")
     check_pair(before, after)
+    for name, given in (("mask", mask), ("mask_before", mask_before), ("mask_after", mask_after)):
+        if isinstance(given, OverlaySettings):
+            raise ValueError(f"{name}: expected a mask or None, got OverlaySettings; give it as settings=…")
     batch, height, width, _ = before.shape
     if settings.feather >= min(height, width):
         raise ValueError(

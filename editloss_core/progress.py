@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Callable
 
 Progress = Callable[[int, int], None]  # called with (done, total)
@@ -18,6 +19,8 @@ class ConsoleBar:
     def __init__(self, what: str, **options: Any):
         from tqdm import tqdm
 
+        if not sys.stderr.isatty():
+            options = {"mininterval": 10.0, **options}  # not a line every tenth of a second in a log
         self._bar = tqdm(desc=what, **options)
 
     def __enter__(self) -> ConsoleBar:

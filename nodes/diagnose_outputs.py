@@ -9,8 +9,7 @@ import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 
-from ..editloss_core.verdict.items import Item, summary, table, verdict_share, with_signals
-from ..editloss_core.verdict.judge import FAILURES
+from ..editloss_core.verdict.items import Failing, Item, summary, table, with_signals
 from ..editloss_core.verdict.picture import MAPS, heat, sheet
 from .checks import checked
 from .notices import say
@@ -26,14 +25,15 @@ class DiagnoseOutputs(io.ComfyNode):
             node_id="EditLossDiagnoseOutputs",
             display_name="Diagnose Outputs (Verdicts)",
             category=CATEGORY,
-            description="Judges outputs of any edit model from pixels and geometry: good, no edit, overlay, distorted or collateral "
-            "change, with scores and heat maps. It asks no encoder, so that it can contradict a training signal.",
+            description="Judges outputs of any edit model from pixels and geometry: good, no edit, overlay, distorted, collateral "
+            "change, unusable, or undecided where not all can be asked, with scores and heat maps. It asks no encoder, so that it "
+            "can contradict a training signal.",
             inputs=[
                 io.Image.Input("before", tooltip="The pictures before the edit: one per output, or one for all."),
-                io.Image.Input("output", tooltip="What the model made of them, of the same size."),
+                io.Image.Input("output", tooltip="What the model made of them; of the same proportions, within two per cent."),
                 io.Image.Input(
                     "after", optional=True,
-                    tooltip="What it should have made. Open: distorted cannot be answered, and overlay only with a mask.",
+                    tooltip="What it should have made. Open: distorted cannot be answered, the rest only with a mask, and nothing is called good.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True,
@@ -58,7 +58,7 @@ class DiagnoseOutputs(io.ComfyNode):
                 ),
                 io.String.Output(display_name="text", tooltip="The verdicts as a Markdown table, for Preview as Text."),
                 io.String.Output(display_name="values", tooltip="Verdicts, scores and measures as JSON, for scripts."),
-                io.Float.Output(display_name="failure_rate", tooltip="Share of the judged outputs with any failure, 0 to 1."),
+                io.Float.Output(display_name="failure_rate", tooltip="Share of the judged outputs that failed or are undecided, 0 to 1."),
             ],
             is_output_node=True,
         )  # fmt: skip
@@ -86,22 +86,23 @@ class DiagnoseOutputs(io.ComfyNode):
             raise ValueError(failed[0].message)
         if report is not None:
             items = with_signals(items, report)
-        picture, rate = sheet(items, width), verdict_share(items, *FAILURES)
+        picture, failing = sheet(items, width), Failing.of(items)
         maps = torch.stack([_map(item, name, _nth(output, i)) for i, item in enumerate(items) for name in MAPS])
-        low, high = rate.interval
+        low, high = failing.interval
+        rate = failing.most.value
         values = {
             "outputs": [item.as_dict() for item in items],
-            "failure_rate": {"value": rate.value, "low": low, "high": high, "n": rate.n},
+            "failure_rate": {"value": rate, "low": low, "high": high, "n": failing.n, "undecided": failing.undecided},
         }
         notes = [f"{item.name}: {item.message}" for item in failed]
         disagreeing = sum(bool(item.disagreement) for item in items)
-        lines = [summary(items), f"failing: {rate}"]
+        lines = [summary(items), f"failing: {failing}"]
         if report is not None:
-            lines.append(f"the training signal says something else for {disagreeing} of {rate.n}")
+            lines.append(f"the training signal says something else for {disagreeing} of {failing.n}")
         text = table(items)
         shown = say(cls, "\n".join(lines + notes), notes, text)
         return io.NodeOutput(
-            picture, maps, text, json.dumps(values, allow_nan=False), rate.value,
+            picture, maps, text, json.dumps(values, allow_nan=False), rate,
             ui={**ui.PreviewImage(picture, cls=cls).as_dict(), **shown},
         )  # fmt: skip
 

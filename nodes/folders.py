@@ -11,6 +11,7 @@ import folder_paths
 
 from ..editloss_core.demo.model import LORAS
 from ..editloss_core.embeddings import INDEX
+from ..editloss_core.pairs.files import readable
 
 ENCODER_FOLDER = "editloss_encoders"
 NO_WEIGHTS = f"(none yet: put a .safetensors file in models/{ENCODER_FOLDER}, then press R)"
@@ -170,7 +171,7 @@ def pair_folder(setting: str, name: str) -> Path:
     relative = _checked(setting, name.replace("\\", "/").strip("/"))
     path = Path(folder_paths.get_input_directory()) / relative
     if not path.is_dir():
-        there = sorted(p.name for p in Path(folder_paths.get_input_directory()).iterdir() if p.is_dir())
+        there = sorted(readable(p.name) for p in Path(folder_paths.get_input_directory()).iterdir() if p.is_dir())
         raise ValueError(
             f"{setting}: there is no folder {relative.as_posix()!r} in ComfyUI's input folder; it has "
             f"{', '.join(there) or 'none'}. Make it, or a link to it, and put before/ and after/ into it, with pictures of the same "

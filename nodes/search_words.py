@@ -9,9 +9,9 @@ from __future__ import annotations
 
 SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     # losses
-    "EditLossNoEditIdentity": ("unchanged output", "copies the input", "nothing edited", "source copied"),
+    "EditLossNoEditIdentity": ("no change", "unchanged output", "copies the input", "nothing edited", "source copied"),
     "EditLossGeometryMatch": ("distortion", "deformed shape", "misshapen", "bent object", "perceptual loss"),
-    "EditLossOverlayAvoidance": ("ghosting", "doubled object", "two objects", "transparent object", "old object visible"),
+    "EditLossOverlayAvoidance": ("ghosting", "double", "doubled object", "two objects", "transparent object", "old object visible"),
     "EditLossRecommendedMix": ("default losses", "no edit, overlay and geometry", "starting point"),
     "EditLossFeatureMatch": ("perceptual loss", "feature matching", "L1", "L2", "MSE", "cosine similarity"),
     "EditLossContrastive": ("siamese", "metric learning", "contrastive loss"),
@@ -38,12 +38,12 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     # diagnostics
     "EditLossEvaluateObjective": ("heatmap", "loss values", "which term fails"),
     "EditLossDiagnoseOutputs": (
-        "no edit", "overlay", "double object", "ghost", "distorted", "collateral change", "heatmap", "failure detection",
-        "judge", "evaluate edits",
+        "no edit", "no change", "overlay", "double object", "ghost", "distorted", "collateral change", "background changed",
+        "shift", "offset", "zoom", "heatmap", "failure detection", "judge", "evaluate edits",
     ),
-    "EditLossAuditPairs": ("check dataset", "swapped pairs", "duplicates", "quality control"),
+    "EditLossAuditPairs": ("check dataset", "swapped pairs", "no change", "shift", "offset", "zoom", "misaligned", "duplicates", "quality control"),
     "EditLossAuditEncoders": ("which encoder", "margin", "AUROC"),
-    "EditLossRunReport": ("best checkpoint", "failure rate", "validation"),
+    "EditLossRunReport": ("when to stop", "which checkpoint", "best checkpoint", "overtrained", "early stopping", "failure rate", "validation"),
     # training
     "EditLossTrainKontextLoRA": ("FLUX training", "trainer", "fine-tune", "finetune", "train edit model", "learning rate"),
     "EditLossResumeTraining": ("continue training", "checkpoint"),
@@ -51,7 +51,7 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     "EditLossSaveLoRA": ("export LoRA", "safetensors"),
     "EditLossLoadPairs": ("dataset", "image pairs", "folder", "captions"),
     "EditLossMakePairs": ("dataset", "before and after", "image pairs", "captions"),
-    "EditLossPairVariants": ("augmentation", "augment dataset", "flip", "mirror", "random crop", "jitter", "more pairs"),
+    "EditLossPairVariants": ("augmentation", "augment dataset", "shift", "zoom", "flip", "mirror", "random crop", "jitter", "more pairs"),
     "EditLossPlotLosses": ("loss graph", "training chart"),
     "EditLossCompare": ("grid", "side by side", "before and after", "validation pictures"),
     "EditLossGateTerms": ("timestep", "sigma"),

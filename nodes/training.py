@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import distinct_captions
+from ..editloss_core.models.captions import distinct_captions, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -189,7 +189,7 @@ def make_trainer(
 
     sets = [pairs] if held_out is None else [pairs, held_out]
     conditioning, *watching = _conditioning(clip, sets, denoiser)
-    train, watched = (_prepared(some, encoder, objective, options) for some in (pairs, held_out))
+    train, watched = (_prepared(some, encoder, objective, options, settings) for some in (pairs, held_out))
     host = _host(denoiser, decode, train, objective, settings, options)
     trainer = Trainer(
         denoiser, lora, train, conditioning, settings,
@@ -200,6 +200,7 @@ def make_trainer(
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
         preview=Preview(options.preview_guidance),
     )  # fmt: skip
+    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, conditioning)})
     return trainer, host
 
 
@@ -235,11 +236,16 @@ def _own(value):
 
 
 def _prepared(
-    pairs: Optional[PairSet], vae: VAEEncoder, objective: WiredObjective, options: TrainingOptions
+    pairs: Optional[PairSet],
+    vae: VAEEncoder,
+    objective: WiredObjective,
+    options: TrainingOptions,
+    settings: TrainingSettings,
 ) -> Optional[Prepared]:
     """Latents, crops and constant embeddings, with overlays if a term reads them."""
     if pairs is None:
         return None
+    encoders = {name: objective.encoders[name] for name in objective.objective.encoders}
     bar = ProgressBar(1)
 
     def step(done: int, total: int) -> None:
@@ -247,8 +253,9 @@ def _prepared(
         bar.update_absolute(done, total)
 
     return prepare(
-        pairs, vae, {name: objective.encoders[name] for name in objective.objective.encoders}, folders.cache_folder(),
-        crop=options.crop, overlay=options.overlay if objective.objective.reads("overlay") else None, progress=step,
+        pairs, vae, encoders, folders.cache_folder(), crop=options.crop,
+        overlay=options.overlay if objective.objective.reads("overlay") else None,
+        estimate_missing_masks=bool(encoders) or settings.edit_weight != 1.0, progress=step,
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Threads for all cores in each process would mostly wait for the other's. Before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# small.py and small_kontext.py, which several rooms' tests train and load.
-sys.path.insert(0, str(Path(__file__).parent / "training"))
+# small.py and small_kontext.py, which several rooms' tests train and load, and profiles.py, which several read.
+sys.path[:0] = [str(Path(__file__).parent / room) for room in ("training", "pairs")]
 
 
 @pytest.fixture(autouse=True, scope="session")

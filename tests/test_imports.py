@@ -24,7 +24,7 @@ LATER = [
     "accelerate",
 ]
 # Programs of their own, that nothing imports.
-PROGRAMS = {"diagnostics.__main__", "verdict.__main__", "embeddings.__main__"}
+PROGRAMS = {"__main__", "diagnostics.__main__", "verdict.__main__", "embeddings.__main__"}
 
 
 def imported(code):

@@ -372,6 +372,19 @@ def test_without_an_edit_the_mask_is_empty(name):
     assert mask.sum() == 0
 
 
+@pytest.mark.parametrize("size", [(16, 2896), (64, 8192), (2896, 16), (32, 1440)])
+def test_a_strip_has_its_mask_too(size):
+    """Reduced to a few hundred pixels on its long side, it would be a line without an inside."""
+    before, after = torch.full((2, 1, *size, 3), 0.5)
+    long = max(size)
+    place = (slice(2, -2), slice(int(0.4 * long), int(0.6 * long)))
+    place = place if size[1] == long else place[::-1]
+    after[(0, *place)] = torch.tensor([0.1, 0.2, 0.9])
+    mask = estimate_mask(before, after)[0]
+    assert mask[place].mean() > 0.95 and mask.mean() < 0.35
+    assert not estimate_mask(before, before).any()
+
+
 def test_small_and_large_edits_and_flat_pictures():
     ground = texture(256)
     small = disc(200, 60, 8, 256)

@@ -297,7 +297,7 @@ def toolkit(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_extension_for_ai_toolkit(page, pair, toolkit):
+def test_the_extension_for_ai_toolkit(page, pair, toolkit, capsys):
     trainer_code, extension_code = blocks("In ai-toolkit")
     encoded = []
 
@@ -314,6 +314,7 @@ def test_the_extension_for_ai_toolkit(page, pair, toolkit):
         control_tensor=pair.before.movedim(-1, 1),
         file_items=items,
     )
+    batch_control, side = batch.control_tensor, pair.before.shape[1]
     timesteps = torch.tensor([400.0, 950.0])
     t = (timesteps / 1000).view(-1, 1, 1, 1)
     noise = torch.randn(pair.z_gt.shape)
@@ -335,6 +336,27 @@ def test_the_extension_for_ai_toolkit(page, pair, toolkit):
     assert encoded == [4, 4]  # the second time nothing is made again
     without = handed | {"noisy_latents": x_t}
     assert torch.equal(trainer.calculate_loss(**without), plain)
+
+    # One pair of two is wrong: it is named, once, and the other teaches what it did.
+    for path, control, why in (
+        ("unedited.png", pair.after, "show no edit that a mask could be estimated from"),
+        ("small.png", pair.before[:, 8:, 8:], f"its control picture has {side - 8}×{side - 8} pixels, the picture itself {side}×{side}"),
+        ("missing.png", None, "it has no control picture"),
+    ):  # fmt: skip
+        items[1].path = path
+        controls = [batch_control[0], None if control is None else control[1].movedim(-1, 0)]
+        batch.control_tensor = controls
+        capsys.readouterr()
+        for told in (1, 0):
+            loss = trainer.calculate_loss(**handed)
+            torch.testing.assert_close(loss - plain, expected[0] / 2, rtol=1e-3, atol=1e-5)
+            said = capsys.readouterr().out
+            assert said.count(path) == told and (why in said) == bool(told)
+    items[0].path, batch.control_tensor = "none.png", None
+    assert torch.equal(trainer.calculate_loss(**handed), plain)
+    items[0].path, items[1].path, batch.control_tensor = "0.png", "1.png", batch_control
+    with pytest.raises(ValueError, match="t: expected 0…1, got up to 950"):
+        names["edit_loss"](x_t, timesteps, noise_pred, pair.z_gt, pair.z_src, *constant)
     batch.tensor = None
     with pytest.raises(ValueError, match="load_image_when_caching_latents"):
         trainer.calculate_loss(**handed)

@@ -238,6 +238,10 @@ def test_wheel_asks_for_what_the_core_needs(installed):
     (file,) = installed.glob("editloss-*/METADATA")
     wanted = re.findall(r"^Requires-Dist: (.*)$", file.read_text(encoding="utf-8"), re.M)
     assert [w for w in wanted if "extra ==" not in w] == listed("dependencies")
+    (scripts,) = installed.glob("editloss-*/entry_points.txt")
+    assert re.findall(r"^(\w+) = (\S+)$", scripts.read_text(encoding="utf-8"), re.M) == [
+        ("editloss", "editloss_core.__main__:enter")
+    ]
     for extra in set(EXTRAS.values()):
         assert sorted(w.split(";")[0] for w in wanted if f'extra == "{extra}"' in w) == sorted(listed(extra))
 
@@ -287,6 +291,10 @@ def test_diagnostics_of_the_wheel_judge_a_folder(installed, tmp_path):
     for part, folder in (("before", shipped), ("after", shipped), ("output", ROOT / "tests" / "pictures")):
         (tmp_path / "edits" / part).mkdir(parents=True)
         shutil.copy(folder / part / "oak_chair.webp", tmp_path / "edits" / part)
+    alone = run(installed, tmp_path, "-m", "editloss_core", "diagnose", "edits", "--format", "line")
+    assert alone.returncode == 0, alone.stderr  # printing needs no extra
+    line = json.loads(alone.stdout)
+    assert (line["command"], line["exit"], line["judged"]) == ("diagnose", 0, 1)
     judge = (*command, "edits", "--out", "judged", "--workers", "1")
     done = run(installed, tmp_path, *judge, extras=("reports",))
     assert done.returncode == 0, done.stderr

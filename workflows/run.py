@@ -14,7 +14,8 @@ and pictures there.
 if not.
 
 Pictures and texts go to the folder results/NAME of this repository, and those of a training run with them: the
-logs, and the LoRAs in loras/, named as they are in models/loras. When a workflow is run again and succeeds, all that
+logs and the pictures of held-out pairs, which editloss report results/NAME judges, and the LoRAs in loras/, named as they
+are in models/loras. When a workflow is run again and succeeds, all that
 its last run left there is replaced, so that what lies together belongs together; rename what you want to keep. Files
 that are not of that run are left alone.
 
@@ -261,9 +262,13 @@ def trains(workflow: dict[str, Any]) -> bool:
 
 
 def collect(loras: Path, runs: Path, out: Path) -> None:
-    """Copy LoRAs that were trained, and the logs of their runs, from the server's folders, which go away with it."""
+    """Copy LoRAs that were trained, and the logs of their runs with the held-out pictures, from the server's folders, which go
+    away with it."""
     files = {p: out / LORAS / p.relative_to(loras) for p in loras.rglob("*.safetensors")}
-    files |= {p: out / f"{p.parent.relative_to(runs)}.log.jsonl" for p in runs.rglob("log.jsonl")}
+    for log in runs.rglob("log.jsonl"):
+        name = log.parent.relative_to(runs).as_posix()
+        files[log] = out / f"{name}.log.jsonl"
+        files |= {p: out / f"{name}.pictures" / p.name for p in (log.parent / "pictures").glob("*.png")}
     for path, target in files.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

@@ -84,6 +84,19 @@ TABLE = {
     "WebP": ("good", {"-": (80, 40)}, True),
     "gamma": ("good", {"-": (0.92, 1.08)}, True),
     "displaced, JPEG": ("good", {"-": (0.08,)}, True),
+    "copy, chroma halved": ("no edit", {"moderate": (1,)}, True),
+    "old in grains": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}, True),
+    "soft ghost behind": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}, True),
+    "outline of old drawn": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (1.0,)}, True),
+    "twisted": ("distorted", {"slight": (0.3,), "moderate": (0.7,), "severe": (1.2,)}, True),
+    "tapered": ("distorted", {"slight": (0.15,), "moderate": (0.35,), "severe": (0.6,)}, True),
+    "one side darkened": ("collateral change", {"slight": (0.1,), "moderate": (0.2,), "severe": (0.35,)}, True),
+    "sharpened": ("good", {"-": (0.5,)}, True),
+    "chroma halved": ("good", {"-": (1,)}, True),
+    "region tinted": ("collateral change", {"slight": (0.5,), "moderate": (1.0,), "severe": (1.6,)}, False),
+    "palette": ("good", {"-": (128, 64, 32)}, False),
+    "palette, dithered": ("good", {"-": (128, 64, 32)}, False),
+    "palette, dithered, JPEG": ("good", {"-": (64,)}, False),
 }
 
 
@@ -240,7 +253,7 @@ def _place_apart(scene: Scene, radius: float, rng) -> tuple[float, float]:
 
 
 def _recoloured(scene: Scene, strength: float, rng) -> np.ndarray:
-    side = scene.plate.shape[0]
+    side = min(scene.plate.shape[:2])
     cy, cx = _place_apart(scene, 0.1 * side, rng)
     y, x = grid(scene)
     blob = np.exp(-((((y - cy) ** 2 + (x - cx) ** 2) / (2 * (0.08 * side) ** 2)) ** 2))[..., None]
@@ -250,7 +263,7 @@ def _recoloured(scene: Scene, strength: float, rng) -> np.ndarray:
 
 
 def _added(scene: Scene, share: float, rng) -> np.ndarray:
-    side = scene.plate.shape[0]
+    side = min(scene.plate.shape[:2])
     radius = share * side / 2
     cy, cx = _place_apart(scene, radius, rng)
     y, x = grid(scene)
@@ -263,8 +276,8 @@ def _added(scene: Scene, share: float, rng) -> np.ndarray:
 def _repainted(scene: Scene, strength: float, rng) -> np.ndarray:
     """Another wall: the upper third gets a new pattern."""
     y, x = grid(scene)
-    side = scene.plate.shape[0]
-    wall = special.expit((side / 3 - y) / 2)
+    side = min(scene.plate.shape[:2])
+    wall = special.expit((scene.plate.shape[0] / 3 - y) / 2)
     pattern = np.sin(2 * np.pi * (x + y) / (side / rng.integers(9, 16)))
     outside = 1 - _soft_mask(scene)
     return scene.after + strength * (wall * pattern)[..., None] * outside * rng.uniform(0.6, 1.0, 3)
@@ -272,12 +285,12 @@ def _repainted(scene: Scene, strength: float, rng) -> np.ndarray:
 
 def _picture_moved(scene: Scene, share: float, rng) -> np.ndarray:
     """Zoomed about the middle by twice this share, and shifted by this share of the side."""
-    side = scene.plate.shape[0]
+    height, width = scene.plate.shape[:2]
     y, x = grid(scene)
     angle = rng.uniform(0, 2 * np.pi)
     look = [
-        (c - side / 2) / (1 + 2 * share) + side / 2 + share * side * f
-        for c, f in ((y, np.sin(angle)), (x, np.cos(angle)))
+        (c - n / 2) / (1 + 2 * share) + n / 2 + share * n * f
+        for c, n, f in ((y, height, np.sin(angle)), (x, width, np.cos(angle)))
     ]
     return np.stack(
         [ndimage.map_coordinates(c, look, order=1, mode="nearest") for c in np.moveaxis(scene.after, -1, 0)], -1
@@ -321,7 +334,7 @@ def _shear(scene: Scene, amount: float, rng) -> np.ndarray:
     return _affine(scene, np.array([[1.0, 0.0], [amount * rng.choice([-1, 1]), 1.0]]))
 
 
-def _webp(picture: np.ndarray, quality: int) -> np.ndarray:
+def webp(picture: np.ndarray, quality: int) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "WEBP", quality=int(quality))
     return np.asarray(Image.open(buffer).convert("RGB"), np.float32) / 255
@@ -360,11 +373,11 @@ def _footless(scene: Scene, share: float, _rng) -> np.ndarray:
 
 def _copied(scene: Scene, share: float, rng) -> np.ndarray:
     """A square of the room stands elsewhere once more: of 60 random ones, that which changes the picture most."""
-    side = scene.plate.shape[0]
-    wide = round(share * side)
+    height, width = scene.plate.shape[:2]
+    wide = round(share * min(height, width))
     clear = scene.mask < 0.5
     best, worst = scene.after, 0.0
-    for y, x, v, u in rng.integers(0, side - wide, (60, 4)):
+    for y, x, v, u in rng.integers(0, [height - wide, width - wide] * 2, (60, 4)):
         there, source = (slice(y, y + wide), slice(x, x + wide)), (slice(v, v + wide), slice(u, u + wide))
         where = clear[there] & clear[source]
         new = np.where(where[..., None], scene.after[source], scene.after[there])
@@ -373,6 +386,89 @@ def _copied(scene: Scene, share: float, rng) -> np.ndarray:
             best, worst = scene.after.copy(), change
             best[there] = new
     return best
+
+
+def _chroma_halved(picture: np.ndarray) -> np.ndarray:
+    """Colour at half the resolution, brightness as it is, as JPEG's 4:2:0 has it."""
+    grey = picture @ np.array([0.299, 0.587, 0.114])
+    return grey[..., None] + blurred(picture - grey[..., None], 1.0)
+
+
+def _grains(scene: Scene, share: float, rng) -> np.ndarray:
+    """The old object in front of the new one, in this share of squares of about six pixels."""
+    height, width = scene.plate.shape[:2]
+    coarse = rng.random((height // 6 + 1, width // 6 + 1)) < share
+    layer = scene.old.copy()
+    layer[..., 3] *= np.kron(coarse, np.ones((6, 6)))[:height, :width]
+    return over(scene.after, layer)
+
+
+def _soft_ghost(scene: Scene, share: float, _rng) -> np.ndarray:
+    """The old object out of focus and translucent, behind the new one."""
+    layer = np.concatenate([scene.old[..., :3] * scene.old[..., 3:], scene.old[..., 3:]], -1)
+    layer = blurred(layer, 0.04 * size_of(scene.old))
+    ghost = scene.plate * (1 - scene.new_shadow[..., None]) * (1 - share * layer[..., 3:]) + share * layer[..., :3]
+    return over(ghost, scene.new)
+
+
+def _outline(scene: Scene, share: float, _rng) -> np.ndarray:
+    """The old object's outline as a dark line of about three pixels over everything."""
+    alpha = blurred(scene.old[..., 3], 1.0)
+    line = (4 * alpha * (1 - alpha)).clip(0, 1)[..., None]
+    return scene.after * (1 - share * line)
+
+
+def _twisted(scene: Scene, angle: float, rng) -> np.ndarray:
+    """Turned about its middle, the less the farther out: by this many radians in the middle."""
+    top, left, bottom, right = box_of(scene.new)
+    y, x = grid(scene)
+    y, x = y - (top + bottom) / 2, x - (left + right) / 2
+    turn = rng.choice([-1, 1]) * angle * np.exp(-(y**2 + x**2) / (2 * (0.4 * size_of(scene.new)) ** 2))
+    look_y = np.cos(turn) * y + np.sin(turn) * x + (top + bottom) / 2
+    look_x = -np.sin(turn) * y + np.cos(turn) * x + (left + right) / 2
+    return with_new(scene, lambda layer: moved(layer, look_y, look_x))
+
+
+def _tapered(scene: Scene, share: float, rng) -> np.ndarray:
+    """Narrower by this share at one end, wider by it at the other."""
+    top, left, bottom, right = box_of(scene.new)
+    y, x = grid(scene)
+    height = (2 * (y - top) / (bottom - top) - 1).clip(-1, 1) * rng.choice([-1, 1])
+    middle = (left + right) / 2
+    return with_new(scene, lambda layer: moved(layer, y, (x - middle) / (1 + share * height) + middle))
+
+
+def _darkened(scene: Scene, strength: float, rng) -> np.ndarray:
+    """The light goes out on one side of the room, but not about the edit."""
+    _, x = grid(scene)
+    side = min(scene.plate.shape[:2])
+    dark = special.expit(16 * rng.choice([-1, 1]) * (x / scene.plate.shape[1] - 0.5))
+    away = special.expit((ndimage.distance_transform_edt(scene.mask < 0.5) - 0.08 * side) / (0.02 * side))
+    return scene.after * (1 - strength * dark * away)[..., None]
+
+
+def _tinted(scene: Scene, strength: float, rng) -> np.ndarray:
+    """A rectangle of the room is in warmer or colder light: at strength 1 one end of the spectrum has 0.8, the other 1.15."""
+    height, width = scene.plate.shape[:2]
+    best = np.zeros((height, width))
+    for _ in range(60):
+        tall, wide = (rng.uniform(0.2, 0.45, 2) * (height, width)).astype(int)
+        top, left = rng.integers(0, height - tall), rng.integers(0, width - wide)
+        region = np.zeros((height, width))
+        region[top : top + tall, left : left + wide] = scene.mask[top : top + tall, left : left + wide] < 0.5
+        if region.sum() > best.sum():
+            best = region
+    tint = 1 + strength * np.array([-0.2, 0.0, 0.15])[:: rng.choice([-1, 1])]
+    return scene.after * (1 + (tint - 1) * best[..., None])
+
+
+def palette(picture: np.ndarray, colours: int, dithered: bool) -> np.ndarray:
+    """As a GIF or a small PNG has it."""
+    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+    small = image.quantize(int(colours))
+    if dithered:
+        small = image.quantize(palette=small, dither=Image.Dither.FLOYDSTEINBERG)
+    return np.asarray(small.convert("RGB"), np.float32) / 255
 
 
 _MAKE: dict[str, Callable] = {
@@ -415,8 +511,21 @@ _MAKE: dict[str, Callable] = {
     "bent": _bent,
     "feet cut off": _footless,
     "patch copied": _copied,
-    "WebP": lambda s, v, r: _webp(s.after, v),
+    "WebP": lambda s, v, r: webp(s.after, v),
     "gamma": lambda s, v, r: s.after**v,
     "displaced, JPEG": lambda s, v, r: jpeg(_displaced(s, v, r), 70),
+    "copy, chroma halved": lambda s, v, r: _chroma_halved(s.before),
+    "old in grains": _grains,
+    "soft ghost behind": _soft_ghost,
+    "outline of old drawn": _outline,
+    "twisted": _twisted,
+    "tapered": _tapered,
+    "one side darkened": _darkened,
+    "sharpened": lambda s, v, r: s.after + v * (s.after - blurred(s.after, 1.0)),
+    "chroma halved": lambda s, v, r: _chroma_halved(s.after),
+    "region tinted": _tinted,
+    "palette": lambda s, v, r: palette(s.after, v, False),
+    "palette, dithered": lambda s, v, r: palette(s.after, v, True),
+    "palette, dithered, JPEG": lambda s, v, r: jpeg(palette(s.after, v, True), 85),
 }
 assert _MAKE.keys() == TABLE.keys()

@@ -1,7 +1,7 @@
 """Rooms with a chair before and a stool after, rendered from meshes, with every layer apart.
 
 The meshes are those of Debian's package sweethome3d-furniture: its public-domain (CC0) part for the parts *fit* and
-*report*, its CC BY 3.0 part for *confirm*. The photographs that hang in some rooms are those of scikit-image that are in the
+*report*, its CC BY 3.0 part for *confirm*, what is left of both for *fresh*. The photographs that hang in some rooms are those of scikit-image that are in the
 public domain or CC0. Floors and walls are made here, from seeds.
 
     python benchmarks/edit_failures/render.py --out FOLDER
@@ -22,10 +22,15 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 SIZE = 448  # pixels
+# Width and height of the scenes of the part *fresh*, in turn; every third of them has two old objects and two new ones.
+SIZES = (
+    (448, 448), (256, 256), (768, 256), (256, 768), (640, 448), (1536, 512), (384, 640), (896, 448), (512, 1536), (1024, 1024),
+    (320, 256), (1344, 768),
+)  # fmt: skip
 SHADOW = 0.45  # of the light that the darkest shadow takes
-SHADOW_BLUR = 5.0  # pixels
+SHADOW_BLUR = 5.0  # pixels of a scene of SIZE
 
-PARTS = {"fit": 24, "report": 32, "confirm": 32}  # and how many scenes each has
+PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12}  # and how many scenes each has
 
 # Meshes by part: none is in two. Without a collection before it a name is one of CC0.
 CC0, BY, KATOR, SCOPIA = "blendswap-cc-0", "blendswap-cc-by", "katorlegaz", "scopia"
@@ -37,11 +42,23 @@ OLD = {
         f"{BY}/cafe_set_mota_chair", f"{BY}/cafe_set_tonon_chair", f"{BY}/ella_chair_f", f"{BY}/leaf_chair",
         f"{BY}/kitchenChair", f"{BY}/plaidChair", f"{BY}/fotel", f"{BY}/chair3",
     ),
+    "fresh": (
+        f"{KATOR}/dining-chair", f"{BY}/classSeat", f"{SCOPIA}/tubular_chair", "deckChair", f"{BY}/chair4", f"{BY}/suitcase",
+        f"{SCOPIA}/rattanArmchair", f"{BY}/childChair", f"{BY}/armchair1", "outdoorLamp",
+    ),
 }  # fmt: skip
 NEW = {
     "fit": ("stool", "pianoBench", "barrel"),
     "report": ("stool2", "bedsideTable2", "crate"),
     "confirm": (f"{BY}/green_stool", f"{KATOR}/chair-ottoman", f"{SCOPIA}/office_box"),
+    "fresh": (
+        f"{SCOPIA}/puff",
+        "teddyBear",
+        f"{SCOPIA}/clothes-basket",
+        f"{SCOPIA}/kitchen_stool",
+        f"{BY}/backpack",
+        "ammoBox",
+    ),
 }
 CLUTTER = {
     "fit": ("plant", "bookcase", "oakTable", "dustbin", "tableFan", "shelves"),
@@ -50,11 +67,13 @@ CLUTTER = {
         f"{BY}/bookcase", f"{BY}/mediumIndoorPlant", f"{BY}/coffeeTable", f"{BY}/bedsideTable", f"{KATOR}/filing-cabinet",
         f"{SCOPIA}/vase1",
     ),
+    "fresh": (f"{BY}/yuccaPlant", f"{BY}/dresserWithDrawers", f"{SCOPIA}/aquarium", f"{KATOR}/full-bookcase", "lamp2", "cupboard"),
 }  # fmt: skip
 PHOTOS = {
     "fit": ("coffee", "rocket"),
     "report": ("astronaut", "chelsea"),
     "confirm": ("hubble_deep_field", "immunohistochemistry"),
+    "fresh": ("camera", "gravel"),
 }
 HEIGHTS = {
     "barrel": 0.8,
@@ -67,6 +86,13 @@ HEIGHTS = {
     f"{BY}/green_stool": 0.6,
     f"{KATOR}/chair-ottoman": 0.42,
     f"{SCOPIA}/office_box": 0.42,
+    f"{SCOPIA}/puff": 0.5,
+    f"{SCOPIA}/clothes-basket": 0.6,
+    f"{BY}/suitcase": 0.75,
+    f"{SCOPIA}/rattanArmchair": 0.8,
+    f"{BY}/childChair": 0.7,
+    f"{BY}/armchair1": 0.75,
+    "outdoorLamp": 1.0,
 }  # metres
 CLUTTER_HEIGHTS = {
     "plant": 1.0,
@@ -95,6 +121,10 @@ class Scene:
     new: np.ndarray
     old_shadow: np.ndarray
     new_shadow: np.ndarray
+
+    @property
+    def number(self) -> int:
+        return int(self.name.split("_")[1])
 
     def compose(self, layer: np.ndarray, shadow: np.ndarray) -> np.ndarray:
         return over(self.plate * (1 - shadow[..., None]), layer)
@@ -186,7 +216,8 @@ def surface(rng: np.random.Generator, kind: str, size: int = 1024) -> np.ndarray
 def photograph(name: str) -> np.ndarray:
     from skimage import data
 
-    return np.ascontiguousarray(getattr(data, name)()[..., :3])
+    picture = getattr(data, name)()
+    return np.ascontiguousarray(picture[..., :3] if picture.ndim == 3 else np.stack([picture] * 3, -1))
 
 
 class Renderer:
@@ -279,13 +310,15 @@ class Renderer:
         return made
 
     def shot(self, actors: list, camera: dict, lights: list, transparent: bool) -> np.ndarray:
-        plotter = self.pv.Plotter(off_screen=True, window_size=(2 * SIZE, 2 * SIZE), lighting="none")
+        width, height = camera["size"]
+        plotter = self.pv.Plotter(off_screen=True, window_size=(2 * width, 2 * height), lighting="none")
         for light in lights:
             plotter.add_light(self.pv.Light(**light))
         for actor in actors:
             plotter.renderer.AddActor(actor)
         plotter.camera.position, plotter.camera.focal_point = camera["position"], camera["target"]
         plotter.camera.up, plotter.camera.view_angle = (0, 1, 0), camera["angle"]
+        plotter.camera.use_horizontal_view_angle = height > width  # the object fits in the shorter side
         plotter.camera.clipping_range = (0.05, 60)
         plotter.background_color = "white"
         picture = plotter.screenshot(return_img=True, transparent_background=transparent)
@@ -293,25 +326,26 @@ class Renderer:
         picture = picture.astype(np.float32) / 255
         if transparent:  # averaged with the alpha as weight
             alpha = picture[..., 3:]
-            sums = (picture[..., :3] * alpha).reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
-            share = alpha.reshape(SIZE, 2, SIZE, 2, 1).mean((1, 3))
+            sums = (picture[..., :3] * alpha).reshape(height, 2, width, 2, 3).mean((1, 3))
+            share = alpha.reshape(height, 2, width, 2, 1).mean((1, 3))
             return np.concatenate([sums / np.maximum(share, 1e-6) * (share > 0), share], -1)
-        return picture[..., :3].reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
+        return picture[..., :3].reshape(height, 2, width, 2, 3).mean((1, 3))
 
-    def room(self, rng: np.random.Generator, part: str) -> list:
+    def room(self, rng: np.random.Generator, part: str, wide: float = 8, tall: float = 3.2) -> list:
+        """``wide``, ``tall``: metres of its walls."""
         made = []
         floor = surface(rng, str(rng.choice(["planks", "tiles", "carpet"])))
         wall = surface(rng, str(rng.choice(["plain", "stripes", "bricks", "plain"])))
         for corner, u, v, texture in (
-            ((-4, 0, -3), (8, 0, 0), (0, 0, 8), floor), ((-4, 0, -3), (8, 0, 0), (0, 3.2, 0), wall), ((-3, 0, -3), (0, 0, 8), (0, 3.2, 0), wall),
+            ((-4, 0, -3), (wide, 0, 0), (0, 0, 8), floor), ((-4, 0, -3), (wide, 0, 0), (0, tall, 0), wall), ((-3, 0, -3), (0, 0, 8), (0, tall, 0), wall),
         ):  # fmt: skip
             made.append(self._panel(corner, u, v, texture))
         if rng.random() < 0.7:
             photo = photograph(str(rng.choice(PHOTOS[part])))
-            wide = rng.uniform(1.0, 2.4)
-            tall = wide * photo.shape[0] / photo.shape[1]
-            left = rng.uniform(-1.6, 1.6) - wide / 2
-            made.append(self._panel((left, max(0.7, 1.5 - tall / 2), -2.97), (wide, 0, 0), (0, tall, 0), photo))
+            across = rng.uniform(1.0, 2.4)
+            up = across * photo.shape[0] / photo.shape[1]
+            left = rng.uniform(-1.6, 1.6) - across / 2
+            made.append(self._panel((left, max(0.7, 1.5 - up / 2), -2.97), (across, 0, 0), (0, up, 0), photo))
         for _ in range(rng.integers(1, 4)):
             name = str(rng.choice(CLUTTER[part]))
             place = np.array([rng.uniform(-2.2, 2.2), 0, rng.uniform(-2.6, -2.0)])
@@ -338,11 +372,14 @@ class Renderer:
     def scene(self, part: str, number: int) -> Scene:
         rng = np.random.default_rng([20261124, list(PARTS).index(part), number])
         old, new = str(OLD[part][number % len(OLD[part])]), str(NEW[part][number % len(NEW[part])])
+        fresh = part == "fresh"
+        size = SIZES[number % len(SIZES)] if fresh else (SIZE, SIZE)
         place = np.array([rng.uniform(-0.5, 0.5), 0, rng.uniform(-1.0, 0.4)])
         distance, around, up = rng.uniform(2.2, 4.0), rng.uniform(-0.45, 0.6), rng.uniform(0.9, 1.7)
         camera = {
             "position": tuple(place + [distance * np.sin(around), up, distance * np.cos(around)]),
             "target": tuple(place + [rng.uniform(-0.25, 0.25), rng.uniform(0.35, 0.55), 0]), "angle": rng.uniform(32, 42),
+            "size": size,
         }  # fmt: skip
         side = np.array([rng.uniform(-1, 1), rng.uniform(1.2, 2.2), rng.uniform(0.4, 1.2)])
         warm = np.clip(np.array([1, 1, 1]) + rng.uniform(-0.1, 0.1) * np.array([1, 0.2, -1]), 0, 1)
@@ -351,7 +388,7 @@ class Renderer:
             {"position": (-side[0] * 4, 3, 4), "focal_point": tuple(place), "color": "white", "intensity": 0.25, "light_type": "scenelight"},
         ]  # fmt: skip
         flat = side / side[1]
-        plate = self.shot(self.room(rng, part), camera, lights, False)
+        plate = self.shot(self.room(rng, part, *((16, 10) if fresh else ())), camera, lights, False)
         layers = []
         for name, at, height in (
             (old, place, HEIGHTS.get(old, 0.9) * rng.uniform(0.9, 1.15)),
@@ -361,10 +398,20 @@ class Renderer:
                 HEIGHTS.get(new, 0.6) * rng.uniform(0.9, 1.35),
             ),
         ):
-            turn = rng.uniform(-np.pi, np.pi)
-            layer = self.shot(self.object_actors(name, at, height, turn), camera, lights, True)
-            shadow = self.shot(self.object_actors(name, at, height, turn, flat), camera, lights, True)[..., 3]
-            soft = Image.fromarray((shadow * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(SHADOW_BLUR))
+            stand = [(name, at, height, rng.uniform(-np.pi, np.pi))]
+            if fresh and number % 3 == 2:  # another one of its kind beside it
+                names = OLD[part] if name == old else NEW[part]
+                other = str(names[(number + 1) % len(names)])
+                beside = at + [rng.choice([-1, 1]) * rng.uniform(0.6, 0.8), 0, rng.uniform(-0.5, 0)]
+                stand.append(
+                    (other, beside, HEIGHTS.get(other, 0.7) * rng.uniform(0.8, 1.1), rng.uniform(-np.pi, np.pi))
+                )
+            layer, shadow = (
+                self.shot([a for one in stand for a in self.object_actors(*one, along)], camera, lights, True)
+                for along in (None, flat)
+            )
+            soft = Image.fromarray((shadow[..., 3] * 255).astype(np.uint8))
+            soft = soft.filter(ImageFilter.GaussianBlur(SHADOW_BLUR * min(size) / SIZE))
             layers += [layer, SHADOW * np.asarray(soft, np.float32) / 255]
         old, new = (Path(name).name.replace("_", "-") for name in (old, new))
         return Scene(f"{part}_{number:02d}_{old}_{new}", plate, layers[0], layers[2], layers[1], layers[3])

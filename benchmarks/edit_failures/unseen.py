@@ -10,21 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from failures import Item, blurred, box_of, grid, moved, over, size_of, with_new
+from failures import Item, box_of, grid, moved, over, palette, size_of, webp, with_new
+from PIL import Image
 from render import Scene
-from scipy import ndimage, special
+from scipy import ndimage
 
 # construction → (kind, severities by level), as in failures.TABLE
 TABLE = {
-    "copy, chroma halved": ("no edit", {"moderate": (1,)}),
-    "old in grains": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}),
-    "soft ghost behind": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}),
-    "outline of old drawn": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (1.0,)}),
-    "twisted": ("distorted", {"slight": (0.3,), "moderate": (0.7,), "severe": (1.2,)}),
-    "tapered": ("distorted", {"slight": (0.15,), "moderate": (0.35,), "severe": (0.6,)}),
-    "one side darkened": ("collateral change", {"slight": (0.1,), "moderate": (0.2,), "severe": (0.35,)}),
-    "sharpened": ("good", {"-": (0.5,)}),
-    "chroma halved": ("good", {"-": (1,)}),
+    "copy, palette": ("no edit", {"moderate": (64,)}),
+    "ghost beside": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}),
+    "half wiped away": ("overlay", {"slight": (0.15,), "moderate": (0.4,), "severe": (0.7,)}),
+    "waves": ("distorted", {"slight": (0.03,), "moderate": (0.07,), "severe": (0.12,)}),
+    "in two pieces": ("distorted", {"slight": (0.06,), "moderate": (0.15,), "severe": (0.3,)}),
+    "corner lit": ("collateral change", {"slight": (0.15,), "moderate": (0.3,), "severe": (0.5,)}),
+    "region without colour": ("collateral change", {"moderate": (1,)}),
+    "ordered dithering": ("good", {"-": (6,)}),
+    "WebP, three quarters": ("good", {"-": (60,)}),
 }
 
 
@@ -38,74 +39,90 @@ def items(scene: Scene) -> Iterator[Item]:
                 yield Item(kind, construction, severity, level, True, picture.astype(np.float32))
 
 
-def _chroma_halved(picture: np.ndarray) -> np.ndarray:
-    """Colour at half the resolution, brightness as it is, as JPEG's 4:2:0 has it."""
-    grey = picture @ np.array([0.299, 0.587, 0.114])
-    return grey[..., None] + blurred(picture - grey[..., None], 1.0)
-
-
-def _grains(scene: Scene, share: float, rng) -> np.ndarray:
-    """The old object in front of the new one, in this share of squares of about six pixels."""
-    side = scene.plate.shape[0]
-    coarse = rng.random((side // 6 + 1, side // 6 + 1)) < share
-    layer = scene.old.copy()
-    layer[..., 3] *= np.kron(coarse, np.ones((6, 6)))[:side, :side]
+def _beside(scene: Scene, share: float, rng) -> np.ndarray:
+    """The old object translucent, and not quite where it stood."""
+    by = 0.05 * size_of(scene.old)
+    y, x = grid(scene)
+    layer = moved(scene.old, y, x + rng.choice([-1, 1]) * by)
+    layer[..., 3] *= share
     return over(scene.after, layer)
 
 
-def _soft_ghost(scene: Scene, share: float, _rng) -> np.ndarray:
-    """The old object out of focus and translucent, behind the new one."""
-    layer = np.concatenate([scene.old[..., :3] * scene.old[..., 3:], scene.old[..., 3:]], -1)
-    layer = blurred(layer, 0.04 * size_of(scene.old))
-    ghost = scene.plate * (1 - scene.new_shadow[..., None]) * (1 - share * layer[..., 3:]) + share * layer[..., :3]
-    return over(ghost, scene.new)
-
-
-def _outline(scene: Scene, share: float, _rng) -> np.ndarray:
-    """The old object's outline as a dark line of about three pixels over everything."""
-    alpha = blurred(scene.old[..., 3], 1.0)
-    line = (4 * alpha * (1 - alpha)).clip(0, 1)[..., None]
-    return scene.after * (1 - share * line)
-
-
-def _twisted(scene: Scene, angle: float, rng) -> np.ndarray:
-    """Turned about its middle, the less the farther out: by this many radians in the middle."""
-    top, left, bottom, right = box_of(scene.new)
-    y, x = grid(scene)
-    y, x = y - (top + bottom) / 2, x - (left + right) / 2
-    turn = rng.choice([-1, 1]) * angle * np.exp(-(y**2 + x**2) / (2 * (0.4 * size_of(scene.new)) ** 2))
-    look_y = np.cos(turn) * y + np.sin(turn) * x + (top + bottom) / 2
-    look_x = -np.sin(turn) * y + np.cos(turn) * x + (left + right) / 2
-    return with_new(scene, lambda layer: moved(layer, look_y, look_x))
-
-
-def _tapered(scene: Scene, share: float, rng) -> np.ndarray:
-    """Narrower by this share at one end, wider by it at the other."""
-    top, left, bottom, right = box_of(scene.new)
-    y, x = grid(scene)
-    height = (2 * (y - top) / (bottom - top) - 1).clip(-1, 1) * rng.choice([-1, 1])
-    middle = (left + right) / 2
-    return with_new(scene, lambda layer: moved(layer, y, (x - middle) / (1 + share * height) + middle))
-
-
-def _darkened(scene: Scene, strength: float, rng) -> np.ndarray:
-    """The light goes out on one side of the room, but not about the edit."""
+def _half_wiped(scene: Scene, share: float, rng) -> np.ndarray:
+    """One side of the old object, as much of it as this share, is still there and in front of the new one."""
     _, x = grid(scene)
-    side = scene.plate.shape[0]
-    dark = special.expit(16 * rng.choice([-1, 1]) * (x / side - 0.5))
-    away = special.expit((ndimage.distance_transform_edt(scene.mask < 0.5) - 0.08 * side) / (0.02 * side))
-    return scene.after * (1 - strength * dark * away)[..., None]
+    x = x * rng.choice([-1, 1])
+    layer = scene.old.copy()
+    layer[..., 3] *= x < np.quantile(x[layer[..., 3] > 0.5], share)
+    return over(scene.after, layer)
+
+
+def _waves(scene: Scene, share: float, rng) -> np.ndarray:
+    """Its rows swing to both sides, one and a half times over its height."""
+    top, _, bottom, _ = box_of(scene.new)
+    y, x = grid(scene)
+    swing = np.sin(3 * np.pi * (y - top) / (bottom - top) + rng.uniform(0, np.pi)) * share * size_of(scene.new)
+    return with_new(scene, lambda layer: moved(layer, y, x + swing))
+
+
+def _in_two(scene: Scene, share: float, rng) -> np.ndarray:
+    """The upper half stands to one side of the lower one."""
+    top, _, bottom, _ = box_of(scene.new)
+    y, x = grid(scene)
+    aside = rng.choice([-1, 1]) * share * size_of(scene.new) * (y < (top + bottom) / 2)
+    return with_new(scene, lambda layer: moved(layer, y, x + aside))
+
+
+def _away(scene: Scene) -> np.ndarray:
+    """0 about the edit, 1 farther off."""
+    side = min(scene.plate.shape[:2])
+    return (ndimage.distance_transform_edt(scene.mask < 0.5) / (0.06 * side) - 0.5).clip(0, 1)[..., None]
+
+
+def _lit(scene: Scene, strength: float, rng) -> np.ndarray:
+    """Light from one corner."""
+    height, width = scene.plate.shape[:2]
+    y, x = grid(scene)
+    far = np.hypot(y / height - rng.integers(2), x / width - rng.integers(2))
+    return scene.after + strength * ((1 - far / 0.7).clip(0, 1)[..., None] * _away(scene)) * (1 - scene.after)
+
+
+def _greyed(scene: Scene, strength: float, _rng) -> np.ndarray:
+    """The upper half has lost its colours."""
+    grey = (scene.after @ np.array([0.299, 0.587, 0.114]))[..., None]
+    y, _ = grid(scene)
+    where = (y < scene.plate.shape[0] / 2)[..., None] * _away(scene) * strength
+    return scene.after * (1 - where) + grey * where
+
+
+def _ordered(picture: np.ndarray, levels: float) -> np.ndarray:
+    """Bayer's 4 × 4 thresholds, so many levels per channel."""
+    bayer = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) / 16 + 1 / 32
+    height, width = picture.shape[:2]
+    threshold = np.tile(bayer, (height // 4 + 1, width // 4 + 1))[:height, :width, None]
+    return np.floor(picture * (levels - 1) + threshold) / (levels - 1)
+
+
+def _three_quarters(picture: np.ndarray, quality: float) -> np.ndarray:
+    """Saved at three quarters of the size, and enlarged again."""
+    height, width = picture.shape[:2]
+    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+    small = np.asarray(image.resize((width * 3 // 4, height * 3 // 4), Image.Resampling.LANCZOS), np.float32) / 255
+    large = Image.fromarray((webp(small, quality) * 255).round().astype(np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    return np.asarray(large, np.float32) / 255
 
 
 _MAKE: dict[str, Callable] = {
-    "copy, chroma halved": lambda s, v, r: _chroma_halved(s.before),
-    "old in grains": _grains,
-    "soft ghost behind": _soft_ghost,
-    "outline of old drawn": _outline,
-    "twisted": _twisted,
-    "tapered": _tapered,
-    "one side darkened": _darkened,
-    "sharpened": lambda s, v, r: s.after + v * (s.after - blurred(s.after, 1.0)),
-    "chroma halved": lambda s, v, r: _chroma_halved(s.after),
+    "copy, palette": lambda s, v, r: palette(s.before, v, True),
+    "ghost beside": _beside,
+    "half wiped away": _half_wiped,
+    "waves": _waves,
+    "in two pieces": _in_two,
+    "corner lit": _lit,
+    "region without colour": _greyed,
+    "ordered dithering": lambda s, v, r: _ordered(s.after, v),
+    "WebP, three quarters": lambda s, v, r: _three_quarters(s.after, v),
 }
 assert _MAKE.keys() == TABLE.keys()

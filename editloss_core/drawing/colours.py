@@ -4,6 +4,8 @@ Searched for the largest smallest distance (Oklab) between any two of them, as t
 deuteranopia and tritanopia see them (Machado, Oliveira and Fernandes 2009), with a contrast of 3 or more (WCAG 2.2) on white
 and on the dark page. That distance is 0.129; it is 0.076 in the colours of Okabe and Ito 2008, whose orange has a contrast of 2.3
 on white.
+
+*unusable* came later and is as far from those; *undecided* is grey, since it is no outcome, and 0.076 from the nearest.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ VERDICT_COLORS = {
     "overlay": "#a900e1",
     "distorted": "#b83428",
     "collateral change": "#c37e00",
+    "unusable": "#a87ef0",
+    "undecided": "#727866",
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.base import WHOLE, Encoder, EncoderInfo, Region, check_images
-from ..files import replacing
+from ..files import make_folder, replacing
 from ..hashing import hash_tensors
 from ..progress import Progress
 
@@ -24,7 +24,7 @@ class StaleEmbeddings(ValueError):
     """An embedding file that must not be used with these encoders or pictures; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmbeddingSet:
     """Roles × encoders → tensors, with what is needed to compare, weigh and draw them.
 
@@ -52,6 +52,13 @@ class EmbeddingSet:
     images: Mapping[str, str] = field(default_factory=dict)
     mask: Optional[Tensor] = None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Shapes, not numbers."""
+        parts = [f"{role} {name} {list(t.shape)} {str(t.dtype)[6:]}" for (role, name), t in self.tensors.items()]
+        parts += [] if self.mask is None else [f"mask {list(self.mask.shape)}"]
+        parts += [f"mask of {name} {list(mask.shape)}" for name, mask in self.masks.items()]
+        return f"EmbeddingSet({', '.join(parts)})"
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -272,7 +279,7 @@ class EmbeddingSet:
             "images": json.dumps(self.images),
         }
         metadata["content"] = _hash_content(tensors, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
         return path

@@ -111,7 +111,7 @@ def encode_pairs(
     total, done = 2 * sum(len(batch.indices) for batch in batches), 0
 
     def read(batch: _Batch) -> tuple[Tensor, Optional[Tensor]]:
-        loaded = [pairs.load(i) for i in batch.indices]
+        loaded = [pairs.load_checked(i) for i in batch.indices]
         pictures = torch.stack([p.after for p in loaded] + [p.before for p in loaded])
         return pictures, torch.stack([p.mask for p in loaded if p.mask is not None]) if masks else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Union
@@ -89,6 +90,15 @@ class EncoderSpec:
             raise FileNotFoundError(f"weights: no such file: {self.settings['weights']}")
         kind = KINDS[self.kind]
         return getattr(encoders, kind.class_name)(**{kind.first: self.name}, **self.settings, device=device)
+
+
+def encoder_spec(given: argparse.Namespace, text: str) -> EncoderSpec:
+    """The value of a program's ``--encoder``; a wrong one ends the program as any wrong argument does."""
+    try:
+        return EncoderSpec.parse(text)
+    except ValueError as error:
+        given.parser.error(f"argument --encoder: {error}")
+        raise  # not reached
 
 
 def _value(key: str, text: str, kind: type) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from .base import (
     height_width,
     load_weights,
 )
+
+log = logging.getLogger(__name__)
 
 
 class TimmEncoder(PixelEncoder):
@@ -81,6 +84,8 @@ class TimmEncoder(PixelEncoder):
         model_kwargs = dict(model_kwargs or {})
         state = None if weights is None else read_safetensors(weights)
         self.network: Any  # timm's, which has much that no nn.Module has
+        if weights is not None and "act_layer" not in model_kwargs:
+            _check_activation(model_name)
         with building(weights, random_seed):
             self.network, any_size = _create(model_name, model_kwargs)
             self.layer = _check_layer(self.network, model_name, layer)
@@ -139,6 +144,36 @@ def _check_name(model_name: str) -> None:
     check_known("model_name", model_name.partition(".")[0], timm.list_models(), "vit_small_patch14_dinov2")
     if "." in model_name:
         check_known("model_name", model_name, timm.list_models(f"{model_name.partition('.')[0]}.*", include_tags=True))
+
+
+def _check_activation(model_name: str) -> None:
+    """CLIP's weights of OpenAI and others were trained with QuickGELU: they fit a network with GELU, whose answers are wrong.
+
+    Raises:
+        ValueError: the name's tag is of such weights, and the network of the name has GELU. Without a tag nothing tells, and a
+            warning is logged.
+    """
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    network = model_name.partition(".")[0]
+    other = network.replace("_clip_", "_clip_quickgelu_")
+    if "_clip_" not in network or "quickgelu" in network or other not in timm.list_models(other):
+        return
+    names = timm.list_models(f"{network}.*", include_tags=True, pretrained=True)
+    notes = {name: getattr(get_pretrained_cfg(name), "notes", None) or () for name in names}
+    quick = [name for name in names if any("QuickGELU" in note for note in notes[name])]
+    if model_name in quick:
+        raise ValueError(
+            f"model_name: the weights of {model_name} were trained with QuickGELU, {network} has GELU; choose {other}"
+        )
+    if model_name == network and quick:
+        tags = ", ".join(name.partition(".")[2] for name in quick)
+        log.warning(
+            "model_name: %s has GELU. If the weights are of OpenAI's CLIP or others trained with QuickGELU (%s), choose %s: they fit "
+            "both networks, and the answers of this one are wrong. A name with the weights' tag (%s.laion2b) ends this warning.",
+            network, tags, other, network,
+        )  # fmt: skip
 
 
 def _create(model_name: str, model_kwargs: dict[str, Any]) -> tuple[nn.Module, bool]:

@@ -11,6 +11,8 @@ Some layers have their halves in the opposite order.
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Collection, Mapping, NamedTuple, Optional, Union
@@ -20,11 +22,13 @@ from torch import Tensor
 
 from ..files import write_safetensors
 from ..models.base import LayerNames
-from ..models.registry import of_layers
+from ..models.registry import dotted, of_layers
 from .lora import PREFIX, LoRA
 
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 PREFIXES = {COMFYUI: PREFIX, DIFFUSERS: "transformer."}
+# Whose layers they are where dots became underscores: by kohya's sd-scripts, and by OneTrainer.
+UNDERSCORED = {"lora_unet_": COMFYUI, "lora_transformer_": DIFFUSERS}
 SUFFIXES = {COMFYUI: ("lora_down.weight", "lora_up.weight"), DIFFUSERS: ("lora_A.weight", "lora_B.weight")}
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers writes rank and alpha
 
@@ -131,12 +135,16 @@ def _fused(whole: str, parts: Mapping[int, Update], count: int, mlp_ratio: int) 
             downs.append(update.down)
         places[part] = slice(start, start + update.rank)
     rank = sum(map(len, downs))
-    up = first.up.new_zeros(sum(rows), rank)
+    dtype = first.up.dtype
+    if dtype.itemsize == 1 and any(update.scale != first.scale for update in parts.values()):
+        dtype = torch.bfloat16  # 8 bits do not hold a product
+    up = torch.zeros(sum(rows), rank, dtype=dtype)
     for part, update in parts.items():
         top = sum(rows[:part])
         # Where alpha / rank is the same everywhere, as one trainer makes it, no number is changed.
         same = update.scale == first.scale
-        up[top : top + rows[part], places[part]] = update.up if same else update.up * (update.scale / first.scale)
+        scaled = update.up if same else update.up.to(up.dtype) * (update.scale / first.scale)
+        up[top : top + rows[part], places[part]] = scaled.to(up.dtype)
     return Update(torch.cat(downs), up, first.alpha * rank / first.rank)
 
 
@@ -162,53 +170,105 @@ def from_tensors(
 ) -> tuple[str, dict[str, Update]]:
     """(dialect, updates) of a file.
 
-    Either dialect may use either one's suffixes. Alpha is the layer's ``.alpha``, else what diffusers wrote into the header,
-    else the rank, as loaders take it.
+    Either dialect may use either one's suffixes, and either one's layers may have kohya's names. Alpha is the layer's
+    ``.alpha``, else what diffusers wrote into the header (``alpha_pattern`` by peft's rule), else the rank, as loaders take it.
 
     Raises:
-        ValueError: for a file of another kind, and for layers that lack a half.
+        ValueError: for a file of another kind, a header that does not fit it, and layers that lack a half or have rank 0.
     """
-    dialect = next((d for d, prefix in PREFIXES.items() if any(key.startswith(prefix) for key in state)), None)
-    strange = [key for key in state if dialect is None or not key.startswith(PREFIXES[dialect])]
-    if strange or dialect is None:
+    if not state:
+        raise ValueError("lora: expected the matrices of a LoRA, got a file without tensors")
+    known = {**{prefix: dialect for dialect, prefix in PREFIXES.items()}, **UNDERSCORED}
+    prefix = next((p for p in known if any(key.startswith(p) for key in state)), "")
+    strange = [key for key in state if not prefix or not key.startswith(prefix)]
+    if strange:
         raise ValueError(
-            f"lora: expected names that begin with {' or '.join(map(repr, PREFIXES.values()))}, all with the same, got "
-            f"{strange[0]!r}"
-            if strange
-            else "lora: expected the matrices of a LoRA, got a file without tensors"
+            f"lora: expected names that begin with {' or '.join(map(repr, known))}, all with the same, got {strange[0]!r}"
         )
+    dialect = known[prefix]
     halves: dict[str, dict[str, Tensor]] = {}
     endings = {suffix: half for pair in SUFFIXES.values() for half, suffix in zip(("down", "up"), pair)} | {
         "alpha": "alpha"
     }
     for key, value in state.items():
-        name = key[len(PREFIXES[dialect]) :]
+        name = key[len(prefix) :]
         ending = next((e for e in endings if name.endswith(f".{e}")), None)
         if ending is None:
             raise ValueError(
                 f"lora: expected a plain LoRA, got {key!r}, which is neither of its matrices nor its alpha"
             )
         halves.setdefault(name[: -len(ending) - 1], {})[endings[ending]] = value
-    updates, header = {}, json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+    updates, header = {}, _header(metadata)
     for layer, found in halves.items():
-        if not {"down", "up"} <= found.keys() or found["down"].ndim != 2 or found["up"].ndim != 2:
-            raise ValueError(f"lora: expected two matrices for {layer}, got {', '.join(sorted(found))}")
-        if len(found["down"]) != found["up"].shape[1]:
-            raise ValueError(
-                f"lora: the matrices of {layer} have ranks {len(found['down'])} and {found['up'].shape[1]}"
-            )
-        alpha = float(found["alpha"]) if "alpha" in found else _alpha(header, layer, len(found["down"]))
-        updates[layer] = Update(found["down"], found["up"], alpha)
+        if prefix in UNDERSCORED:
+            layer = dotted(layer, dialect == COMFYUI)
+        down, up = _matrices(layer, found)
+        if "alpha" not in found:
+            alpha = _alpha(header, layer, len(down))
+        elif found["alpha"].numel() == 1:
+            alpha = float(found["alpha"])
+        else:
+            raise ValueError(f"lora: expected one number as alpha of {layer}, got {list(found['alpha'].shape)}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"lora: expected a finite alpha of {layer}, got {alpha}")
+        updates[layer] = Update(down, up, alpha)
     return dialect, updates
 
 
+def _matrices(layer: str, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(down, up) of a layer."""
+    if not {"down", "up"} <= found.keys() or found["down"].ndim != 2 or found["up"].ndim != 2:
+        raise ValueError(f"lora: expected two matrices for {layer}, got {', '.join(sorted(found))}")
+    down, up = found["down"], found["up"]
+    if len(down) != up.shape[1]:
+        raise ValueError(f"lora: the matrices of {layer} have ranks {len(down)} and {up.shape[1]}")
+    if not len(down):
+        raise ValueError(f"lora: the matrices of {layer} have rank 0: there is nothing in them")
+    for matrix in (down, up):
+        if not matrix.is_floating_point():
+            raise ValueError(f"lora: expected floats in the matrices of {layer}, got {matrix.dtype}")
+    return down, up
+
+
+def _header(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """What diffusers wrote of rank and alpha."""
+    text = metadata.get(ADAPTER_METADATA, "{}")
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"lora: {ADAPTER_METADATA} in the file's header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"lora: expected names and values as {ADAPTER_METADATA} in the file's header, got {text[:40]}")
+    return header
+
+
 def _alpha(header: Mapping[str, Any], layer: str, rank: int) -> float:
-    """As diffusers wrote it."""
+    """As diffusers wrote it, and peft reads it."""
     if header.get("transformer.use_rslora"):
         raise ValueError("lora: rank-stabilised LoRA (use_rslora) has another scale, which no file of ComfyUI can say")
-    patterns = header.get("transformer.alpha_pattern") or {}
-    own = next((value for name, value in patterns.items() if layer == name or layer.endswith(f".{name}")), None)
-    return float(own if own is not None else header.get("transformer.lora_alpha", rank))
+    told = _of_layer(header, "rank_pattern", "r", layer, rank)
+    if told != rank:
+        raise ValueError(f"lora: the file's header says rank {told:g} of {layer}, whose matrices have {rank}")
+    return _of_layer(header, "alpha_pattern", "lora_alpha", layer, rank)
+
+
+def _of_layer(header: Mapping[str, Any], patterns: str, otherwise: str, layer: str, default: int) -> float:
+    """The value of the first pattern that fits, by peft's rule (``get_pattern_key``), or of all layers."""
+    table = header.get(f"transformer.{patterns}")
+    if table is not None and not isinstance(table, dict):
+        raise ValueError(f"lora: expected patterns and numbers as {patterns} in the file's header, got {table!r}")
+    name, value = otherwise, header.get(f"transformer.{otherwise}", default)
+    for pattern, own in (table or {}).items():
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", layer)
+        except re.error as error:
+            raise ValueError(f"lora: {patterns} in the file's header has {pattern!r}, no pattern ({error})") from error
+        if fits:
+            name, value = f"{patterns} of {pattern!r}", own
+            break
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"lora: expected a number as {name} in the file's header, got {value!r}")
+    return float(value)
 
 
 def converted(updates: Updates, dialect: str, wanted: str) -> Updates:

@@ -8,6 +8,7 @@ its layers are called in LoRA files. :mod:`.registry` knows them all; :mod:`.kon
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
 
@@ -139,6 +140,27 @@ class LayerNames:
                 return tuple(f"{theirs}.{number}.{part}" for part in inside.get(name, ()))
         return self.outside.get(layer, ())
 
+    def dotted(self, layer: str, comfyui: bool) -> str:
+        """A layer of ComfyUI's or of diffusers' whose name has underscores in place of dots, as kohya's trainers write it;
+        "" for one that the model does not have.
+
+        >>> from editloss_core.models.kontext import KONTEXT
+        >>> KONTEXT.names.dotted("double_blocks_7_img_attn_qkv", comfyui=True)
+        'double_blocks.7.img_attn.qkv'
+        """
+        for ours, theirs, inside in self.blocks:
+            head = ours if comfyui else theirs
+            number, _, name = layer.removeprefix(f"{head}_").partition("_")
+            if layer.startswith(f"{head}_") and number.isdecimal():
+                known = inside if comfyui else (part for parts in inside.values() for part in parts)
+                return next((f"{head}.{number}.{known_as}" for known_as in known if _under(known_as) == name), "")
+        outside = self.outside if comfyui else (part for parts in self.outside.values() for part in parts)
+        return next((known_as for known_as in outside if _under(known_as) == layer), "")
+
+
+def _under(layer: str) -> str:
+    return layer.replace(".", "_")
+
 
 class EditModel:
     """One edit model. A subclass fills in the attributes and overrides what is not as below.
@@ -158,6 +180,7 @@ class EditModel:
         patch: latents per token along each side.
         downscale: pixels per latent along each side.
         text_tokens: of a caption.
+        letters: what its text encoder knows beyond the English alphabet, without case; None: every script.
         width_attribute, block_attributes: where diffusers' network has its width and its blocks.
         block_values: numbers per token and width that a block keeps for its backward pass beside its input.
     """
@@ -177,6 +200,7 @@ class EditModel:
     patch: int = 2
     downscale: int = 8
     text_tokens: int = 512
+    letters: Optional[str] = None
     width_attribute: str = "inner_dim"
     block_attributes: tuple[str, ...] = ("transformer_blocks",)
     block_values: int = 17
@@ -283,6 +307,18 @@ class EditModel:
     def caption(self, tensors: Mapping[str, Tensor]) -> Any:
         """What :meth:`velocity` takes for a sample, made of what :meth:`encode` gave."""
         raise NotImplementedError
+
+    def words(self, caption: Any) -> Tensor:
+        """What the text encoder made of the words of a caption, as :meth:`caption` gives it: equal for captions that are the
+        same to the model."""
+        raise NotImplementedError
+
+    def unknown(self, caption: str) -> tuple[int, int]:
+        """(letters of a caption that the text encoder does not know, all of its letters)."""
+        letters = [letter for letter in unicodedata.normalize("NFKC", caption).lower() if letter.isalpha()]
+        if self.letters is None:
+            return 0, len(letters)
+        return sum(not letter.isascii() and letter not in self.letters for letter in letters), len(letters)
 
     # -- diffusers' network -----------------------------------------------------------------------------------------
 

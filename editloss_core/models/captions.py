@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Asked:
 
     def before(self) -> Optional[Tensor]:
         """The before picture ``[H, W, 3]`` where the model reads it, else None."""
-        return self.pairs.load(self.index).before if self.content else None
+        return self.pairs.load_checked(self.index).before if self.content else None
 
 
 def distinct_captions(model: EditModel, sets: Sequence[PairSet]) -> tuple[list[Asked], list[list[int]]]:
@@ -97,6 +97,25 @@ def distinct_captions(model: EditModel, sets: Sequence[PairSet]) -> tuple[list[A
                 distinct.append(asked)
             shared[-1].append(number)
     return distinct, shared
+
+
+def same_words(words: Mapping[str, Tensor]) -> list[str]:
+    """A note where different captions are the same to the model: caption → what its text encoder made of it."""
+    groups: dict[str, list[str]] = {}
+    for caption, made in words.items():
+        groups.setdefault(hash_tensors([("words", made)]), []).append(caption)
+    alike = [group for group in groups.values() if len(group) > 1]
+    if not alike:
+        return []
+    shown = "; ".join(" = ".join(f"“{_short(caption)}”" for caption in group[:3]) for group in alike[:3])
+    return [
+        f"captions: {sum(map(len, alike))} different ones are only {len(alike)} to the model, as its text encoder does not know "
+        f"what they differ in: {shown}. Write them in words that it knows, as a rule English"
+    ]
+
+
+def _short(caption: str) -> str:
+    return caption if len(caption) <= 40 else f"{caption[:39]}…"
 
 
 def _key(model: EditModel, asked: Asked, fingerprint: str) -> str:

@@ -82,7 +82,7 @@ class ModelFolder:
             if importlib.util.find_spec(package) is None:
                 faults.append(f"quantization: {self.quantization} needs a package; pip install {package}")
         if not self.folder.is_dir():
-            return [*faults, f"path: there is no folder {self.folder}"]
+            return [*faults, f"path: {self._no_folder()}"]
         try:
             model = self.edit_model
         except ValueError as error:
@@ -93,6 +93,17 @@ class ModelFolder:
         if self.decoder is not None:
             faults += self._faults_of_decoder(self.decoder, model)
         return faults
+
+    def _no_folder(self) -> str:
+        if self.folder.is_file():
+            single = self.folder.suffix.lower() == ".safetensors"
+            other = "; a single file of the transformer goes into transformer, beside the folder" if single else ""
+            return f"expected a folder in diffusers' layout, {self.folder} is a file{other}"
+        missing = f"there is no folder {self.folder}"
+        if self.folder.parent.is_dir() or not self.folder.parent.parent.is_dir():
+            return missing
+        name = f"{self.folder.parent.name}/{self.folder.name}"
+        return f"{missing}; if {name} is a name of a hub: nothing is downloaded, give the folder that it was saved to"
 
     def faults_on(self, device: torch.device) -> list[str]:
         """What would stop loading on this device only: a check may be made on another machine than the training."""
@@ -135,6 +146,8 @@ class ModelFolder:
         return faults + _misfits(configs, model)
 
     def _faults_of_decoder(self, decoder: Path, model: EditModel) -> list[str]:
+        if decoder.is_file():
+            return [f"decoder: expected a folder, {decoder} is a file"]
         config = _json(decoder / "config.json")
         if isinstance(config, str):
             return [f"decoder: {config}"]
@@ -263,6 +276,10 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list
 def _faults_of_single_file(path: Path, model: EditModel) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        return [
+            f"transformer: expected a .safetensors file, {path} is a folder; in diffusers' layout it goes into path"
+        ]
     if path.suffix.lower() != ".safetensors":
         return [f"transformer: expected a .safetensors file, got {path.name}"]
     if not path.is_file():

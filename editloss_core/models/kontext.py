@@ -112,6 +112,9 @@ class Kontext(EditModel):
     patch = PATCH
     downscale = 8
     text_tokens = 512  # of T5; the pipeline's own default
+    # In the vocabulary of T5 v1.1 (English, German, French, Romanian; a few Cyrillic letters without words left out). Any
+    # other makes one unknown token of all of its like in a row.
+    letters = "ßàáâäçèéêîóôöùûüăşţșț"
     width_attribute = "inner_dim"
     block_attributes = ("transformer_blocks", "single_transformer_blocks")
     block_values = 17
@@ -128,6 +131,9 @@ class Kontext(EditModel):
 
     def caption(self, tensors: Mapping[str, Tensor]) -> Caption:
         return Caption(tensors["tokens"], tensors["pooled"])
+
+    def words(self, caption: Caption) -> Tensor:
+        return caption.tokens
 
     # -- diffusers' network: picture tokens first, the reference's after them, told apart by the first coordinate -----
 

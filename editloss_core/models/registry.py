@@ -45,6 +45,22 @@ def of_network(network: str) -> Optional[EditModel]:
     return next((model for model in MODELS if network in (model.comfyui_network, model.parts.transformer)), None)
 
 
+def dotted(layer: str, comfyui: bool) -> str:
+    """The name of a LoRA's layer that has underscores in place of dots, by the first model that has such a layer.
+
+    Raises:
+        ValueError: none has.
+    """
+    found = next((name for model in MODELS if (name := model.names.dotted(layer, comfyui))), "")
+    if not found:
+        program = "ComfyUI's" if comfyui else "diffusers'"
+        raise ValueError(
+            f"lora: no known model ({titles()}) has a layer {layer!r} in {program} names with underscores, as kohya's trainers "
+            "write them"
+        )
+    return found
+
+
 def of_layers(layers: Collection[str], comfyui: bool) -> EditModel:
     """By the names of a LoRA's layers, without prefix, in ComfyUI's dialect or in diffusers'."""
 

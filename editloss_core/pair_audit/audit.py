@@ -18,14 +18,15 @@ from torch import Tensor
 from ..encoders.base import Encoder
 from ..hashing import hash_tensors
 from ..pairs import Pair, PairSet, find_pairs
-from ..pairs.files import PairProblems, read_caption, read_picture, relative, scan
-from ..pairs.geometry import same_proportions
+from ..pairs.files import PairProblems, read_caption, readable, relative, scan
+from ..pairs.geometry import MASK_PROPORTIONS, same_proportions
+from ..pairs.pictures import read_picture
 from ..progress import Progress
 from .between_pairs import copies, find_swapped, likely_partners
 from .flawed import Look, flaws, look
 from .measures import Measured, PairMeasures, Sketch, agreeing, measure
 from .result import AuditFinding, PairAudit
-from .rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_pair
+from .rules import AGREEMENT, KINDS, REPAINTED, SEVERITIES, of_caption, of_letters, of_pair
 
 
 def audit(
@@ -63,7 +64,8 @@ def audit(
     if isinstance(pairs, PairSet):
         run.expect(len(pairs), others)
         run.folder, run.count, items = pairs.folder, len(pairs), list(pairs)
-        where = f"{pairs.folder.name} ({pairs.layout})" if pairs.folder else ""
+        run.notes += pairs.notes
+        where = f"{readable(pairs.folder.name)} ({pairs.layout})" if pairs.folder else ""
     else:
         items, where = run.scan(
             Path(pairs), Path(control_folder) if str(control_folder) else None, default_caption, others
@@ -111,7 +113,7 @@ class _Run:
         keys = sorted(layout.before.keys() & layout.after.keys())
         self.folder, self.count = folder, len(layout.before.keys() | layout.after.keys())
         self.expect(2 * len(keys), others)
-        where = f"{folder.name} ({layout.description})"
+        where = f"{readable(folder.name)} ({layout.description})"
 
         def checked(done: int, total: int) -> None:
             if self.check is not None:
@@ -119,8 +121,11 @@ class _Run:
             self.step()
 
         try:
-            return list(find_pairs(folder, control or "", default_caption=caption, progress=checked)), where
+            found = find_pairs(folder, control or "", default_caption=caption, progress=checked)
+            self.notes += found.notes
+            return list(found), where
         except PairProblems as problems:
+            self.notes += problems.notes
             of_file = {
                 layout.name(path): layout.names.get(key, key)
                 for table in (layout.before, layout.after, layout.masks, layout.captions)
@@ -157,7 +162,7 @@ class _Run:
         """Read, measure and judge one pair."""
         if self.check is not None:
             self.check()
-        told = of_caption(pair.caption.strip())
+        told = of_caption(pair.caption.strip()) + of_letters(pair.caption)
         try:
             measured, self.looks[pair.name] = read_and_measure(pair)
             self.measured[pair.name] = measured
@@ -288,7 +293,7 @@ def read_and_measure(pair: Pair) -> tuple[Measured, Look]:
             mask = None
         if mask is not None:
             size = mask.shape[0], mask.shape[1]
-            fits = any(same_proportions(size, (p.shape[0], p.shape[1])) for p in pictures)
+            fits = any(same_proportions(size, (p.shape[0], p.shape[1]), MASK_PROPORTIONS) for p in pictures)
             mask = None if not fits or float(mask.max()) < 0.5 else mask
     measured = measure(pictures[0], pictures[1], mask)
     sketch = replace(measured.sketch, contents=(contents[0], contents[1]))

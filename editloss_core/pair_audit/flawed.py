@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur, oklab
+from ..masks import blur, how_they_differ, oklab
 from ..pairs import PairSet, bucket_size, load
 from ..progress import Progress
 from .between_pairs import adds, group_of
@@ -66,6 +66,7 @@ class Look:
         changed: share of the picture that changed, 0…1.
         tone: difference in brightness and colour of the rest, in Oklab, ≥ 0.
         taken: share of the changed region's border where something was taken away, 0…1; None where nothing changed.
+        everywhere: whether the pictures differ all over though little of them stands out (light, colour, noise).
         beside: share of the colours close around that region which the old object had and the rest of the room has not, 0…1.
         put_in: what the after picture has there that is not around it, a unit vector; None where nothing changed.
     """
@@ -75,6 +76,7 @@ class Look:
     taken: Optional[float] = None
     put_in: Optional[np.ndarray] = None
     beside: float = 0.0
+    everywhere: bool = False
 
 
 class Flaw(NamedTuple):
@@ -208,7 +210,7 @@ def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str], asked: boo
     found = [
         Flaw(n, "unedited", f"{seen.changed:.1%} of the picture changes, in the others {usual:.0%}")
         for n, seen in looks.items()
-        if names and seen.changed <= least and seen.tone <= drift
+        if names and seen.changed <= least and seen.tone <= drift and (common or not seen.everywhere)
     ]
     if len(names) < LEAST:
         return found, f"it takes {LEAST} pairs with an edit, there are {len(names)}"
@@ -262,7 +264,10 @@ def look(before: Tensor, after: Tensor) -> Look:
     change = change_between(old, new, known, found)
     region = change.above > 0
     share = float(region.float().mean())
-    if not bool(region.any()) or bool(region.all()):
+    if not bool(region.any()):
+        pictures = (fitted(t.permute(2, 0, 1), RESOLUTION, size).permute(1, 2, 0) for t in (before, after))
+        return Look(share, change.tone, everywhere=how_they_differ(*pictures) == "all over")
+    if bool(region.all()):
         return Look(share, change.tone)
     was, is_now = (blur(oklab(t[None]), 0.7, 2)[0] for t in (old, new))
     return Look(share, change.tone, _taken(was, is_now, region), _put_in(is_now, region), _beside(was, is_now, region))

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur, oklab, tolerant_distance
+from ..masks import blur, how_they_differ, oklab, tolerant_distance
 from ..pairs.geometry import Size, same_proportions
 from .registration import Registration, detail, luminance, register, turned, warp
 
 FINE, COARSE = 512, 256  # pixels on the long side: for movement, for the change
+TRAINED = 1024  # pixels on the long side at which pictures are about trained
 LOW, TOP = 0.025, 0.15  # Oklab: bounds of what counts as changed; 0.02 is just visible
 DRIFT = 0.06  # Oklab: a difference of the whole picture that is taken out; more is an edit,
 SAME_DRIFT = 0.2  # unless half of the background agrees in its detail
@@ -129,6 +130,7 @@ class PairMeasures:
         mask: None without a mask.
         support: mean agreement of the edit with the others of its caption, -1…1; below 0: the opposite edit; None where
             too few share the caption.
+        differ: "all over" or "in a spot", if they differ by more than a copy that was saved again; else "".
     """
 
     before_size: tuple[int, int]
@@ -146,6 +148,7 @@ class PairMeasures:
     texture: Optional[Texture] = None
     mask: Optional[Coverage] = None
     support: Optional[float] = None
+    differ: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """Measure → value, of those that the pair has."""
@@ -166,6 +169,7 @@ class PairMeasures:
                 "mask_pixels": self.mask.pixels,
             }
         values["edges"] = self.edges
+        values["differ"] = self.differ
         if self.support is not None:
             values["support"] = self.support
         return values
@@ -208,6 +212,7 @@ MEASURES = {
     "mask_changed": "share of the mask in which the picture changes",
     "mask_border": "share of the picture's border that the mask covers",
     "mask_pixels": "white pixels of the mask, at its own size",
+    "differ": "“all over” or “in a spot”, if by more than a copy that was saved again",
     "support": "mean agreement of the edit with the others of its caption, -1 to 1; below 0: the opposite edit",
     "edges": "logarithm of edge energy in the edit region, after over before",
 }
@@ -251,6 +256,7 @@ def measure(before: Tensor, after: Tensor, mask: Optional[Tensor]) -> Measured:
         edges=_edges(old, new, region),
         texture=_texture(*full, change.quiet) if after_size == size else None,
         mask=None if mask is None or cover is None else _coverage(mask, cover, change.above),
+        differ=how_they_differ(*(fitted(t, TRAINED, size).permute(1, 2, 0) for t in full)),
     )
     window = _window(region if bool(region.any()) or cover is None else cover > 0.5)
     return Measured(values, _sketch([old, new], region.float(), window))

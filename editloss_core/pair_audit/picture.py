@@ -13,7 +13,7 @@ from ..checks import check_whole
 from ..drawing.sheet import BAD, GOOD, LINE, MUTED, WARN, Sheet, new_figure, wrapped
 from ..masks import oklab
 from ..pairs import Pair
-from ..pairs.files import read_picture
+from ..pairs.pictures import read_picture
 from .result import AuditFinding, PairAudit
 from .rules import KINDS, SEVERITIES
 

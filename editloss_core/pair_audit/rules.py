@@ -11,6 +11,7 @@ import math
 import re
 from typing import NamedTuple
 
+from ..models.registry import MODELS
 from ..pairs.files import KINDS as REFUSED
 from ..pairs.geometry import Size, same_proportions, times
 from .measures import Coverage, Movement, PairMeasures
@@ -73,10 +74,12 @@ KINDS: dict[str, Kind] = {
     "same after": Kind("note", "one after picture, different before pictures", "fine if it is meant; else one of them has the wrong after picture"),
     "leak": Kind("warning", "also in the other set", "take it out of one of the two, or validation measures memory"),
     "background": Kind("note", "background repainted", "fine for edits of the whole picture; else the model learns to repaint what should stay"),
+    "all over": Kind("note", "a difference all over", "fine for edits of the whole picture (noise, blur, light); else nothing was edited: leave the pair out"),
     "sizes": Kind("note", "before and after differ in size", "both are resized to one size; what was enlarged stays softer"),
     "tone": Kind("note", "another brightness or colour", "match the tones outside the edit to the before picture's"),
     "softness": Kind("note", "another sharpness", "outside the edit, paste the before picture over the after picture"),
     "compression": Kind("note", "another compression", "save both sides without loss, from the originals"),
+    "caption unread": Kind("warning", "caption that a text encoder cannot read", "write it in English: letters that a text encoder does not know are all the same to it"),
     "caption long": Kind("note", "long caption", "CLIP reads 77 tokens: say first what to change"),
     "caption placeholder": Kind("note", "caption with a placeholder", "only the trainer that it was written for replaces it; write the word itself"),
     "caption no verb": Kind("note", "caption without an instruction", "say what to do (“replace the chair with …”), as you will ask for it later"),
@@ -111,7 +114,11 @@ def of_pair(v: PairMeasures) -> list[Found]:
     moved = _movement(v.movement, max(sizes[0]))
     if v.changed_share == 0 and v.tone > TONE:
         return [*moved, *_tone(v, "nothing else changes")]
-    if v.changed_share == 0:
+    if v.changed_share < TINY and v.differ == "all over" and not moved:
+        return [
+            Found("all over", BOTH, "they differ by more than a copy that was saved again, and no region stands out")
+        ]
+    if v.changed_share == 0 and (moved or not v.differ):
         taken = ", once the movement is taken out" if moved else ""
         return [*moved, Found("no edit", BOTH, f"nothing differs by more than {v.noise:.3f} in Oklab{taken}")]
     found = [*moved, *_background(v, sizes)]
@@ -134,6 +141,17 @@ def of_caption(caption: str) -> list[Found]:
                 "caption no verb", ("caption",), f"“{caption[:60]}{'…' if len(caption) > 60 else ''}” names no change"
             )
         )
+    return found
+
+
+def of_letters(caption: str) -> list[Found]:
+    """Which of the edit models has a text encoder that does not know the letters of a caption, or most of them."""
+    found = []
+    for model in MODELS:
+        unknown, letters = model.unknown(caption)
+        if 2 * unknown > letters:
+            detail = f"the text encoder of {model.title} does not know {unknown} of its {letters} letters"
+            found.append(Found("caption unread", ("caption",), detail))
     return found
 
 

@@ -1,29 +1,37 @@
-"""The files behind pairs: which belong together, what is wrong with them, and their pixels.
+"""The files behind pairs: which belong together, what is wrong with them, and what is passed over.
 
-Nothing here knows of training: :mod:`.pair_set` is the door.
+Nothing here knows of training: :mod:`.pair_set` is the door. :mod:`.pictures` knows what a picture is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+import re
 import unicodedata
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple, Optional
 
-import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from .pictures import endings, needs
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CAPTION_ENDINGS = (".txt", ".caption")  # kohya has either
 NOT_CAPTIONS = ("readme", "license", "licence", "requirements")  # texts that lie beside pictures and describe none
 NOT_FOLDERS = (".", "_", "@")  # beginnings: hidden, of ai-toolkit and macOS (_controls, __MACOSX), of Synology (@eaDir)
-LISTED = 12  # entries of a folder without pairs that a message names
+SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir")  # left everywhere; not worth a word
+LISTED = 12  # files that a message names where there may be thousands
+
+# What the folders of one part are called; the first of these names that is there is the one.
+PART_FOLDERS = {
+    "before": ("before", "control"),
+    "after": ("after", "target"),
+    "output": ("output", "outputs", "samples", "sample"),
+    "mask": ("mask", "masks"),
+    "captions": ("captions", "caption"),
+}
 
 # Every kind of finding, in the order of the report, with what to do about it.
 KINDS = {
@@ -61,9 +69,11 @@ class PairProblems(ValueError):
 
     Attributes:
         findings: all of them, in the order of the message.
+        notes: what a person should know beside them.
     """
 
-    def __init__(self, findings: Sequence[Finding], where: str):
+    def __init__(self, findings: Sequence[Finding], where: str, notes: Sequence[str] = ()):
+        self.notes = tuple(notes)
         self.findings = tuple(sorted(findings, key=lambda f: (list(KINDS).index(f.kind), f.files)))
         count = len(self.findings)
         lines = [f"pairs: {count} problem{'s' if count > 1 else ''} in {where}; nothing was started"]
@@ -72,6 +82,8 @@ class PairProblems(ValueError):
             if found:
                 lines.append(f"• {advice} ({len(found)}):")
                 lines += [f"    {' + '.join(f.files)}{f': {f.detail}' if f.detail else ''}" for f in found]
+        if notes:
+            lines += ["• to know:", *(f"    {note}" for note in notes)]
         super().__init__("\n".join(lines))
 
 
@@ -90,6 +102,8 @@ class Layout:
         before, after, masks, captions: name of the pair without case → file.
         names: the same, → the name as the after picture has it.
         findings: duplicates.
+        notes: what was passed over, and names that cannot be written as they are.
+        unread: stem without case → what a picture of that name would need to be read.
     """
 
     description: str
@@ -100,16 +114,25 @@ class Layout:
     captions: dict[str, Path] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+    _used: set[Path] = field(default_factory=set)
+    _reasons: dict[Path, str] = field(default_factory=dict)
 
     def name(self, path: Path) -> str:
         """How a message calls a file."""
         return relative(path, self.root)
+
+    def use(self, path: Path) -> None:
+        """A file that is not passed over."""
+        self._used.add(path)
 
     def add(self, part: str, entries: Iterable[tuple[str, Path]]) -> None:
         """Enter (name of a pair, file) into one of the tables; what is already taken within the same call is a finding."""
         table: dict[str, Path] = getattr(self, part)
         rivals: dict[str, list[Path]] = {}
         for name, path in entries:
+            self.use(path)
             rivals.setdefault(name.casefold(), []).append(path)
             if part == "after":
                 self.names.setdefault(name.casefold(), name)
@@ -118,13 +141,109 @@ class Layout:
                 self.findings.append(Finding("duplicate", tuple(map(self.name, paths))))
             table.setdefault(key, paths[0])
 
+    def add_captions(self, entries: Iterable[tuple[str, Path]], strict: bool = True) -> None:
+        """Captions from one more place, for pairs that have none yet. A strict place holds nothing but captions, so that
+        one without a pair is a finding. Of a name with both endings, the .txt is read."""
+        known, taken = self.before.keys() | self.after.keys(), dict(self.captions)
+        wanted = [
+            (name, path)
+            for name, path in entries
+            if name.casefold() in known or (strict and path.stem.casefold() not in NOT_CAPTIONS)
+        ]
+        of_txt = {name.casefold() for name, path in wanted if path.suffix.lower() == CAPTION_ENDINGS[0]}
+        first = [(n, p) for n, p in wanted if p.suffix.lower() == CAPTION_ENDINGS[0] or n.casefold() not in of_txt]
+        self.add("captions", first)
+        self.captions.update(taken)
+        read = {path for name, path in first if name.casefold() not in taken}
+        second = {path for _, path in wanted} - read
+        self._used -= second
+        self._reasons.update(dict.fromkeys(second, "the pair has another caption"))
+
+    def account(self, files: Iterable[Path], others: str, parts: Sequence[str] = ()) -> None:
+        """Note what of ``files`` is in no table, and why.
+
+        Args:
+            files: everything below a folder, by :func:`walk`.
+            others: why a picture is in no table in this layout.
+            parts: where only their folders are looked into, and others named as a whole.
+        """
+        names = [name for part in parts for name in PART_FOLDERS[part]]
+        passed: dict[str, dict[str, None]] = {}
+        odd = []
+        for path in files:
+            top = path.relative_to(self.root).parts[0] if parts and path.parent != self.root else ""
+            if path in self._used:
+                odd += [self.name(path)] if readable(path.name) != path.name else []
+            elif top and top.casefold() not in names and path not in self._reasons:
+                passed.setdefault("folders that are no part of the pairs", {}).setdefault(f"{readable(top)}/")
+            else:
+                reason = self._reasons.get(path) or _passed_over(path, others)
+                if reason:
+                    passed.setdefault(reason, {}).setdefault(self.name(path) + "/" * path.is_dir())
+                wanted = needs(path.suffix.lower())
+                if wanted:
+                    self.unread[_bare(path)] = f"{self.name(path)} needs {wanted}"
+        self.notes += [f"passed over ({reason}): {listed(names)}" for reason, names in passed.items()]
+        if odd:
+            self.notes.append(
+                f"names that are not UTF-8, or have control characters, are written with \\x: {listed(odd)}"
+            )
+
+    def partner(self, path: Path) -> str:
+        """What is known of the picture that a lone one lacks, or ""."""
+        return self.unread.get(_bare(path), "")
+
+
+def _bare(path: Path) -> str:
+    """The stem that the files of a pair share."""
+    return re.sub("_(before|after|mask)$", "", path.stem.casefold())
+
+
+def _passed_over(path: Path, others: str) -> str:
+    """Why a file is in no table; "" for what systems leave."""
+    name, ending = path.name.casefold(), path.suffix.lower()
+    if name in SYSTEM or name.startswith("._"):
+        return ""
+    if path.is_dir():
+        return f"folders that begin with {', '.join(NOT_FOLDERS[:-1])} or {NOT_FOLDERS[-1]}"
+    a_picture, a_text = ending in endings() or bool(needs(ending)), ending in CAPTION_ENDINGS
+    if name.startswith("."):
+        return "hidden" if a_picture or a_text else ""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "no files"
+    if needs(ending):
+        return f"{ending[1:].upper()} needs {needs(ending)}; or save it as PNG"
+    return others if a_picture else "texts of no pair" if a_text else "neither pictures nor captions"
+
+
+def listed(names: Collection[str]) -> str:
+    """The first names of many."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(list(names)[:LISTED]) + more
+
+
+def readable(name: str) -> str:
+    r"""A file's name as text that can be written anywhere: bytes that are no UTF-8 and control characters as \x and two
+    digits, half surrogate pairs as \u and four.
+
+    >>> print(readable("caf\udce9\n.png"))
+    caf\xe9\x0a.png
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        byte = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+        return f"\\x{byte:02x}" if byte < 256 else f"\\u{byte:04x}"
+
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", escaped, name)
+
 
 def relative(path: Path, folder: Path) -> str:
     """How a message that names the folder calls a file."""
     try:
-        return Path(os.path.relpath(path, folder)).as_posix()
+        return readable(Path(os.path.relpath(path, folder)).as_posix())
     except ValueError:  # on another drive of Windows
-        return path.as_posix()
+        return readable(path.as_posix())
 
 
 def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
@@ -136,63 +255,87 @@ def scan(folder: Path, control_folder: Optional[Path] = None) -> Layout:
     """
     for path in (folder, control_folder):
         if path is not None and not path.is_dir():
-            raise FileNotFoundError(f"pairs: there is no folder {path}")
+            raise FileNotFoundError(f"pairs: there is no folder {readable(str(path))}")
     if control_folder is not None:
         if control_folder.resolve() == folder.resolve():
-            raise ValueError(f"control_folder: expected another folder than the after pictures', got {folder} for both")
+            raise ValueError(
+                "control_folder: expected another folder than the after pictures', got "
+                f"{readable(str(folder))} for both"
+            )
         found = _two_folders(folder, control_folder)
     else:
-        before, after = (subfolder(folder, name) for name in ("before", "after"))
+        before, after = (part_folders(folder, part) for part in ("before", "after"))
         found = _side_by_side(folder, before, after) if before and after else _suffixed(folder)
     if not found.before and not found.after:
-        there = sorted(p.name + "/" * p.is_dir() for p in _visible(folder))
+        there = sorted(readable(p.name) + "/" * p.is_dir() for p in visible(folder))
+        wanting = [f"; {reason}" for reason in found.unread.values()]
         raise ValueError(
-            f"pairs: no pairs in {folder}; expected the folders before/ and after/, or files that end in _before and "
-            f"_after, or pictures here and a control_folder with the before pictures ({', '.join(SUFFIXES)}); got "
-            f"{', '.join(there[:LISTED]) or 'an empty folder'}{', …' if len(there) > LISTED else ''}"
+            f"pairs: no pairs in {readable(str(folder))}; expected the folders before/ and after/ (or control/ and target/), or files that end in "
+            "_before and _after, or pictures here and a control_folder with the before pictures (PNG, JPEG, WebP and others); "
+            f"got {', '.join(there[:LISTED]) or 'an empty folder'}{', …' if len(there) > LISTED else ''}"
+            + "".join(wanting[:LISTED])
         )
     return found
 
 
 def _two_folders(folder: Path, control: Path) -> Layout:
     layout = Layout("after pictures in the folder, before pictures in the control folder", folder)
-    mask, captions = subfolder(folder, "mask"), subfolder(folder, "captions")
-    apart = (mask, captions, control)
+    mask, captions = (part_folders(folder, part) for part in ("mask", "captions"))
+    apart = (*mask, *captions, control)
     layout.add("after", pictures_in(folder, apart))
     layout.add("before", pictures_in(control, [folder]))
-    layout.add("masks", pictures_in(mask))
-    _add_captions(layout, _texts(folder, apart))
-    _add_captions(layout, _texts(control, [folder]), strict=False)
-    _add_captions(layout, _texts(captions))
+    layout.add("masks", _each(pictures_in, mask))
+    layout.add_captions(_texts(folder, apart))
+    layout.add_captions(_texts(control, [folder]), strict=False)
+    layout.add_captions(_each(_texts, captions))
+    others = "pictures among the captions"
+    layout.account(chain(walk(folder, [control]), walk(control, [folder])), others)
     return layout
 
 
-def _side_by_side(folder: Path, before: Path, after: Path) -> Layout:
+def _side_by_side(folder: Path, before: Sequence[Path], after: Sequence[Path]) -> Layout:
     layout = Layout("folders before/ and after/", folder)
-    mask, captions = subfolder(folder, "mask"), subfolder(folder, "captions")
-    layout.add("after", pictures_in(after))
-    layout.add("before", pictures_in(before))
-    layout.add("masks", pictures_in(mask))
-    for place in (after, before, captions):
-        _add_captions(layout, _texts(place))
-    _add_captions(layout, _texts(folder, (before, after, mask, captions)), strict=False)
+    mask, captions = (part_folders(folder, part) for part in ("mask", "captions"))
+    layout.add("after", _each(pictures_in, after))
+    layout.add("before", _each(pictures_in, before))
+    layout.add("masks", _each(pictures_in, mask))
+    for places in (after, before, captions):
+        layout.add_captions(_each(_texts, places))
+    layout.add_captions(_texts(folder, (*before, *after, *mask, *captions)), strict=False)
+    layout.account(walk(folder), "pictures outside before/, after/ and mask/", ("before", "after", "mask", "captions"))
     return layout
 
 
 def _suffixed(folder: Path) -> Layout:
     layout = Layout("one folder with _before and _after", folder)
-    captions = subfolder(folder, "captions")
-    pictures, texts = list(pictures_in(folder, [captions])), list(_texts(folder, [captions]))
-    for part, ending in (("after", "_after"), ("before", "_before"), ("masks", "_mask")):
-        layout.add(part, _ending_in(ending, pictures))
-    _add_captions(layout, [(name, path) for name, path in texts if not name.casefold().endswith(("_after", "_before"))])
+    mask, captions = (part_folders(folder, part) for part in ("mask", "captions"))
+    pictures, texts = list(pictures_in(folder, captions)), list(_texts(folder, captions))
+    for part, ending in (("after", "_after"), ("before", "_before")):
+        layout.add(part, ending_in(ending, pictures))
+    masks = {path: name for name, path in ending_in("_mask", pictures)}
+    for name, path in _each(pictures_in, mask):  # unless the folder is one of pairs, of people who wear one
+        pairs_own = masks.get(path, "").casefold() in layout.before.keys() | layout.after.keys()
+        if not pairs_own and not _bare_of(name, ("_before", "_after")):
+            masks[path] = _bare_of(name, ("_mask",)) or name
+    layout.add("masks", [(name, path) for path, name in masks.items()])
+    layout.add_captions([(name, path) for name, path in texts if not _bare_of(name, ("_after", "_before"))])
     for ending in ("_after", "_before"):
-        _add_captions(layout, _ending_in(ending, texts))
-    _add_captions(layout, _texts(captions))
+        layout.add_captions(ending_in(ending, texts))
+    layout.add_captions(_each(_texts, captions))
+    layout.account(walk(folder), "pictures whose names end in none of _before, _after and _mask")
     return layout
 
 
-def _ending_in(ending: str, entries: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+def _each(read: Callable[[Path], Iterator[tuple[str, Path]]], places: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    return chain.from_iterable(map(read, places))
+
+
+def _bare_of(name: str, suffixes: Sequence[str]) -> str:
+    """A name without the first of these that it ends in; "" if it ends in none."""
+    return next((name[: -len(s)] for s in suffixes if name.casefold().endswith(s)), "")
+
+
+def ending_in(ending: str, entries: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """The entries whose names end so, without it."""
     return [
         (name[: -len(ending)], path)
@@ -201,156 +344,110 @@ def _ending_in(ending: str, entries: Iterable[tuple[str, Path]]) -> list[tuple[s
     ]
 
 
-def _add_captions(layout: Layout, entries: Iterable[tuple[str, Path]], strict: bool = True) -> None:
-    """Captions from one more place, for pairs that have none yet. A strict place holds nothing but captions, so that one
-    without a pair is a finding."""
-    known, taken = layout.before.keys() | layout.after.keys(), dict(layout.captions)
-    layout.add(
-        "captions",
-        (
-            (name, path)
-            for name, path in entries
-            if name.casefold() in known or (strict and path.stem.casefold() not in NOT_CAPTIONS)
-        ),
-    )
-    layout.captions.update(taken)
-
-
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
 
 
-def _files(
-    folder: Optional[Path], suffixes: Collection[str], apart: Iterable[Optional[Path]]
-) -> Iterator[tuple[str, Path]]:
+def part_folders(folder: Path, part: str) -> list[Path]:
+    """The folders of a part: those of the first of its names that is there, however its letters are written."""
+    inside = [p for p in visible(folder) if p.is_dir()]
+    found = ([p for p in inside if p.name.casefold() == name] for name in PART_FOLDERS[part])
+    return next((places for places in found if places), [])
+
+
+def walk(folder: Path, apart: Iterable[Path] = ()) -> Iterator[Path]:
+    """Every file below a folder, and those folders that are not looked into for their names, sorted within each folder.
+
+    Links are followed, and circles end. ``apart``: folders to stay out of.
+    """
+    known = {p.resolve() for p in (folder, *apart)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        skipped = [name for name in sorted(folders) if name.startswith(NOT_FOLDERS)]
+        inside = {name: Path(root, name).resolve() for name in sorted(folders) if name not in skipped}
+        folders[:] = [name for name, place in inside.items() if place not in known]
+        known.update(inside.values())  # links may lead back
+        yield from (Path(root, name) for name in (*sorted(names), *skipped))
+
+
+def _files(folder: Path, suffixes: Collection[str], apart: Iterable[Path]) -> Iterator[tuple[str, Path]]:
     """(path below the folder without suffix, file) of every visible file of a kind; ``apart``: folders to stay out of.
 
     Names are composed (NFC): macOS writes é as two characters, other systems as one. A link to nowhere is a file that
     cannot be read, and no reason to go on without it.
     """
-    if folder is None:
-        return
-    known = {p.resolve() for p in (folder, *apart) if p is not None}
-    for root, folders, names in os.walk(folder, followlinks=True):
-        inside = {name: Path(root, name).resolve() for name in sorted(folders) if not name.startswith(NOT_FOLDERS)}
-        folders[:] = [name for name, place in inside.items() if place not in known]
-        known.update(inside.values())  # links may lead back
-        for path in (Path(root, name) for name in sorted(names) if not name.startswith(".")):
-            if path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):
-                yield unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()), path
+    for path in walk(folder, apart):
+        if path.name.startswith(".") or path.suffix.lower() not in suffixes:
+            continue
+        if os.path.isfile(path) or not os.path.exists(path):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            yield readable(unicodedata.normalize("NFC", name)), path
 
 
-def pictures_in(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iterator[tuple[str, Path]]:
-    """(path below the folder without suffix, file) of every picture; none for None. ``apart``: folders to stay out of."""
-    return _files(folder, SUFFIXES, apart)
+def pictures_in(folder: Path, apart: Iterable[Path] = ()) -> Iterator[tuple[str, Path]]:
+    """(path below the folder without suffix, file) of every picture. ``apart``: folders to stay out of."""
+    return _files(folder, endings(), apart)
 
 
-def _texts(folder: Optional[Path], apart: Iterable[Optional[Path]] = ()) -> Iterator[tuple[str, Path]]:
-    return _files(folder, (".txt",), apart)
+def _texts(folder: Path, apart: Iterable[Path] = ()) -> Iterator[tuple[str, Path]]:
+    return _files(folder, CAPTION_ENDINGS, apart)
 
 
-def subfolder(folder: Path, name: str) -> Optional[Path]:
-    """The folder of this name (lower case) in a folder, however its letters are written; None if there is none."""
-    return next((p for p in _visible(folder) if p.name.casefold() == name and p.is_dir()), None)
+BOMS = {  # the longer first: one of UTF-32 begins as one of UTF-16 does
+    BOM_UTF32_LE: "utf-32",
+    BOM_UTF32_BE: "utf-32",
+    BOM_UTF8: "utf-8-sig",
+    BOM_UTF16_LE: "utf-16",
+    BOM_UTF16_BE: "utf-16",
+}
 
 
 def read_caption(path: Path) -> str:
     """The text of a caption file in one line: what trainers take a line break for differs.
 
+    UTF-8, or UTF-16 or UTF-32, told by a byte order mark or, without one, by the zeros between the letters.
+
     Raises:
-        ValueError: it cannot be read, or is neither UTF-8 nor, by its byte order mark, UTF-16.
+        ValueError: it cannot be read, or is no text in one of these.
     """
     try:
         data = path.read_bytes()
-        text = data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+        text = _decoded(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"expected text in UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
+    if any(unicodedata.category(c) == "Cc" and not c.isspace() for c in text):
+        what = "zeros" if "\0" in text else "control characters"
+        raise ValueError(f"expected text in UTF-8, got {'nothing but ' * (not data.strip(bytes(1)))}{what}")
     return " ".join(text.split())
+
+
+def _decoded(data: bytes) -> str:
+    for mark, codec in BOMS.items():
+        if data.startswith(mark):
+            return data.decode(codec)
+    found = []
+    for codec in ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be") if 0 in data else ():
+        try:
+            text = data.decode(codec)
+        except UnicodeDecodeError:
+            continue
+        if all(c.isspace() or unicodedata.category(c) not in ("Cc", "Cn", "Co", "Cs") for c in text):
+            found.append(text)
+    # Read the wrong way round, English is rare signs: the right way has more of the common ones.
+    return max(found, key=lambda text: sum(c.isascii() for c in text) / len(text)) if found else data.decode("utf-8")
 
 
 def digest_state(paths: Mapping[str, Path]) -> str:
     """sha256 over names, sizes and times of files: changes when a file does, without reading any."""
     digest = hashlib.sha256()
     for name, path in sorted(paths.items()):
-        status = path.stat()
-        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{name} {file_state(path)}\n".encode())
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pixels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Picture(NamedTuple):
-    """Pixels of a file: ``values`` float32 in 0…1, ``[H, W, 3]`` or (masks) ``[H, W]``; sha256 of its bytes; whether
-    it has transparency."""
-
-    values: np.ndarray
-    content: str
-    transparent: bool
-
-
-_truncation = Lock()
-_strict: list[bool] = []  # one entry for each thread that reads; the first knows how the flag was
-
-
-@contextmanager
-def _whole_files_only() -> Iterator[None]:
-    """Other programs in the process may have told Pillow to fill cut-off files with grey.
-
-    The flag is the process', so that threads which read at the same time share the change, and the last one takes it back.
-    """
-    with _truncation:
-        _strict.append(_strict[0] if _strict else ImageFile.LOAD_TRUNCATED_IMAGES)
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        with _truncation:
-            previous = _strict.pop()
-            if not _strict:
-                ImageFile.LOAD_TRUNCATED_IMAGES = previous
-
-
-def read_picture(path: Path, mask: bool = False) -> Picture:
-    """The first frame of a picture file, turned as its EXIF orientation says; colour profiles are not applied.
-
-    Transparency is laid on white, in a mask on black. Grey, palette, CMYK and 16-bit files become RGB, masks grey.
-
-    Raises:
-        ValueError: it cannot be read whole, with the reason.
-    """
-    try:
-        data = path.read_bytes()
-        with _whole_files_only(), Image.open(io.BytesIO(data)) as image:
-            image.load()
-            values, transparent = _values(ImageOps.exif_transpose(image), "L" if mask else "RGB")
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError("its content is not PNG, JPEG, WebP, BMP or TIFF" if data else "it is empty") from error
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise ValueError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
-    return Picture(values, hashlib.sha256(data).hexdigest(), transparent)
-
-
-def _values(image: Image.Image, mode: str) -> tuple[np.ndarray, bool]:
-    if image.mode == "F" or image.mode.startswith("I"):
-        # Pillow's own conversion cuts these off at 255.
-        grey = np.asarray(image, dtype=np.float32)
-        grey = grey if image.mode == "F" else grey / 65535.0
-        if not np.isfinite(grey).all():
-            raise ValueError("expected finite values, got NaN or infinity")
-        grey = grey.clip(0.0, 1.0)
-        return (grey if mode == "L" else np.repeat(grey[..., None], 3, axis=2)), False
-    transparent = False
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        transparent = bool(np.asarray(image.getchannel("A")).min() < 255)
-        if transparent:
-            ground = Image.new("RGBA", image.size, "black" if mode == "L" else "white")
-            image = Image.alpha_composite(ground, image)
-    return np.asarray(image.convert(mode), dtype=np.float32) / 255.0, transparent
+def file_state(path: Path) -> str:
+    """Changes when a file does, or another one takes its place: size, and times of its content and of itself, which the tools
+    that copy times along do not set."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

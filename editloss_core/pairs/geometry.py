@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 MULTIPLE = 16  # pixels: 8 per latent and 2 latents per token in FLUX
 SAME_PROPORTIONS = 0.01  # relative
+MASK_PROPORTIONS = (
+    0.02  # the same, of masks to their pictures: they are drawn by hand, or for a size that a model rounds to
+)
 
 Size = tuple[int, int]
 
@@ -128,10 +131,10 @@ def times(size: Size) -> str:
     return f"{size[1]}×{size[0]}"
 
 
-def same_proportions(a: Size, b: Size) -> bool:
-    """Whether two sizes have the same proportions within 1 %, or within a pixel of the smaller one."""
+def same_proportions(a: Size, b: Size, within: float = SAME_PROPORTIONS) -> bool:
+    """Whether two sizes have the same proportions within 1 % (or another share), or within a pixel of the smaller one."""
     ratio = a[1] / a[0] * b[0] / b[1]
-    if abs(math.log(ratio)) <= math.log1p(SAME_PROPORTIONS):
+    if abs(math.log(ratio)) <= math.log1p(within):
         return True
     small, large = sorted((a, b))
     scale = min(small[0] / large[0], small[1] / large[1]), max(small[0] / large[0], small[1] / large[1])

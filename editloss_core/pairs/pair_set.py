@@ -7,11 +7,13 @@ width) in pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -19,11 +21,36 @@ from torch import Tensor
 from ..ahead import ahead
 from ..checks import check_whole, is_whole
 from ..hashing import hash_tensors
+from ..masks import REGION
 from ..progress import Progress
-from .files import Finding, Layout, PairProblems, Picture, digest_state, read_caption, read_picture, relative, scan
-from .geometry import MULTIPLE, PairImages, Size, bounding_box, bucket_size, cover, resample, same_proportions, times
+from .files import (
+    Finding,
+    Layout,
+    PairProblems,
+    digest_state,
+    file_state,
+    listed,
+    read_caption,
+    readable,
+    relative,
+    scan,
+)
+from .geometry import (
+    MASK_PROPORTIONS,
+    MULTIPLE,
+    PairImages,
+    Size,
+    bounding_box,
+    bucket_size,
+    cover,
+    resample,
+    same_proportions,
+    times,
+)
+from .pictures import Picture, Remark, notes_on, read_picture
 from .variants import Variant, VariantSettings, content_of, draw
 
+GONE = "gone"
 GEOMETRY = "geometry 1"  # part of every fingerprint: what `load` does to a picture
 
 Source = Union[Path, Tensor]
@@ -71,16 +98,15 @@ def find_pairs(
     * ``control_folder`` given: after pictures in ``folder``, before pictures in ``control_folder`` (ai-toolkit), masks in
       ``folder/mask``; captions beside the after pictures, beside the before pictures or in ``folder/captions``: the first
       of them that has one.
-    * the folders ``before/``, ``after/`` and, if wanted, ``mask/``; captions as .txt beside the after pictures, beside
+    * the folders ``before/``, ``after/`` and, if wanted, ``mask/`` (or ``control/``, ``target/``, ``masks/``); captions as .txt beside the after pictures, beside
       the before pictures, in ``captions/`` or in ``folder``: the first of them that has one.
-    * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png``; captions in ``x.txt``,
-      ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
+    * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png`` or ``mask/x.png``; captions in
+      ``x.txt``, ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
 
-    Pictures may be PNG, JPEG, WebP, BMP or TIFF, captions UTF-8 or, with a byte order mark, UTF-16. Subfolders are
-    searched as well, and a pair has the same one in every place: ``before/kitchen/x.png`` and ``after/kitchen/x.png`` are
-    the pair "kitchen/x". Passed over are hidden files, files of other kinds, and folders that begin with ".", "_" or "@".
-    EXIF orientation is honoured, transparency is laid on white (in masks on black), and grey, palette and 16-bit files
-    become RGB.
+    ``masks/`` and ``caption/`` do as well. Pictures are whatever :func:`~.pictures.read_picture` reads, and become sRGB as it
+    says; captions are UTF-8, UTF-16 or UTF-32. Subfolders are searched as well, and a pair has the same one in every place:
+    ``before/kitchen/x.png`` and ``after/kitchen/x.png`` are the pair "kitchen/x". Passed over are hidden files, files of
+    other kinds, and folders that begin with ".", "_" or "@"; the set's notes name them.
 
     Args:
         folder, control_folder: see above; an empty control folder means none.
@@ -103,7 +129,7 @@ def find_pairs(
         before, after = layout.before.get(key), layout.after.get(key)
         if before is None or after is None:
             for kind, path in (("no before", after), ("no after", before)):
-                findings += [] if path is None else [Finding(kind, (layout.name(path),))]
+                findings += [] if path is None else [Finding(kind, (layout.name(path),), layout.partner(path))]
             continue
         caption, written = "", layout.captions.get(key)
         if written:
@@ -119,7 +145,8 @@ def find_pairs(
         pairs.append(Pair(layout.names[key], before, after, caption or default_caption.strip(), layout.masks.get(key)))
     known = layout.before.keys() | layout.after.keys()
     for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions)):
-        findings += [Finding(kind, (layout.name(path),)) for key, path in table.items() if key not in known]
+        lone = [path for key, path in table.items() if key not in known]
+        findings += [Finding(kind, (layout.name(path),), layout.partner(path)) for path in lone]
     partial = [layout.before.get(k) or layout.after[k] for k in known if not (k in layout.before and k in layout.after)]
     found = _checked(pairs, findings, layout, partial, resolution, upscale, min_size, progress)
     control = Path(control_folder) if str(control_folder) else None
@@ -144,7 +171,8 @@ class PairSet:
     Attributes:
         pairs: in the order of their names (or of the batch).
         sizes: what every picture of a pair has at least, (height, width).
-        contents: sha256 of a pair's files or tensors.
+        contents: sha256 of a pair's files or tensors, as they were when they were checked.
+        states: name of a pair of files → what the file system said of them just before.
         resolution, upscale: see :func:`find_pairs`.
         folder, control_folder, default_caption: see :func:`find_pairs`; the folder is None if they came from pictures.
         layout: how they lay there, in words.
@@ -167,6 +195,7 @@ class PairSet:
     default_caption: str = ""
     variants: Optional[VariantSettings] = None
     flawed: str = "keep"
+    states: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_images(
@@ -252,6 +281,57 @@ class PairSet:
         pair = self.pairs[index]
         images = load(pair, self.targets[index])
         return pair.variant.apply(images) if pair.variant else images
+
+    def load_checked(self, index: int) -> PairImages:
+        """As :meth:`load`, where what is read must be what was checked, as its fingerprint will stand for it.
+
+        Raises:
+            ValueError: a file cannot be read, or has changed since it was checked.
+        """
+        images, pair = self.load(index), self.pairs[index]
+        if self.states.get(pair.original) not in (None, _state(pair)):
+            files = ", ".join(self.called(index, part) for part in _sources(pair))
+            raise ValueError(f"pairs: one of {files} has changed since they were checked; start again")
+        return images
+
+    def as_they_are(self) -> PairSet:
+        """The set as its files are now: pairs whose files have changed since they were checked are checked again.
+
+        What they are called and their captions stay, and so does everything about the other pairs; the set itself if nothing
+        changed. A changed pair has new variants, and a note. Files that are gone are told by whoever reads them.
+
+        Raises:
+            PairProblems: what is wrong with the changed ones.
+        """
+        now = {pair.original: _state(pair) for pair in self.pairs if pair.original in self.states}
+        moved = {name for name, state in now.items() if GONE not in state and state != self.states[name]}
+        sizes, contents = list(self.sizes), list(self.contents)
+        pairs, changed, findings = list(self.pairs), list[str](), list[Finding]()
+        looked: dict[str, _Look] = {}
+        for index, pair in enumerate(self.pairs):
+            if pair.original not in moved:
+                continue
+            if pair.original not in looked:
+                looked[pair.original] = _inspect(replace(pair, variant=None), self.folder, 1)
+                findings += looked[pair.original].findings
+            look, drawn = looked[pair.original], pair.variant
+            if drawn is not None and self.variants is not None:
+                drawn = draw(drawn.of, pair.caption, look.content, drawn.number, self.variants)
+            content = look.content if drawn is None else content_of(look.content, drawn)
+            changed += [pair.name] if content != contents[index] else []
+            sizes[index], contents[index] = look.size, content
+            pairs[index] = replace(pair, variant=drawn)
+        if findings:
+            raise self.problems(findings)
+        if not moved:
+            return self
+        notes = (
+            [f"changed since the folder was checked, and read as they are now: {listed(changed)}"] if changed else []
+        )
+        return replace(
+            self, pairs=tuple(pairs), sizes=tuple(sizes), contents=tuple(contents), notes=(*self.notes, *notes),
+            states={**self.states, **{name: look.state for name, look in looked.items()}},
+        )  # fmt: skip
 
     def called(self, index: int, part: str) -> str:
         """What a message calls the part "before", "after" or "mask" of a pair: its file below the folder, if it has one."""
@@ -361,7 +441,8 @@ def with_variants(pairs: PairSet, settings: Optional[VariantSettings]) -> PairSe
             variant = draw(pair.name, pair.caption, content, number, settings) if number else None
             name = f"{pair.name} ~{number}" if number else pair.name
             made.append(replace(pair, name=name, variant=variant))
-            contents.append(content if variant is None else content_of(content, variant))
+            seen = content if pair.mask is not None else f"{content} {REGION}"  # in view stays what is estimated
+            contents.append(content if variant is None else content_of(seen, variant))
             numbers.append(index)
     names = [pair.name for pair in made]
     if len(set(names)) < len(names):
@@ -380,8 +461,7 @@ def load(pair: Pair, size: Size) -> PairImages:
     Raises:
         ValueError: a file cannot be read.
     """
-    sources = {"before": pair.before, "after": pair.after, "mask": pair.mask}
-    pixels = {part: _pixels(s, part == "mask").values for part, s in sources.items() if s is not None}
+    pixels = {part: _pixels(source, part == "mask").values for part, source in _sources(pair).items()}
     keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
     box = cover(pixels["after"].shape[:2], size, keep)
     with torch.inference_mode(False):
@@ -389,16 +469,32 @@ def load(pair: Pair, size: Size) -> PairImages:
     return PairImages(fitted["before"], fitted["after"], fitted.get("mask"))
 
 
+def _sources(pair: Pair) -> dict[str, Source]:
+    return {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
+
+
+def _state(pair: Pair) -> str:
+    """Changes when a file of a pair does, or is another one, without opening it; "" where there are none."""
+    found = []
+    for source in _sources(pair).values():
+        if isinstance(source, Path):
+            try:
+                found.append(file_state(source))
+            except OSError:  # reading it will say why
+                found.append(GONE)
+    return ", ".join(found)
+
+
 def _pixels(source: Source, mask: bool) -> Picture:
     if isinstance(source, Path):
         try:
             return read_picture(source, mask)
         except ValueError as error:
-            raise ValueError(f"{source.parent.name}/{source.name}: {error}") from error
+            raise ValueError(f"{readable(f'{source.parent.name}/{source.name}')}: {error}") from error
     if not bool(torch.isfinite(source).all()):
         raise ValueError("expected values in 0…1, got NaN or infinity")
     content = hash_tensors([("picture", source)])
-    return Picture(source.float().clamp(0.0, 1.0).numpy(), content, False)
+    return Picture(source.float().clamp(0.0, 1.0).numpy(), content)
 
 
 def _check_settings(resolution: int, min_size: int) -> None:
@@ -418,36 +514,92 @@ def _checked(
 ) -> PairSet:
     """Decode every picture, and make a set of them or raise the whole report. ``partial``: pictures without a partner,
     which are looked at as well."""
-    sizes: list[Size] = []
-    contents, transparent, unequal = [], [], []
+    looks: list[_Look] = []
     folder, description = (layout.root, layout.description) if layout else (None, "")
     with ahead(lambda pair: _inspect(pair, folder, min_size), pairs) as inspected:
-        for done, (pair, (before, after, content, clear, wrong)) in enumerate(zip(pairs, inspected)):
-            findings += wrong
-            sizes.append((min(before[0], after[0]), min(before[1], after[1])))
-            contents.append(content)
-            transparent += [pair.name] if clear else []
-            unequal += [f"{pair.name} ({times(before)}, {times(after)})"] if before != after else []
+        for done, look in enumerate(inspected):
+            looks.append(look)
+            findings += look.findings
             if progress is not None:
                 progress(done + 1, len(pairs))
+    notes = list(layout.notes) if layout else []
     if layout is not None:
         for path in partial:
             _try_pixels(path, False, layout.name(path), findings)
+    foreign = [pair.name for pair in pairs if _of_another_script(pair.caption)]
+    if foreign:
+        notes.append(
+            f"captions in other scripts than Latin, in {len(foreign)} pairs ({listed(foreign)}): many text encoders do not know "
+            "them, and read different words as the same; write them in English"
+        )
+    notes += _notes({pair.name: look for pair, look in zip(pairs, looks) if not look.findings})
     if findings:
-        raise PairProblems(findings, _where(folder, description))
-    notes = []
-    if transparent:
-        notes.append(f"transparency was laid on white in {len(transparent)} pairs: {', '.join(transparent[:5])}")
+        raise PairProblems(findings, _where(folder, description), notes)
+    return PairSet(
+        tuple(pairs), tuple(look.size for look in looks), tuple(look.content for look in looks), resolution, upscale, folder,
+        description, tuple(notes), states={pair.name: look.state for pair, look in zip(pairs, looks) if look.state},
+    )  # fmt: skip
+
+
+def _of_another_script(caption: str) -> bool:
+    letters = [letter for letter in caption if letter.isalpha()]
+    return 2 * sum("LATIN" not in unicodedata.name(letter, "") for letter in letters) > len(letters)
+
+
+class _Look(NamedTuple):
+    """What :func:`_inspect` finds: sizes by part, content, state, remarks on how parts were read, and what is wrong."""
+
+    sizes: Mapping[str, Size]
+    content: str
+    state: str
+    remarks: Mapping[str, Sequence[Remark]]
+    findings: Sequence[Finding]
+
+    @property
+    def size(self) -> Size:
+        """What both pictures have at least."""
+        both = [self.sizes.get(part, (0, 0)) for part in ("before", "after")]
+        return min(h for h, _ in both), min(w for _, w in both)
+
+
+def _notes(looks: Mapping[str, _Look]) -> list[str]:
+    """What a person should know of pairs that have nothing wrong."""
+    remarks = [
+        (name, remark if not remark.detail else remark._replace(detail=f"{part}: {remark.detail}"))
+        for name, look in looks.items()
+        for part, told in look.remarks.items()
+        for remark in told
+    ]
+    notes = notes_on(remarks)
+    profiles = Counter(
+        next(
+            (r.detail.removeprefix("from ") for r in look.remarks.get(part, ()) if r.kind == "profile"), "sRGB or none"
+        )
+        for look in looks.values()
+        for part in ("before", "after")
+    )
+    if len(profiles) > 1:
+        counts = ", ".join(f"{name}: {count}" for name, count in profiles.most_common())
+        notes.append(f"the set mixes colour profiles ({counts} pictures); all are read as sRGB")
+    unequal = {n: look.sizes for n, look in looks.items() if look.sizes["before"] != look.sizes["after"]}
     if unequal:
+        told = (f"{name} ({times(sizes['before'])}, {times(sizes['after'])})" for name, sizes in unequal.items())
         notes.append(
             f"before and after differ in size in {len(unequal)} pairs, and are resized to one (before, after): "
-            f"{', '.join(unequal)}"
+            f"{', '.join(told)}"
         )
-    return PairSet(tuple(pairs), tuple(sizes), tuple(contents), resolution, upscale, folder, description, tuple(notes))
+    other = [
+        f"{name} ({times(look.sizes['mask'])} for {times(look.sizes['after'])})"
+        for name, look in looks.items()
+        if "mask" in look.sizes and look.sizes["mask"] not in (look.sizes["before"], look.sizes["after"])
+    ]
+    if other:
+        notes.append(f"masks of another size than their pictures are resized to them: {listed(other)}")
+    return notes
 
 
 def _where(folder: Optional[Path], layout: str) -> str:
-    return f"{folder} ({layout})" if folder else "the picture batches"
+    return f"{readable(str(folder))} ({layout})" if folder else "the picture batches"
 
 
 def _called(pair: Pair, part: str, folder: Optional[Path]) -> str:
@@ -463,10 +615,11 @@ def _try_pixels(source: Source, mask: bool, label: str, findings: list[Finding])
         return None
 
 
-def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, Size, str, bool, list[Finding]]:
-    """(size before, size after, content, transparency) of a pair, and what is wrong with it."""
+def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> _Look:
+    """Read a pair, and say what is wrong with it."""
     findings: list[Finding] = []
-    sources = {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
+    state = _state(pair)  # first: what changes while it is read is seen later
+    sources = _sources(pair)
     labels = {part: _called(pair, part, folder) for part in sources}
     tried = {part: _try_pixels(s, part == "mask", labels[part], findings) for part, s in sources.items()}
     found = {part: picture for part, picture in tried.items() if picture is not None}
@@ -484,12 +637,13 @@ def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> tuple[Size, S
         findings.append(Finding("no edit", (labels["before"], labels["after"]), "they are the same"))
     if "mask" in sizes:
         top = float(found["mask"].values.max())
+        fits = (same_proportions(sizes["mask"], sizes[p], MASK_PROPORTIONS) for p in sizes if p != "mask")
         if top < 0.5:
             detail = f"its brightest value is {top * 255:.0f} of 255, expected at least 128"
             findings.append(Finding("mask empty", (labels["mask"],), detail))
-        elif "after" in sizes and not any(same_proportions(sizes["mask"], sizes[p]) for p in sizes if p != "mask"):
+        elif "after" in sizes and not any(fits):
             detail = f"{times(sizes['mask'])} for {times(sizes['after'])}"
             findings.append(Finding("mask proportions", (labels["mask"], labels["after"]), detail))
-    content = hash_tensors([], *(f"{part} {p.content}" for part, p in found.items()))
-    transparent = any(p.transparent for part, p in found.items() if part != "mask")
-    return sizes.get("before", (0, 0)), sizes.get("after", (0, 0)), content, transparent, findings
+    remarks = {part: picture.remarks for part, picture in found.items()}
+    content = hash_tensors([], *(f"{part} {picture.content}" for part, picture in found.items()))
+    return _Look(sizes, content, state, remarks, findings)

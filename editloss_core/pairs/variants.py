@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..checks import check_number, check_whole
 from ..hashing import hash_tensors
-from ..masks import estimate_mask
+from ..masks import edit_region
 from .geometry import PairImages, bounding_box
 
 METHOD = "variants 1"  # part of every variant's content: count up when they come to be drawn or made in another way
@@ -104,12 +104,15 @@ class Variant:
         """The pair's pictures as this variant shows them.
 
         What comes from beyond the pictures repeats their border, and is 0 in ``valid`` and in the mask. A pair without a mask
-        gets the estimated one: the edit has to be known, to stay in view.
+        gets the estimated one: the edit has to be known, to stay in view. Where none stands out, any view shows it.
         """
         with torch.inference_mode(False), torch.no_grad():
             before, after, mask = images.before, images.after, images.mask
             if mask is None:
-                mask = estimate_mask(before[None], after[None])[0]
+                mask = edit_region(before, after)
+            anywhere = mask is None
+            if mask is None:  # for where the pictures come from
+                mask = torch.zeros(before.shape[:2])
             if self.flip:
                 before, after, mask = before.flip(1), after.flip(1), mask.flip(1)
             valid = None
@@ -127,7 +130,7 @@ class Variant:
                 mask = _sample(mask[None, None], grid, "bilinear")[0, 0] * inside
                 valid = None if bool(inside.all()) else inside.float()
             before, after = self._toned(before), self._toned(after)
-        return images._replace(before=before, after=after, mask=mask, valid=valid)
+        return images._replace(before=before, after=after, mask=None if anywhere else mask, valid=valid)
 
     def _toned(self, picture: Tensor) -> Tensor:
         contrast, brightness, *colours = self.tone

@@ -22,11 +22,11 @@ from ..drawing.statistics import percent
 from ..extras import need
 from ..files import replacing
 from ..objective import NO_FAILURE, TERMS
-from ..pairs.files import read_picture
-from ..verdict.judge import FAILURES, VERDICTS
+from ..pairs.pictures import read_picture
+from ..verdict.judge import FAILURES, GOOD, UNDECIDED
 from . import charts
 from .columns import Columns, counted, middle_cut, number
-from .verdicts import Judged, Output, Progress, RunVerdicts, judge_run, matrix
+from .verdicts import SAYING, Judged, Output, Progress, RunVerdicts, SampledRun, judge_run, matrix
 
 REPORT_FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -43,7 +43,7 @@ def write_report(
 
     Args:
         run_folder: the run's folder.
-        out: the file to write; None: ``report.html`` in the run's folder.
+        out: the file to write, or a folder for ``report.html``; None: the run's folder.
         progress: called with (done, total) pictures judged.
 
     Raises:
@@ -55,6 +55,7 @@ def write_report(
 def write_page(run: RunVerdicts, out: Union[str, Path, None] = None) -> Path:
     """The page of a run that has been judged; whole or not there."""
     path = run.folder / REPORT_FILE if out is None else Path(out)
+    path = path / REPORT_FILE if path.is_dir() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     page_text = page(run)
     with replacing(path) as temporary:
@@ -74,7 +75,7 @@ def page(run: RunVerdicts) -> str:
     columns = Columns.of(run.log) if run.log.steps else None
     shown = _spread(run)
     return environment.get_template(TEMPLATE).render(
-        name=run.folder.resolve().name,
+        name=run.name,
         facts=_facts(run),
         cards=_cards(run),
         advice=run.advice(),
@@ -95,13 +96,15 @@ def page(run: RunVerdicts) -> str:
         objective=_objective(run),
         notes=run.notes(),
         settings=_settings(run),
+        sampled=isinstance(run, SampledRun),
+        unit=run.unit,
     )
 
 
 def text(run: RunVerdicts) -> str:
     """The choice, a table of validations and the notes, as Markdown."""
     table = _table(run)
-    lines = [f"**{cell(run.folder.resolve().name)}**: {' · '.join(_facts(run))}", "", *(f"- {s}" for s in run.advice())]
+    lines = [f"**{cell(run.name)}**: {' · '.join(_facts(run))}", "", *(f"- {s}" for s in run.advice())]
     if table["rows"]:
         lines += ["", "| " + " | ".join(map(cell, table["heads"])) + " |", "|---" * len(table["heads"]) + "|"]
         lines += ["| " + " | ".join(map(cell, row["cells"])) + " |" for row in table["rows"]]
@@ -112,26 +115,28 @@ def text(run: RunVerdicts) -> str:
     return "\n".join(lines + (["", "Notes:", *(f"- {cell(note)}" for note in notes)] if notes else []))
 
 
-def picture(run: RunVerdicts, width: int = 1600) -> Tensor:
-    """Failure rates with the choice, and below them the held-out pairs with their verdicts: ``[1, H, W, 3]`` in 0…1."""
+def picture(run: RunVerdicts, width: int = 1600, rows: int = MOST_ROWS) -> Tensor:
+    """Failure rates with the choice, and below them at most ``rows`` pairs with their verdicts: ``[1, H, W, 3]`` in 0…1."""
     head = _head_picture(run, width)
     shown = _few(run)
     if not shown:
         return head[None]
-    names = ["before", "base", *(f"step {v.step:,}{' (best)' if v is run.best else ''}" for v in shown), "after"]
-    rows, titles, notes = [], [], []
-    for base in run.base.outputs[:MOST_ROWS]:
-        outputs = [base, *(next((o for o in v.outputs if o.pair == base.pair), None) for v in shown)]
-        found = [_open(base.files.get("before")), *(_open(o and o.files.get("output")) for o in outputs), _open(base.files.get("after"))]  # fmt: skip
+    columns = [*([run.base] if run.base.outputs else []), *shown]
+    names = ["before", *(f"{_called(run, v)}{' (best)' if v is run.best else ''}" for v in columns), "after"]
+    found_rows, titles, notes = [], [], []
+    for pair, caption in _pairs(run)[: min(rows, MOST_ROWS)]:
+        outputs = [next((o for o in v.outputs if o.pair == pair), None) for v in columns]
+        files = next(o.files for o in outputs if o is not None) if any(outputs) else {}
+        found = [_open(files.get("before")), *(_open(o and o.files.get("output")) for o in outputs), _open(files.get("after"))]  # fmt: skip
         size = next((p.shape for p in found if p is not None), None)
         if size is None:
             continue
-        rows.append([torch.full(size, 0.8) if p is None else p for p in found])
-        titles.append(f"{base.pair}: {base.caption}" if base.caption else base.pair)
+        found_rows.append([torch.full(size, 0.8) if p is None else p for p in found])
+        titles.append(f"{pair}: {caption}" if caption else pair)
         notes.append(["", *("" if o is None else o.judged or "not judged" for o in outputs), ""])
-    if not rows:
+    if not found_rows:
         return head[None]
-    table = grid.grid(rows, names, titles, notes, width)[0]
+    table = grid.grid(found_rows, names, titles, notes, width)[0]
     across = max(head.shape[1], table.shape[1])
     return torch.cat([_padded(head, across), _padded(table, across)])[None]
 
@@ -142,7 +147,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
     told = 0.22 * sum(w.count("\n") + 1 for w in words)
     chart = 2.7 if judged else 0.0
     sheet = Sheet(new_figure(width, 12.0, 0.75 + told + chart))
-    sheet.write(0.3, 0.32, middle_cut(run.folder.resolve().name, 70), fontsize=15, weight="bold")
+    sheet.write(0.3, 0.32, middle_cut(run.name, 70), fontsize=15, weight="bold")
     top = 0.62
     for sentence in words:
         lines = sentence.count("\n") + 1
@@ -172,7 +177,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
     axes.tick_params(labelsize=8, colors=MUTED, length=2)
     for side, spine in axes.spines.items():
         spine.set(color=LINE, visible=side in ("left", "bottom"))
-    axes.set_title(f"failing outputs by step, n = {judged[-1].failing.n}; bars: 95 % interval", fontsize=8.5, color=MUTED, loc="left")  # fmt: skip
+    axes.set_title(f"failing outputs by {run.unit}, n = {judged[-1].failing.n}; bars: 95 % interval", fontsize=8.5, color=MUTED, loc="left")  # fmt: skip
     for row, failure in enumerate(FAILURES):
         sheet.patch(1.25 + across, top + 0.4 + 0.24 * row, VERDICT_COLORS[failure], None)
         sheet.write(1.55 + across, top + 0.4 + 0.24 * row, failure)
@@ -181,7 +186,7 @@ def _head_picture(run: RunVerdicts, width: int) -> Tensor:
 
 def _facts(run: RunVerdicts) -> list[str]:
     settings, info, total = run.settings, run.info, run.settings.get("steps")
-    facts = [f"{run.steps:,} of {total:,} steps" if total and total > run.steps else counted(run.steps, "step")]
+    facts = [f"{run.steps:,} of {total:,} steps" if total and total > run.steps else counted(run.steps, run.unit)]
     if run.validations:
         facts.append(
             f"{counted(len(run.validations), 'validation')} with {counted(len(run.validations[-1].outputs), 'picture')}"
@@ -203,18 +208,23 @@ def _cards(run: RunVerdicts) -> list[dict[str, str]]:
     def card(head: str, v: Optional[Judged]) -> dict[str, str]:
         if v is None:
             return {"head": head, "big": "–", "text": "not known", "small": ""}
-        small = "" if v.step is None else run.where(v.step) + (f"; held-out loss {number(v.loss)}")
+        small = "" if v.step is None else run.where(v.step) + (f"; held-out loss {number(v.loss)}" if v.log else "")
         failing = v.failing
         fails = f"{failing.count} of {failing.n} fail" if failing.n else "not judged"
+        fails += f", {v.undecided} undecided" if v.undecided else ""
         return {
             "head": head,
-            "big": "base model" if v.step is None else f"step {v.step:,}",
+            "big": "base model" if v.step is None else _called(run, v),
             "text": fails,
             "small": small,
         }
 
-    best = "Every step fails as often: the lowest loss of them" if run.alike else "Best checkpoint by failure rate"
-    cards = [card(best, run.best), card("Lowest held-out loss", run.lowest)]
+    alike = f"Every {run.unit} fails as often: the {'lowest loss' if run.lowest else 'first'} of them"
+    cards = [card(alike if run.alike else "Best checkpoint by failure rate", run.best)]
+    if isinstance(run, SampledRun):
+        last = run.validations[-1] if run.validations else None
+        return [*cards, card("Last", last), *([card("Without the LoRA", run.base)] if run.base.outputs else [])]
+    cards.append(card("Lowest held-out loss", run.lowest))
     if run.best and run.best_kept and run.best_kept is not run.best:
         cards.insert(1, card("Best of the checkpoints that are there", run.best_kept))
     return cards + [card("Without the LoRA", run.base)]
@@ -222,8 +232,11 @@ def _cards(run: RunVerdicts) -> list[dict[str, str]]:
 
 def _table(run: RunVerdicts) -> dict[str, Any]:
     """A row per validation: shares of failures, losses, and where the checkpoint is."""
-    terms = list(dict.fromkeys(name for v in run.validations for name in v.log.terms))
-    heads = ["step", "failing", "95 % interval", *FAILURES, "checkpoint", "velocity", *terms]
+    logged = [v.log for v in run.validations if v.log]
+    terms = list(dict.fromkeys(name for log in logged for name in log.terms))
+    some = [UNDECIDED] if any(v.undecided for v in (run.base, *run.validations)) else []
+    losses = ["velocity", *terms] if logged else []
+    heads = [run.unit, "failing", "95 % interval", *FAILURES, *some, "checkpoint", *losses]
     rows = []
     for v in (run.base, *run.validations):
         if v.log is None and not v.failing.n:
@@ -231,19 +244,22 @@ def _table(run: RunVerdicts) -> dict[str, Any]:
         failing, log = v.failing, v.log
         low, high = failing.interval
         shares = [v.judged_as(f) for f in FAILURES]
-        base = run.validations[-1].log if run.validations else None
-        losses = [log.velocity, *(log.terms.get(t) for t in terms)] if log else [base.velocity_base, *(base.terms_base.get(t) for t in terms)]  # fmt: skip
+        base = logged[-1] if logged else None
+        losses = [log.velocity, *(log.terms.get(t) for t in terms)] if log else [base.velocity_base, *(base.terms_base.get(t) for t in terms)] if base else []  # fmt: skip
         cells = [
             "base" if v.step is None else f"{v.step:,}",
             f"{failing.count} of {failing.n}" if failing.n else "–",
             f"{percent(low)} to {percent(high)}" if failing.n else "–",
             *(f"{percent(s.value)} ({s.count})" if s.count else "0" if s.n else "–" for s in shares),
+            *(str(v.undecided) for _ in some),
             ""
             if v.step is None
             else "there"
             if run.checkpoint(v.step)
             else "gone"
             if run.was_made(v.step)
+            else "not found"
+            if isinstance(run, SampledRun)
             else "none made",
             *map(number, losses),
         ]
@@ -290,9 +306,13 @@ def _rows(run: RunVerdicts, shown: Sequence[Judged]) -> Iterable[dict[str, Any]]
         constants = outputs[0][1].files
         cells = [_cell("before", constants.get("before"))]
         for v, o in outputs:
-            cells.append(_output_cell("base" if v.step is None else f"step {v.step:,}", o, v is run.best))
+            cells.append(_output_cell(_called(run, v), o, v is run.best))
         cells.append(_cell("after", constants.get("after")))
         yield {"pair": pair, "caption": caption, "cells": cells}
+
+
+def _called(run: RunVerdicts, v: Judged) -> str:
+    return "base" if v.step is None else f"{run.unit} {v.step:,}"
 
 
 def _cell(label: str, path: Optional[Path], problem: str = "") -> dict[str, Any]:
@@ -318,19 +338,19 @@ def _matrix(run: RunVerdicts) -> Optional[dict[str, Any]]:
     same = sum(o.agree is True for o in run.outputs)
     rows = []
     for name, row in zip(says, counts):
-        own = VERDICTS[0] if name == NO_FAILURE else name
-        kinds = ["diagonal" if v == own else "off" if count else "" for v, count in zip(VERDICTS, row)]
+        own = GOOD if name == NO_FAILURE else name
+        kinds = ["diagonal" if v == own else "off" if count else "" for v, count in zip(SAYING, row)]
         rows.append({"says": name, "cells": [{"count": c, "kind": k} for c, k in zip(row, kinds)]})
-    words = f"They agree on {same} of {counted(total, 'output')}."
+    words = f"Signal and judge agree on {same} of {counted(total, 'output')}."
     parted = Counter((o.says, o.judged) for o in run.outputs if o.agree is False)
     for (name, judged), count in parted.most_common(_PARTED):
         if name == NO_FAILURE:
             words += f" In {count} the judge sees {judged} where the signal points to no failure."
-        elif judged == VERDICTS[0]:
+        elif judged == GOOD:
             words += f" In {count} the signal points to {name} where the judge finds the output good."
         else:
             words += f" In {count} the signal points to {name}, and the judge sees {judged}."
-    return {"heads": VERDICTS, "rows": rows, "text": words}
+    return {"heads": SAYING, "rows": rows, "text": words}
 
 
 def _against(run: RunVerdicts, failure: str) -> Optional[dict[str, Any]]:

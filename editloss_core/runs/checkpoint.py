@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import make_folder, replacing
 from ..hashing import hash_tensors
 
 FORMAT = "editloss-checkpoint-1"
@@ -66,7 +66,7 @@ class Checkpoint:
         if self.shares:
             metadata["shares"] = json.dumps(self.shares)
         metadata["content"] = _content(tensors, metadata)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = checkpoint_path(folder, self.step)
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)

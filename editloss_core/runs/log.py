@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
 
-from ..files import replacing
+from ..files import NotWritten, make_folder, replacing, writing
 
 VELOCITY = "velocity"  # name of the flow-matching loss among the terms
 LOG_FILE = "log.jsonl"
@@ -140,17 +142,29 @@ class RunLog:
     events: list[EventLog] = field(default_factory=list)
 
     def add(self, entry: Entry) -> None:
-        """Append in memory and on disk; who is killed loses at most the line being written."""
+        """Append in memory and on disk; who is killed loses at most the line being written.
+
+        Raises:
+            NotWritten: no room left, for example; the file is as it was.
+        """
         self._append(entry)
-        if self.folder is not None:
-            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
+        if self.folder is None:
+            return
+        path = self.folder / LOG_FILE
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(_line(entry))
+        except NotWritten:
+            with suppress(OSError):  # a line that was cut off would spoil the next
+                os.truncate(path, size)
+            raise
 
     @classmethod
-    def read(cls, folder: Path, last_step: Optional[int] = None) -> RunLog:
-        """The log of a folder up to ``last_step``; a line that was cut off is left out."""
+    def read(cls, folder: Path, last_step: Optional[int] = None, file: Optional[Path] = None) -> RunLog:
+        """The log of a folder, or another file, up to ``last_step``; a line that was cut off is left out."""
         log = cls(folder)
-        path = folder / LOG_FILE
+        path = folder / LOG_FILE if file is None else file
         for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
@@ -165,7 +179,7 @@ class RunLog:
         """Write the file anew from memory: on resume, without the steps that are done again."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         order = list(_KINDS)
         everything: list[Entry] = [*self.steps, *self.validations, *self.events]
         entries = sorted(everything, key=lambda e: (e.step, order.index(type(e))))

@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional, Sequence
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import make_folder, replacing
 from .log import PictureLog
 
 PICTURE_FOLDER = "pictures"  # of a run
@@ -48,7 +48,7 @@ def save_pictures(folder: Path, rows: Sequence[PreviewRow]) -> tuple[PictureLog,
     if not rows:
         return ()
     place = folder / PICTURE_FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     kept = []
     for row in rows:
         parts = {part: getattr(row, part) for part in ("before", "base", "lora", "after", "mask")}

@@ -7,6 +7,7 @@ import functools
 import re
 import sys
 import types
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence, TypeVar, Union, get_args, get_origin
@@ -48,6 +49,41 @@ else:
     import tomli as tomllib
 
 TABLES = {"encoders": "name, kind", "objective": "kind, encoder"}  # arrays of tables, and what each has to have
+# Names that other trainers have for a setting → (section, key) here.
+CALLED_ELSEWHERE: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("lr", "unet_lr", "transformer_lr", "max_lr"), ("training", "learning_rate")),
+    **dict.fromkeys(("bs", "batch", "train_batch_size", "micro_batch_size"), ("training", "batch_size")),
+    **dict.fromkeys(
+        ("grad_accum", "gradient_accumulation", "gradient_accumulation_steps"), ("training", "accumulation")
+    ),
+    **dict.fromkeys(
+        ("max_steps", "max_train_steps", "train_steps", "num_steps", "iterations", "epochs", "num_epochs", "num_train_epochs", "max_train_epochs"),
+        ("training", "steps"),
+    ),
+    **dict.fromkeys(("max_grad_norm", "grad_clip", "gradient_clipping", "clip_grad_norm"), ("training", "clip")),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), ("training", "schedule")),
+    **dict.fromkeys(("lr_warmup_steps", "warmup_steps", "num_warmup_steps"), ("training", "warmup")),
+    **dict.fromkeys(("optim", "optimizer_type"), ("training", "optimizer")),
+    **dict.fromkeys(("wd", "decay"), ("training", "weight_decay")),
+    **dict.fromkeys(("ema_decay", "use_ema"), ("training", "ema")),
+    **dict.fromkeys(("r", "dim", "network_dim", "lora_rank", "linear"), ("lora", "rank")),
+    **dict.fromkeys(("network_alpha", "lora_alpha", "linear_alpha"), ("lora", "alpha")),
+    **dict.fromkeys(("target_modules", "modules"), ("lora", "layers")),
+    **dict.fromkeys(
+        ("name_or_path", "pretrained_model_name_or_path", "model_path", "checkpoint", "ckpt"), ("model", "path")
+    ),
+    **dict.fromkeys(("quantize", "quant", "load_in_4bit", "load_in_8bit"), ("model", "quantization")),
+    **dict.fromkeys(("precision", "mixed_precision", "torch_dtype"), ("model", "dtype")),
+    **dict.fromkeys(("dataset", "data", "data_dir", "train_data_dir", "folder_path", "image_dir"), ("pairs", "folder")),
+    **dict.fromkeys(("control_path", "conditioning_data_dir", "control_dir"), ("pairs", "control_folder")),
+    **dict.fromkeys(("caption", "prompt", "instance_prompt"), ("pairs", "default_caption")),
+    **dict.fromkeys(("size", "image_size"), ("pairs", "resolution")),
+    **dict.fromkeys(("output_dir", "output", "out", "logging_dir"), ("run", "folder")),
+    **dict.fromkeys(("save_every", "save_every_n_steps", "save_steps", "checkpointing_steps"), ("run", "checkpoint_every")),
+    **dict.fromkeys(("save_total_limit", "max_step_saves_to_keep", "checkpoints_total_limit"), ("run", "keep")),
+    **dict.fromkeys(("report_to", "log_with", "tracker"), ("run", "trackers")),
+    **dict.fromkeys(("sample_every", "eval_every", "eval_steps", "validation_steps"), ("validation", "validate_every")),
+}  # fmt: skip
 _T = TypeVar("_T")
 
 
@@ -71,20 +107,61 @@ def read_config(path: Union[str, Path], files: bool = True) -> TrainingConfig:
         ConfigError: no such file, no TOML, and everything that is wrong with the keys, values and files.
     """
     path = Path(path)
+    return parse_config(_text(path), path.parent, path.name, files)
+
+
+def sections_of(path: Path) -> dict[str, Any]:
+    """Sections of a config with which nothing is wrong, by name, also where something is wrong with others.
+
+    Raises:
+        ConfigError: no such file, or no TOML.
+    """
+    text = _text(path)
+    reader = _Reader(_tables(text, path.name), text)
+    reader.config()
+    return reader.made
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path.name, [f"cannot be read: {error}"]) from error
-    return parse_config(text, path.parent, path.name, files)
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(path.name, [f"cannot be read: {error.strerror or error}"]) from error
+    if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        encoding = "utf-16"
+    else:
+        encoding = "utf-8-sig"  # as editors of Windows write it, with a mark in front
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line, byte = data[: error.start].count(b"\n") + 1, data[error.start]
+        fault = f"line {line}: expected text in UTF-8, got the byte {byte:#04x}; save the file as UTF-8"
+        raise ConfigError(path.name, [f"cannot be read: {fault}"]) from error
+
+
+def _tables(text: str, name: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(name, [f"not TOML: {error}{_hint(str(error), text)}"]) from error
+
+
+def _hint(error: str, text: str) -> str:
+    """What a person most often did where TOML stops."""
+    number = re.search(r"at line (\d+)", error)
+    line = text.splitlines()[int(number[1]) - 1] if number else ""
+    if re.search(r'=.*"[^"]*\\', line):
+        return "; in double quotes a backslash begins a code: write the path with / or in single quotes, 'C:\\Users'"
+    if any(mark in line for mark in "\u201c\u201d\u201e\u2018\u2019"):
+        return '; write straight quotes, "…"'
+    if "\u00a0" in line:
+        return "; the line has a no-break space: write a plain one"
+    return ""
 
 
 def parse_config(text: str, base: Path = Path(), name: str = "config", files: bool = True) -> TrainingConfig:
     """As :func:`read_config`, of a text; ``base`` is the folder of relative paths, ``name`` what errors call it."""
-    try:
-        tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(name, [f"not TOML: {error}"]) from error
-    reader = _Reader(tables, text)
+    reader = _Reader(_tables(text, name), text)
     config = reader.config()
     if files:
         _look_for_files(reader, base)
@@ -173,7 +250,17 @@ class _Reader:
 
     def _rather(self, key: str, keys: Mapping[str, Key]) -> str:
         elsewhere = [section for section, known in SECTIONS.items() if key in known]
-        return f"it belongs in [{elsewhere[0]}]" if elsewhere else _nearest(key, list(keys))
+        if elsewhere:
+            return f"it belongs in [{elsewhere[0]}]"
+        if key.lower() in CALLED_ELSEWHERE:
+            section, name = CALLED_ELSEWHERE[key.lower()]
+            return f"did you mean {name}{'' if name in keys else f' in [{section}]'}?"
+        found = _nearest(key, list(keys))
+        if found.startswith("did you mean"):
+            return found
+        others = {name: section for section, known in SECTIONS.items() for name in known}
+        close = difflib.get_close_matches(key, others, 1, 0.75)
+        return f"did you mean {close[0]} in [{others[close[0]]}]?" if close else found
 
     def _make(self, name: str, kind: Callable, values: Optional[dict], check: Callable = lambda made: None) -> None:
         def make(chosen: Mapping[str, Any]) -> Any:
@@ -395,6 +482,15 @@ def _check_run(section: RunSection) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _hint_of_path(value: str) -> str:
+    """What a person most often meant by a path that is not there."""
+    if any(ord(letter) < 32 for letter in value):
+        return "; in double quotes \\t and \\n are a tab and a line break: write the path with / or in single quotes"
+    if value.startswith(("~", "$", "%")):
+        return "; ~ and variables are not replaced: write the whole path"
+    return ""
+
+
 def model_folder(section: ModelSection, base: Path) -> ModelFolder:
     """The model's files; relative paths are below ``base``."""
     return ModelFolder(
@@ -441,7 +537,9 @@ def _look_for_files(reader: _Reader, base: Path) -> None:
         for key in ("folder", "control_folder"):
             value = getattr(made.get(section), key, "")
             if value and not (base / value).is_dir():
-                reader.say((section, key), f"there is no folder {base / value}")
+                reader.say((section, key), f"there is no folder {base / value}{_hint_of_path(value)}")
+            elif section in made and not value and key == "folder" and section in REQUIRED:
+                reader.say((section, key), "expected a folder, got nothing")
     tables = reader.tables.get("encoders")
     for i, table in enumerate(tables if isinstance(tables, list) else ()):
         weights = table.get("weights") if isinstance(table, dict) else None

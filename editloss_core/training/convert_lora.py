@@ -1,37 +1,40 @@
 """A LoRA of a known model from ComfyUI's keys to diffusers', or back, with the same output.
 
+Keys of kohya's trainers (lora_unet_double_blocks_0_img_attn_qkv …) are ComfyUI's with underscores, and become diffusers'.
+
 python -m editloss_core.training.convert_lora my_edit.safetensors my_edit_diffusers.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import Sequence, Union
+from typing import Union
 
-from ..files import write_safetensors
+from ..commands.exits import DONE
+from ..commands.programs import CONVERT_LORA
+from ..files import check_conversion, write_safetensors
 from ..lora.keys import ADAPTER_METADATA, COMFYUI, DIFFUSERS, converted, from_tensors, to_tensors
 
 
 def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: bool = False) -> tuple[str, int]:
-    """Write the LoRA of ``source`` in the other dialect; header texts and dtype stay.
+    """Write the LoRA of ``source`` in the other dialect; header texts and dtype stay. (Where parts of 8 bits that become one
+    layer have other strengths, its ``lora_up`` becomes bfloat16.)
 
     Returns:
         The dialect that was written, and the number of layers in it.
 
     Raises:
-        FileNotFoundError: if there is no ``source``.
+        FileNotFoundError: if there is no ``source``, or no folder for ``target``.
+        IsADirectoryError: if one of them is a folder.
         FileExistsError: if ``target`` exists and ``overwrite`` is False.
-        ValueError: for files that are not safetensors, and what is no LoRA of a known model.
+        NotWritten: no room left for ``target``, or no right to write it.
+        ValueError: for a ``target`` that is ``source``, files that are not safetensors, and what is no LoRA of a known model.
     """
     from safetensors import SafetensorError, safe_open
 
     source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise FileNotFoundError(f"source: no such file: {source}")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"target: {target} exists already")
+    check_conversion(source, target, overwrite)
     try:
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -47,21 +50,13 @@ def convert_lora(source: Union[str, Path], target: Union[str, Path], overwrite: 
     return wanted, len(made)
 
 
-def main(arguments: Union[Sequence[str], None] = None) -> int:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m editloss_core.training.convert_lora", description=about)
-    parser.add_argument("source", help="a .safetensors file in either program's keys")
-    parser.add_argument("target", help="the .safetensors file to write, in the other's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
-    options = parser.parse_args(arguments)
-    try:
-        dialect, count = convert_lora(options.source, options.target, options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} layers written to {options.target} in the keys of {dialect}")
-    return 0
+def run(given: argparse.Namespace) -> int:
+    dialect, count = convert_lora(given.source, given.target, given.overwrite)
+    print(f"{count} layers written to {given.target} in the keys of {dialect}")
+    return DONE
 
+
+main = CONVERT_LORA.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

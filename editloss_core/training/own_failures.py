@@ -22,7 +22,7 @@ from ..encoders.base import Encoder
 from ..files import read_safetensors
 from ..hard_negatives import TENSOR, HardNegativeBuffer, dequantize_image, image_key, quantize_image
 from ..hashing import hash_tensors
-from ..verdict.judge import GOOD, judge
+from ..verdict.judge import FAILURES, judge
 from .gradients import NonFinite
 from .prepare import Prepared
 
@@ -34,7 +34,7 @@ class Judged(NamedTuple):
     """What became of an output.
 
     Attributes:
-        said: the verdict; empty where there is none.
+        said: the verdict; empty where there is none. An undecided output is no failure to learn from.
         picture: of a failure, uint8 ``[H, W, 3]``.
         score: the largest of the verdict's.
         problem: why there is no verdict.
@@ -57,7 +57,10 @@ def judged(prepared: Prepared, index: int, output: Tensor, where: str) -> Judged
     """
     if not bool(output.isfinite().all()):
         raise NonFinite(f"{where}: the output for the pair {prepared.pairs[index].name!r} has NaN or infinity")
-    images = prepared.pairs.load(index)
+    try:
+        images = prepared.pairs.load(index)
+    except ValueError as error:  # it was there when the run began
+        return Judged("", problem=f"its pictures cannot be read any more ({error})")
     seen = output.detach().float().cpu()
     if images.valid is not None:
         seen = torch.where(images.valid[..., None] > 0.5, seen, images.before)
@@ -66,8 +69,8 @@ def judged(prepared: Prepared, index: int, output: Tensor, where: str) -> Judged
         verdict = judge(images.before, dequantize_image(picture), images.after, prepared.masks[index])
     except ValueError as error:  # of the pair: an edit of a few pixels, or one that is not to be seen
         return Judged("", problem=str(error))
-    if verdict.verdict == GOOD:
-        return Judged(GOOD)
+    if verdict.verdict not in FAILURES:
+        return Judged(verdict.verdict)
     return Judged(verdict.verdict, picture, max(s for s in verdict.scores.values() if s is not None))
 
 

@@ -68,6 +68,32 @@ def reach(terms: Sequence[LossTerm], prepared: Prepared) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def margin_warnings(terms: Sequence[LossTerm], prepared: Prepared, most: int = 32) -> list[str]:
+    """Which fixed margins are more than the after picture itself reaches, in the first ``most`` pairs: what a perfect output pays."""
+    told = []
+    fixed = [term for term in hinges(terms) if not isinstance(term.margin, str) and term.margin and term.weight]
+    indices = [i for i, pair in enumerate(prepared.pairs) if pair.variant is None][:most]
+    if not fixed or not indices:
+        return []
+    objective = EditObjective(tuple(fixed))
+    paid: dict[str, list[float]] = {term.name: [] for term in fixed}
+    for i in indices:
+        embeddings = prepared.embeddings([i], objective.encoders)
+        for name in objective.encoders:
+            embeddings = embeddings.with_embedding("pred", prepared.encoders[name], embeddings.get("gt", name))
+        for report in objective.evaluate(embeddings).terms:
+            paid[report.term.name].append(report.per_sample.item())
+    for term in fixed:
+        costs = [cost for cost in paid[term.name] if cost > (0.1 if term.smooth else 1e-3)]
+        if 2 * len(costs) >= len(indices):
+            told.append(
+                f"{term.name}: margin {term.margin:g} is more than the after picture itself reaches in {len(costs)} of "
+                f"{len(indices)} pairs: a perfect output pays {sum(costs) / len(costs):.2g} there; margin auto never does that"
+            )
+    return told
+
+
 def _teaches(ratios: Tensor) -> Tensor:
     """w of each pair ``[pairs]``, 0…1, before the division by a mean."""
     return ((ratios - NOTHING) / (ALL - NOTHING)).clamp(0, 1).amin(1)

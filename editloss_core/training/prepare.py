@@ -19,7 +19,7 @@ from ..embeddings import EmbeddingSet
 from ..encoders.base import Encoder, EncoderInfo, Region
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_tensors
-from ..masks import estimate_mask
+from ..masks import REGION, edit_region, how_they_differ
 from ..negatives import SAME_PIXEL, OverlaySettings, make_overlays
 from ..pairs import MULTIPLE, Finding, PairImages, PairSet, sided
 from ..pairs.geometry import Crop, find_crop
@@ -234,7 +234,9 @@ def prepare(
         crop: largest side of the window that is cut from the pictures for encoders, in pixels, a multiple of 16: the one
             with the most of the edit mask in it, centred on the mask; 0 takes the whole picture.
         overlay: how to make pictures of the role overlay; None makes none.
-        estimate_missing_masks: whether a pair without a mask gets one by :func:`~editloss_core.masks.estimate_mask`.
+        estimate_missing_masks: whether a pair without a mask gets one by :func:`~editloss_core.masks.edit_region`. Where none
+            stands out (light, colour, noise, style), the whole picture is the edit region, with a note. Of no use where nothing
+            reads masks: without encoders, and with an ``edit_weight`` of 1.
         batch_size: pictures per pass through a model; where memory is not enough for them, they go one at a time.
         progress: called with (done, total) over everything that is not in the cache; its exceptions end the work, and
             what was done until then is kept. With several processes, the total is this one's share.
@@ -242,8 +244,8 @@ def prepare(
 
     Raises:
         PairProblems: pairs without a visible edit or with a mask that vanishes at their size, all in one report, before
-            any model is run.
-        ValueError: an argument out of range, latents or embeddings that are not finite, or overlays that cannot be made;
+            any model is run; or what is wrong with pairs that have changed since they were checked.
+        ValueError: a picture that changes while it is prepared, an argument out of range, latents or embeddings that are not finite, or overlays that cannot be made;
             the message names the pair.
         OutOfMemory: the device has not enough for a single picture; the message names pair, model and size, and what would
             help.
@@ -252,6 +254,7 @@ def prepare(
     _check_arguments(pairs, vae, encoders, crop, batch_size)
     with torch.inference_mode(False), torch.no_grad():  # in this order: the first one turns gradients on
         processes = Processes(accelerator)
+        pairs = pairs.as_they_are()  # since they were checked, minutes may have gone by, while captions were encoded
         work = _Work(pairs, vae, cache_folder, crop, overlay, estimate_missing_masks, batch_size, progress, processes)
         return work.run(encoders)
 
@@ -276,14 +279,16 @@ class _Work:
             if all(encoder.reads_latents(self.vae.latent_space, *size) for size in self.pairs.buckets)
         )
         base = [hash_tensors([], METHOD, self.pairs.fingerprint(i)) for i in everywhere]
+        own = [pair.mask is not None or not self.estimating for pair in self.pairs]
+        regions = [[str(self.estimating)] if mask else [str(self.estimating), REGION] for mask in own]
         keys = {
-            ("masks", ""): [_key(b, str(self.estimating)) for b in base],
+            ("masks", ""): [_key(b, *regions[i]) for i, b in enumerate(base)],
             ("latents", ""): [_key(b, self.vae.info.fingerprint) for b in base],
         }
         for name, encoder in encoders.items():
             seen = self.vae.info.fingerprint if name in of_latents else f"crop {self.crop}"
-            settings = (encoder.info.fingerprint, seen, str(self.overlay), str(self.estimating))
-            keys["embeddings", name] = [_key(b, *settings) for b in base]
+            settings = (encoder.info.fingerprint, seen, str(self.overlay))
+            keys["embeddings", name] = [_key(b, *settings, *regions[i]) for i, b in enumerate(base)]
         found = {at: [self.cache.get(at[0], key) for key in keys[at]] for at in keys}
         self.processes.wait()  # all have looked before anyone adds to it, so that their shares fit together
         per_pair = 2 + (len(self.overlay.kinds) if self.overlay else 0)
@@ -384,7 +389,7 @@ class _Work:
 
     def _both(self, index: int) -> Tensor:
         """After and before ``[2, H, W, 3]``."""
-        images = self.pairs.load(index)
+        images = self.pairs.load_checked(index)
         return torch.stack([images.after, images.before])
 
     def _pictures(self, index: int, mask: Optional[Tensor], crop: Optional[Crop]) -> Optional[Tensor]:
@@ -392,7 +397,7 @@ class _Work:
         overlays alone, whole, or None if there are none."""
         if crop is None and self.overlay is None:
             return None
-        images = self.pairs.load(index)
+        images = self.pairs.load_checked(index)
         overlays = self._overlays(images, mask, index) if self.overlay else None
         if crop is None:
             return overlays
@@ -403,21 +408,22 @@ class _Work:
         """ "mask", the edit region in steps of 1/255, and "valid", where the pictures are, as uint8 ``[H, W]``, as far as there
         are any; and what is wrong."""
         problems: list[Finding] = []
-        images = self.pairs.load(index)
-        own = self.pairs[index].mask is not None
-        mask, where = images.mask if own or self.estimating else None, "inside its mask "
-        both = self.pairs.called(index, "before"), self.pairs.called(index, "after")
-        if not own:
-            where = ""
-            if self.estimating and mask is None:
-                mask = estimate_mask(images.before[None], images.after[None])[0]
-        if mask is not None and not bool((mask >= 0.5).any()):
+        images = self.pairs.load_checked(index)
+        own, mask = self.pairs[index].mask is not None, images.mask
+        both, where = (self.pairs.called(index, "before"), self.pairs.called(index, "after")), "inside its mask "
+        if mask is not None and own and not bool((mask >= 0.5).any()):
             height, width = self.pairs.targets[index]
             detail = f"nothing is left of it at {width}×{height} px"
-            problem = Finding("mask empty", (self.pairs.called(index, "mask"),), detail)
-            if not own:
-                problem = Finding("no edit", both, "no difference that a mask could be estimated from; paint a mask")
-            return {}, [problem]
+            return {}, [Finding("mask empty", (self.pairs.called(index, "mask"),), detail)]
+        if not own:
+            where, differ = "", how_they_differ(images.before, images.after)
+            if mask is None and (self.estimating or not differ):
+                mask = edit_region(images.before, images.after)
+            if mask is None and not differ:
+                return {}, [
+                    Finding("no edit", both, "they differ no more than a copy that was saved again; paint a mask")
+                ]
+            mask = mask if self.estimating else None
         change = (images.before - images.after).abs().amax(-1)
         most = (change if mask is None else change * (mask > 0)).amax().item()
         if most <= SAME_PIXEL:
@@ -517,6 +523,8 @@ class _Work:
         """``[K, H, W, 3]``. The draws depend on the pair itself, not on its place among the others."""
         draw = int(self.pairs.fingerprint(index)[:12], 16)
         pair = images.before[None], images.after[None]
+        if mask is None and self.estimating:
+            mask = torch.ones(images.before.shape[:2])
         try:
             return make_overlays(
                 *pair, None if mask is None else mask[None], settings=self.overlay, indices=[draw]
@@ -526,6 +534,9 @@ class _Work:
 
     def _notes(self, masks: Sequence[Optional[Tensor]], crops: Sequence[Crop]) -> list[str]:
         notes = []
+        whole = [self.pairs[i].original for i, mask in enumerate(masks) if mask is None and self.estimating]
+        if whole:
+            notes.append(everywhere_note(list(dict.fromkeys(whole))))
         for i, (mask, crop) in enumerate(zip(masks, crops)):
             if mask is not None and crop.coverage < WELL_COVERED:
                 rows, columns = (mask >= 0.5).any(1).nonzero()[:, 0], (mask >= 0.5).any(0).nonzero()[:, 0]
@@ -550,6 +561,15 @@ def expected_bytes(pairs: PairSet, channels: int = 16, downscale: int = 8) -> tu
         memory += latents + 5 * pixels  # mask in float32, valid
         disk += latents + 2 * pixels
     return memory, disk
+
+
+def everywhere_note(names: Sequence[str]) -> str:
+    """For pairs without a mask in which nothing stands out."""
+    shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return (
+        f"in {len(names)} pair{'s' * (len(names) > 1)} no region stands out ({shown}): the whole picture is the edit region; "
+        "give a mask where less of it was edited"
+    )
 
 
 def describe_variants(pairs: PairSet) -> str:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence, TypeVar, Union
 
 import torch
 from torch import nn
 
 from ..encoders.base import Encoder
 from ..encoders.vae import VAEEncoder
+from ..files import check_writable
 from ..hashing import hash_module
 from ..lora.keys import save_both
 from ..lora.lora import LoRA, adapted_sizes
 from ..models.autoencoder import VAEDecoder, vae_decoder_encoder, vae_encoder
 from ..models.base import Preview
-from ..models.captions import encode_captions
+from ..models.captions import encode_captions, same_words
 from ..models.denoiser import DiffusersDenoiser
 from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
@@ -24,8 +26,8 @@ from ..pair_audit.flawed import handle
 from ..pairs import PairSet, find_pairs, with_variants
 from ..processes import check_accelerator, check_batch, launched, place
 from ..progress import ConsoleBar, Progress
-from .config import TrainingConfig, VAEDecoderSection, VAESection
-from .config_reader import checkpoint_of, model_folder
+from .config import PairsSection, RunSection, TrainingConfig, VAEDecoderSection, VAESection, ValidationSection
+from .config_reader import ConfigError, checkpoint_of, model_folder, read_config, sections_of
 from .host import ConsoleHost
 from .prepare import Prepared, describe_variants, prepare
 from .resume import resumable
@@ -34,11 +36,16 @@ from .trainer import Trainer, TrainingResult, metadata
 LORA_FILE = "lora.safetensors"  # in ComfyUI's keys; beside it lora_diffusers.safetensors
 GIB = 1 << 30
 Say = Callable[[str], None]
+_T = TypeVar("_T")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Before any work
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class RunStopped(RuntimeError):
+    """Something around a run stopped it after it had learnt: a full disk, a file that went away; what was learnt is kept."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,11 @@ class Plan:
     @property
     def folder(self) -> Path:
         """Of the run."""
-        return self.base / self.config.run.folder
+        return run_folder(self.config.run, self.base)
 
     @property
     def cache(self) -> Path:
-        return self.base / self.config.run.cache if self.config.run.cache else self.folder.parent / "cache"
+        return cache_folder(self.config.run, self.base)
 
     def describe(self, processes: int = 1) -> str:
         """The plan in a few lines. Memory is arithmetic, of one process that has the whole model."""
@@ -102,26 +109,111 @@ class Plan:
             lines.insert(4, f"variants    {describe_variants(self.pairs)}")
         if config.encoders:
             lines.append("            and what the encoders of the objective take")
-        return "\n".join([*lines, *(f"note        {note}" for note in self.pairs.notes)])
+        notes = dict.fromkeys((*self.pairs.notes, *(self.held_out.notes if self.held_out is not None else ())))
+        return "\n".join([*lines, *(f"note        {note}" for note in notes)])
 
 
 def plan(config: TrainingConfig, base: Path, progress: Optional[Progress] = None) -> Plan:
-    """Look at the pairs and the shape of the model.
+    """Look at the pairs, the shape of the model, and whether the run's folders can be written to.
 
     Raises:
         PairProblems: everything that is wrong with the pairs.
+        NotWritten: a folder that cannot be written to.
         ValueError: what does not fit together: layers that the model does not have, too few pairs, another run's checkpoint.
+            Of several of these, one with the texts of all.
     """
-    pairs, held_out = load_pairs(config, base, progress)
-    files = model_folder(config.model, base)
-    edit_model = files.edit_model
-    network = empty_network(edit_model, files.config("transformer"))
-    adapted = adapted_sizes(network, config.lora.layers, edit_model)
-    footprint = Footprint.of(edit_model, network, adapted, config.lora.rank)
-    checkpoint = checkpoint_of(config.run, base)
-    if checkpoint is not None:
-        resumable(checkpoint, LoRA(network, config.lora, model=edit_model), config.training)
-    return Plan(config, base, files, pairs, held_out, footprint, checkpoint)
+
+    def of_model() -> tuple[ModelFolder, Footprint, Optional[Path]]:
+        files = model_folder(config.model, base)
+        edit_model = files.edit_model
+        network = empty_network(edit_model, files.config("transformer"))
+        adapted = adapted_sizes(network, config.lora.layers, edit_model)
+        checkpoint = checkpoint_of(config.run, base)
+        if checkpoint is not None:
+            resumable(checkpoint, LoRA(network, config.lora, model=edit_model), config.training)
+        return files, Footprint.of(edit_model, network, adapted, config.lora.rank), checkpoint
+
+    together = Together()
+    made = together.attempt(of_model)
+    for folder in (run_folder(config.run, base), cache_folder(config.run, base)):
+        together.attempt(functools.partial(check_writable, folder))
+    sets = together.attempt(lambda: load_pairs(config, base, progress))
+    together.raise_if_any()
+    assert made is not None and sets is not None
+    return Plan(config, base, made[0], *sets, *made[1:])
+
+
+def run_folder(section: RunSection, base: Path) -> Path:
+    return base / section.folder
+
+
+def cache_folder(section: RunSection, base: Path) -> Path:
+    return base / section.cache if section.cache else run_folder(section, base).parent / "cache"
+
+
+class Together:
+    """Several things that can be wrong, to be told at once."""
+
+    def __init__(self) -> None:
+        self._errors: list[Exception] = []
+
+    def attempt(self, work: Callable[[], _T]) -> Optional[_T]:
+        """``work``'s answer; None if it raises ValueError or OSError, which is kept."""
+        try:
+            return work()
+        except (ValueError, OSError) as error:
+            if str(error) not in map(str, self._errors):
+                self._errors.append(error)
+            return None
+
+    def raise_if_any(self) -> None:
+        """What was kept: itself if it is one, else a ValueError with the texts of all."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise ValueError("\n".join(map(str, self._errors)))
+
+
+def plan_of(path: Path, progress: Optional[Progress] = None) -> Plan:
+    """:func:`plan` of the config in a file. Where something is wrong with the config, its pairs are looked at all the same.
+
+    Raises:
+        ConfigError, and as :func:`plan`.
+    """
+    together = Together()
+    config = together.attempt(lambda: read_config(path))
+    if config is not None:
+        return plan(config, path.parent, progress)
+    try:
+        sections = sections_of(path)
+    except ConfigError:  # no TOML: it has been told
+        sections = {}
+    of_pairs = sections.get("pairs", PairsSection(""))
+    for section in (of_pairs, sections.get("validation", ValidationSection())):
+        if section.folder and (path.parent / section.folder).is_dir():
+            together.attempt(functools.partial(found_pairs, of_pairs, section, path.parent, progress))
+    if "run" in sections:
+        for folder in (run_folder(sections["run"], path.parent), cache_folder(sections["run"], path.parent)):
+            together.attempt(functools.partial(check_writable, folder))
+    together.raise_if_any()
+    raise AssertionError("a config that cannot be read has been told")
+
+
+def found_pairs(
+    section: PairsSection,
+    where: Union[PairsSection, ValidationSection],
+    base: Path,
+    progress: Optional[Progress] = None,
+) -> PairSet:
+    """The pairs of a section's folders, as ``[pairs]`` wants them.
+
+    Raises:
+        PairProblems, FileNotFoundError, ValueError: see :func:`~editloss_core.pairs.find_pairs`.
+    """
+    return find_pairs(
+        base / where.folder, base / where.control_folder if where.control_folder else "", resolution=section.resolution,
+        default_caption=section.default_caption, upscale=section.upscale, progress=progress,
+    )  # fmt: skip
 
 
 def load_pairs(
@@ -129,18 +221,15 @@ def load_pairs(
 ) -> tuple[PairSet, Optional[PairSet]]:
     """(to train on, with their variants; to watch, without any)."""
 
-    def found(folder: str, control_folder: str) -> PairSet:
-        return find_pairs(
-            base / folder, base / control_folder if control_folder else "", resolution=config.pairs.resolution,
-            default_caption=config.pairs.default_caption, upscale=config.pairs.upscale, progress=progress,
-        )  # fmt: skip
-
-    watched = None
-    handled = handle(found(config.pairs.folder, config.pairs.control_folder), config.pairs.flawed, progress)
-    pairs = replace(handled.pairs, notes=(*handled.pairs.notes, *handled.untold))
+    together, watched = Together(), None
+    training = together.attempt(lambda: found_pairs(config.pairs, config.pairs, base, progress))
     if config.validation.folder:
-        watched = found(config.validation.folder, config.validation.control_folder)
-    elif config.validation.hold_out:
+        watched = together.attempt(lambda: found_pairs(config.pairs, config.validation, base, progress))
+    together.raise_if_any()
+    assert training is not None
+    handled = handle(training, config.pairs.flawed, progress)
+    pairs = replace(handled.pairs, notes=(*handled.pairs.notes, *handled.untold))
+    if watched is None and config.validation.hold_out:
         pairs, watched = pairs.split(config.validation.hold_out, config.training.seed)
     return with_variants(pairs, config.variants), watched
 
@@ -169,6 +258,13 @@ def accelerator_for(plan: Plan) -> Any:
     return accelerator
 
 
+def check_device(plan: Plan, device: torch.device) -> None:
+    """ValueError for what would stop the run on this device only."""
+    faults = plan.files.faults_on(device)
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
 def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     """Everything from captions to the LoRA files.
 
@@ -179,13 +275,13 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
 
     Raises:
         ValueError: weights that do not fit, and what :func:`~.prepare.prepare` and :class:`~.trainer.Trainer` refuse.
+        NotWritten: the cache or the run's folder cannot be written.
         SelfCheckFailed, NonFinite, OutOfMemory: see :meth:`~.trainer.Trainer.run`.
+        RunStopped: it was stopped after steps that were learnt from, by a full disk for example.
     """
     config, device, main = plan.config, accelerator.device, accelerator.is_main_process
     check_accelerator(accelerator)
-    faults = plan.files.faults_on(device)
-    if faults:
-        raise ValueError("; ".join(faults))
+    check_device(plan, device)
     vae = plan.files.load_vae(device)
     made = make_encoders(config, plan.base, vae, device)
     with accelerator.main_process_first():  # which fills the cache; the others read it
@@ -193,20 +289,29 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     free_memory()
     latents = vae_encoder(vae)
     train, watched = (_prepared(some, latents, made, plan, accelerator) for some in (plan.pairs, plan.held_out))
+    told = plan.files.edit_model.words
     trainer = make_trainer(
         plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, train, watched, captions, watched_captions,
     )  # fmt: skip
+    trainer.notes += same_words({pair.caption: told(made) for pair, made in zip(train.pairs, captions)})
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
-    result = trainer.run()
-    if main:
-        if result.self_check:
-            say(result.self_check)
-        for note in (*trainer.warnings, *train.notes, *trainer.notes):
-            say(f"note: {note}")
-        dtype = DTYPES[config.run.lora_dtype]
-        for path in save_both(result.lora, plan.folder / LORA_FILE, metadata(trainer), dtype):
-            say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    begun = trainer.step
+    try:
+        result = trainer.run()
+        if main:
+            if result.self_check:
+                say(result.self_check)
+            for note in (*trainer.warnings, *train.notes, *trainer.notes):
+                say(f"note: {note}")
+            dtype = DTYPES[config.run.lora_dtype]
+            for path in save_both(result.lora, plan.folder / LORA_FILE, metadata(trainer), dtype):
+                say(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    except (OSError, ValueError) as error:
+        if trainer.step == begun:
+            raise
+        kept = trainer.where_kept()
+        raise RunStopped(str(error) if kept in str(error) else f"{error}\n{kept}") from error
     return result
 
 
@@ -287,5 +392,5 @@ def _prepared(
         return prepare(
             pairs, vae, made, plan.cache, crop=plan.config.estimate.crop,
             overlay=plan.config.overlay if plan.config.objective.reads("overlay") else None, progress=bar.update,
-            accelerator=accelerator,
+            estimate_missing_masks=bool(made) or plan.config.training.edit_weight != 1.0, accelerator=accelerator,
         )  # fmt: skip

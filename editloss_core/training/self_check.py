@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ..device_memory import is_out_of_memory
 from ..encoders.base import Encoder
-from ..files import replacing
+from ..files import make_folder, replacing
 from ..lora.lora import LoRA
 from ..models.base import Denoiser
 from ..processes import ProcessLost
@@ -498,7 +498,7 @@ def remember(folder: Optional[Path], key: str, found: SelfCheck) -> None:
     """For :func:`recall`. Only what agrees is kept: who is told of a fault looks again."""
     if folder is None or found.wrong:
         return
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / FOLDER)
     parts = [asdict(part) for part in found.parts]
     text = json.dumps({"program": found.program, "day": date.today().isoformat(), "parts": parts})
     with replacing(folder / FOLDER / f"{key}.json") as temporary:

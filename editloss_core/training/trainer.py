@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..device_memory import is_out_of_memory
 from ..encoders.base import Encoder
+from ..files import NotWritten, make_folder
 from ..hashing import hash_tensors
 from ..lora.lora import LoRA
 from ..models.base import Denoiser, Preview
@@ -196,6 +197,11 @@ class Trainer:
             self._pair_weights = pair_weights.weights(ratios)
             self._taught = self._pair_weights.nonzero()[:, 0].tolist()
             self.notes += pair_weights.notes(ratios, prepared)
+        self.warnings += pair_weights.margin_warnings(terms, prepared)
+        buckets = prepared.pairs.subset(self._taught).buckets.values()
+        self._full = min(
+            settings.batch_size, max(map(len, buckets), default=1)
+        )  # pairs of a batch that is not cut short
         if in_batch and settings.batch_size == 1:
             self.notes.append(f"{in_batch}: compares the pairs of a batch, and is always 0 with batch_size 1")
         self.validator = None
@@ -313,11 +319,12 @@ class Trainer:
 
         Raises:
             SelfCheckFailed: the gradients are not right; nothing was learnt.
-            NonFinite, OutOfMemory, ProcessLost: with what to do; what was learnt until then is in the last checkpoint.
+            NonFinite, OutOfMemory, ProcessLost, NotWritten: with what to do; what was learnt until then is in the last
+                checkpoint.
             ValueError: processes that do not have the same pairs, settings or weights.
             Whatever the host raises, after a checkpoint.
         """
-        with self.processes.last_words(self._where_kept):
+        with self.processes.last_words(self.where_kept):
             return self._run()
 
     def _run(self) -> TrainingResult:
@@ -329,7 +336,7 @@ class Trainer:
         if self.processes.count > 1:
             self.processes.agree(self._identity())  # after it, all have read what process 0 may move
         if self.folder is not None and self.processes.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             if self.step < self.settings.steps:  # else what came later stays: somebody wants the LoRA of this step
                 tidy(self.folder / CHECKPOINT_FOLDER, self.step)
                 if self.failures is not None:
@@ -364,12 +371,17 @@ class Trainer:
                 if self._validation_is_due():
                     pictures = self._guarded(self._validate)
         except BaseException as error:
+            unsaved = ""
             if not self._updating and self.step > self._saved_step:
-                # What led to a NaN is saved, but none of the checkpoints before it, where it may not have begun, goes.
-                self._save(None if isinstance(error, NonFinite) else self.settings.keep)
-            if isinstance(error, (NonFinite, OutOfMemory, ProcessLost)):
-                error.args = (f"{error}\n{self._where_kept()}".rstrip(),)
-            self.log.add(EventLog(self.step, "stopped", (f"{type(error).__name__}: {error}".rstrip(": "),)))
+                try:
+                    # What led to a NaN is saved, but none of the checkpoints before it, where it may not have begun, goes.
+                    self._save(None if isinstance(error, NonFinite) else self.settings.keep)
+                except OSError as full:  # most often what stopped the run
+                    unsaved = "" if isinstance(error, OSError) else f"\n{full}"
+            if isinstance(error, (NonFinite, OutOfMemory, ProcessLost, NotWritten)):
+                error.args = (f"{error}{unsaved}\n{self.where_kept()}".rstrip(),)
+            with suppress(OSError):
+                self.log.add(EventLog(self.step, "stopped", (f"{type(error).__name__}: {error}".rstrip(": "),)))
             raise
         finally:
             self.lora.detach()
@@ -409,7 +421,7 @@ class Trainer:
         if self.processes.accelerator is not None:
             self.processes.accelerator.log(scalars(log), step=log.step)
 
-    def _where_kept(self) -> str:
+    def where_kept(self) -> str:
         """The last checkpoint on disk: process 0 may not have written the one that it was about to."""
         if self.folder is None:
             return ""
@@ -767,7 +779,9 @@ class Trainer:
         if not all(finite):
             blame(weighted(), output, finite, names, levels, where, self.processes)
         self._memory.enter("backward")
-        predicted.backward(gradient / self.settings.accumulation)
+        # The gradient is of the batch's mean: that of fewer pairs, of a size that few have, counts for less, or each of them would
+        # count for more than a pair of the others.
+        predicted.backward(gradient / (self.settings.accumulation * self._full / len(batch)))
 
         if self.shares is not None and measured:
             for k, part in enumerate(parts):

@@ -39,6 +39,9 @@ class Validator:
         check: called between model calls; raises to stop.
         processes: that validate together.
         preview: what the model is told while pictures are sampled; None: what it is told in training.
+
+    Raises:
+        ValueError: a picture of a pair that is to be shown cannot be read.
     """
 
     def __init__(
@@ -59,6 +62,9 @@ class Validator:
         self.settings, self.objective, self.decode, self.check = settings, objective, decode, check
         self._base_losses: Optional[tuple[dict[float, float], dict[str, float]]] = None
         self._base_pictures: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        # Read before the first step: files may go away while a run trains.
+        shown = min(settings.previews, len(prepared)) if decode is not None and settings.preview_steps else 0
+        self._pairs = [prepared.pairs.load(index) for index in range(shown)]
 
     @torch.no_grad()
     def losses(self, step: int) -> ValidationLog:
@@ -151,12 +157,12 @@ class Validator:
     @torch.no_grad()
     def pictures(self) -> list[PreviewRow]:
         """Sampled pictures of the first held-out pairs, each from the same noise every time."""
-        if self.decode is None or not self.settings.preview_steps:
+        if not self._pairs:
             return []
         was_training = self.lora.training
         self.lora.eval()
         try:
-            return self.processes.each(min(self.settings.previews, len(self.prepared)), self._row)
+            return self.processes.each(len(self._pairs), self._row)
         finally:
             self.lora.train(was_training)
 
@@ -165,7 +171,7 @@ class Validator:
             self._base_pictures[index] = self._sample(index, with_lora=False)
         base, base_signal = self._base_pictures[index]
         lora, signal = self._sample(index, with_lora=True)
-        images, pair = self.prepared.pairs.load(index), self.prepared.pairs[index]
+        images, pair = self._pairs[index], self.prepared.pairs[index]
         signals = {"base": base_signal, "lora": signal} if signal else {}
         return PreviewRow(pair.name, images.before, base, lora, images.after, images.mask, pair.caption, signals)
 

@@ -5,114 +5,120 @@ from __future__ import annotations
 import argparse
 import csv
 import heapq
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from tqdm import tqdm
 
+from ..commands.exits import DONE, FOUND, INCOMPLETE, INTERRUPTED
+from ..commands.places import folder_to_write
+from ..commands.program import give, refuse, say
+from ..commands.programs import DIAGNOSE
+from ..commands.tables import Answer, aligned
 from ..drawing.statistics import Share, percent
+from ..drawing.written import save
 from ..extras import need
 from ..files import replacing
+from ..pairs.outputs import PARTS, Moment
 from . import folder as folders
 from . import picture
-from .items import Item, verdict_share
-from .judge import FAILURES, MEASURES, VERDICTS
+from .items import Failing, Item, unanswered, verdict_share
+from .judge import FAILURES, MEASURES, REMEDIES, UNDECIDED, VERDICTS
 from .picture import MOST_ROWS, Ranking
 
-PASSED, EXCEEDED, UNUSABLE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 ANY = "any"
 LISTED = 10  # names of a kind on the screen; verdicts.csv has them all
-EPILOG = """\
-FOLDER holds before/ and output/, and optionally after/ and mask/ (white where the edit belongs). Pictures belong together
-by file stem, without regard to case: before/Chair 1.jpg, output/chair 1.png.
-
-Written to DIR: verdicts.csv (a row per name: verdict, scores, measures, and why it could not be judged), sheet.png, and
-with --maps the heat maps. A score of 0.5 and more is a failure; an empty cell could not be answered.
-
-exit status:
-  0  everything was judged, and no rate is above its limit
-  1  a rate is above its limit (also if pictures could not be judged)
-  2  wrong arguments, or nothing in FOLDER to judge
-  3  pictures could not be judged (--allow-errors forgives that while at least one was), no picture could answer what a
-     limit asks, or DIR cannot be written to
-  130  interrupted; what was judged so far is written
-"""
+main = DIAGNOSE.main
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    try:
+def diagnose(given: argparse.Namespace) -> int:
+    """Judge what the arguments name, write what there is to write, and print it."""
+    parts = {part: getattr(given, part) for part in PARTS if getattr(given, part) is not None}
+    if given.maps and not given.out:
+        raise ValueError("--maps: expected --out DIR with it, where the maps are written to")
+    if given.out:
         need("matplotlib")
-        found = folders.scan(given.folder)
+    found = folders.scan(given.folder, parts)
+    if given.step is not None:
+        found = found.at(given.step)
+    if given.out:
         _check_out(given.out, found)
-        given.out.mkdir(parents=True, exist_ok=True)
-        if not os.access(given.out, os.W_OK):
-            raise PermissionError(f"--out: expected a folder to write to, got {given.out}")
-    except (ImportError, ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return UNUSABLE
+        folder_to_write("--out", given.out)
 
     items, stopped = _judge(found.entries, given.out / "maps" if given.maps else None, given.workers)
     if not items:
-        print(f"{parser.prog}: {stopped}; nothing was judged", file=sys.stderr)
-        return INTERRUPTED if stopped == "interrupted" else INCOMPLETE
-    try:
-        write_csv(items, given.out / "verdicts.csv")
-        folders.save(picture.sheet(items, given.width, rows=given.rows)[0], given.out / "sheet.png")
-    except OSError as error:
-        print(f"{parser.prog}: cannot write to {given.out}: {error}", file=sys.stderr)
-        return INCOMPLETE
+        return refuse(given, f"{stopped}; nothing was judged", INTERRUPTED if stopped == "interrupted" else INCOMPLETE)
     limits = dict(given.fail_above)
-    print(report(items, limits))
-    for path in found.unused:
-        print(f"not used: {path}")
-    print(f"\n{given.out / 'verdicts.csv'}\n{given.out / 'sheet.png'}")
+    written = [given.out / "verdicts.csv", given.out / "sheet.png"] if given.out else []
+    if given.out:
+        try:
+            write_csv(items, given.out / "verdicts.csv", found.entries)
+            save(picture.sheet(items, given.width, rows=given.rows)[0], given.out / "sheet.png")
+        except OSError as error:
+            return refuse(given, f"cannot write to {given.out}: {error}", INCOMPLETE)
     if stopped:
-        print(f"{parser.prog}: {stopped} after {len(items)} of {len(found.entries)}; they are written", file=sys.stderr)
-        return INTERRUPTED if stopped == "interrupted" else INCOMPLETE
-    return status(items, limits, given.allow_errors)
+        ended = INTERRUPTED if stopped == "interrupted" else INCOMPLETE
+    else:
+        ended = status(items, limits, given.allow_errors)
+    said = "\n".join([*(f"not used: {path}" for path in found.unused), *(f"note: {note}" for note in found.notes)])
+    if given.format == "text":
+        text = "\n".join([report(items, limits), *_over_steps(items, found.entries), *([said] if said else [])])
+    else:
+        text = ""
+        if said:
+            say(given, said)
+    give(given, Answer(text, _rows(items, found.entries), _summary(items, found.entries, limits), _details(items, found)), ended, written)  # fmt: skip
+    if stopped:
+        say(given, f"{stopped} after {len(items)} of {len(found.entries)}" + ("; they are written" if written else ""))
+    return ended
 
 
 def status(items: Sequence[Item], limits: Mapping[str, float], allow_errors: bool = False) -> int:
     """The exit status: see ``--help``."""
-    shares = ((rate(items, name).value, limit) for name, limit in limits.items())
-    if any(value is not None and value > limit for value, limit in shares):
-        return EXCEEDED
+    kept = [_keeps(items, name, limit) for name, limit in limits.items()]
+    if False in kept:
+        return FOUND
     errors = sum(item.verdict is None for item in items)
-    unanswered = any(not rate(items, name).n for name in limits)
-    return INCOMPLETE if errors == len(items) or unanswered or (errors and not allow_errors) else PASSED
+    return INCOMPLETE if errors == len(items) or None in kept or (errors and not allow_errors) else DONE
 
 
 def rate(items: Sequence[Item], name: str) -> Share:
-    """Share with a verdict, or with any failure, of the judged pictures; of a failure, of those that could be asked for it: a
-    picture without an after picture would otherwise count as one that is not distorted."""
+    """Share with a verdict of the judged pictures; of a failure, of those that could be asked for it: a picture without an after
+    picture would otherwise count as one that is not distorted."""
     if name in FAILURES:
         items = [item for item in items if item.verdict and item.verdict.scores.get(name) is not None]
-    return verdict_share(items, *(FAILURES if name == ANY else (name,)))
+    return verdict_share(items, name)
+
+
+def _keeps(items: Sequence[Item], name: str, limit: float) -> Optional[bool]:
+    """Whether a rate is within its limit; None where that cannot be answered."""
+    if name == ANY:
+        failing = Failing.of(items)
+        low, high = failing.least.value, failing.most.value
+    else:
+        low = high = rate(items, name).value
+    if low is None or high is None:
+        return None
+    return False if low > limit else True if high <= limit else None
 
 
 def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
-    """What the command prints: a line per verdict, the limits, and what could not be judged."""
+    """What the command prints: a line per verdict, the limits, what could not be answered, and what could not be judged."""
     rows = [("", "count", "share", "95 % interval", "limit")]
-    for name in (*VERDICTS, ANY):
+    for name in VERDICTS:
         part = rate(items, name)
-        low, high = part.interval
-        rows.append(
-            (
-                "any failure" if name == ANY else name,
-                f"{part.count} of {part.n}",
-                "–" if part.value is None else percent(part.value),
-                f"{percent(low)} to {percent(high)}" if part.n else "–",
-                _verdict_on(part, limits.get(name)),
-            )
-        )
-    widths = [max(len(row[k]) for row in rows) for k in range(5)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+        if name != UNDECIDED or part.count:
+            rows.append((name, f"{part.count} of {part.n}", *_shares(part, part), _verdict_on(items, name, limits)))
+    any_ = Failing.of(items)
+    rows.append(("any failure", _failed(any_), *_shares(any_.least, any_.most), _verdict_on(items, ANY, limits)))
+    lines = [aligned(rows)]
+    undecided = [item for item in items if item.verdict and item.verdict.verdict == UNDECIDED]
+    if undecided:
+        lines += ["", f"undecided: {len(undecided)}; no failure was found, and not all could be asked"]
+        lines += [_unanswered(text, f"{count} of {len(undecided)}") for text, count in unanswered(undecided)]
     errors = [item for item in items if item.verdict is None]
     if errors:
         lines += ["", f"not judged: {len(errors)}"]
@@ -122,18 +128,82 @@ def report(items: Sequence[Item], limits: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(items: Sequence[Item], path: Path) -> None:
+def write_csv(items: Sequence[Item], path: Path, entries: Sequence[folders.Entry] = ()) -> None:
     """A row per item, UTF-8; an empty cell could not be answered."""
-    heads = ["stem", "verdict", *FAILURES, *MEASURES, "unanswered", "notes", "message"]
+    rows = _rows(items, entries)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(heads)
-        for item in items:
-            row = item.as_dict()
-            numbers = [*(row["scores"].get(f) for f in FAILURES), *(row["measures"].get(m) for m in MEASURES)]
-            words = ["; ".join(row["unanswered"]), " ".join(row["notes"]), row["message"]]
-            cells = ["" if number is None else f"{number:.4f}" for number in numbers]
-            writer.writerow([item.name, row["verdict"] or "", *cells, *words])
+        writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+
+
+def _rows(items: Sequence[Item], entries: Sequence[folders.Entry]) -> list[dict[str, str]]:
+    """The table: an item a row; where outputs were sampled in the course of a training, with the pair and the step."""
+    found = []
+    sampled = any(entry.moment.count is not None for entry in entries)
+    for i, item in enumerate(items):
+        row = item.as_dict()
+        cells = {"stem": item.name, "verdict": row["verdict"] or ""}
+        numbers = {**{f: row["scores"].get(f) for f in FAILURES}, **{m: row["measures"].get(m) for m in MEASURES}}
+        cells |= {name: "" if number is None else f"{number:.4f}" for name, number in numbers.items()}
+        cells |= {
+            "unanswered": "; ".join(row["unanswered"]),
+            "notes": " ".join(row["notes"]),
+            "message": row["message"],
+        }
+        if sampled:
+            moment = entries[i].moment
+            cells |= {"pair": entries[i].pair, moment.unit: "" if moment.count is None else str(moment.count)}
+        found.append(cells)
+    return found
+
+
+def _at(items: Sequence[Item], entries: Sequence[folders.Entry]) -> dict[Moment, list[Item]]:
+    """The items by step, the earliest first; empty where no name says one."""
+    found: dict[Moment, list[Item]] = {}
+    for item, entry in zip(items, entries):
+        if entry.moment.count is not None:
+            found.setdefault(entry.moment, []).append(item)
+    return dict(sorted(found.items(), key=lambda at: (at[0].unit, at[0].count or 0)))
+
+
+def _over_steps(items: Sequence[Item], entries: Sequence[folders.Entry]) -> list[str]:
+    """A table of rates over the steps, where there are several."""
+    at = _at(items, entries)
+    if len(at) < 2:
+        return []
+    rows: list[tuple[str, ...]] = [("", "any failure", "95 % interval", *FAILURES)]
+    for moment, some in at.items():
+        any_ = Failing.of(some)
+        counts = (f"{verdict_share(some, name).count}" for name in FAILURES)
+        rows.append((str(moment), _failed(any_), _shares(any_.least, any_.most)[1], *counts))
+    return [
+        "",
+        aligned(rows),
+        "",
+        "Which checkpoint to take, as a page with the pictures: editloss report, with the same folders.",
+    ]
+
+
+def _summary(items: Sequence[Item], entries: Sequence[folders.Entry], limits: Mapping[str, float]) -> dict[str, Any]:
+    """The numbers that a script asks for."""
+    found: dict[str, Any] = {"outputs": len(items), "judged": sum(item.verdict is not None for item in items)}
+    steps = list(_at(items, entries))
+    if steps:
+        found |= {steps[-1].unit: steps[-1].count}
+    found["rates"] = {**{name: rate(items, name).value for name in VERDICTS}, ANY: Failing.of(items).least.value}
+    kept = {name: _keeps(items, name, limit) for name, limit in limits.items()}
+    found["exceeded"] = [name for name, within in kept.items() if within is False]
+    found["unanswered"] = [name for name, within in kept.items() if within is None]
+    return found
+
+
+def _details(items: Sequence[Item], found: folders.Folder) -> dict[str, Any]:
+    def told(item: Item, entry: folders.Entry) -> dict[str, Any]:
+        where = {"pair": entry.pair, entry.moment.unit: entry.moment.count} if found.moments else {}
+        return {**item.as_dict(), **where}
+
+    return {"items": [told(*both) for both in zip(items, found.entries)], "unused": found.unused, "notes": found.notes}
 
 
 def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Optional[int]) -> tuple[list[Item], str]:
@@ -161,84 +231,38 @@ def _judge(entries: Sequence[folders.Entry], maps: Optional[Path], workers: Opti
     return items, ""
 
 
-def _verdict_on(part: Share, limit: Optional[float]) -> str:
-    if limit is None:
+def _verdict_on(items: Sequence[Item], name: str, limits: Mapping[str, float]) -> str:
+    if name not in limits:
         return ""
-    if part.value is None:
-        return f"{limit:.0%}: could not be answered"
-    return f"{limit:.0%}: {'EXCEEDED' if part.value > limit else 'kept'}"
+    words = {True: "kept", False: "EXCEEDED", None: "could not be answered"}
+    return f"{limits[name]:.0%}: {words[_keeps(items, name, limits[name])]}"
+
+
+def _failed(failing: Failing) -> str:
+    """How many of how many; of undecided ones, any may have failed as well."""
+    most = f" to {failing.most.count}" if failing.undecided else ""
+    return f"{failing.failed}{most} of {failing.n}"
+
+
+def _shares(least: Share, most: Share) -> tuple[str, str]:
+    """Share and interval in words."""
+    if least.value is None or most.value is None:
+        return "–", "–"
+    shares = dict.fromkeys(percent(part.value) for part in (least, most) if part.value is not None)
+    return " to ".join(shares), f"{percent(least.interval[0])} to {percent(most.interval[1])}"
+
+
+def _unanswered(text: str, count: str) -> str:
+    add = f". Add {REMEDIES[text]}" if text in REMEDIES else ""
+    return f"  {count}: {text}{add}"
 
 
 def _check_out(out: Path, found: folders.Folder) -> None:
-    for part, place in found.parts.items():
-        if place.resolve() in (out.resolve(), *out.resolve().parents):
+    for part, place in ((part, place) for part, places in found.parts.items() for place in places):
+        if place.is_dir() and place.resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(
                 f"--out: expected a folder outside of {part}/, got {out}: its pictures would be judged the next time"
             )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m editloss_core.verdict",
-        description="Which outputs of an edit model failed, how and where; from pixels and geometry, without an encoder.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="see below")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write to; it is made if it is not there"
-    )
-    parser.add_argument(
-        "--fail-above", type=_limit, action="extend", nargs="+", default=[], metavar="FAILURE=RATE",
-        help=f"exit with 1 where a larger share fails so, of the pictures that could be asked: {', '.join(map(_option, FAILURES))} or "
-        "any, and a number from 0 to 1; several behind each other, as in --fail-above overlay=0.1 no-edit=0.05",
-    )  # fmt: skip
-    parser.add_argument(
-        "--allow-errors", action="store_true", help="pictures that cannot be judged do not fail the command"
-    )
-    parser.add_argument("--maps", action="store_true", help="write every heat map, laid over its output, to DIR/maps")
-    parser.add_argument(
-        "--rows",
-        type=_whole(1, MOST_ROWS),
-        default=MOST_ROWS,
-        help=f"most rows of the sheet, 1 to {MOST_ROWS} (%(default)s)",
-    )
-    parser.add_argument(
-        "--width", type=_whole(640, 4096), default=1600, help="of the sheet, in pixels, 640 to 4096 (%(default)s)"
-    )
-    parser.add_argument(
-        "--workers", type=_whole(1, 64), help="processes; by default one per core, for small folders one"
-    )
-    return parser
-
-
-def _option(failure: str) -> str:
-    return failure.replace(" ", "-")
-
-
-def _limit(text: str) -> tuple[str, float]:
-    name, equals, number = text.partition("=")
-    known = {_option(failure): failure for failure in (*FAILURES, ANY)}
-    key = name.strip().casefold().replace(" ", "-").replace("_", "-")
-    if key not in known:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, got {name!r}")
-    try:
-        value = float(number)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected a rate from 0 to 1, as in {key}=0.1, got {text!r}")
-    return known[key], value
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        number = int(text) if text.isascii() and text.isdecimal() else -1
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {text!r}")
-        return number
-
-    return read
 
 
 if __name__ == "__main__":

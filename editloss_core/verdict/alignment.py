@@ -56,19 +56,20 @@ class Alignment:
         return float(self.shift.norm()) / max(self.size, 1.0)
 
 
-def align(x: Tensor, g: Tensor, weights: Tensor) -> tuple[Alignment, Alignment]:
+def align(x: Tensor, g: Tensor, weights: Tensor, farthest: float = FARTHEST) -> tuple[Alignment, Alignment]:
     """(similarity, affine map) by which the object in g is found in x.
 
     Args:
         x, g: Oklab ``[1, 3, h, w]``.
         weights: of the object in g, ``[1, 1, h, w]`` in 0…1, not all zero.
+        farthest: how far away it is looked for, in sizes of the object.
     """
     height, width = x.shape[-2:]
     places = _grid(height, width)
     w = weights.flatten()
     centre = (places * w[:, None]).sum(0) / w.sum()
     start = Alignment(centre, torch.eye(2), torch.zeros(2), float(w.sum()) ** 0.5)
-    best = _search(x, g, weights, start)
+    best = _search(x, g, weights, start, farthest)
     for sigma in (2.0, 1.0):
         radius = math.ceil(2 * sigma)
         best = _refine(blur(x, sigma, radius), blur(g, sigma, radius), weights, best, affine=False)
@@ -116,13 +117,13 @@ def _sampled(picture: Tensor, places: Tensor) -> Tensor:
     return F.grid_sample(picture, scaled[None, None], "bilinear", "border", align_corners=False)[0, :, 0]
 
 
-def _search(x: Tensor, g: Tensor, weights: Tensor, start: Alignment) -> Alignment:
+def _search(x: Tensor, g: Tensor, weights: Tensor, start: Alignment, farthest: float) -> Alignment:
     """The best whole-pixel shift at the best of a few scales, at half the resolution."""
     half = [F.avg_pool2d(blur(t, 1.0, 2), 2) for t in (x, g)]
     w = F.avg_pool2d(weights, 2)
     small = Alignment(start.centre / 2 - 0.25, start.matrix, start.shift, start.size / 2)
     height, width = w.shape[-2:]
-    reach = max(1, min(int(FARTHEST * small.size), height // 2, width // 2))
+    reach = max(1, min(int(farthest * small.size), height // 2, width // 2))
     best = (math.inf, start)
     for scale in SCALES:
         grown = Alignment(small.centre, torch.eye(2) * scale, small.shift, small.size)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..files import replacing
-from ..pairs.files import pictures_in, read_picture, relative, subfolder
+from ..drawing.written import save
+from ..pairs.files import readable
+from ..pairs.outputs import PARTS, TABLES, Moment, find_outputs, natural
+from ..pairs.pictures import read_picture
 from .items import Item
 from .picture import heat
 
-PARTS = ("before", "output", "after", "mask")
+LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
 MOST_WORKERS = 8  # more would read more pictures at a time than disks and memory like
 # Pictures: workers take about 4 s to start, one picture 0.3 s (512 x 512, one core of a Xeon at 2.1 GHz).
 POOL_PAYS = 24
@@ -32,16 +33,20 @@ class Entry:
     """One output of a folder.
 
     Attributes:
-        name: path below ``output/`` without suffix, as it is spelled there.
+        name: path below the outputs' folder without suffix, as it is spelled there.
         files: "before", "output" and perhaps "after" and "mask".
         problem: why it cannot be judged, found without opening a file; else "".
         notes: sentences for a person.
+        pair: name of the pair that it is an output of, as its before picture has it; "" where there is none.
+        moment: when in a training it was sampled, as its name says.
     """
 
     name: str
     files: Mapping[str, Path]
     problem: str = ""
     notes: tuple[str, ...] = ()
+    pair: str = ""
+    moment: Moment = Moment()
 
 
 @dataclass(frozen=True)
@@ -49,75 +54,87 @@ class Folder:
     """What lies in a folder, before any picture is opened.
 
     Attributes:
-        entries: every name in ``before/`` or ``output/``, in natural order (2 before 10).
-        unused: files in ``after/`` and ``mask/`` that belong to no output.
+        entries: every output, and every before picture that has none, in natural order (2 before 10), earlier steps first.
+        unused: files of other parts that belong to no output.
         parts: the folders that are there.
+        notes: what a person should know of how outputs were matched to pairs; what was passed over, with the reason.
     """
 
     entries: tuple[Entry, ...]
     unused: tuple[str, ...] = ()
-    parts: Mapping[str, Path] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def moments(self) -> list[Moment]:
+        """When outputs were sampled, each once, the earliest first; empty where no name says it."""
+        return sorted({e.moment for e in self.entries if e.moment.count is not None}, key=lambda m: (m.unit, m.count))
+
+    def at(self, count: int) -> Folder:
+        """The entries of one step alone; -1: of the last.
+
+        Raises:
+            ValueError: there is none.
+        """
+        counts = [m.count for m in self.moments]
+        wanted = counts[-1] if count == -1 and counts else count
+        found = tuple(e for e in self.entries if e.moment.count == wanted)
+        if not found:
+            raise ValueError(
+                f"--step: expected one of {', '.join(map(str, counts)) or 'none: no name has a step in it'}, got {count}"
+            )
+        return replace(self, entries=found, unused=())
 
 
-def scan(folder: Path) -> Folder:
-    """Match the pictures of ``before/``, ``output/`` and, where they are there, ``after/`` and ``mask/`` by file stem.
+def scan(folder: Optional[Path] = None, parts: Optional[Mapping[str, Path]] = None) -> Folder:
+    """Match the outputs of a folder, or of parts that are named, to before pictures and, where they are there, to after
+    pictures and masks; the layouts are those of :func:`~..pairs.outputs.find_outputs`.
 
     Stems are compared without case and with composed characters; folders inside these are followed, and belong to the name.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no folder before/ or output/, or no pictures in them.
+        ValueError: no before pictures or no outputs.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder: there is no folder {folder}")
-    parts = {part: place for part in PARTS if (place := subfolder(folder, part)) is not None}
-    missing = [f"{part}/" for part in PARTS[:2] if part not in parts]
-    if missing:
-        there = ", ".join(sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())[:12]) or "nothing"
-        raise ValueError(
-            f"folder: expected before/ and output/ in {folder}, got no {' and no '.join(missing)}; there is: {there}"
+    found = find_outputs(None if folder is None else Path(folder), parts)
+    layout = found.layout
+    tables = {part: getattr(layout, table) for part, table in TABLES.items()}
+    twice = {name: f for f in layout.findings if f.kind == "duplicate" for name in f.files}
+    lacking = [part for part in PARTS[2:] if tables[part]]
+    entries, claimed = [], set[str]()
+    rivals: dict[tuple[str, str], list[Path]] = {}
+    for o in found.outputs:
+        rivals.setdefault((o.name.casefold(), str(o.moment)), []).append(o.path)
+    for o in found.outputs:
+        files = {"output": o.path}
+        files |= {part: table[o.key] for part, table in tables.items() if o.key in table}
+        claimed.add(o.key)
+        same = rivals[o.name.casefold(), str(o.moment)]
+        if o.path != same[0]:
+            continue  # told with the first of them
+        files = {part: files[part] for part in PARTS if part in files}
+        double = [("output", [layout.name(p) for p in same])] if len(same) > 1 else []
+        double += [(p, list(twice[n].files)) for p in files if p != "output" and (n := layout.name(files[p])) in twice]
+        problem = o.problem or "".join(
+            f"{part}: expected one file, got {' and '.join(names)}" for part, names in double[:1]
         )
-    found: dict[str, dict[str, list[Path]]] = {part: {} for part in PARTS}
-    names: dict[str, str] = {}
-    for part, place in parts.items():
-        for name, path in pictures_in(place):
-            found[part].setdefault(name.casefold(), []).append(path)
-            if part in PARTS[:2]:
-                names[name.casefold()] = name  # as the output has it, which comes last
-    if not names:
-        raise ValueError(f"folder: expected pictures in before/ and output/ of {folder}, got none")
-    entries = [_entry(folder, names[key], {part: found[part].get(key, []) for part in parts}) for key in names]
-    unused = [
-        relative(p, folder)
-        for part in PARTS[2:]
-        for key, paths in found[part].items()
-        if key not in names
-        for p in paths
-    ]
-    return Folder(tuple(sorted(entries, key=lambda e: _natural(e.name))), tuple(sorted(unused, key=_natural)), parts)
-
-
-def _entry(folder: Path, name: str, files: Mapping[str, Sequence[Path]]) -> Entry:
-    first = {part: paths[0] for part, paths in files.items() if paths}
-    twice = [
-        f"{part}: expected one file, got {' and '.join(relative(p, folder) for p in ps)}"
-        for part, ps in files.items()
-        if len(ps) > 1
-    ]
-    if twice:
-        return Entry(name, first, twice[0])
-    for part, other in (PARTS[:2], PARTS[1::-1]):
-        if part not in first:
-            return Entry(name, first, f"{part}: there is no picture for {relative(first[other], folder)}")
-    lacking = [part for part in files if part not in first]
-    return Entry(name, first, "", tuple(f"No {part} picture of this name." for part in lacking))
-
-
-def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """A key for sorting in which 2 comes before 10."""
-    pieces = re.split(r"([0-9]+)", name.casefold())
-    return [(0, int(p), "") if p.isdecimal() and p.isascii() else (1, 0, p) for p in pieces], name
+        if not problem and "before" not in files:
+            problem = f"before: there is no picture for {layout.name(o.path)}"
+        notes = [o.note] if o.note else []
+        notes += [] if problem else [f"No {part} picture of this name." for part in lacking if part not in files]
+        pair = layout.names[o.key] if "before" in files else ""
+        entries.append(Entry(o.name, files, problem, tuple(notes), pair, o.moment))
+    alone = [key for key in layout.before if key not in claimed]
+    if not found.sampled:  # a trainer samples a few pairs of many
+        for key in alone:
+            path = layout.before[key]
+            entries.append(
+                Entry(layout.names[key], {"before": path}, f"output: there is no picture for {layout.name(path)}")
+            )
+    unused = [layout.name(p) for part in PARTS[2:] for key, p in tables[part].items() if key not in claimed and (found.sampled or key not in layout.before)]  # fmt: skip
+    unused += [layout.name(layout.before[key]) for key in alone] if found.sampled else []
+    ordered = sorted(entries, key=lambda e: (e.moment.unit, e.moment.count or 0, natural(e.name)))
+    return Folder(tuple(ordered), tuple(sorted(unused, key=natural)), found.places, found.notes)
 
 
 def judge_entry(entry: Entry, maps: Optional[Path] = None) -> Item:
@@ -125,7 +142,8 @@ def judge_entry(entry: Entry, maps: Optional[Path] = None) -> Item:
 
     Args:
         entry: from :func:`scan`.
-        maps: folder into which the heat maps go, laid over the output, as NAME.MAP.png.
+        maps: folder into which the heat maps go, laid over the output, as NAME.MAP.png; a name that would be too long for the
+            file system is cut, and ends in a part of its hash.
 
     Raises:
         OSError: the maps cannot be written.
@@ -139,19 +157,16 @@ def judge_entry(entry: Entry, maps: Optional[Path] = None) -> Item:
             try:
                 picture = read_picture(path, mask=part == "mask")
             except ValueError as error:
-                return Item(entry.name, None, f"{part}: {path.name} cannot be read: {error}", tuple(notes))
+                return Item(entry.name, None, f"{part}: {readable(path.name)} cannot be read: {error}", tuple(notes))
             pictures[part] = torch.from_numpy(picture.values.copy())
-            if picture.transparent:
-                notes.append(
-                    f"The {part} picture is transparent in places; it was laid on {'black' if part == 'mask' else 'white'}."
-                )
+            notes += [f"The {part} picture: {remark}." for remark in picture.remarks]
         item = Item.judged(entry.name, notes=notes, **pictures)
     except Exception as error:  # nothing that is odd about one picture should cost the other 499 their verdicts
         reason = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
         return Item(entry.name, None, f"judging it failed: {reason}", tuple(notes))
     if maps is not None and item.verdict:
         for name, values in item.verdict.maps.items():
-            save(heat(pictures["output"], values), maps / f"{entry.name}.{name.replace(' ', '_')}.png")
+            save(heat(pictures["output"], values), maps / _file_name(entry.name, f".{name.replace(' ', '_')}.png"))
     return item
 
 
@@ -206,8 +221,14 @@ def _with_values(item: Item, change: Callable[[Any], Any]) -> Item:
     return replace(item, verdict=verdict, pictures={part: change(x) for part, x in item.pictures.items()})
 
 
-def save(picture: Tensor, path: Path) -> None:
-    """Write ``[H, W, 3]`` in 0…1 as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy()).save(temporary, format="PNG")
+def _file_name(name: str, ending: str) -> str:
+    """NAME and the ending, where the last part of NAME is cut to fit."""
+    place, slash, last = name.rpartition("/")
+    given, most = os.fsencode(last), LONGEST_NAME - len(ending)
+    if len(given) > most:
+        digest = f"~{hashlib.sha256(given).hexdigest()[:10]}"
+        last = os.fsdecode(given)
+        while len(os.fsencode(last)) > most - len(digest):
+            last = last[:-1]  # whole characters, of one to four bytes
+        last += digest
+    return place + slash + last + ending

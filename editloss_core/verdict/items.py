@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..drawing.sheet import cell
 from ..drawing.statistics import Share
 from ..objective import NO_FAILURE, NOT_A_NUMBER, TERMS, ObjectiveReport
-from .judge import FAILURES, GOOD, VERDICTS, Verdict, judge
+from .judge import FAILURES, GOOD, UNDECIDED, VERDICTS, Verdict, judge
 
 KEPT = 384  # pixels on the long side of the pictures that wait for a sheet: its cells are smaller
 
@@ -40,18 +40,18 @@ class Signal:
         """A sentence if it says something else than the judge, or one of them cannot see what the other sees; else ""."""
         name = verdict.verdict
         judged = as_signal(name)
-        if self.words == judged or (self.says is None and name == GOOD):
+        if self.words == judged or (self.says is None and name in (GOOD, UNDECIDED)):
             return ""
         if self.says in FAILURES and verdict.scores.get(self.says) is None:
             return f"The training signal says {self.says}; the judge could not answer that."
-        if self.says != NOT_A_NUMBER and name != GOOD and name not in self.toward:
+        if self.says != NOT_A_NUMBER and name in FAILURES and name not in self.toward:
             return f"No term of the objective looks for {_called(name)}."
         return f"They disagree: the training signal says {self.words}, the judge {judged}."
 
 
 def as_signal(verdict: str) -> str:
     """What a signal has to say to agree with a verdict."""
-    return NO_FAILURE if verdict == GOOD else verdict
+    return NO_FAILURE if verdict in (GOOD, UNDECIDED) else verdict
 
 
 def signals(report: ObjectiveReport) -> list[Signal]:
@@ -114,7 +114,7 @@ class Item:
             return cls(name, None, str(error), tuple(notes), pictures)
         assert verdict.mask is not None  # `judge` gives the one that it used
         small = F.interpolate(verdict.mask[None, None], size=pictures["output"].shape[:2], mode="area")[0, 0]
-        return cls(name, replace(verdict, mask=small), "", (*notes, *_flat(output)), pictures)
+        return cls(name, replace(verdict, mask=small), "", (*notes, *verdict.notes, *_flat(output)), pictures)
 
     @property
     def disagreement(self) -> str:
@@ -151,6 +151,44 @@ def verdict_share(items: Sequence[Item], *verdicts: str) -> Share:
     return Share(sum(v in verdicts for v in judged), len(judged))
 
 
+@dataclass(frozen=True)
+class Failing:
+    """How many of ``n`` judged items have a failure; any of the undecided ones may have one as well."""
+
+    failed: int
+    undecided: int
+    n: int
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Failing:
+        counts = [verdict_share(items, *names) for names in (FAILURES, (UNDECIDED,))]
+        return cls(counts[0].count, counts[1].count, counts[0].n)
+
+    @property
+    def least(self) -> Share:
+        return Share(self.failed, self.n)
+
+    @property
+    def most(self) -> Share:
+        """What is not known to be good."""
+        return Share(self.failed + self.undecided, self.n)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.least.interval[0], self.most.interval[1]
+
+    def __str__(self) -> str:
+        if not self.undecided:
+            return str(self.least)
+        return f"{self.failed} to {self.most.count} of {self.n}: {self.undecided} undecided"
+
+
+def unanswered(items: Sequence[Item]) -> list[tuple[str, int]]:
+    """What could not be answered of the judged items, and of how many; the most frequent first."""
+    said = Counter(text for item in items if item.verdict for text in item.verdict.unanswered)
+    return said.most_common()
+
+
 def table(items: Sequence[Item]) -> str:
     """The items as a Markdown table, under a line with their numbers."""
     with_signal = any(item.signal for item in items)
@@ -167,7 +205,10 @@ def table(items: Sequence[Item]) -> str:
             " ".join(w for w in words if w),
         ]
         lines.append(f"| {' | '.join(map(cell, cells))} |")
-    lines += ["", "Scores: 0.5 and more is a failure; – could not be answered."]
+    lines += [
+        "",
+        "Scores: 0.5 and more is a failure; – could not be answered. Undecided: no failure found, and not all could be asked.",
+    ]
     return "\n".join(lines)
 
 
@@ -198,7 +239,8 @@ def _flat(output: Tensor) -> tuple[str, ...]:
 
 
 def _called(failure: str) -> str:
-    return {"no edit": "a missing edit", "overlay": "an overlay", "distorted": "a distortion"}.get(failure, failure)
+    words = {"no edit": "a missing edit", "overlay": "an overlay", "distorted": "a distortion"}
+    return {**words, "unusable": "an unusable output"}.get(failure, failure)
 
 
 def finite(value: Optional[float]) -> Optional[float]:

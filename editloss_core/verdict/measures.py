@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur, box_mean, dilate, oklab, tolerant_distance
+from ..masks import JUST_VISIBLE, blur, box_mean, dilate, oklab, tolerant_distance
 from .alignment import CLOSE, Alignment, align, look_up, warp
 
 WHOLE = 256  # pixels on the long side at which the surroundings are compared
@@ -22,9 +22,18 @@ AROUND = 0.35  # of the mask's long side that the crop takes in on each side
 VISIBLE = 0.04  # Oklab
 LEAST_SHIFT = 0.1  # pixels of the working size; less is not worth a resampling
 LARGEST_SHIFT = 0.012  # of the long side: a pixel of a small picture; more is a picture that moved
+LARGEST_SCALE = 0.025  # of an axis of an output of another size: its proportions may be off by two per cent
 STAYED = 0.015  # of the object's size, and of its scale
 NOISIEST = 0.003  # squared difference in 0…1, three channels together; JPEG at quality 35 has about a tenth of it
 FAINT, TOLD = 0.3, 1.0  # sums of squared slopes per pixel: a ridge; what an outline of a hundred pixels has
+FEW = 1e-2  # sum of squared slopes in Oklab, about that of a pixel
+ENOUGH = 0.2  # share of the picture outside the mask by which the room is told
+LARGE, MOST = (
+    0.15,
+    0.4,
+)  # shares of the picture, in the region and anywhere, that an edit without an object changes visibly
+PLAINLY = 0.5  # likeness of edges above which nothing has to be laid on anything
+UNSEEN = 0.004  # Oklab, of a neighbourhood: a step of an 8-bit code is about half of it
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
 
 
@@ -38,9 +47,11 @@ class Whole:
     mask: Tensor  # boolean
     pictures: tuple[Tensor, Tensor, Optional[Tensor]]  # at full size, the output in the before picture's colours
     full_mask: Tensor
+    raw: Tensor  # the output in its own colours
 
     @classmethod
-    def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor) -> Whole:
+    def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor, another_size: bool = False) -> Whole:
+        """``another_size``: the output was resized, so that it may show a little more or less than the before picture."""
         size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
         small_s, small_x, small_g = resized(s, size), resized(x, size), None if g is None else resized(g, size)
         mask = resized(region, size) > 0.25
@@ -50,16 +61,22 @@ class Whole:
         fits = [_colour_balance(small_x, t, outside) for t in known]
         (gain, offset, _), like = min(zip(fits, known), key=lambda fit: fit[0][2])
         balanced = [(t * gain + offset).clamp(0, 1) for t in (small_x, x)]
-        shift = _small_shift(balanced[0], like, outside)
-        if float(shift.norm()) >= LEAST_SHIFT:
-            ratio = s.shape[-1] / size[1]
-            balanced = [moved_by(balanced[0], shift), moved_by(balanced[1], shift * ratio)]
-        return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region)
+        move = _small_move(balanced[0], like, outside, another_size)
+        if move is not None:
+            full = _at_scale(move, s.shape[-1] / size[1])
+            balanced = [_laid_on(balanced[0], move, small_s), _laid_on(balanced[1], full, s)]
+            small_x = _laid_on(small_x, move, small_s)
+        return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region, small_x)
 
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
         known = [t for t in (self.s, self.g) if t is not None]
         return largest_change(self.x, known, self.mask if also is None else self.mask | also)
+
+    def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
+        """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
+        known = [t for t in (self.s, self.g) if t is not None]
+        return largest_tint(self.x, known, self.mask if also is None else self.mask | also)
 
 
 def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Optional[float], Tensor]:
@@ -73,6 +90,18 @@ def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Op
     share = box_mean(outside, 13)
     mean = box_mean(d * outside, 13) / share.clamp_min(1e-6)
     return float(mean[share > 0.3].amax()) if bool((share > 0.3).any()) else None, d * outside
+
+
+def largest_tint(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> Optional[float]:
+    """The same as :func:`largest_change` of mean colours: noise, dithering and shifts within a neighbourhood add up to nothing."""
+    outside = (~dilate(mask, 8)).float()
+    size = 2 * max(6, max(x.shape[-2:]) // 14) + 1  # a seventh of the long side
+    share = box_mean(outside, size)
+    if float(outside.mean()) < 0.02 or not bool((share > 0.3).any()):
+        return None
+    x = oklab(x)
+    changes = (length(box_mean((x - oklab(t)) * outside, size)) / share.clamp_min(1e-6) for t in known)
+    return float(torch.stack(list(changes)).amin(0)[share > 0.3].amax())
 
 
 def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -101,35 +130,65 @@ def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tens
     return gain, offset, float((gain * x + offset - s).abs()[..., where].mean())
 
 
-def _small_shift(x: Tensor, s: Tensor, outside: Tensor) -> Tensor:
-    """(x, y) in pixels by which x lies beside s outside the mask; 0 where that is more than a codec's or a VAE's doing.
+def _small_move(x: Tensor, s: Tensor, outside: Tensor, scaled: bool) -> Optional[Alignment]:
+    """The shift, and the scale of each axis if ``scaled``, by which x lies beside s outside the mask; None where there is too
+    little to move, or more than a codec's, a VAE's or a resizing's doing.
 
-    Gauss–Newton steps with Cauchy's weights (Baker and Matthews 2004).
+    Gauss–Newton steps with Cauchy's weights (Baker and Matthews 2004), from coarse to fine.
     """
-    s, x = (blur(t, 1.0, 3) for t in (s, x))
-    shift, where = torch.zeros(2), outside[0, 0]
-    limit = LARGEST_SHIFT * max(s.shape[-2:])
+    height, width = s.shape[-2:]
+    longest = max(height, width)
+    where = outside[0, 0]
     if int(where.sum()) < 64:
-        return shift
-    for _ in range(6):
-        looked = moved_by(x, shift)
-        slopes_x, slopes_y = (torch.gradient(looked, dim=d)[0][0, :, where].flatten() for d in (3, 2))
-        off = (looked - s)[0, :, where].flatten()
-        weight = 1 / (1 + (off / 0.05).square())
-        jacobian = torch.stack([slopes_x, slopes_y])
-        gram = (jacobian * weight) @ jacobian.T + 1e-3 * torch.eye(2)
-        step = torch.linalg.solve(gram, (jacobian * weight) @ off)
-        shift = shift - step
-        if not bool(shift.isfinite().all()) or float(shift.norm()) > 2 * limit:
-            return torch.zeros(2)
-        if float(step.norm()) < CLOSE:
-            break
-    return shift if float(shift.norm()) <= limit else torch.zeros(2)
+        return None
+    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2])
+    y, x_ = where.nonzero().float().unbind(1)
+    u, v = ((t - c) / longest for t, c in ((x_, centre[0]), (y, centre[1])))
+    move = Alignment(centre, torch.eye(2), torch.zeros(2), 1.0)
+    for sigma in (4.0, 2.0, 1.0) if scaled else (1.0,):
+        radius = min(math.ceil(3 * sigma), min(height, width) - 1)
+        near_s, near_x = blur(s, sigma, radius), blur(x, sigma, radius)
+        for _ in range(6):
+            looked = look_up(near_x, move)
+            slopes_x, slopes_y = (torch.gradient(looked, dim=d)[0][0, :, where] for d in (3, 2))
+            off = (looked - near_s)[0, :, where].flatten()
+            weight = 1 / (1 + (off / 0.05).square())
+            rows = [slopes_x, slopes_y, *((slopes_x * u * longest, slopes_y * v * longest) if scaled else ())]
+            jacobian = torch.stack([row.flatten() for row in rows])
+            gram = (jacobian * weight) @ jacobian.T
+            ridge = torch.tensor([1.0, 1.0, longest**2 / 12, longest**2 / 12][: len(rows)]) * 1e-3
+            step = torch.linalg.solve(gram + torch.diag(ridge), (jacobian * weight) @ off)
+            matrix = move.matrix - torch.diag(step[2:]) if scaled else move.matrix
+            move = Alignment(centre, matrix, move.shift - step[:2], 1.0)
+            if not _is_small(move, longest, 2.0):
+                return None
+            if float(step[:2].norm()) < CLOSE and (not scaled or float(step[2:].norm()) * longest < CLOSE):
+                break
+    corner = (move.matrix - torch.eye(2)).diagonal() * centre
+    least = float(move.shift.norm() + corner.norm())
+    return move if least >= LEAST_SHIFT and _is_small(move, longest, 1.0) else None
 
 
-def moved_by(x: Tensor, shift: Tensor) -> Tensor:
-    """x looked up at every place plus ``shift``."""
-    return look_up(x, Alignment(torch.zeros(2), torch.eye(2), shift, 1.0))
+def _is_small(move: Alignment, longest: int, times: float) -> bool:
+    scales = (move.matrix.diagonal() - 1).abs()
+    if not bool(move.shift.isfinite().all()) or not bool(scales.isfinite().all()):
+        return False
+    return float(move.shift.norm()) <= times * LARGEST_SHIFT * longest and float(scales.max()) <= times * LARGEST_SCALE
+
+
+def _at_scale(move: Alignment, ratio: float) -> Alignment:
+    """The same move of the picture with ``ratio`` times the pixels on a side."""
+    return Alignment(move.centre * ratio + (ratio - 1) / 2, move.matrix, move.shift * ratio, 1.0)
+
+
+def _laid_on(x: Tensor, move: Alignment, s: Tensor) -> Tensor:
+    """x after the move; the before picture where it shows nothing."""
+    height, width = x.shape[-2:]
+    columns, rows = (torch.arange(n).float() for n in (width, height))
+    (fx, fy), (cx, cy), (dx, dy) = move.matrix.diagonal().tolist(), move.centre.tolist(), move.shift.tolist()
+    columns, rows = (columns - cx) * fx + cx + dx, (rows - cy) * fy + cy + dy
+    inside = ((rows > -1) & (rows < height))[:, None] & ((columns > -1) & (columns < width))[None]
+    return torch.where(inside, look_up(x, move), s)
 
 
 @dataclass
@@ -228,7 +287,7 @@ def filled(picture: Tensor, known: Tensor) -> Tensor:
 
 
 def shape_errors(
-    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor
+    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor, mask: Tensor
 ) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
     the after picture has it); the differences as shares of the object's contrast."""
@@ -240,7 +299,7 @@ def shape_errors(
     level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
     # the room shows through and around the object, where it was or moved along: either will do
     d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
-    near = dilate(w > 0.5, 6) * known
+    near = ((dilate(w > 0.5, 6) > 0) & mask | (w > 0.5)).float() * known  # beyond the mask the room is asked elsewhere
     share = box_mean(near, 15)
     mean = (box_mean(d.square() * near, 15) / share.clamp_min(1e-6)).sqrt()
     counted = share > 0.4
@@ -258,11 +317,19 @@ def _apart(a: Tensor, b: Tensor, where: Tensor) -> Optional[float]:
 
 def codec_change(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
     """What a round trip through JPEG does to a picture ``[1, 3, H, W]``, as :meth:`Whole.background` measures it."""
+    return largest_change(resized(_jpeg(picture, quality), small.shape[-2:]), [small], mask)[0]
+
+
+def codec_tint(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
+    """The same, as :meth:`Whole.tint` measures it."""
+    return largest_tint(resized(_jpeg(picture, quality), small.shape[-2:]), [small], mask)
+
+
+def _jpeg(picture: Tensor, quality: int) -> Tensor:
     pixels = (picture[0].permute(1, 2, 0) * 255).round().byte().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-    again = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)[None].float() / 255
-    return largest_change(resized(again, small.shape[-2:]), [small], mask)[0]
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)[None].float() / 255
 
 
 def length(x: Tensor) -> Tensor:
@@ -288,6 +355,79 @@ def progress_of(moved: Tensor, wanted: Tensor, weight: Tensor) -> tuple[float, f
     return progress, norm(moved - progress * wanted, weight) / whole
 
 
+def likeness(x: Tensor, y: Tensor, weight: Tensor) -> float:
+    """The cosine of x and y under a weight, −1 to 1; near 0 where one of them has little to tell by."""
+    together, squared = (weight * x * y).sum(), [(weight * t.square()).sum() + FEW for t in (x, y)]
+    return float(together / (squared[0] * squared[1]).sqrt())
+
+
+def local_likeness(x: Tensor, y: Tensor, weight: Tensor, size: int) -> float:
+    """The mean of the cosines of x and y in all neighbourhoods, each counted by what y has there: what was added to x in one place
+    counts for that place alone."""
+    together, in_x, in_y = (box_mean((weight * t).sum(1, keepdim=True), size) for t in (x * y, x.square(), y.square()))
+    cosines = together / (in_x * in_y + 1e-12).sqrt()
+    return float((in_y * cosines).sum() / (in_y.sum() + 1e-9))
+
+
+def edges(x: Tensor, sigma: float) -> Tensor:
+    """Slopes of a picture in Oklab that is blurred first."""
+    return slopes(blur(oklab(x), sigma, min(math.ceil(2 * sigma), min(x.shape[-2:]) - 1)))
+
+
+def room_seen(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> float:
+    """How much the coarse edges of x outside the mask are those of one of the known pictures, 0 to 1: of noise and of another
+    scene nearly nothing. A picture that was moved or zoomed is laid on the known one first. Where the mask leaves little,
+    the whole picture counts."""
+    outside = (~dilate(mask, 4)).float()
+    if float(outside.mean()) < ENOUGH:
+        outside = torch.ones_like(outside)
+    longest = max(x.shape[-2:])
+    scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
+    size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
+
+    def of(picture: Tensor) -> float:
+        pairs = ((edges(picture, k), edges(t, k)) for k in scales for t in known)
+        return max(abs(local_likeness(*pair, outside, size)) for pair in pairs)
+
+    found = of(x)
+    if found >= PLAINLY:
+        return found
+    similarity, _ = align(blur(oklab(x), 1.0, 3), blur(oklab(known[0]), 1.0, 3), outside)
+    return max(found, of(look_up(x, similarity)))
+
+
+def surroundings(region: Tensor) -> float:
+    """The share of the picture that a mask leaves to compare."""
+    size = _fitting(region.shape[-2:], min(WHOLE, max(region.shape[-2:])))
+    return 1 - float(dilate(resized(region, size) > 0.25, 8).float().mean())
+
+
+def is_tone(s: Tensor, g: Tensor, region: Tensor) -> bool:
+    """Whether a pair's edit keeps what is in the picture: a large part has other colours, light or sharpness, but the region
+    has the same edges."""
+    size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
+    small_s, small_g, mask = resized(s, size), resized(g, size), resized(region, size) > 0.25
+    apart = length(blur(oklab(small_g) - oklab(small_s), 1.0, 3)) > JUST_VISIBLE
+    inside = (apart & mask).float()
+    if float(inside.mean()) < LARGE and float(apart.float().mean()) < MOST:
+        return False
+    return abs(likeness(edges(small_s, 2.0), edges(small_g, 2.0), inside)) >= PLAINLY
+
+
+def codec_limit(picture: Tensor, small: Tensor) -> Tensor:
+    """The mean Oklab distance in each neighbourhood that JPEG of quality 50 makes of a picture."""
+    return box_mean(length(oklab(resized(_jpeg(picture, 50), small.shape[-2:])) - oklab(small)), 13)
+
+
+def is_like(x: Tensor, picture: Tensor, small: Tensor) -> bool:
+    """Whether x, at the working size, is the picture up to what a codec does to it: nowhere further from it than JPEG of
+    quality 50 takes it, and a little."""
+    mean = box_mean(length(oklab(x) - oklab(small)), 13)
+    if float(mean.amax()) <= UNSEEN:
+        return True
+    return float(mean.amax()) <= VISIBLE * 2 and bool((mean <= codec_limit(picture, small) + UNSEEN).all())
+
+
 def coefficient(x: Tensor, y: Tensor, weight: Tensor) -> float:
     """The least-squares α of x ≈ α · y; near 0 where y has little to tell by."""
     return float((weight * x * y).sum() / ((weight * y.square()).sum() + RIDGE))
@@ -306,6 +446,43 @@ def ghost(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, bool]:
     """(|α| of x ≈ α · y in the colour channel where it is largest, whether y has enough to tell by); of slopes ``[1, 6, h, w]``."""
     together, squared = ((weight * t).sum((0, 2, 3)).view(2, 3).sum(0) for t in (x * y, y.square()))
     return float((together / (squared + FAINT)).abs().max()), float(squared.sum()) >= TOLD
+
+
+def explained(x: Tensor, y: Tensor, weight: Tensor, region: Tensor) -> float:
+    """The correlation, 0 to 1, that α · y has with x in a region, where y counts under a weight alone."""
+    alpha = coefficient(x, y, weight * region)
+    gained = (weight * region * (x.square() - (x - alpha * y).square())).sum()
+    return math.sqrt(max(0.0, float(gained / ((region * x.square()).sum() + 1e-3))))
+
+
+def palette_of(picture: Tensor, most: int) -> Optional[Tensor]:
+    """The colours ``[n, 3]`` of a picture ``[1, 3, H, W]`` in 8 bits; None if they are more than ``most``."""
+    codes = (picture[0] * 255).round().int()
+    packed = (codes[0] * 65536 + codes[1] * 256 + codes[2]).flatten()
+    if len(packed[:: max(1, len(packed) // 4096)].unique()) > most:
+        return None
+    found = packed.unique()
+    return None if len(found) > most else torch.stack([found // 65536, found // 256 % 256, found % 256], 1)
+
+
+def share_nearer(x: Tensor, y: Tensor, to: Tensor) -> float:
+    """Of the pixels in which x differs from a picture, the share in which it is nearer to y, twice and more."""
+    before, now = (length(x - t) for t in (to, y))
+    differs = before > 2 / 255
+    return float((now <= 0.5 * before)[differs].float().mean()) if bool(differs.any()) else 0.0
+
+
+def in_palette(picture: Tensor, colours: Tensor, dithered: bool) -> Tensor:
+    """A picture ``[1, 3, H, W]`` in these colours: each pixel's nearest one, or its error spread over its neighbours."""
+    palette = Image.new("P", (1, 1))
+    padded = torch.cat(
+        [colours, colours[:1].expand(256 - len(colours), 3)]
+    )  # a short palette would be filled up with black
+    palette.putpalette(padded.flatten().tolist())
+    image = Image.fromarray((picture[0].permute(1, 2, 0) * 255).round().byte().numpy())
+    how = Image.Dither.FLOYDSTEINBERG if dithered else Image.Dither.NONE
+    brought = np.array(image.quantize(palette=palette, dither=how).convert("RGB"))
+    return torch.from_numpy(brought).permute(2, 0, 1)[None].float() / 255
 
 
 def softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> float:

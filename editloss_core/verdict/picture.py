@@ -16,7 +16,7 @@ from ..drawing.sheet import BAD, INK, LINE, MUTED, Sheet, cut, new_figure, wrapp
 from ..extras import need
 from ..objective import ObjectiveReport
 from .items import Item, Signal, finite, with_signals
-from .judge import FAILURES, GOOD, VERDICTS, Verdict
+from .judge import FAILURES, GOOD, UNDECIDED, VERDICTS, Verdict
 
 # map of a verdict → what full colour means
 MAPS = {
@@ -60,7 +60,7 @@ def _name_of(item: Item) -> Optional[str]:
 
 class Ranking:
     """Which items have a row where not all can have one: of each failure the first, then of each the second and so on; then what
-    could not be judged, then good ones. Lower ranks come first."""
+    could not be judged, then undecided and good ones. Lower ranks come first."""
 
     def __init__(self) -> None:
         self._seen: Counter[Optional[str]] = Counter()
@@ -69,7 +69,7 @@ class Ranking:
         """The rank of the next item."""
         name = _name_of(item)
         self._seen[name] += 1
-        return {None: 2, GOOD: 3}.get(name, 1), self._seen[name]
+        return {None: 2, UNDECIDED: 3, GOOD: 4}.get(name, 1), self._seen[name]
 
 
 def sheet(
@@ -201,7 +201,7 @@ class VerdictSheet(Sheet):
         else:
             name = item.verdict.verdict
             asked = sum(item.verdict.scores.get(failure) is not None for failure in FAILURES)
-            self.badge(name, top + 0.14, VERDICT_COLORS[name], filled=name != GOOD or asked == len(FAILURES))
+            self.badge(name, top + 0.14, VERDICT_COLORS[name], filled=name != UNDECIDED)
             if asked < len(FAILURES):
                 words = f"{asked} of {len(FAILURES)} questions answered"
                 self.write(self.LEFT + self.WORDS - 0.3, top + 0.14, words, ha="right", fontsize=8, color=MUTED)
@@ -212,7 +212,7 @@ class VerdictSheet(Sheet):
             self.draw_cell(item, name, self.left(k), top)
 
     def badge(self, words: str, y: float, color: str, filled: bool = True) -> None:
-        """A verdict in its colour; only an outline for a good one of which not everything is known."""
+        """A verdict in its colour; only an outline where it is none yet."""
         style = _badge(color) if filled else _badge("#ffffff", edge=color)
         self.write(self.LEFT + 0.06, y, words, fontsize=11, weight="bold", **style)
 
@@ -300,7 +300,7 @@ def _chosen(items: Sequence[Item], count: int) -> list[Item]:
     order = Ranking()
     ranks = [order.of(item) for item in items]
     kept = sorted(sorted(range(len(items)), key=lambda i: (ranks[i], i))[:count])
-    places = {v: k for k, v in enumerate((*FAILURES, None, GOOD))}
+    places = {v: k for k, v in enumerate((*FAILURES, None, UNDECIDED, GOOD))}
     return [items[i] for i in sorted(kept, key=lambda i: (places[_name_of(items[i])], i))]
 
 

@@ -79,6 +79,14 @@ FOUND_BY_SEARCH_WORDS = {
     "dataset": ({"LoadPairs", "MakePairs"}, 15),
     "perceptual": ({"FeatureMatch"}, 2),
     "ConvNeXt": ({"TimmEncoder"}, 8),
+    "no change": ({"NoEditIdentity", "DiagnoseOutputs", "AuditPairs"}, 6),
+    "double": ({"OverlayAvoidance", "OverlayNegative", "DiagnoseOutputs"}, 8),
+    "ghost": ({"OverlayAvoidance", "OverlayNegative", "DiagnoseOutputs"}, 4),
+    "background changed": ({"DiagnoseOutputs"}, 2),
+    "shift": ({"DiagnoseOutputs", "AuditPairs"}, 12),
+    "offset": ({"DiagnoseOutputs", "AuditPairs"}, 12),
+    "zoom": ({"DiagnoseOutputs", "AuditPairs"}, 12),
+    "when to stop": ({"RunReport"}, 2),
 }
 
 

@@ -808,10 +808,12 @@ def test_loras_and_logs_are_collected_under_the_names_that_were_asked_for(tmp_pa
     for name in ("demo", "deep/demo"):
         lora(server / "runs" / name / "log.jsonl", name, 1000)
         lora(server / "runs" / name / "checkpoints" / "step_000002.safetensors", name, 1000)
+    lora(server / "runs" / "demo" / "pictures" / "a-base-0123.png", "a picture", 1000)
     run.collect(server / "loras", server / "runs", out)
     assert files(out) == {
         "deep/demo.log.jsonl": "deep/demo",
         "demo.log.jsonl": "demo",
+        "demo.pictures/a-base-0123.png": "a picture",
         "loras/editloss/deep/x.safetensors": "editloss/deep/x",
         "loras/editloss/x.safetensors": "editloss/x",
         "loras/x.safetensors": "x",

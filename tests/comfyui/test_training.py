@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -276,6 +277,9 @@ def test_a_run_that_has_ended_is_not_trained_again_when_its_outputs_were_let_go_
 def test_pairs_from_a_folder(client: Client, comfyui_server: ComfyServer) -> None:
     folder = comfyui_server.input_dir / "my pairs"
     names = write_folder(stool_pairs(3), folder)
+    for path in [p for part in folder.iterdir() for p in part.iterdir() if p.stem == names[2]]:
+        path.rename(path.with_stem(os.fsdecode("凳子".encode("gbk"))))  # as an archive from a Chinese Windows unpacks
+    (folder / "before" / "IMG_1.jxl").write_bytes(b"not read here")
     load = {"folder": "my pairs", "resolution": 128}
     prompt = {**training(steps=1, name="folder", hold_out=1), **graph(load=("EditLossLoadPairs", load))}
     prompt["train"]["inputs"].update(pairs=link("load"))
@@ -284,6 +288,15 @@ def test_pairs_from_a_folder(client: Client, comfyui_server: ComfyServer) -> Non
     outputs = client.run(prompt).outputs
     assert "3 pairs" in outputs["load"]["text"][0] and "3 with a mask" in outputs["load"]["text"][0]
     assert pixels(client, outputs["load"]).std() > 5
+    said = outputs["load"]["said"][0]
+    assert "- passed over (JXL needs the package pillow-jxl-plugin; or save it as PNG): before/IMG_1.jxl" in said
+    assert (
+        r"- names that are not UTF-8, or have control characters, are written with \x: after/\xb5\xca\xd7\xd3.png"
+        in said
+    )
+    audit = graph(audit=("EditLossAuditPairs", {"folder": "my pairs"}))
+    found = client.run(audit).outputs["audit"]
+    assert found["said"][0].startswith("3 pairs") and r"| \xb5\xca\xd7\xd3 |" in found["text"][0]
 
     (folder / "before" / f"{names[0]}.png").unlink()
     (folder / "mask" / f"{names[1]}.png").write_bytes(b"not a picture")

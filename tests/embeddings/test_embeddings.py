@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from editloss_core.embeddings import FORMAT, EmbeddingSet, StaleEmbeddings, check_role, hash_images
 from editloss_core.embeddings import sets as module
 from editloss_core.encoders.base import EncoderInfo, PixelEncoder, Preprocess
-from editloss_core.files import replacing
+from editloss_core.files import NotWritten, replacing
 from editloss_core.hashing import hash_tensors
 from editloss_core.objective import EditObjective, LossTerm
 
@@ -431,7 +431,7 @@ def test_a_failing_replacement_leaves_the_old_file_and_nothing_else(saved, monke
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("in use")))
-        with pytest.raises(PermissionError):
+        with pytest.raises(NotWritten, match="pairs.safetensors cannot be written: in use"):
             made.save(path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 

@@ -259,3 +259,33 @@ def test_real_features_find_where_an_edit_is(lite0):
     row, column = divmod(int(distance.argmax()), distance.shape[1])
     y, x = (row + 0.5) / distance.shape[0] * 350, (column + 0.5) / distance.shape[1] * 350
     assert 200 < y < 310 and 85 < x < 250, (y, x)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch32_clip_224", "vit_base_patch32_clip_quickgelu_224"])
+@pytest.mark.parametrize("tag", ["", ".openai", ".laion2b"])
+def test_weights_of_another_activation(name, tag, tmp_path, caplog):
+    """OpenAI's CLIP was trained with QuickGELU; its tensors fit a network with GELU."""
+    import timm
+    from safetensors.torch import save_file
+
+    if "quickgelu" in name and tag == ".laion2b":
+        pytest.skip("no such weights")
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    net = timm.create_model(name, num_classes=0, **small)
+    save_file(net.state_dict(), tmp_path / "clip.safetensors")
+
+    def make():
+        return TimmEncoder(name + tag, tmp_path / "clip.safetensors", model_kwargs=small)
+
+    if "quickgelu" not in name and tag == ".openai":
+        with pytest.raises(
+            ValueError,
+            match="trained with QuickGELU, vit_base_patch32_clip_224 has GELU; choose vit_base_patch32_clip_quickgelu_224",
+        ):
+            make()
+        return
+    make()
+    warned = [record.getMessage() for record in caplog.records]
+    assert [("choose vit_base_patch32_clip_quickgelu_224" in text, "openai" in text) for text in warned] == (
+        [(True, True)] if "quickgelu" not in name and not tag else []
+    )

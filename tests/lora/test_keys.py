@@ -4,6 +4,7 @@ That ComfyUI's own loader gives the same output as diffusers' is tested in tests
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -180,7 +181,14 @@ def test_the_command_there_and_back_gives_the_same_file(dialect, tmp_path, capsy
 
 def test_the_command_refuses_what_is_no_lora_of_flux(tmp_path, capsys):
     for name, content, expected in (
-        ("kohya", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, "expected names that begin with"),
+        ("kohya", {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, "expected two matrices for double_blocks.0.img_attn.qkv"),
+        ("sdxl", lora_of("lora_unet_input_blocks_4_1_proj_in"), "has a layer 'input_blocks_4_1_proj_in' in ComfyUI's names with underscores"),
+        ("text", lora_of("lora_unet_img_in") | lora_of("lora_te1_text_model_encoder_layers_0_mlp_fc1"), "all with the same, got 'lora_te1_"),
+        ("rank 0", lora_of("transformer.x_embedder", rank=0), "x_embedder have rank 0"),
+        ("int8", lora_of("transformer.x_embedder", dtype=torch.int8), "expected floats in the matrices of x_embedder, got torch.int8"),
+        ("two alphas", lora_of("transformer.x_embedder") | {"transformer.x_embedder.alpha": torch.ones(2)}, "expected one number as alpha of x_embedder, got [2]"),
+        ("nan", lora_of("transformer.x_embedder") | {"transformer.x_embedder.alpha": torch.tensor(float("nan"))}, "expected a finite alpha of x_embedder, got nan"),
+        ("nothing", {}, "got a file without tensors"),
         ("dora", {"transformer.x_embedder.dora_scale": torch.zeros(2)}, "neither of its matrices nor its alpha"),
         ("half", {"transformer.x_embedder.lora_A.weight": torch.zeros(2, 2)}, "expected two matrices for x_embedder, got down"),
         ("ranks", {"transformer.x_embedder.lora_A.weight": torch.zeros(2, 2), "transformer.x_embedder.lora_B.weight": torch.zeros(2, 3)}, "have ranks 2 and 3"),
@@ -192,7 +200,124 @@ def test_the_command_refuses_what_is_no_lora_of_flux(tmp_path, capsys):
     assert convert_lora.main([str(tmp_path / "none.safetensors"), str(tmp_path / "out.safetensors")]) == 2
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 40)
     assert convert_lora.main([str(tmp_path / "broken.safetensors"), str(tmp_path / "out.safetensors")]) == 2
+    for source, target, expected in (
+        (tmp_path, "out", "source: expected a file"),
+        (tmp_path / "nan.safetensors", "gone/out", "target: there is no folder"),
+        (tmp_path / "nan.safetensors", "nan", "is the source itself"),
+        (tmp_path / "nan.safetensors", "out.pth", "expected a name ending in .safetensors"),
+    ):
+        target = str(tmp_path / target) + ("" if target.endswith(".pth") else ".safetensors")
+        assert convert_lora.main([str(source), target, "--overwrite"]) == 2
+        assert expected in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def lora_of(layer, rank=2, dtype=torch.float32):
+    return {
+        f"{layer}.lora_down.weight": torch.ones(rank, 2, dtype=dtype),
+        f"{layer}.lora_up.weight": torch.ones(3, rank, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize(("dialect", "prefix"), [(COMFYUI, "lora_unet_"), (DIFFUSERS, "lora_transformer_")])
+def test_names_with_underscores_are_those_with_dots(tmp_path, dialect, prefix):
+    """As kohya's sd-scripts and OneTrainer write them, with each program's layers."""
+    write(tmp_path / "dots.safetensors", dialect)
+    under = {}
+    for key, value in load_file(tmp_path / "dots.safetensors").items():
+        layer, _, end = key.removeprefix({COMFYUI: "diffusion_model.", DIFFUSERS: "transformer."}[dialect]).rpartition(
+            ".alpha" if key.endswith(".alpha") else ".lora_"
+        )
+        end = {"": "alpha", "A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(end, f"lora_{end}")
+        under[f"{prefix}{layer.replace('.', '_')}.{end}"] = value
+    save_file(under, tmp_path / "under.safetensors")
+    made = [
+        convert_lora.convert_lora(tmp_path / f"{n}.safetensors", tmp_path / f"{n}_out.safetensors")
+        for n in ("dots", "under")
+    ]
+    assert made[0] == made[1] and made[0][0] != dialect
+    dots, found = (load_file(tmp_path / f"{name}_out.safetensors") for name in ("dots", "under"))
+    assert dots.keys() == found.keys() and all(torch.equal(dots[key], found[key]) for key in dots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_stay_and_other_strengths_do_not_round(tmp_path, dtype):
+    """A product of two such numbers does not fit into one."""
+    names = [f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    state = {}
+    for k, name in enumerate(names):
+        u = update(WIDTH, WIDTH, rank=2, seed=k)
+        state |= {f"{name}.lora_A.weight": u.down.to(dtype), f"{name}.lora_B.weight": u.up.to(dtype)}
+    for alphas, expected in (((2, 2, 2), dtype), ((2, 3, 2), torch.bfloat16)):
+        for name, alpha in zip(names, alphas):
+            state[f"{name}.alpha"] = torch.tensor(float(alpha))
+        save_file(state, tmp_path / "in.safetensors")
+        convert_lora.convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", overwrite=True)
+        found = load_file(tmp_path / "out.safetensors")
+        layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+        down, up = found[f"{layer}.lora_down.weight"], found[f"{layer}.lora_up.weight"]
+        assert down.dtype == dtype and up.dtype == expected
+        whole = found[f"{layer}.alpha"] / len(down) * (up.float() @ down.float())
+        right = torch.cat(
+            [state[f"{n}.alpha"] / 2 * (state[f"{n}.lora_B.weight"].float() @ state[f"{n}.lora_A.weight"].float()) for n in names]
+        )  # fmt: skip
+        assert torch.allclose(whole, right, rtol=1e-2, atol=1e-2)
+
+
+LAYER = "transformer_blocks.0.ff.net.2"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {LAYER: 16}, {"net.2": 16}, {f"^{LAYER}": 16}, {r"transformer_blocks\.\d+\.ff.*": 16}, {"ff.net.[02]": 16},
+        {"et.2": 16}, {"ff": 16}, {f"{LAYER}.x": 16}, {"other": 2, "net.2": 16, LAYER: 3}, {LAYER: 3, "net.2": 16}, {},
+    ],
+)  # fmt: skip
+def test_patterns_are_peft_s(pattern):
+    """Its own function and its own configuration say what is right."""
+    other = pytest.importorskip("peft.utils.other")
+    expected = pattern.get(other.get_pattern_key(pattern.keys(), LAYER), 5)
+    state = {f"transformer.{LAYER}.lora_A.weight": torch.zeros(4, 2), f"transformer.{LAYER}.lora_B.weight": torch.zeros(3, 4)}  # fmt: skip
+
+    def read(**header):
+        header = {f"transformer.{name}": value for name, value in header.items()}
+        return from_tensors(state, {"lora_adapter_metadata": json.dumps(header)})[1][LAYER]
+
+    assert read(lora_alpha=5, r=4, alpha_pattern=pattern).alpha == expected
+    ranks = {name: 4 if value == expected else 9 for name, value in pattern.items()}
+    if expected == 5:  # no pattern fits
+        assert read(lora_alpha=5, r=4, rank_pattern=ranks).scale == 5 / 4
+        with pytest.raises(ValueError, match=f"says rank 7 of {LAYER}, whose matrices have 4"):
+            read(lora_alpha=5, r=7, rank_pattern=pattern)
+    else:
+        assert read(lora_alpha=5, r=9, rank_pattern=ranks).scale == 5 / 4
+        with pytest.raises(ValueError, match=f"says rank {expected} of {LAYER}, whose matrices have 4"):
+            read(lora_alpha=5, r=4, rank_pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{oops", "in the file's header is no JSON"),
+        ("[1]", "expected names and values as lora_adapter_metadata in the file's header, got .1."),
+        ("null", "expected names and values"),
+        ('{"transformer.lora_alpha": null}', "expected a number as lora_alpha in the file's header, got None"),
+        ('{"transformer.lora_alpha": true}', "expected a number as lora_alpha in the file's header, got True"),
+        ('{"transformer.alpha_pattern": [1]}', "expected patterns and numbers as alpha_pattern in the file's header"),
+        ('{"transformer.alpha_pattern": {"x_embedder": "2"}}', "as alpha_pattern of 'x_embedder' in the file's header, got '2'"),
+        ('{"transformer.rank_pattern": {"x_(": 2}}', "rank_pattern in the file's header has 'x_.', no pattern"),
+    ],
+)  # fmt: skip
+def test_odd_headers_end_in_a_sentence(tmp_path, capsys, text, expected):
+    save_file(lora_of("transformer.x_embedder"), tmp_path / "in.safetensors", metadata={"lora_adapter_metadata": text})
+    assert convert_lora.main([str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("python -m editloss_core.training.convert_lora: lora: ")
+        and re.search(expected, said)
+        and not (tmp_path / "out.safetensors").exists()
+    )
 
 
 def test_alpha_comes_from_the_layer_else_from_diffusers_header_else_from_the_rank():

@@ -13,7 +13,8 @@ from small_kontext import write_kontext
 
 from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.models.autoencoder import VAEDecoder, vae_encoder
-from editloss_core.models.captions import encode_captions
+from editloss_core.models.base import EditModel
+from editloss_core.models.captions import encode_captions, same_words
 from editloss_core.models.denoiser import DiffusersDenoiser
 from editloss_core.models.folder import ModelFolder, hash_folders
 from editloss_core.models.kontext import KONTEXT, Kontext, pack, position_ids, positions, unpack
@@ -246,6 +247,24 @@ def test_captions_are_the_pipelines_and_cached(files, pipeline, tmp_path):
     encode_captions(KONTEXT, sets, load, "others", tmp_path)
     assert len(calls) == 3
     assert all(not t.is_inference() and t.device == CPU for t in again[0])
+
+
+def test_captions_that_are_the_same_to_the_model_are_named(files, tmp_path):
+    """The small T5 knows the letters of ASCII, each a token; all of what it does not know in a row is one unknown token."""
+    texts = ["把椅子换成我的凳子", "请移除桌上的花瓶。", "Remove the cat.", "Remove the 猫."]
+    (made,) = encode_captions(KONTEXT, [asked(*texts)], lambda: files.load_text(CPU), files.text_fingerprint, tmp_path)
+    words = {text: KONTEXT.words(caption) for text, caption in zip(texts, made)}
+    (note,) = same_words(words)
+    assert note.startswith("captions: 2 different ones are only 1 to the model")
+    assert f"“{texts[0]}” = “{texts[1]}”" in note and "Remove" not in note
+    assert same_words({text: words[text] for text in texts[1:]}) == [] == same_words({})
+
+
+def test_letters_that_the_text_encoder_does_not_know():
+    assert KONTEXT.unknown("Ersetze den STUHL über der Straße") == (0, 28)
+    assert KONTEXT.unknown("把椅子 ok") == (3, 5)
+    assert KONTEXT.unknown("ﬁne Ｆ") == (0, 5), "as T5 folds letters that look another way"
+    assert EditModel().unknown("把椅子") == (0, 3), "a model that reads every script"
 
 
 def test_where_the_picture_is_read_each_pair_has_its_own(tmp_path):

@@ -6,6 +6,7 @@ import math
 import shutil
 
 import numpy as np
+import profiles
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -17,7 +18,7 @@ from editloss_core.pair_audit.between_pairs import group_of
 from editloss_core.pair_audit.picture import audit_picture
 from editloss_core.pair_audit.registration import register, turned
 from editloss_core.pair_audit.result import PairAudit
-from editloss_core.pair_audit.rules import of_caption
+from editloss_core.pair_audit.rules import of_caption, of_letters
 from editloss_core.pairs import PairSet, find_pairs
 
 SIZE = 256
@@ -541,6 +542,43 @@ def test_captions(folder, kind, caption):
 )  # fmt: skip
 def test_instructions_pass(caption):
     assert of_caption(caption) == []
+
+
+def test_captions_that_a_text_encoder_cannot_read(folder):
+    """T5, the text encoder of FLUX, knows English, German, French and Romanian; of other letters it makes one token each time."""
+    (folder / "after" / "p2.txt").write_text("把椅子换成我的凳子", encoding="utf-8")
+    found = audit(folder)
+    finding = only(found, "caption unread")
+    assert finding.severity == "warning" and finding.files == ("after/p2.png",) and not found.ok
+    assert finding.detail == "the text encoder of FLUX.1 Kontext does not know 9 of its 9 letters"
+    assert any(note.startswith("captions in other scripts than Latin") for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "caption, told",
+    [
+        ("replace the chair", False), ("Ersetze den Stuhl über der Straße", False), ("înlocuiește scaunul", False),
+        ("zastąp krzesło stołkiem", False), ("", False), ("123 !?", False), ("replace 椅子 with a stool", False),
+        ("замени стул на табурет", True), ("αντικατάστησε", True), ("의자를 바꾸다", True), ("椅子 stool に置き換える", True),
+    ],
+)  # fmt: skip
+def test_letters_that_are_known(caption, told):
+    assert [f.kind for f in of_letters(caption)] == ["caption unread"] * told
+
+
+@profiles.without_heic
+def test_what_was_passed_over_and_how_pictures_were_read_is_in_the_report(folder):
+    (folder / "after" / "IMG.heic").write_bytes(b"x")
+    path = folder / "before" / "p1.png"
+    Image.open(path).save(path, icc_profile=b"broken")
+    for spoilt in (False, True):
+        if spoilt:
+            (folder / "after" / "p3.png").write_bytes(b"no picture")
+        text = audit(folder).text()
+        assert "passed over (HEIC needs the package pillow-heif; or save it as PNG): after/IMG.heic" in text
+        assert "a colour profile that cannot be used was left out in 1 pairs: p1 (before: " in text
+        if not spoilt:
+            assert audit(find_pairs(folder)).notes[:2] == audit(folder).notes[:2]
 
 
 # --- broken folders --------------------------------------------------------------------------------------------------

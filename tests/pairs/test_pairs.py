@@ -1,5 +1,6 @@
 """Pairs: every layout, every bad folder, one geometry for three pictures, buckets and batches."""
 
+import io
 import math
 import os
 import shutil
@@ -7,22 +8,26 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import profiles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 
 from editloss_core.pairs import (
     MULTIPLE,
     Pair,
     PairProblems,
     PairSet,
+    VariantSettings,
     bucket_size,
     files,
     find_pairs,
     folder_state,
     load,
+    pictures,
+    with_variants,
 )
 from editloss_core.pairs.files import KINDS
 from editloss_core.pairs.geometry import Box, cover, same_proportions
@@ -32,7 +37,9 @@ NAMES = ("chair", "Lamp", "sofa_2")
 
 def picture(path, size=(96, 128), seed=0, **options):
     """A smooth random picture of (height, width), so that JPEG keeps it."""
-    coarse = np.random.default_rng([seed, *"/".join(path.parts[-4:]).encode()]).integers(0, 255, (4, 5, 3), np.uint8)
+    coarse = np.random.default_rng([seed, *os.fsencode("/".join(path.parts[-4:]))]).integers(
+        0, 255, (4, 5, 3), np.uint8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC).save(path, **options)
     return path
@@ -127,6 +134,16 @@ def test_the_caption_beside_the_after_picture_wins(tmp_path):
     write(tmp_path / "before" / "chair.txt", "other")
     write(tmp_path / "chair.txt", "another")
     assert find_pairs(tmp_path)[0].caption == "replace the chair"
+
+
+def test_of_two_captions_in_one_place_the_txt_is_read(tmp_path):
+    three(tmp_path)
+    write(tmp_path / "after" / "chair.caption", "a chair")
+    found = find_pairs(tmp_path)
+    assert found[0].caption == "replace the chair"
+    assert [note for note in found.notes if "chair.caption" in note] == [
+        "passed over (the pair has another caption): after/chair.caption"
+    ]
 
 
 def test_a_default_caption_stands_in(tmp_path):
@@ -224,7 +241,12 @@ def lay(root, layout, name, *, texts=("say it",), endings=(".png", ".png", ".png
 @in_every_layout
 @pytest.mark.parametrize(
     "endings",
-    [(".PNG", ".Jpeg", ".BMP", ".TXT"), (".jpeg", ".webp", ".tif", ".txt"), (".TIFF", ".WEBP", ".JPG", ".Txt")],
+    [
+        (".PNG", ".Jpeg", ".BMP", ".TXT"),
+        (".jpeg", ".webp", ".tif", ".txt"),
+        (".TIFF", ".WEBP", ".JPG", ".Txt"),
+        (".png", ".png", ".png", ".caption"),
+    ],
 )
 def test_every_ending_in_every_case(tmp_path, layout, endings):
     paths = lay(tmp_path, layout, "chair", endings=endings)
@@ -500,12 +522,12 @@ def test_a_program_that_tolerates_cut_off_files_changes_nothing(tmp_path, monkey
 def test_a_cut_off_file_is_one_also_while_other_threads_read(tmp_path, monkeypatch):
     """Pillow's flag is the process': a reader that is done must not take it back under one that is not."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    with files._whole_files_only():
-        with ThreadPoolExecutor(1) as pool, files._whole_files_only():
+    with pictures._whole_files_only():
+        with ThreadPoolExecutor(1) as pool, pictures._whole_files_only():
             assert pool.submit(lambda: ImageFile.LOAD_TRUNCATED_IMAGES).result(30) is False
 
             def another():
-                with files._whole_files_only():
+                with pictures._whole_files_only():
                     pass
 
             pool.submit(another).result(30)  # would wait for ever if only one could read
@@ -599,6 +621,362 @@ def test_a_transparent_mask_is_black_where_nothing_is(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "mask" / "chair.png")
     made = load(find_pairs(tmp_path)[0], (96, 128)).mask
     assert made[:, :64].eq(0).all() and made[:, 64:].eq(1).all()
+
+
+# --- what is passed over, and names ------------------------------------------------------------------------------------
+
+
+@profiles.without_heic
+def test_whatever_is_passed_over_is_named_with_the_reason(tmp_path):
+    three(tmp_path)
+    for name in (
+        "before/IMG_1.HEIC",
+        "after/IMG_1.HEIC",
+        "after/chair.npz",
+        "notes.md",
+        "after/.draft.png",
+        "Thumbs.db",
+    ):
+        write(tmp_path / name, "x")
+    write(tmp_path / "after" / "._chair.png", "what a Mac leaves")
+    write(tmp_path / "captions" / "chair.txt", "another")
+    write(tmp_path / "chairs.txt", "of no pair")
+    picture(tmp_path / "stray.png")
+    picture(tmp_path / "old" / "deep" / "one.png")
+    write(tmp_path / "_cache" / "x.bin", "x")
+    assert set(find_pairs(tmp_path).notes) == {
+        "passed over (HEIC needs the package pillow-heif; or save it as PNG): after/IMG_1.HEIC, before/IMG_1.HEIC",
+        "passed over (neither pictures nor captions): notes.md, after/chair.npz",
+        "passed over (hidden): after/.draft.png",
+        "passed over (the pair has another caption): captions/chair.txt",
+        "passed over (texts of no pair): chairs.txt",
+        "passed over (pictures outside before/, after/ and mask/): stray.png",
+        "passed over (folders that are no part of the pairs): old/",
+        "passed over (folders that begin with ., _ or @): _cache/",
+    }
+
+
+def test_in_one_folder_and_in_two_as_well(tmp_path):
+    lay(tmp_path / "one", "suffixes", "chair")
+    picture(tmp_path / "one" / "chair.png")
+    write(tmp_path / "one" / "chair.json", "{}")
+    assert set(find_pairs(tmp_path / "one", resolution=128).notes) == {
+        "passed over (pictures whose names end in none of _before, _after and _mask): chair.png",
+        "passed over (neither pictures nor captions): chair.json",
+    }
+    lay(tmp_path, "control", "chair")
+    write(tmp_path / "control" / "chair.txt", "another")
+    write(tmp_path / "control" / "lamp.jxl", "x")
+    notes = found_in(tmp_path, "control").notes
+    assert "passed over (the pair has another caption): ../control/chair.txt" in notes
+    assert any("JXL needs the package pillow-jxl-plugin" in note and "../control/lamp.jxl" in note for note in notes)
+
+
+def test_pictures_that_no_plugin_reads_are_called_pictures(tmp_path):
+    three(tmp_path)
+    for name in ("IMG_1.CR2", "logo.svg"):
+        write(tmp_path / "before" / name, "x")
+    assert set(find_pairs(tmp_path).notes) == {
+        "passed over (CR2 needs a raw converter; or save it as PNG): before/IMG_1.CR2",
+        "passed over (SVG needs to be drawn in pixels; or save it as PNG): before/logo.svg",
+    }
+
+
+def test_many_that_are_passed_over_are_counted(tmp_path):
+    three(tmp_path)
+    for i in range(30):
+        write(tmp_path / "after" / f"x{i:02}.npz", "x")
+    (note,) = find_pairs(tmp_path).notes
+    assert note.endswith("after/x11.npz and 18 more")
+
+
+@profiles.without_heic
+def test_a_picture_whose_other_half_cannot_be_read_says_so(tmp_path):
+    three(tmp_path)
+    picture(tmp_path / "before" / "vase.png")
+    write(tmp_path / "after" / "vase.heic", "x")
+    error = problems(tmp_path)
+    assert [(f.kind, f.files, f.detail) for f in error.findings] == [
+        ("no after", ("before/vase.png",), "after/vase.heic needs the package pillow-heif")
+    ]
+    assert len(error.notes) == 1 and error.notes[0] in str(error)
+
+
+@pytest.mark.parametrize("ending", [".gif", ".jfif", ".jpe", ".jp2", ".apng", ".ppm"])
+def test_other_kinds_of_pictures_are_pairs_too(tmp_path, ending):
+    three(tmp_path)
+    formats = {".jfif": "JPEG", ".jpe": "JPEG", ".apng": "PNG"}
+    for part in ("before", "after"):
+        picture(tmp_path / part / f"vase{ending}", format=formats.get(ending))
+    found = find_pairs(tmp_path, default_caption="x")
+    assert [p.name for p in found] == ["chair", "Lamp", "sofa_2", "vase"] and found.notes == ()
+
+
+@pytest.mark.parametrize("name", ["masks", "Masks", "MASK"])
+def test_the_folder_of_masks_by_its_other_name(tmp_path, name):
+    three(tmp_path)
+    (tmp_path / "mask").rename(tmp_path / name)
+    found = find_pairs(tmp_path)
+    assert all(p.mask == tmp_path / name / f"{p.name}.png" for p in found) and found.notes == ()
+
+
+def test_two_folders_of_masks_are_not_mixed(tmp_path):
+    three(tmp_path)
+    mask(tmp_path / "masks" / "chair.png")
+    found = find_pairs(tmp_path)
+    assert all(p.mask.parent.name == "mask" for p in found)
+    assert found.notes == ("passed over (pictures outside before/, after/ and mask/): masks/chair.png",)
+
+
+def test_the_folder_of_captions_by_its_other_name(tmp_path):
+    three(tmp_path)
+    for name in NAMES:
+        (tmp_path / "after" / f"{name}.txt").unlink()
+        write(tmp_path / "caption" / f"{name}.txt", f"of {name}")
+    assert [p.caption for p in find_pairs(tmp_path, default_caption="none")] == [f"of {name}" for name in NAMES]
+
+
+@pytest.mark.parametrize("folder", ["mask", "masks"])
+@pytest.mark.parametrize("ending", ["", "_mask"])
+def test_a_folder_of_masks_beside_files_with_suffixes(tmp_path, folder, ending):
+    for name in ("chair", "kitchen/lamp"):
+        paths = lay(tmp_path, "suffixes", name)
+        place = tmp_path / folder / f"{name}{ending}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        paths["mask"].rename(place)
+    found = found_in(tmp_path, "suffixes")
+    assert [(p.name, p.mask) for p in found] == [
+        (name, tmp_path / folder / f"{name}{ending}.png") for name in ("chair", "kitchen/lamp")
+    ]
+
+
+def test_pairs_in_a_subfolder_that_is_called_mask_are_pairs(tmp_path):
+    """Of people who wear one."""
+    lay(tmp_path, "suffixes", "mask/face")
+    (pair,) = found_in(tmp_path, "suffixes")
+    assert pair.name == "mask/face"
+
+
+def test_two_spellings_of_a_folder_are_one(tmp_path):
+    three(tmp_path)
+    for part in ("Before", "AFTER"):
+        picture(tmp_path / part / "vase.png")
+    if sorted(p.name for p in tmp_path.iterdir()) == ["after", "before", "mask"]:
+        pytest.skip("this file system knows one spelling")
+    assert [p.name for p in find_pairs(tmp_path, default_caption="x")] == ["chair", "Lamp", "sofa_2", "vase"]
+    picture(tmp_path / "Before" / "chair.png")
+    (finding,) = problems(tmp_path, default_caption="x").findings
+    assert finding.kind == "duplicate" and set(finding.files) == {"Before/chair.png", "before/chair.png"}
+
+
+ODD = {"椅子".encode("gbk"): r"\xd2\xce\xd7\xd3", "ソファ".encode("shift-jis"): r"\x83\\x83t\x83@", b"a\nb": r"a\x0ab"}
+
+
+@in_every_layout
+@pytest.mark.parametrize("raw", ODD)
+def test_names_that_are_no_text_are_carried_through(tmp_path, layout, raw):
+    lay(tmp_path, layout, "chair")
+    try:
+        lay(tmp_path, layout, os.fsdecode(raw), texts=("say that",))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    found = found_in(tmp_path, layout)
+    odd = next(p for p in found if p.name != "chair")
+    assert odd.name == ODD[raw] and odd.caption == "say that" and odd.mask is not None
+    assert (len(found.digest), [len(part) for part in found.split(1)]) == (64, [1, 1])
+    assert folder_state(*(tmp_path / place for place in LAYOUTS[layout][0]))
+    (note,) = found.notes
+    assert "are written with \\x" in note and ODD[raw] in note and note.encode()
+    odd.before.unlink()
+    odd.before.write_bytes(b"")
+    error = problems(*(tmp_path / place for place in LAYOUTS[layout][0]))
+    assert ODD[raw] in str(error) and str(error).encode()
+
+
+def test_a_folder_whose_own_name_is_no_text(tmp_path):
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        three(root)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert len(find_pairs(root)) == 3
+    (root / "before" / "chair.png").unlink()
+    assert rf"{tmp_path}/caf\xe9 (folders" in str(problems(root))
+    with pytest.raises(FileNotFoundError, match=r"caf\\xe9/nowhere"):
+        find_pairs(root / "nowhere")
+
+
+# --- captions in other encodings -----------------------------------------------------------------------------------------
+
+TEXTS = [
+    "replace the chair with my stool",
+    "把椅子换成我的凳子，谢谢",
+    "замени стул на табурет",
+    "a",
+    "remplace la théière",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-16", "utf-8-sig", "utf-32-be", "utf-32-le"])
+def test_captions_of_every_unicode_encoding(tmp_path, text, encoding):
+    (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+    assert files.read_caption(tmp_path / "x.txt") == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS[:1], TEXTS[3], TEXTS[4], "把椅子换成 stool\n谢谢"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_told_by_its_zeros(tmp_path, text, encoding):
+    (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+    assert files.read_caption(tmp_path / "x.txt") == " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"\0" * 40, "got nothing but zeros"),
+        (b"\0", "got nothing but zeros"),
+        (b"replace the chair\0\0\0\0\0", "got zeros"),
+        (b"replace \x07 it", "got control characters"),
+        ("把椅子换成凳子".encode("utf-16-le"), "UTF-8"),
+        ("把椅子换成凳子".encode("gbk"), "UTF-8"),
+        (b"\xff\xfe\0\0\x01", "UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_named_and_never_a_caption(tmp_path, data, words):
+    three(tmp_path)
+    (tmp_path / "after" / "chair.txt").write_bytes(data)
+    (finding,) = problems(tmp_path, default_caption="x").findings
+    assert (finding.kind, finding.files) == ("unreadable", ("after/chair.txt",)) and words in finding.detail
+
+
+def test_new_letters_and_signs_are_text(tmp_path):
+    """An emoji that this Python's tables do not have yet, and one of a company's own."""
+    (tmp_path / "x.txt").write_text("add a \U0001faff \ue000\tnow", encoding="utf-8")
+    assert files.read_caption(tmp_path / "x.txt") == "add a \U0001faff \ue000 now"
+
+
+def test_captions_in_other_scripts_are_noted(tmp_path):
+    three(tmp_path)
+    assert find_pairs(tmp_path).notes == ()
+    for name, text in zip(NAMES, ("把椅子换成凳子", "zastąp krzesło stołkiem", "replace 椅子 with a stool")):
+        write(tmp_path / "after" / f"{name}.txt", text)
+    (note,) = find_pairs(tmp_path).notes
+    assert note.startswith("captions in other scripts than Latin, in 1 pairs (chair):")
+
+
+# --- sets of pictures that are not plain ---------------------------------------------------------------------------------
+
+
+def test_a_set_that_mixes_profiles_says_so_and_is_all_srgb(tmp_path):
+    three(tmp_path)
+    plain = find_pairs(tmp_path)
+    wide = profiles.rgb()
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(wide))
+    path = tmp_path / "before" / "Lamp.png"
+    shown = plain.load(1).before
+    to_wide = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), opened, "RGB", "RGB")
+    ImageCms.applyTransform(Image.open(path), to_wide).save(path, icc_profile=wide)
+    found = find_pairs(tmp_path)
+    assert found.notes == (
+        "colours were converted to sRGB in 1 pairs: Lamp (before: from Display P3)",
+        "the set mixes colour profiles (sRGB or none: 5, Display P3: 1 pictures); all are read as sRGB",
+    )
+    assert ((found.load(1).before - shown).abs() * 255).mean() < 1
+    assert found.contents[0] == plain.contents[0] and found.contents[1] != plain.contents[1]
+
+
+def test_masks_of_another_size_are_noted_and_two_per_cent_forgiven(tmp_path):
+    three(tmp_path, masks=False)
+    mask(tmp_path / "mask" / "chair.png", (48, 64), (15, 20, 30, 40))
+    mask(tmp_path / "mask" / "Lamp.png", (200, 271))  # 1.6 % wider
+    mask(tmp_path / "mask" / "sofa_2.png")
+    found = find_pairs(tmp_path)
+    assert found.notes == (
+        "masks of another size than their pictures are resized to them: chair (64×48 for 128×96), Lamp (271×200 for 128×96)",
+    )
+    made = found.load(0).mask
+    assert made.shape == (96, 128) and made[34:56, 44:76].min() == 1 and made[:26].max() == 0
+    mask(tmp_path / "mask" / "Lamp.png", (200, 280))
+    assert [f.kind for f in problems(tmp_path).findings] == ["mask proportions"]
+
+
+def test_a_cut_out_is_a_mask_with_a_note(tmp_path):
+    three(tmp_path)
+    cut = Image.open(tmp_path / "after" / "chair.png").convert("RGBA")
+    region = np.zeros((96, 128), np.uint8)
+    region[30:60, 40:80] = 255
+    cut.putalpha(Image.fromarray(region))
+    cut.save(tmp_path / "mask" / "chair.png")
+    found = find_pairs(tmp_path)
+    assert found.notes == ("a cut-out's transparency was read as the mask in 1 pairs: chair",)
+    assert torch.equal(found.load(0).mask, torch.from_numpy(region) / 255)
+
+
+# --- files that change ---------------------------------------------------------------------------------------------------
+
+
+def repaint(path, seed=9):
+    """Other pixels under the same name, as a program saves them that somebody works with."""
+    size = Image.open(path).size[::-1]
+    picture(path.with_name(f"new {path.name}"), size, seed)
+    os.replace(path.with_name(f"new {path.name}"), path)
+
+
+def test_a_set_as_its_files_are_now(tmp_path):
+    three(tmp_path)
+    found = find_pairs(tmp_path, resolution=128)
+    assert found.as_they_are() is found
+    repaint(found[1].after)
+    now = found.as_they_are()
+    assert now.contents == find_pairs(tmp_path, resolution=128).contents and now.digest != found.digest
+    assert now.notes == (*found.notes, "changed since the folder was checked, and read as they are now: Lamp")
+    assert [a == b for a, b in zip(now.contents, found.contents)] == [True, False, True]
+    assert now.as_they_are() is now
+    with pytest.raises(ValueError, match="one of before/Lamp.png, after/Lamp.png, mask/Lamp.png has changed"):
+        found.load_checked(1)
+    assert torch.equal(now.load_checked(1).after, now.load(1).after)
+    found[1].after.touch()
+    assert now.as_they_are().notes == found.notes + now.notes, "touched, not changed"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no time of the file itself")
+def test_a_change_is_seen_behind_the_same_size_and_time(tmp_path):
+    """As by tools that keep times: a caption of the same length, a picture of the same size."""
+    three(tmp_path)
+    found, state = find_pairs(tmp_path, resolution=128), folder_state(tmp_path)
+    path = tmp_path / "after" / "chair.txt"
+    times = path.stat()
+    path.write_text(path.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert folder_state(tmp_path) != state
+    data = found[0].before.read_bytes()
+    times = found[0].before.stat()
+    found[0].before.write_bytes(data)
+    os.utime(found[0].before, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ValueError, match="start again"):
+        found.load_checked(0)
+    assert found.as_they_are().load_checked(0) is not None
+
+
+def test_a_set_whose_files_have_come_to_be_wrong(tmp_path):
+    three(tmp_path)
+    found = find_pairs(tmp_path, resolution=128)
+    picture(found[0].after, (128, 96))
+    found[2].before.unlink()
+    with pytest.raises(PairProblems) as caught:
+        found.as_they_are()
+    assert [(f.kind, f.files[0]) for f in caught.value.findings] == [("proportions", "before/chair.png")]
+
+
+def test_variants_of_a_changed_pair_are_drawn_anew(tmp_path):
+    three(tmp_path)
+    settings = VariantSettings(count=3)
+    made = with_variants(find_pairs(tmp_path, resolution=128), settings)
+    repaint(made[3].before)
+    now, again = made.as_they_are(), with_variants(find_pairs(tmp_path, resolution=128), settings)
+    assert now.contents == again.contents and [p.variant for p in now] == [p.variant for p in again]
+    assert now.states == again.states and now.digest == again.digest != made.digest
 
 
 # --- one geometry ----------------------------------------------------------------------------------------------------

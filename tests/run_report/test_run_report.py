@@ -24,7 +24,7 @@ from editloss_core.verdict.judge import FAILURES, VERDICTS, Verdict
 
 ROOT = Path(__file__).parents[2]
 # What the judge of these tests sees: a level of grey in the output's first pixel stands for a verdict.
-GREYS = {verdict: (20 + 40 * i) / 255 for i, verdict in enumerate(VERDICTS)}
+GREYS = {verdict: (20 + 35 * i) / 255 for i, verdict in enumerate(VERDICTS)}
 TERMS = {"no edit": "no_edit_identity", "overlay": "overlay_avoidance"}
 
 
@@ -114,12 +114,30 @@ def test_rates_have_wilsons_interval():
 
 
 def test_every_verdict_is_counted(tmp_path):
-    run = judge_run(make_run(tmp_path / "run", [list(VERDICTS), ["good"] * 4 + ["distorted"]]))
+    known = [verdict for verdict in VERDICTS if verdict != "undecided"]
+    run = judge_run(make_run(tmp_path / "run", [known, ["good"] * 5 + ["distorted"]]))
     first, second = run.validations
-    assert [first.judged_as(v).count for v in VERDICTS] == [1] * 5 and first.failing == Share(4, 5)
-    assert second.failing == Share(1, 5) and run.base.judged_as("no edit") == Share(5, 5)
-    assert second.failing.interval == wilson(1, 5)
-    assert first.score("overlay") == pytest.approx((0.9 + 4 * 0.1) / 5)
+    assert [first.judged_as(v).count for v in known] == [1] * 6 and first.failing == Share(5, 6)
+    assert second.failing == Share(1, 6) and run.base.judged_as("no edit") == Share(6, 6)
+    assert second.failing.interval == wilson(1, 6)
+    assert first.score("overlay") == pytest.approx((0.9 + 5 * 0.1) / 6)
+
+
+def test_undecided_outputs_are_never_good(tmp_path):
+    """The second step has no failure, but only one output is known to be good."""
+    plan = [["good"] * 3 + ["overlay"], ["good"] + ["undecided"] * 3, ["undecided"] * 4]
+    run = judge_run(make_run(tmp_path / "run", plan))
+    first, second, third = run.validations
+    assert [(v.failing, v.undecided) for v in run.validations] == [(Share(1, 4), 0), (Share(0, 4), 3), (Share(0, 4), 4)]
+    assert [v.badness[0] for v in run.validations] == [0.25, 0.75, 1.0]
+    assert run.best is first and not run.alike
+    text = report.text(run)
+    assert "| undecided |" in text and "3 undecided" not in run.advice()[0]
+    html = report.page(run)
+    assert 'class="chip undecided"' in html and '"></i>undecided' not in html
+    alone = judge_run(make_run(tmp_path / "alone", [["undecided"] * 2, ["undecided"] * 2]))
+    assert alone.best is None and "all 4 outputs that could be judged are undecided" in alone.advice()[0]
+    assert all(o.agree is None for o in alone.outputs)
 
 
 def column(html: str, head: str) -> list[str]:
@@ -188,7 +206,8 @@ def test_signal_and_judge_side_by_side(tmp_path):
     html = report.page(run)
     assert (
         html.count('class="ne"') == 2
-        and "They agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure." in html
+        and "Signal and judge agree on 2 of 4 outputs. In 1 the judge sees overlay where the signal points to no failure."
+        in html
     )
     assert "In 1 the signal points to no edit where the judge finds the output good." in html
 
@@ -201,7 +220,11 @@ def test_without_an_objective_there_is_no_signal(tmp_path):
     log.validations[0] = ValidationLog(10, 0.5, 1.0, {}, {}, {}, save_pictures(folder, [plain]))
     log.rewrite()
     run = judge_run(folder)
-    assert run.outputs[0].says is None and run.outputs[0].agree is None and verdicts.matrix(run)[1] == [[0] * 5]
+    assert (
+        run.outputs[0].says is None
+        and run.outputs[0].agree is None
+        and verdicts.matrix(run)[1] == [[0] * len(verdicts.SAYING)]
+    )
     html = report.page(run)
     assert "Signal says, judge says" not in html
     assert "velocity loss alone" in html and "mask" not in run.outputs[0].files
@@ -411,12 +434,13 @@ def test_the_command_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_runs_as_a_module(tmp_path):
+    """On a run without validations: there is a page, and it names no checkpoint."""
     folder = make_run(tmp_path / "run", [])
     done = subprocess.run(
         [sys.executable, "-m", "editloss_core.run_report", str(folder)], capture_output=True, text=True,
         cwd=ROOT, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and (folder / "report.html").is_file(), done.stderr
+    assert done.returncode == 3 and (folder / "report.html").is_file(), done.stderr
 
 
 @pytest.mark.parametrize(

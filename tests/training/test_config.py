@@ -30,7 +30,13 @@ from editloss_core.training.config import (
     encoder_section,
     to_toml,
 )
-from editloss_core.training.config_reader import ConfigError, checkpoint_of, parse_config, read_config
+from editloss_core.training.config_reader import (
+    CALLED_ELSEWHERE,
+    ConfigError,
+    checkpoint_of,
+    parse_config,
+    read_config,
+)
 from editloss_core.training.flow import Timesteps
 from editloss_core.training.settings import TrainingSettings
 
@@ -125,6 +131,11 @@ def test_the_terms_may_use_the_encoders_only_and_names_are_numbered():
     [
         ("[trainin]\n", "line 7: trainin: there is no such section; did you mean training?"),
         ("[training]\nlearningrate = 1e-4\n", "line 8: training.learningrate: unknown; did you mean learning_rate?"),
+        ("[training]\nlr = 1e-4\n", "line 8: training.lr: unknown; did you mean learning_rate?"),
+        ("[lora]\nlr = 1e-4\n", "line 8: lora.lr: unknown; did you mean learning_rate in [training]?"),
+        ("[training]\nmax_train_steps = 5\n", "line 8: training.max_train_steps: unknown; did you mean steps?"),
+        ("[lora]\nnetwork_dim = 5\n", "line 8: lora.network_dim: unknown; did you mean rank?"),
+        ("[lora]\nlearning_rat = 5\n", "line 8: lora.learning_rat: unknown; did you mean learning_rate in [training]?"),
         ("[training]\nzzz = 1\n", "line 8: training.zzz: unknown; there are steps, batch_size, "),
         ("[training]\nhold_out = 1\n", "line 8: training.hold_out: unknown; it belongs in [validation]"),
         ("[variants]\nzoom = 3.0\n", "line 8: variants.zoom: expected a number >= 1 and <= 2, got 3.0"),
@@ -279,3 +290,59 @@ def test_the_section_of_an_encoder(tmp_path):
     patches.arguments = {**arguments, "image_size": (64, 96)}
     with pytest.raises(ValueError, match="cannot be made outside"):
         encoder_section(patches)
+
+
+def read(folder, data):
+    for name in ("pairs", "model"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "c.toml").write_bytes(data)
+    try:
+        return read_config(folder / "c.toml", files=False).pairs.folder
+    except ConfigError as error:
+        (problem,) = error.problems
+        return problem
+
+
+TEXT = '[model]\npath = "model"\n[pairs]\nfolder = "pairs"\n[run]\nfolder = "run"\n'
+BACKSLASH = "in double quotes a backslash begins a code: write the path with / or in single quotes"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (TEXT.encode("utf-8-sig"), "pairs"),
+        (TEXT.encode("utf-16"), "pairs"),
+        (TEXT.replace("\n", "\r\n").encode("utf-8-sig"), "pairs"),
+        (TEXT.replace('"pairs"', "'C:\\Users\\me'").encode(), "C:\\Users\\me"),
+        (TEXT.replace('"pairs"', '"C:\\Users\\me"').encode(), BACKSLASH),
+        (TEXT.replace('"pairs"', '"D:\\data"').encode(), BACKSLASH),
+        (TEXT.replace('"pairs"', "\u201cpairs\u201d").encode(), "write straight quotes"),
+        (TEXT.replace("path =", "path\u00a0=").encode(), "the line has a no-break space"),
+        (TEXT.replace('pairs"', 'caf\u00e9"').encode("cp1252"), "line 4: expected text in UTF-8, got the byte 0xe9"),
+    ],
+)
+def test_files_as_windows_editors_and_people_leave_them(tmp_path, data, expected):
+    assert expected in read(tmp_path, data)
+
+
+def test_paths_that_are_not_there_say_what_was_meant(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+
+    def said(**paths):
+        text = f'[model]\npath = {paths.get("model", "1")!r}\n[pairs]\nfolder = {paths.get("pairs", "2")!r}\n[run]\nfolder = "run"\n'
+        (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as raised:
+            read_config(tmp_path / "c.toml")
+        return str(raised.value)
+
+    hub = said(model="black-forest-labs/FLUX.1-Kontext-dev")
+    assert "if black-forest-labs/FLUX.1-Kontext-dev is a name of a hub: nothing is downloaded" in hub
+    assert "is a file; a single file of the transformer goes into transformer" in said(model="model.safetensors")
+    assert "hub" not in said(model="missing")
+    assert "~ and variables are not replaced" in said(pairs="~/pairs")
+    assert "pairs.folder: expected a folder, got nothing" in said(pairs="")
+
+
+def test_names_of_other_trainers_lead_to_keys_that_there_are():
+    assert all(key in SECTIONS[section] for section, key in CALLED_ELSEWHERE.values())
+    assert not CALLED_ELSEWHERE.keys() & {key for keys in SECTIONS.values() for key in keys}

@@ -1,5 +1,6 @@
 """What is computed once: against a few plain lines that do the same, from a cache that is right or not used, and cropped."""
 
+import io
 import json
 import logging
 import os
@@ -517,6 +518,58 @@ def test_the_next_pictures_are_loaded_before_the_encoder_is_done(tmp_path, monke
 
     run(None, pairs, encoders=named(Slow("global")), overlay=None)
     assert seen[0] >= 14
+
+
+# --- files that change ---
+
+
+def folder_of(tmp_path, count=4):
+    write_folder(stool_pairs(count, 0), tmp_path / "pairs")
+    return find_pairs(tmp_path / "pairs", resolution=64)
+
+
+def exchanged(path, data):
+    """Put other bytes in a file's place, and return what was there."""
+    old = path.read_bytes()
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(data)
+    os.replace(new, path)
+    return old
+
+
+def test_a_picture_that_changed_since_the_check_is_kept_under_its_own_key(tmp_path):
+    """The folder is checked, a picture is repaired while a model loads, and put back later."""
+    pairs, codec, cache = folder_of(tmp_path), vae(), tmp_path / "cache"
+    target = pairs[1].after
+    first = prepare(pairs, codec).after([1])
+    inverted = io.BytesIO()
+    Image.fromarray(255 - np.asarray(Image.open(target))).save(inverted, "PNG")
+    old = exchanged(target, inverted.getvalue())
+    during = prepare(pairs, codec, cache_folder=cache)
+    repaired = find_pairs(tmp_path / "pairs", resolution=64)
+    assert torch.equal(during.after([1]), prepare(repaired, codec).after([1]))
+    assert during.pairs.digest == repaired.digest == during.about()["pictures"] != pairs.digest
+    assert during.notes == ("changed since the folder was checked, and read as they are now: " + pairs[1].name,)
+    exchanged(target, old)
+    later = prepare(find_pairs(tmp_path / "pairs", resolution=64), codec, cache_folder=cache)
+    assert torch.equal(later.after([1]), first) and later.notes == () and later.pairs.digest == pairs.digest
+    assert len(list((cache / "latents").iterdir())) == 5, "of four pictures as they are, and of one as it was"
+
+
+@pytest.mark.parametrize("part", ["before", "after", "mask"])
+def test_a_picture_that_changes_while_it_is_prepared_ends_it_and_is_not_kept(tmp_path, monkeypatch, part):
+    pairs, codec = folder_of(tmp_path), vae()
+    target, load = getattr(pairs[2], part), PairSet.load
+
+    def changing(self, index):
+        if index == 2:
+            exchanged(target, target.read_bytes())  # even if only its time is another
+        return load(self, index)
+
+    monkeypatch.setattr(PairSet, "load", changing)
+    with pytest.raises(ValueError, match=f"{part}/{target.name}.* has changed since they were checked; start again"):
+        prepare(pairs, codec, cache_folder=tmp_path / "cache")
+    assert not (tmp_path / "cache" / "latents").exists()
 
 
 # --- pruning ---------------------------------------------------------------------------------------------------------

@@ -211,11 +211,59 @@ def test_check_prints_the_plan_and_trains_nothing(base, capsys):
             {"model": ModelSection("pairs")},
             "line 2: model.path: expected an edit model in diffusers' layout (FLUX.1 Kontext)",
         ),
+        (
+            {"model": ModelSection("kontext", dtype="fp32", quantization="nf4")},
+            "quantization: ",
+        ),  # no GPU, or no package
+        ({"run": RunSection("a.file/run")}, "a.file/run cannot be written: "),
+        ({"run": RunSection("runs/wrong", cache="a.file")}, "a.file is a file, not a folder"),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(base, capsys, change, expected):
+    (base / "a.file").write_text("x")
     assert main([write(base, replace(config("wrong"), **change)), "--check"]) == 2
     assert expected in capsys.readouterr().err
+    assert not (base / "runs" / "wrong").exists() and (base / "a.file").read_text() == "x"
+
+
+def test_all_that_is_wrong_is_said_together(base, capsys):
+    """A newcomer makes pairs first: what is wrong with them does not wait for the model."""
+    (base / "a.file").write_text("x")
+    path = write(base, config("wrong"))
+    text = Path(path).read_text(encoding="utf-8")
+    text = text.replace('default_caption = "Replace the chair."', "").replace(
+        'path = "kontext"', 'path = "black-forest-labs/FLUX.1"'
+    )
+    text = text.replace('folder = "runs/wrong"', 'folder = "a.file/run"')
+    Path(path).write_text(text.replace("learning_rate", "lr"), encoding="utf-8")
+    assert main([path, "--check"]) == 2
+    said = capsys.readouterr().err
+    for expected in (
+        "training.lr: unknown; did you mean learning_rate?",
+        "black-forest-labs/FLUX.1 is a name of a hub: nothing is downloaded",
+        "after/armchair.webp",
+        "a.file/run cannot be written: ",
+    ):
+        assert said.count(expected) == 1, said
+    Path(path).write_text(text.replace('path = "black-forest-labs/FLUX.1"', 'path = "kontext"'), encoding="utf-8")
+    assert main([path, "--check"]) == 2  # nothing is wrong with the config itself
+    said = capsys.readouterr().err
+    assert said.count("after/armchair.webp") == said.count("a.file/run cannot be written: ") == 1, said
+
+
+def test_a_full_disk_is_status_1_once_something_is_learnt(base, capsys, monkeypatch):
+    from editloss_core.files import NotWritten
+
+    def full(*_):
+        raise NotWritten("lora.safetensors cannot be written: No space left on device")
+
+    monkeypatch.setattr("editloss_core.training.run.save_both", full)
+    assert main([write(base, config("full", steps=2))]) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device\nWhat was learnt is kept in full/checkpoints/step_000002.safetensors." in said
+    monkeypatch.setattr("editloss_core.cache.TensorCache.put", full)
+    assert main([write(base, replace(config("full2"), run=RunSection("runs/full2", cache="other")))]) == 2
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_encoders_of_pictures_and_a_folder_of_held_out_pairs(base, tmp_path):

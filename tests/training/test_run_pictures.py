@@ -8,7 +8,7 @@ from PIL import Image
 from small import ALL, LATENTS, StopAfter, prepared_pairs, trainer, without_times
 
 from editloss_core.objective import EditObjective, LossTerm
-from editloss_core.pairs.files import read_picture
+from editloss_core.pairs.pictures import read_picture
 from editloss_core.run_report import report
 from editloss_core.run_report.verdicts import judge_run
 from editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints

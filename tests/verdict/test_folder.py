@@ -1,15 +1,21 @@
 """Judging a folder from the command line: which files belong together, what is written, and the exit status."""
 
 import csv
+import io
+import os
+import re
 import shutil
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
 
+import numpy as np
+import profiles
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from torch.nn import functional as F
 
 from editloss_core.demo.scenes import draw
 from editloss_core.drawing.statistics import Share, wilson
@@ -18,7 +24,7 @@ from editloss_core.verdict import folder as folders
 from editloss_core.verdict import items as verdict_items
 from editloss_core.verdict import picture as verdict_sheet
 from editloss_core.verdict.folder import Entry, judge_entry, judge_folder, save, scan
-from editloss_core.verdict.judge import FAILURES, MEASURES, Verdict
+from editloss_core.verdict.judge import FAILURES, MEASURES, WITHOUT_AFTER, Verdict
 
 ROOT = Path(__file__).parents[2]
 PAIR = draw(3, "replace", "chair", "table")
@@ -46,6 +52,11 @@ def grey(path, level, side=16):
     Image.new("RGB", (side, side), (round(255 * level),) * 3).save(path)
 
 
+def sized(picture, height, width):
+    planes = picture.permute(2, 0, 1)[None]
+    return F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
 def rows_of(out):
     with open(out / "verdicts.csv", encoding="utf-8", newline="") as file:
         return {row["stem"]: row for row in csv.DictReader(file)}
@@ -71,6 +82,62 @@ def test_files_are_matched_by_stem_without_case_in_natural_order(tmp_path):
     assert all(not e.problem and set(e.files) == {"before", "output"} for e in found.entries)
 
 
+@profiles.without_heic
+def test_what_is_passed_over_is_named_and_odd_names_are_written(tmp_path, by_grey, capsys):
+    odd = os.fsdecode("椅子".encode("gbk"))
+    for name in ("a", odd):
+        for part in ("before", "output"):
+            try:
+                grey(tmp_path / part / f"{name}.png", 0.9)
+            except OSError:
+                pytest.skip("this file system takes no such name")
+    for name in ("output/b.heic", "before/b.heic", "output/log.json", "output/a.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    found = scan(tmp_path)
+    assert [e.name for e in found.entries] == [r"\xd2\xce\xd7\xd3", "a"]
+    assert set(found.notes) == {
+        "passed over (HEIC needs the package pillow-heif; or save it as PNG): before/b.heic, output/b.heic",
+        "passed over (neither pictures nor captions): output/log.json",
+        r"names that are not UTF-8, or have control characters, are written with \x: before/\xd2\xce\xd7\xd3.png, "
+        r"output/\xd2\xce\xd7\xd3.png",
+    }
+    assert run(tmp_path, tmp_path / "out") == 0
+    assert set(rows_of(tmp_path / "out")) == {"a", r"\xd2\xce\xd7\xd3"}
+    said = capsys.readouterr().out
+    assert all(f"note: {note}\n" in said for note in found.notes)
+    (tmp_path / "output" / f"{odd}.png").write_bytes(b"x")
+    item = next(judge_entry(e) for e in scan(tmp_path).entries if e.name != "a")
+    assert item.message.startswith(r"output: \xd2\xce\xd7\xd3.png cannot be read: its content is not PNG")
+
+
+@pytest.mark.parametrize("name", ["masks", "Mask"])
+def test_masks_by_the_other_name_and_two_spellings_of_a_folder(tmp_path, name):
+    for place in ("before/a", "output/a", f"{name}/a", "Before/b", "output/b"):
+        grey(tmp_path / f"{place}.png", 0.9)
+    found = scan(tmp_path)
+    assert [(e.name, sorted(e.files), e.problem) for e in found.entries] == [
+        ("a", ["before", "mask", "output"], ""), ("b", ["before", "output"], ""),
+    ]  # fmt: skip
+
+
+def test_outputs_are_judged_as_they_look_whatever_their_profile(tmp_path):
+    """One and the same look in sRGB and in Display P3: nothing is between them, and the note says what was done."""
+    wide = profiles.rgb()
+    to_wide = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.ImageCmsProfile(io.BytesIO(wide)), "RGB", "RGB"
+    )
+    shown = {part: Image.fromarray((values * 255).round().byte().numpy()) for part, values in (("before", PAIR.before), ("after", PAIR.after))}  # fmt: skip
+    shown["output"] = ImageCms.applyTransform(shown["after"], to_wide)
+    for part, image in shown.items():
+        image.save(tmp_path / f"{part}.png", icc_profile=wide if part == "output" else None)
+    item = judge_entry(Entry("a", {part: tmp_path / f"{part}.png" for part in ("before", "output", "after")}))
+    assert item.verdict.verdict == "good"
+    assert item.notes == ("The output picture: colours were converted to sRGB (from Display P3).",)
+    stored = torch.from_numpy(np.array(shown["output"])).int()
+    output, after = item.pictures["output"].int(), item.pictures["after"].int()
+    assert (stored - after).abs().max() > 10 and (output - after).abs().max() <= 2
+
+
 def test_pictures_without_their_counterpart_are_named(tmp_path):
     grey(tmp_path / "before/a.png", 0.1)
     grey(tmp_path / "before/both.png", 0.1)
@@ -89,8 +156,8 @@ def test_pictures_without_their_counterpart_are_named(tmp_path):
 def test_folders_that_are_not_there_are_named(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no folder"):
         scan(tmp_path / "nowhere")
-    grey(tmp_path / "outputs/a.png", 0.1)
-    with pytest.raises(ValueError, match=r"no before/ and no output/; there is: outputs/"):
+    grey(tmp_path / "pictures/a.png", 0.1)
+    with pytest.raises(ValueError, match=r"no before/ and no output/; there is: pictures/"):
         scan(tmp_path)
     assert run(tmp_path, tmp_path / "out") == 2
     assert "no before/" in capsys.readouterr().err
@@ -164,7 +231,8 @@ def test_command_writes_rows_sheet_and_maps_and_exits_3(hard, tmp_path):
     assert rows["2 copy"]["verdict"] == "no edit" and rows["10 after"]["verdict"] == "good"
     assert float(rows["2 copy"]["no edit"]) > 0.9 and float(rows["10 after"]["no edit"]) < 0.1
     assert rows["3 no after"]["distorted"] == "" and "distorted" in rows["3 no after"]["unanswered"]
-    assert rows["4 black"]["verdict"] not in ("", "good") and "all black" in rows["4 black"]["notes"]
+    assert rows["3 no after"]["verdict"] == "undecided" and rows["4 black"]["verdict"] == "unusable"
+    assert "all black" in rows["4 black"]["notes"]
     assert "128 x 100" in rows["5 small"]["message"] and "128 x 128" in rows["5 small"]["message"]
     assert "6 corrupt.png cannot be read" in rows["6 corrupt"]["message"]
     assert rows["7 mask"]["message"].startswith("mask:") and rows["7 mask"]["verdict"] == rows["7 mask"]["shape"] == ""
@@ -223,11 +291,102 @@ def test_exit_status_by_threshold(tmp_path, by_grey, capsys):
 
 def test_a_picture_that_could_not_be_asked_is_not_a_picture_that_passed():
     asked = Verdict("distorted", dict.fromkeys(FAILURES, 0.9), {})
-    unasked = Verdict("good", {**dict.fromkeys(FAILURES, 0.1), "distorted": None}, {})
+    unasked = Verdict("undecided", {**dict.fromkeys(FAILURES, 0.1), "distorted": None}, {}, (WITHOUT_AFTER,))
     items = [verdict_items.Item("a", asked), *(verdict_items.Item(str(i), unasked) for i in range(9))]
-    assert command.rate(items, "distorted") == Share(1, 1) and command.rate(items, command.ANY) == Share(1, 10)
-    assert command.status(items, {"distorted": 0.5}) == 1 and command.status(items, {"any": 0.5}) == 0
-    assert "1 of 1 " in command.report(items, {})
+    assert command.rate(items, "distorted") == Share(1, 1) and command.rate(items, "good") == Share(0, 10)
+    failing = verdict_items.Failing.of(items)
+    assert (failing.least, failing.most) == (Share(1, 10), Share(10, 10))
+    assert command.status(items, {"distorted": 0.5}) == 1 and command.status(items, {}) == 0
+    # One failure of ten is known, and nine more are possible.
+    assert {limit: command.status(items, {"any": limit}) for limit in (0.05, 0.1, 0.5, 1.0)} == {
+        0.05: 1,
+        0.1: 3,
+        0.5: 3,
+        1.0: 0,
+    }
+    lines = command.report(items, {"any": 0.3}).splitlines()
+    assert (
+        " ".join(lines[-4].split()) == "any failure 1 to 10 of 10 10 % to 100 % 2 % to 100 % 30%: could not be answered"
+    )
+    assert lines[-2].startswith("undecided: 9;") and f"9 of 9: {WITHOUT_AFTER}. Add after/" in lines[-1]
+
+
+def test_before_and_output_alone_call_nothing_good(tmp_path, capsys):
+    save(PAIR.before, tmp_path / "before/edited.png")
+    save(PAIR.after, tmp_path / "output/edited.png")
+    save(PAIR.before, tmp_path / "before/copy.png")
+    save(PAIR.before, tmp_path / "output/copy.png")
+    assert run(tmp_path, tmp_path / "out", "--fail-above", "any=0.6") == 3
+    said = " ".join(capsys.readouterr().out.split())
+    rows = rows_of(tmp_path / "out")
+    assert {stem: row["verdict"] for stem, row in rows.items()} == {"edited": "undecided", "copy": "no edit"}
+    assert [rows["edited"][f] for f in FAILURES[1:]] == ["", "", "", ""]
+    assert "good 0 of 2 0 %" in said and "any failure 1 to 2 of 2" in said
+    assert "60%: could not be answered" in said and "Add after/, or mask/ (white where the edit belongs)" in said
+    assert run(tmp_path, tmp_path / "out", "--fail-above", "any=0.4") == 1 and run(tmp_path, tmp_path / "out") == 0
+    assert run(tmp_path, tmp_path / "out", "--fail-above", "overlay=0.5") == 3
+
+
+def test_a_long_name_is_cut_in_the_names_of_its_maps(tmp_path, by_grey):
+    """255 bytes are what file systems allow; some characters take four of them."""
+    names = [
+        "a" * 251,
+        "b" * 240 + "1",
+        "b" * 240 + "2",
+        "椅" * 83,
+        "🪑" * 62 + "a",
+        "é" * 125,
+        "sub/" + "c" * 250,
+        "short",
+    ]
+    for name in names:
+        grey(tmp_path / f"before/{name}.png", 0.2)
+        grey(tmp_path / f"output/{name}.png", 0.1)
+    assert run(tmp_path, tmp_path / "out", "--maps") == 0
+    maps = [path for path in (tmp_path / "out/maps").rglob("*") if path.is_file()]
+    assert len(maps) == len(names) and all(len(os.fsencode(path.name)) <= 255 for path in maps)
+    assert "short.unchanged.png" in {path.name for path in maps}, "a name that fits stays whole"
+    assert sum(path.name.startswith("b" * 200) for path in maps) == 2, "two long names stay two"
+    assert set(rows_of(tmp_path / "out")) == set(names), "the table has them whole"
+
+
+def test_an_output_of_another_size_is_judged_beside_those_that_cannot_be(tmp_path):
+    outputs = {
+        "same": PAIR.after,
+        "half": sized(PAIR.after, 64, 64),
+        "pixel": sized(PAIR.after, 127, 128),
+        "wide": PAIR.after[:100],
+    }
+    for name, output in outputs.items():
+        save(PAIR.before, tmp_path / f"before/{name}.png")
+        save(output, tmp_path / f"output/{name}.png")
+        save(PAIR.after, tmp_path / f"after/{name}.png")
+    assert run(tmp_path, tmp_path / "out", "--maps") == 3
+    rows = rows_of(tmp_path / "out")
+    assert {stem: row["verdict"] for stem, row in rows.items()} == {
+        "same": "good",
+        "half": "good",
+        "pixel": "good",
+        "wide": "",
+    }
+    assert (
+        rows["half"]["notes"] == "The output picture was resized from 64 x 64 to 128 x 128 pixels."
+        and not rows["same"]["notes"]
+    )
+    assert "128 x 128" in rows["wide"]["message"] and "128 x 100" in rows["wide"]["message"]
+    with Image.open(tmp_path / "out/maps/half.unchanged.png") as laid:
+        assert laid.size == (64, 64)
+
+
+def test_the_columns_are_those_that_the_docs_explain(tmp_path, by_grey):
+    grey(tmp_path / "before/a.png", 0.2)
+    grey(tmp_path / "output/a.png", 0.1)
+    run(tmp_path, tmp_path / "out")
+    with open(tmp_path / "out/verdicts.csv", encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file))
+    text = (ROOT / "docs/verdicts.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `([^`]+)` \|", text.split("## Columns of verdicts.csv")[1].split("\n## ")[0], re.M)
+    assert explained == columns
 
 
 @pytest.mark.parametrize("limit", ["overlays=0.1", "overlay", "overlay=2", "overlay=nan", "overlay=-0.1"])

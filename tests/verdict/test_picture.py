@@ -42,7 +42,7 @@ def has_colour(picture, color):
 
 
 def test_items_are_judged_and_refused(items):
-    assert [item.verdict and item.verdict.verdict for item in items] == ["no edit", "good", "good", None, None]
+    assert [item.verdict and item.verdict.verdict for item in items] == ["no edit", "good", "undecided", None, None]
     assert "100" in items[3].message and "128" in items[3].message
     assert items[0].pictures["output"].dtype == torch.uint8 and set(items[2].pictures) == {"before", "output"}
 
@@ -72,16 +72,13 @@ def test_sheet_shows_each_verdict_in_its_colour_and_the_maps(items):
     assert reds(sheet(items[:1], 1000)) > reds(sheet([blank], 1000)) + 500
 
 
-def test_a_good_verdict_that_is_not_sure_of_all_is_only_outlined():
-    found = made_up("good")
-    unsure = replace(found, verdict=replace(found.verdict, scores={**found.verdict.scores, "overlay": None}))
-    colour = torch.tensor([int(COLORS["good"][k : k + 2], 16) / 255 for k in (1, 3, 5)])
-
-    def painted(item):
-        row = sheet([item], 1000)[0, 100:]
+def test_an_undecided_verdict_is_only_outlined():
+    def painted(name):
+        colour = torch.tensor([int(COLORS[name][k : k + 2], 16) / 255 for k in (1, 3, 5)])
+        row = sheet([made_up(name)], 1000)[0, 100:]
         return int(((row - colour).abs().amax(-1) < 0.01).sum())
 
-    assert painted(unsure) < 0.5 * painted(found)
+    assert painted("undecided") < 0.1 * painted("good")
 
 
 def test_sheet_is_the_same_twice(items):
@@ -115,7 +112,7 @@ def test_nothing_to_show_is_refused():
 
 def test_table_has_a_row_per_item_and_says_what_was_not_answered(items):
     lines = table(items).splitlines()
-    assert lines[0] == "**5 outputs: 2 good, 1 no edit, 2 not judged**"
+    assert lines[0] == "**5 outputs: 1 good, 1 no edit, 1 undecided, 2 not judged**"
     rows = [line for line in lines if line.startswith("| ")][1:]
     assert len(rows) == 5 and "after \\| itself" in rows[1]
     assert rows[2].count("–") >= 2 and "Not answered: distorted" in rows[2]
@@ -144,6 +141,9 @@ def test_heat_is_grey_at_0_and_red_at_1():
         ("overlay", {"overlay": 0.8}, "overlay", ""),
         (None, {"overlay": 0.1}, "good", ""),
         (None, {}, "good", ""),
+        (None, {"overlay": 0.1}, "undecided", ""),
+        ("overlay", {"overlay": 0.8}, "undecided", "the training signal says overlay, the judge no failure"),
+        (None, {"overlay": 0.1}, "unusable", "No term of the objective looks for an unusable output."),
         (None, {"overlay": 0.1}, "overlay", "the training signal says no failure, the judge overlay"),
         ("overlay", {"overlay": 0.8}, "good", "the training signal says overlay, the judge no failure"),
         (None, {"overlay": 0.1}, "no edit", "No term of the objective looks for a missing edit."),

@@ -1,0 +1,1 @@
+"""The command line: its one tree of programs, what their exit statuses mean, and how they print tables. Needs no torch."""
