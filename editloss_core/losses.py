@@ -301,7 +301,7 @@ def contrastive_pair_loss(
     _check_number("margin", margin, minimum=0.0)
     _check_labels(y, z1.shape[0], z1.device)
     sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
-    (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
+    (d,) = _distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
     return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
 
 
@@ -702,7 +702,7 @@ def _ranking(
 
 def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
     sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
-    (d,) = token_distances(a, [b], kind)
+    (d,) = _distances(a, [b], kind)
     return _reduce(_aggregate(d, agg, token_weights), reduction, sample_weights)
 
 
@@ -734,31 +734,32 @@ class _TokenDistances(torch.autograd.Function):
     def forward(ctx: Any, dist: str, anchor: Tensor, *references: Tensor) -> Tuple[Tensor, ...]:
         a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
         work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
-        sums = [work.per_token() for _ in rs]
-        squares = [work.per_token() for _ in (a, *rs)] if dist == "cos" else []
+        cosine = dist == "cos"
+        sums, squares = work.per_token(len(rs)), work.per_token(1 + len(rs)) if cosine else None
 
         def measure(block: Block, bench: _Bench) -> None:
             x = bench.load("anchor", a, block)
-            if squares:
-                squares[0][block] = bench.dot(x, x)
-            for j in range(len(rs)):
-                r = bench.load("reference", rs[j], block)
-                if squares:
-                    squares[1 + j][block] = bench.dot(r, r)
-                    sums[j][block] = bench.dot(x, r)
+            if squares is not None:
+                bench.dot(x, x, squares[0], block)
+            for j, rows in enumerate(rs):
+                r = bench.load("reference", rows, block)
+                if squares is not None:
+                    bench.dot(r, r, squares[1 + j], block)
+                    bench.dot(x, r, sums[j], block)
                 else:
                     diff = torch.sub(x, r, out=bench.scratch("product", x.shape))
-                    sums[j][block] = (diff.abs_() if dist == "l1" else diff.square_()).sum(-1)
+                    bench.sum(diff.abs_() if dist == "l1" else diff.square_(), sums[j], block)
 
         work.each(measure)
-        if dist == "cos":
-            sums = [1.0 - _cosine(dot, squares[0], rr) for dot, rr in zip(sums, squares[1:])]
+        if squares is not None:
+            sums = 1.0 - _cosine(sums, squares[:1], squares[1:])
         elif dist == "euclidean":
-            sums = [s.sqrt_() for s in sums]
+            sums = sums.sqrt_()
         ctx.dist, ctx.inputs = dist, 1 + len(references)
-        ctx.save_for_backward(anchor, *references, *squares, *(sums if dist in ("cos", "euclidean") else ()))
+        scalars = (squares, sums) if cosine else (sums,) if dist == "euclidean" else ()
+        ctx.save_for_backward(anchor, *references, *scalars)
         ctx.set_materialize_grads(False)
-        return tuple(d.view(anchor.shape[:-1]) for d in sums)
+        return sums.view(len(rs), *anchor.shape[:-1]).unbind()
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
@@ -775,7 +776,7 @@ class _TokenDistances(torch.autograd.Function):
         for result, reference in zip(results[1:], references):
             pieces = _rows_of_each([reference if result is None else result], anchor.ndim)
             to_rs += pieces if result is not None else [None] * len(pieces)
-        used = {j: g for j, g in enumerate(grads) if g is not None}
+        used = [j for j, g in enumerate(grads) if g is not None]
         for j, to_r in enumerate(to_rs):
             if to_r is not None and j not in used:
                 to_r.zero_()
@@ -783,18 +784,21 @@ class _TokenDistances(torch.autograd.Function):
             to_a.zero_()
         if not used:
             return (None, *results)
-        g = {j: x.reshape(a.shape[:2]) for j, x in used.items()}
+        g = torch.stack([x for x in grads if x is not None]).view(len(used), *a.shape[:2])
         work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
+        if len(used) < len(rs):
+            rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
+            scalars = [x[[0, *(1 + j for j in used)] if len(x) > len(grads) else used] for x in scalars]
         if ctx.dist == "cos":
-            squares, distances = scalars[: 1 + len(rs)], scalars[1 + len(rs) :]
-            slopes = {j: _cosine_slopes(g[j], 1.0 - distances[j], squares[0], squares[1 + j]) for j in used}
+            squares, distances = scalars
+            slopes = _cosine_slopes(g, 1.0 - distances, squares[:1], squares[1:])
             _cosine_gradients(work, a, rs, slopes, to_a, to_rs)
         else:
             if ctx.dist == "l2":
-                g = {j: 2.0 * g[j] for j in used}
+                g = 2.0 * g
             elif ctx.dist == "euclidean":
                 # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
-                g = {j: g[j] / scalars[j].clamp_min(1e-18) for j in used}
+                g = g / scalars[0].clamp_min(1e-18)
             _difference_gradients(work, a, rs, g, to_a, to_rs, signs=ctx.dist == "l1")
         return (None, *results)
 
@@ -803,24 +807,25 @@ def _cosine_gradients(
     work: _Blocks,
     a: Tensor,
     rs: Sequence[Tensor],
-    slopes: Dict[int, Tuple[Tensor, ...]],
+    slopes: Tuple[Tensor, ...],
     to_a: Optional[Tensor],
     to_rs: Sequence[Optional[Tensor]],
 ) -> None:
     """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
-    own = functools.reduce(torch.add, [slope[0] for slope in slopes.values()])
+    own_a, cross_a, own_r, cross_r = (slope.unsqueeze(-1) for slope in slopes)
+    own = own_a.sum(0)
 
     def write(block: Block, bench: _Bench) -> None:
         x, total = bench.load("anchor", a, block), None
         if to_a is not None:
-            total = torch.mul(x, own[block].unsqueeze(-1), out=bench.target("total", to_a, block))
-        for j, (_, cross_a, own_r, cross_r) in slopes.items():
-            r, to_r = bench.load("reference", rs[j], block), to_rs[j]
+            total = torch.mul(x, _part(own, block), out=bench.target("total", to_a, block))
+        for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
+            r = bench.load("reference", rows, block)
             if total is not None:
-                total.addcmul_(r, cross_a[block].unsqueeze(-1))
+                total.addcmul_(r, _part(cross_a[j], block))
             if to_r is not None:
-                part = torch.mul(r, own_r[block].unsqueeze(-1), out=bench.target("product", to_r, block))
-                bench.store(part.addcmul_(x, cross_r[block].unsqueeze(-1)), to_r, block)
+                part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
+                bench.store(part.addcmul_(x, _part(cross_r[j], block)), to_r, block)
         if to_a is not None and total is not None:
             bench.store(total, to_a, block)
 
@@ -831,18 +836,19 @@ def _difference_gradients(
     work: _Blocks,
     a: Tensor,
     rs: Sequence[Tensor],
-    slopes: Dict[int, Tensor],
+    slopes: Tensor,
     to_a: Optional[Tensor],
     to_rs: Sequence[Optional[Tensor]],
     signs: bool,
 ) -> None:
     """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
+    slopes = slopes.unsqueeze(-1)
 
     def write(block: Block, bench: _Bench) -> None:
         x, total = bench.load("anchor", a, block), None
-        for j, slope in slopes.items():
-            slope, to_r = slope[block].unsqueeze(-1), to_rs[j]
-            step = torch.sub(x, bench.load("reference", rs[j], block), out=bench.scratch("product", x.shape))
+        for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
+            slope = _part(slopes[j], block)
+            step = torch.sub(x, bench.load("reference", rows, block), out=bench.scratch("product", x.shape))
             step = step.sign_() if signs else step
             if to_a is not None:
                 if total is None:
@@ -858,6 +864,12 @@ def _difference_gradients(
 
 
 Block = Tuple[slice, slice]
+WHOLE: Block = (slice(None), slice(None))
+
+
+def _part(rows: Tensor, block: Block) -> Tensor:
+    """``rows[block]``; to ask for all of them costs more than a small product."""
+    return rows if block is WHOLE else rows[block]
 
 
 class _Blocks:
@@ -873,7 +885,7 @@ class _Blocks:
 
     def __init__(self, rows: Sequence[Tensor], dtype: torch.dtype):
         self.rows, self.dtype, self.compiling = rows[0], dtype, _is_compiling()
-        self.threads, self.one_pass, self.blocks = 1, False, [(slice(None), slice(None))]
+        self.threads, self.one_pass, self.blocks = 1, False, [WHOLE]
         if not self.compiling:
             on_cpu, shape = self.rows.device.type == "cpu", self.rows.shape
             batch, tokens, features = shape
@@ -891,8 +903,8 @@ class _Blocks:
         if self.one_pass:  # here, since threads cannot share what catches warnings
             self.diagonals = {n: self._diagonal(n) for n in {self.rows[b].shape[:2].numel() for b in self.blocks}}
 
-    def per_token(self) -> Tensor:
-        return torch.empty(self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
+    def per_token(self, count: int) -> Tensor:
+        return torch.empty(count, *self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
 
     def _diagonal(self, n: int) -> Tensor:
         """The pattern of n entries on the diagonal; blocks have one size, or two."""
@@ -973,32 +985,43 @@ class _Bench:
             return None
         if name not in self.memory:
             rows = self.plan.rows
-            self.memory[name] = torch.empty(rows[self.plan.blocks[0]].shape, dtype=self.dtype, device=rows.device)
-        return self.memory[name][: shape[0], : shape[1]]
+            self.memory[name] = torch.empty(
+                _part(rows, self.plan.blocks[0]).shape, dtype=self.dtype, device=rows.device
+            )
+        memory = self.memory[name]
+        return memory if memory.shape == shape else memory[: shape[0], : shape[1]]
 
     def load(self, name: str, rows: Tensor, block: Block) -> Tensor:
         """A block in the dtype of the computation with its features side by side: a view if it is so already."""
-        x = rows[block]
+        x = _part(rows, block)
         if x.dtype == self.dtype and (self.compiling or x.stride(-1) == 1):
             return x
         memory = self.scratch(name, x.shape)
         return x.to(self.dtype) if memory is None else memory.copy_(x)
 
-    def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Σ x·y over the features. One order of adding for all, so that Σ x·y = Σ x·x where y equals x.
+    def dot(self, x: Tensor, y: Tensor, to: Tensor, block: Block) -> None:
+        """Σ x·y over the features, into its block of ``to``. One order of adding for all, so that Σ x·y = Σ x·x where y
+        equals x.
 
         Where it pays, in one pass without the products in between: the diagonal of x yᵀ, and none of its other entries.
         """
-        if not self.plan.one_pass:
-            out = self.scratch("product", x.shape)
-            return (torch.square(x, out=out) if x is y else torch.mul(x, y, out=out)).sum(-1)
-        tokens = x.shape[:-1]
-        diagonal, x, y = self.plan.diagonals[tokens.numel()], x.flatten(0, 1), y.flatten(0, 1)
-        return torch.sparse.sampled_addmm(diagonal, x, y.t(), beta=0.0).values().view(tokens)
+        if self.plan.one_pass:
+            tokens = x.shape[:-1]
+            diagonal, x, y = self.plan.diagonals[tokens.numel()], x.flatten(0, 1), y.flatten(0, 1)
+            to[block] = torch.sparse.sampled_addmm(diagonal, x, y.t(), beta=0.0).values().view(tokens)
+        else:
+            self.sum(torch.mul(x, y, out=self.scratch("product", x.shape)), to, block)
+
+    def sum(self, products: Tensor, to: Tensor, block: Block) -> None:
+        """Over the features, into its block of ``to``."""
+        if self.compiling:
+            to[block] = products.sum(-1)
+        else:
+            torch.sum(products, -1, out=_part(to, block))
 
     def target(self, name: str, rows: Tensor, block: Block) -> Optional[Tensor]:
         """Where to compute what :meth:`store` puts into ``rows``: there, if they have the dtype of the computation."""
-        x = rows[block]
+        x = _part(rows, block)
         return x if x.dtype == self.dtype and not self.compiling else self.scratch(name, x.shape)
 
     def store(self, value: Tensor, rows: Tensor, block: Block) -> None:
@@ -1009,7 +1032,9 @@ class _Bench:
 def _blocks(batch: int, tokens: int, dim: int, limit: Optional[int] = None) -> Iterator[Tuple[slice, slice]]:
     """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers, the first one being the largest."""
     limit = limit or BLOCK_ELEMENTS
-    if tokens * dim >= limit:
+    if batch * tokens * dim <= limit:
+        yield WHOLE
+    elif tokens * dim >= limit:
         step = max(1, limit // dim)
         step = math.ceil(tokens / math.ceil(tokens / step))  # equal pieces
         for b in range(batch):
@@ -1229,9 +1254,9 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _is_compiling()
 
 
-def _is_compiling() -> bool:
-    probe = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # torch 2.0 has none
-    return bool(probe is not None and probe())
+_is_compiling: Callable[[], bool] = getattr(
+    getattr(torch, "compiler", None), "is_compiling", bool
+)  # torch 2.0 has none
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
