@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from load import add_switch, busy, told
 from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,10 +59,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="of the pictures, in pixels")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, default=3)
+    add_switch(parser)
     parser.add_argument("--out", type=Path, help="a Markdown file; printed otherwise")
     given = parser.parse_args()
     ours, bound = [], []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, busy(given.load):
         folder = Path(name) / "pictures"
         folder.mkdir()
         make(folder, given.count, given.side)
@@ -75,11 +77,12 @@ def main() -> None:
             start = time.perf_counter()
             subprocess.run([*command, "--out", f"{name}/{k}"], check=True, cwd=ROOT, capture_output=True)
             ours.append(time.perf_counter() - start)
+        load = told(given.load)
     best, least = min(ours), min(bound)
     text = f"""# Diagnosis of a folder
 
 By `benchmarks/diagnose_folder.py`: {given.count} outputs of {given.side} × {given.side} pixels with before, after and mask,
-{given.workers} processes, best of {given.repeats}. {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}.
+{given.workers} processes, best of {given.repeats}. {platform.machine()}, torch {torch.__version__}; {load}.
 
 | | seconds | over reading | a picture |
 |---|---|---|---|

@@ -4,9 +4,11 @@
     python benchmarks/losses.py                    # writes benchmarks/results/losses.md
     python benchmarks/losses.py --only peers,tasks --rounds 3
     python benchmarks/losses.py --large            # also InfoNCE at 65,536 x 256
+    python benchmarks/losses.py --only tasks --rounds 20 --load 2
 
 Every round runs all candidates once, one after the other, so that what disturbs the machine disturbs all of them; a row
-shows the fastest round. Memory is the peak of the resident set above its size before the call, each in a process of its
+shows the fastest round, and with --load N, where N other programs keep the machine busy, the median and the worst round as
+well. Memory is the peak of the resident set above its size before the call, each in a process of its
 own (Linux). Errors are against float64 on the same (rounded) tensors: of the loss, relative; of the gradient of the
 prediction, the largest difference relative to the largest number.
 """
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,8 @@ from torch.utils.benchmark import Timer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from load import add_switch, busy, told  # noqa: E402
 
 from editloss_core import losses  # noqa: E402
 from editloss_core.embeddings import EmbeddingSet  # noqa: E402
@@ -47,6 +52,7 @@ parser.add_argument(
     "--cpu-time", action="store_true", help="CPU seconds of the process, for one thread on a machine that others use"
 )
 parser.add_argument("--large", action="store_true", help="also InfoNCE of 65,536 x 256, which takes minutes")
+add_switch(parser)
 parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "losses.md"), help="'' writes no file")
 parser.add_argument("--measure", default="", help=argparse.SUPPRESS)  # one candidate in a process of its own
 
@@ -181,8 +187,8 @@ def step(function, inputs):
     return result.detach(), inputs[0].grad
 
 
-def seconds(candidates: dict, inputs, rounds: int) -> dict[str, float]:
-    """Fastest of the rounds."""
+def seconds(candidates: dict, inputs, rounds: int) -> dict[str, list[float]]:
+    """Of every round."""
     options = {"num_threads": torch.get_num_threads(), "timer": clock()}
     timers = {
         name: Timer("step(function, inputs)", globals={"step": step, "inputs": inputs, "function": f}, **options)
@@ -192,7 +198,7 @@ def seconds(candidates: dict, inputs, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, timer in timers.items():
             found[name].append(timer.timeit(1).mean)
-    return {name: min(times) for name, times in found.items()}
+    return found
 
 
 def clock():
@@ -270,7 +276,8 @@ def tasks(args) -> list[str]:
                 torch._dynamo.reset()
                 candidates[name] = torch.compile(TASKS[of])
                 step(candidates[name], inputs)
-        times = seconds(candidates, inputs, args.rounds)
+        every = seconds(candidates, inputs, args.rounds)
+        times = {name: min(rounds) for name, rounds in every.items()}
         references = {g: in_float64(lambda *x, g=g: plain(*x, geometry=g), inputs) for g in ("cos", "l2")}
         size = inputs[0].numel() * inputs[0].element_size() / 2**20
         rows = []
@@ -284,11 +291,22 @@ def tasks(args) -> list[str]:
                 cells = [f"{base / took:.1f} ×", f"{own / took:.1f} ×", f"{peak['mib'] / size:.1f}" if peak else "–"]
                 cells += [f"{e:.0e}" for e in off]
             row = [name, f"{1e3 * took:.1f} ms", f"{took / times['bound']:.1f} ×", *cells]
+            if args.load:
+                row += under_load(every[name], every[f"plain, {geometry}"])
             rows.append("| " + " | ".join(row) + " |")
             print(dtype, rows[-1], flush=True)
         head = "| {} | fastest | of the bound | plain takes | torch's own takes | memory | error: loss | gradient |"
-        lines += table(head.format(dtype), rows)
+        lines += table(head.format(dtype) + (LOADED if args.load else ""), rows)
     return lines
+
+
+LOADED = " median round | plain takes, in the median round | in the round that is worst for it |"
+
+
+def under_load(own: list[float], plain: list[float]) -> list[str]:
+    """How long a round takes, and by what factor plain PyTorch takes longer in the same rounds."""
+    ratios = [theirs / ours for ours, theirs in zip(own, plain)]
+    return [f"{1e3 * median(own):.0f} ms", f"{median(ratios):.1f} ×", f"{min(ratios):.1f} ×"]
 
 
 def ranking(args) -> list[str]:
@@ -296,7 +314,8 @@ def ranking(args) -> list[str]:
     lines = [f"## Multi-negative ranking, K = {k} negatives of [{batch}, {tokens}, {dim}], fp32", ""]
     anchor, positive = embeddings(2, (batch, tokens, dim))
     inputs = [anchor.requires_grad_(), positive, embeddings(1, (batch, k, tokens, dim))[0]]
-    times = seconds(RANKING, inputs, max(2, args.rounds // 4))
+    every = seconds(RANKING, inputs, max(2, args.rounds // 4))
+    times = {name: min(rounds) for name, rounds in every.items()}
     reference = in_float64(plain_ranking, inputs)
     size, rows = anchor.numel() * 4 / 2**20, []
     for name, took in times.items():
@@ -408,18 +427,21 @@ def main(args) -> None:
     if args.measure:
         measure_here(*json.loads(args.measure))
         return
-    wanted = args.only.split(",")
+    wanted, found = args.only.split(","), []
+    with busy(args.load):
+        for section in SECTIONS:
+            if section in wanted:
+                found += globals()[section](args)
+        load = told(args.load)
     lines = [
         "# The losses beside their peers",
         "",
         f"`{' '.join(['python benchmarks/losses.py', *sys.argv[1:]])}` on a CPU ({torch.backends.cpu.get_cpu_capability()}), "
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
-        + (", CPU seconds of the process (other people were using the machine)." if args.cpu_time else "."),
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s); {load}"
+        + (". CPU seconds of the process." if args.cpu_time else "."),
         "",
+        *found,
     ]
-    for section in SECTIONS:
-        if section in wanted:
-            lines += globals()[section](args)
     if args.out:
         out = Path(args.out)
         out.parent.mkdir(exist_ok=True)

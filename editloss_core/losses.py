@@ -39,8 +39,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
+import threading
 import warnings
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -74,6 +78,9 @@ MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
 BLOCK_ELEMENTS = 1 << 20  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
+SHARED_ELEMENTS = 1 << 19  # from so many numbers on, the blocks are shared among threads …
+SMALLEST_SHARE = 1 << 18  # … at least so many each, so that there are some blocks for every thread
+MOST_THREADS = 8  # more would wait for Python
 ONE_PASS_ELEMENTS = 1 << 19  # from so many numbers on, Σ x·y in one pass is the faster way …
 ONE_PASS_FEATURES = 1 << 11  # … and up to so many features it is as exact: a longer sum is better made of sums
 TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
@@ -294,7 +301,7 @@ def contrastive_pair_loss(
     _check_number("margin", margin, minimum=0.0)
     _check_labels(y, z1.shape[0], z1.device)
     sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
-    (d,) = token_distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
+    (d,) = _distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
     return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
 
 
@@ -695,7 +702,7 @@ def _ranking(
 
 def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
     sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
-    (d,) = token_distances(a, [b], kind)
+    (d,) = _distances(a, [b], kind)
     return _reduce(_aggregate(d, agg, token_weights), reduction, sample_weights)
 
 
@@ -727,28 +734,32 @@ class _TokenDistances(torch.autograd.Function):
     def forward(ctx: Any, dist: str, anchor: Tensor, *references: Tensor) -> Tuple[Tensor, ...]:
         a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
         work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
-        sums = [work.per_token() for _ in rs]
-        squares = [work.per_token() for _ in (a, *rs)] if dist == "cos" else []
-        for block in work.blocks:
-            x = work.load("anchor", a, block)
-            if squares:
-                squares[0][block] = work.dot(x, x)
-            for j in range(len(rs)):
-                r = work.load("reference", rs[j], block)
-                if squares:
-                    squares[1 + j][block] = work.dot(r, r)
-                    sums[j][block] = work.dot(x, r)
+        cosine = dist == "cos"
+        sums, squares = work.per_token(len(rs)), work.per_token(1 + len(rs)) if cosine else None
+
+        def measure(block: Block, bench: _Bench) -> None:
+            x = bench.load("anchor", a, block)
+            if squares is not None:
+                bench.dot(x, x, squares[0], block)
+            for j, rows in enumerate(rs):
+                r = bench.load("reference", rows, block)
+                if squares is not None:
+                    bench.dot(r, r, squares[1 + j], block)
+                    bench.dot(x, r, sums[j], block)
                 else:
-                    diff = torch.sub(x, r, out=work.scratch("product", x.shape))
-                    sums[j][block] = (diff.abs_() if dist == "l1" else diff.square_()).sum(-1)
-        if dist == "cos":
-            sums = [1.0 - _cosine(dot, squares[0], rr) for dot, rr in zip(sums, squares[1:])]
+                    diff = torch.sub(x, r, out=bench.scratch("product", x.shape))
+                    bench.sum(diff.abs_() if dist == "l1" else diff.square_(), sums[j], block)
+
+        work.each(measure)
+        if squares is not None:
+            sums = 1.0 - _cosine(sums, squares[:1], squares[1:])
         elif dist == "euclidean":
-            sums = [s.sqrt_() for s in sums]
+            sums = sums.sqrt_()
         ctx.dist, ctx.inputs = dist, 1 + len(references)
-        ctx.save_for_backward(anchor, *references, *squares, *(sums if dist in ("cos", "euclidean") else ()))
+        scalars = (squares, sums) if cosine else (sums,) if dist == "euclidean" else ()
+        ctx.save_for_backward(anchor, *references, *scalars)
         ctx.set_materialize_grads(False)
-        return tuple(d.view(anchor.shape[:-1]) for d in sums)
+        return sums.view(len(rs), *anchor.shape[:-1]).unbind()
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
@@ -765,7 +776,7 @@ class _TokenDistances(torch.autograd.Function):
         for result, reference in zip(results[1:], references):
             pieces = _rows_of_each([reference if result is None else result], anchor.ndim)
             to_rs += pieces if result is not None else [None] * len(pieces)
-        used = {j: g for j, g in enumerate(grads) if g is not None}
+        used = [j for j, g in enumerate(grads) if g is not None]
         for j, to_r in enumerate(to_rs):
             if to_r is not None and j not in used:
                 to_r.zero_()
@@ -773,18 +784,21 @@ class _TokenDistances(torch.autograd.Function):
             to_a.zero_()
         if not used:
             return (None, *results)
-        g = {j: x.reshape(a.shape[:2]) for j, x in used.items()}
+        g = torch.stack([x for x in grads if x is not None]).view(len(used), *a.shape[:2])
         work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
+        if len(used) < len(rs):
+            rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
+            scalars = [x[[0, *(1 + j for j in used)] if len(x) > len(grads) else used] for x in scalars]
         if ctx.dist == "cos":
-            squares, distances = scalars[: 1 + len(rs)], scalars[1 + len(rs) :]
-            slopes = {j: _cosine_slopes(g[j], 1.0 - distances[j], squares[0], squares[1 + j]) for j in used}
+            squares, distances = scalars
+            slopes = _cosine_slopes(g, 1.0 - distances, squares[:1], squares[1:])
             _cosine_gradients(work, a, rs, slopes, to_a, to_rs)
         else:
             if ctx.dist == "l2":
-                g = {j: 2.0 * g[j] for j in used}
+                g = 2.0 * g
             elif ctx.dist == "euclidean":
                 # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
-                g = {j: g[j] / scalars[j].clamp_min(1e-18) for j in used}
+                g = g / scalars[0].clamp_min(1e-18)
             _difference_gradients(work, a, rs, g, to_a, to_rs, signs=ctx.dist == "l1")
         return (None, *results)
 
@@ -793,125 +807,224 @@ def _cosine_gradients(
     work: _Blocks,
     a: Tensor,
     rs: Sequence[Tensor],
-    slopes: Dict[int, Tuple[Tensor, ...]],
+    slopes: Tuple[Tensor, ...],
     to_a: Optional[Tensor],
     to_rs: Sequence[Optional[Tensor]],
 ) -> None:
     """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
-    own = functools.reduce(torch.add, [slope[0] for slope in slopes.values()])
-    for block in reversed(work.blocks):
-        x, total = work.load("anchor", a, block), None
+    own_a, cross_a, own_r, cross_r = (slope.unsqueeze(-1) for slope in slopes)
+    own = own_a.sum(0)
+
+    def write(block: Block, bench: _Bench) -> None:
+        x, total = bench.load("anchor", a, block), None
         if to_a is not None:
-            total = torch.mul(x, own[block].unsqueeze(-1), out=work.target("total", to_a, block))
-        for j, (_, cross_a, own_r, cross_r) in slopes.items():
-            r, to_r = work.load("reference", rs[j], block), to_rs[j]
+            total = torch.mul(x, _part(own, block), out=bench.target("total", to_a, block))
+        for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
+            r = bench.load("reference", rows, block)
             if total is not None:
-                total.addcmul_(r, cross_a[block].unsqueeze(-1))
+                total.addcmul_(r, _part(cross_a[j], block))
             if to_r is not None:
-                part = torch.mul(r, own_r[block].unsqueeze(-1), out=work.target("product", to_r, block))
-                work.store(part.addcmul_(x, cross_r[block].unsqueeze(-1)), to_r, block)
+                part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
+                bench.store(part.addcmul_(x, _part(cross_r[j], block)), to_r, block)
         if to_a is not None and total is not None:
-            work.store(total, to_a, block)
+            bench.store(total, to_a, block)
+
+    work.each(write, backwards=True)
 
 
 def _difference_gradients(
     work: _Blocks,
     a: Tensor,
     rs: Sequence[Tensor],
-    slopes: Dict[int, Tensor],
+    slopes: Tensor,
     to_a: Optional[Tensor],
     to_rs: Sequence[Optional[Tensor]],
     signs: bool,
 ) -> None:
     """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
-    for block in reversed(work.blocks):
-        x, total = work.load("anchor", a, block), None
-        for j, slope in slopes.items():
-            slope, to_r = slope[block].unsqueeze(-1), to_rs[j]
-            step = torch.sub(x, work.load("reference", rs[j], block), out=work.scratch("product", x.shape))
+    slopes = slopes.unsqueeze(-1)
+
+    def write(block: Block, bench: _Bench) -> None:
+        x, total = bench.load("anchor", a, block), None
+        for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
+            slope = _part(slopes[j], block)
+            step = torch.sub(x, bench.load("reference", rows, block), out=bench.scratch("product", x.shape))
             step = step.sign_() if signs else step
             if to_a is not None:
                 if total is None:
-                    total = torch.mul(step, slope, out=work.target("total", to_a, block))
+                    total = torch.mul(step, slope, out=bench.target("total", to_a, block))
                 else:
                     total.addcmul_(step, slope)
             if to_r is not None:
-                work.store(torch.mul(step, -slope, out=work.target("part", to_r, block)), to_r, block)
+                bench.store(torch.mul(step, -slope, out=bench.target("part", to_r, block)), to_r, block)
         if to_a is not None and total is not None:
-            work.store(total, to_a, block)
+            bench.store(total, to_a, block)
+
+    work.each(write, backwards=True)
+
+
+Block = Tuple[slice, slice]
+WHOLE: Block = (slice(None), slice(None))
+
+
+def _part(rows: Tensor, block: Block) -> Tensor:
+    """``rows[block]``; to ask for all of them costs more than a small product."""
+    return rows if block is WHOLE else rows[block]
 
 
 class _Blocks:
-    """The pieces in which several rows ``[B, T, D]`` are worked through, and memory of a piece's size that is used again.
+    """The pieces in which several rows ``[B, T, D]`` are worked through, one after the other or by several threads.
 
-    With ``out=`` into that memory, every pass but the first reads from the cache; backward takes the blocks in reverse,
-    because the last of the forward pass may still be there. A compiler does all this by itself: for it there is one block
-    and no memory.
+    Backward takes the blocks in reverse, because the last of the forward pass may still be in the cache. A compiler does all
+    of this by itself: for it there is one block.
+
+    A few threads each take a whole block, with torch's own threads off, instead of sharing every operation in it: on a busy
+    machine torch's threads wait after each operation for the one that was held up, and these only at the end. What comes out
+    does not depend on their number.
     """
 
     def __init__(self, rows: Sequence[Tensor], dtype: torch.dtype):
         self.rows, self.dtype, self.compiling = rows[0], dtype, _is_compiling()
-        self.memory: Dict[str, Tensor] = {}
-        self.diagonals: Dict[int, Tensor] = {}
-        self.one_pass, self.blocks = False, [(slice(None), slice(None))]
+        self.threads, self.one_pass, self.blocks = 1, False, [WHOLE]
         if not self.compiling:
             on_cpu, shape = self.rows.device.type == "cpu", self.rows.shape
             batch, tokens, features = shape
-            self.blocks = list(_blocks(batch, tokens, features, BLOCK_ELEMENTS * (1 if on_cpu else 16)))
-            pays = on_cpu and shape.numel() >= ONE_PASS_ELEMENTS and shape[-1] <= ONE_PASS_FEATURES
+            size, limit = shape.numel(), BLOCK_ELEMENTS * (1 if on_cpu else 16)
+            if on_cpu and size >= SHARED_ELEMENTS and all(type(x) is Tensor for x in rows):
+                self.threads = min(torch.get_num_threads(), MOST_THREADS)
+                if self.threads > 1:
+                    limit = min(limit, max(SMALLEST_SHARE, math.ceil(size / (2 * self.threads))))
+            self.blocks = list(_blocks(batch, tokens, features, limit))
+            pays = on_cpu and size >= ONE_PASS_ELEMENTS and features <= ONE_PASS_FEATURES
             # A block of several samples is one matrix only where they lie one after the other.
             of_one = self.rows[self.blocks[0]].shape[0] == 1
             self.one_pass = pays and (of_one or all(x.is_contiguous() for x in rows))
+        self.diagonals: Dict[int, Tensor] = {}
+        if self.one_pass:  # here, since threads cannot share what catches warnings
+            self.diagonals = {n: self._diagonal(n) for n in {self.rows[b].shape[:2].numel() for b in self.blocks}}
 
-    def per_token(self) -> Tensor:
-        return torch.empty(self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
+    def per_token(self, count: int) -> Tensor:
+        return torch.empty(count, *self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
+
+    def _diagonal(self, n: int) -> Tensor:
+        """The pattern of n entries on the diagonal; blocks have one size, or two."""
+        at = torch.arange(n + 1, device=self.rows.device)
+        values = torch.zeros(n, dtype=self.dtype, device=self.rows.device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse tensors are beta
+            return torch.sparse_csr_tensor(at, at[:-1], values, (n, n), check_invariants=False)
+
+    def each(self, work: Callable[[Block, _Bench], None], backwards: bool = False) -> None:
+        """``work(block, bench)`` for every block."""
+        order = self.blocks[::-1] if backwards else self.blocks
+        threads = min(self.threads, len(order))
+        if threads < 2:
+            bench = _Bench(self)
+            for block in order:
+                work(block, bench)
+            return
+        todo, inference = deque(order), torch.is_inference_mode_enabled()
+
+        def some() -> None:
+            bench = _Bench(self)
+            with torch.inference_mode(inference), torch.no_grad():
+                while todo:
+                    try:
+                        block = todo.popleft()
+                    except IndexError:  # another thread was faster
+                        return
+                    work(block, bench)
+
+        jobs = [_crew().submit(some) for _ in range(threads)]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            todo.clear()  # one that failed, or was interrupted, leaves the rest undone
+
+
+@functools.cache
+def _crew() -> ThreadPoolExecutor:
+    """Threads without threads of torch's own, made once in a process; those of the caller are left as they are."""
+    size, before = min(os.cpu_count() or 1, MOST_THREADS), torch.get_num_threads()
+    crew, ready = ThreadPoolExecutor(size, "losses"), threading.Barrier(size)
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to the process's: it has to come first
+        torch.set_num_threads(1)
+        ready.wait()
+
+    try:
+        for job in [crew.submit(begin) for _ in range(size)]:
+            job.result()
+    except BaseException:
+        ready.abort()
+        raise
+    finally:
+        torch.set_num_threads(before)  # the number for threads to come, which each of them set to 1
+    return crew
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_crew.cache_clear)  # a fork has none of the threads
+
+
+class _Bench:
+    """What one thread works a block with: memory of a block's size, which is used again.
+
+    With ``out=`` into that memory, every pass but the first reads from the cache.
+    """
+
+    def __init__(self, plan: _Blocks):
+        self.plan, self.dtype, self.compiling = plan, plan.dtype, plan.compiling
+        self.memory: Dict[str, Tensor] = {}
 
     def scratch(self, name: str, shape: torch.Size) -> Optional[Tensor]:
         """Memory for a block of ``shape`` (no block is larger than the first one)."""
         if self.compiling:
             return None
         if name not in self.memory:
-            largest = self.rows[self.blocks[0]].shape
-            self.memory[name] = torch.empty(largest, dtype=self.dtype, device=self.rows.device)
-        return self.memory[name][: shape[0], : shape[1]]
+            rows = self.plan.rows
+            self.memory[name] = torch.empty(
+                _part(rows, self.plan.blocks[0]).shape, dtype=self.dtype, device=rows.device
+            )
+        memory = self.memory[name]
+        return memory if memory.shape == shape else memory[: shape[0], : shape[1]]
 
-    def load(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Tensor:
+    def load(self, name: str, rows: Tensor, block: Block) -> Tensor:
         """A block in the dtype of the computation with its features side by side: a view if it is so already."""
-        x = rows[block]
+        x = _part(rows, block)
         if x.dtype == self.dtype and (self.compiling or x.stride(-1) == 1):
             return x
         memory = self.scratch(name, x.shape)
         return x.to(self.dtype) if memory is None else memory.copy_(x)
 
-    def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Σ x·y over the features. One order of adding for all, so that Σ x·y = Σ x·x where y equals x.
+    def dot(self, x: Tensor, y: Tensor, to: Tensor, block: Block) -> None:
+        """Σ x·y over the features, into its block of ``to``. One order of adding for all, so that Σ x·y = Σ x·x where y
+        equals x.
 
         Where it pays, in one pass without the products in between: the diagonal of x yᵀ, and none of its other entries.
         """
-        if not self.one_pass:
-            out = self.scratch("product", x.shape)
-            return (torch.square(x, out=out) if x is y else torch.mul(x, y, out=out)).sum(-1)
-        tokens = x.shape[:-1]
-        diagonal, x, y = self.diagonal(tokens.numel()), x.flatten(0, 1), y.flatten(0, 1)
-        return torch.sparse.sampled_addmm(diagonal, x, y.t(), beta=0.0).values().view(tokens)
+        if self.plan.one_pass:
+            tokens = x.shape[:-1]
+            diagonal, x, y = self.plan.diagonals[tokens.numel()], x.flatten(0, 1), y.flatten(0, 1)
+            to[block] = torch.sparse.sampled_addmm(diagonal, x, y.t(), beta=0.0).values().view(tokens)
+        else:
+            self.sum(torch.mul(x, y, out=self.scratch("product", x.shape)), to, block)
 
-    def diagonal(self, n: int) -> Tensor:
-        """The pattern of n entries on the diagonal; blocks have one size, or two."""
-        if n not in self.diagonals:
-            at = torch.arange(n + 1, device=self.rows.device)
-            values = torch.zeros(n, dtype=self.dtype, device=self.rows.device)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that sparse tensors are beta
-                pattern = torch.sparse_csr_tensor(at, at[:-1], values, (n, n), check_invariants=False)
-            self.diagonals[n] = pattern
-        return self.diagonals[n]
+    def sum(self, products: Tensor, to: Tensor, block: Block) -> None:
+        """Over the features, into its block of ``to``."""
+        if self.compiling:
+            to[block] = products.sum(-1)
+        else:
+            torch.sum(products, -1, out=_part(to, block))
 
-    def target(self, name: str, rows: Tensor, block: Tuple[slice, slice]) -> Optional[Tensor]:
+    def target(self, name: str, rows: Tensor, block: Block) -> Optional[Tensor]:
         """Where to compute what :meth:`store` puts into ``rows``: there, if they have the dtype of the computation."""
-        x = rows[block]
+        x = _part(rows, block)
         return x if x.dtype == self.dtype and not self.compiling else self.scratch(name, x.shape)
 
-    def store(self, value: Tensor, rows: Tensor, block: Tuple[slice, slice]) -> None:
+    def store(self, value: Tensor, rows: Tensor, block: Block) -> None:
         if rows.dtype != self.dtype or self.compiling:
             rows[block] = value
 
@@ -919,7 +1032,9 @@ class _Blocks:
 def _blocks(batch: int, tokens: int, dim: int, limit: Optional[int] = None) -> Iterator[Tuple[slice, slice]]:
     """Slices over batch and tokens, each covering about BLOCK_ELEMENTS numbers, the first one being the largest."""
     limit = limit or BLOCK_ELEMENTS
-    if tokens * dim >= limit:
+    if batch * tokens * dim <= limit:
+        yield WHOLE
+    elif tokens * dim >= limit:
         step = max(1, limit // dim)
         step = math.ceil(tokens / math.ceil(tokens / step))  # equal pieces
         for b in range(batch):
@@ -1139,9 +1254,9 @@ def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _is_compiling()
 
 
-def _is_compiling() -> bool:
-    probe = getattr(getattr(torch, "compiler", None), "is_compiling", None)  # torch 2.0 has none
-    return bool(probe is not None and probe())
+_is_compiling: Callable[[], bool] = getattr(
+    getattr(torch, "compiler", None), "is_compiling", bool
+)  # torch 2.0 has none
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -139,8 +139,8 @@ def test_a_well_separated_positive_keeps_its_small_loss():
 @pytest.mark.parametrize("needs", [False, True])
 @pytest.mark.parametrize("dist", ["cos", "l2"])
 def test_sixty_four_negatives_without_a_copy(dist, needs):
-    a, p = embeddings((2, 4, 32), 2, torch.float32)
-    n = embeddings((2, 64, 4, 32), 1, torch.float32)[0].requires_grad_(needs)
+    a, p = embeddings((2, 4, 128), 2, torch.float32)
+    n = embeddings((2, 64, 4, 128), 1, torch.float32)[0].requires_grad_(needs)
     a.requires_grad_()
     with Made() as made:
         multi_negative_ranking_loss(a, p, n, margin=3.0, dist=dist).backward()
