@@ -47,6 +47,7 @@ from .measures import (
     Expected,
     Whole,
     above_noise,
+    changes,
     codec_change,
     codec_tint,
     coefficient,
@@ -436,7 +437,7 @@ def _judge_tone(whole: Whole) -> Verdict:
     unchanged = 1 - above_noise(moved, weight, ~whole.mask) / norm(wanted, weight)
     progress, residual = progress_of(moved, wanted, weight)
     whole_picture = torch.zeros_like(whole.mask)
-    away, _ = largest_change(x, [g], whole_picture)
+    away, _ = largest_change(changes(oklab(x), [oklab(g)]), whole_picture)
     codec = codec_change(full_g, g, whole_picture)
     room = room_seen(x, (s, g), whole.mask)
     background, background_map = whole.background()

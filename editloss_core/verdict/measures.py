@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Optional, Sequence
 
 import numpy as np
@@ -68,22 +69,34 @@ class Whole:
             small_x = _laid_on(small_x, move, small_s)
         return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region, small_x)
 
+    @cached_property
+    def labs(self) -> tuple[Tensor, list[Tensor]]:
+        """(the output, the pictures that are known) in Oklab."""
+        return oklab(self.x), [oklab(t) for t in (self.s, self.g) if t is not None]
+
+    @cached_property
+    def changes(self) -> Tensor:
+        """:func:`changes` of the output from the pictures that are known."""
+        return changes(*self.labs)
+
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
-        known = [t for t in (self.s, self.g) if t is not None]
-        return largest_change(self.x, known, self.mask if also is None else self.mask | also)
+        return largest_change(self.changes, self.mask if also is None else self.mask | also)
 
     def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
         """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
-        known = [t for t in (self.s, self.g) if t is not None]
-        return largest_tint(self.x, known, self.mask if also is None else self.mask | also)
+        return largest_tint(*self.labs, self.mask if also is None else self.mask | also)
 
 
-def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Optional[float], Tensor]:
-    """(largest mean Oklab distance of x from the nearest of the known pictures in a neighbourhood outside the mask, the
-    distances); None where there is no outside."""
-    x = blur(oklab(x), 1.0, 3)
-    d = torch.stack([tolerant_distance(x, blur(oklab(t), 1.0, 3)) for t in known]).amin(0)
+def changes(x: Tensor, known: Sequence[Tensor]) -> Tensor:
+    """How far x is from the nearest of the known pictures, all in Oklab, with shifts by a pixel forgiven: ``[1, 1, h, w]``."""
+    x = blur(x, 1.0, 3)
+    return torch.stack([tolerant_distance(x, blur(t, 1.0, 3)) for t in known]).amin(0)
+
+
+def largest_change(d: Tensor, mask: Tensor) -> tuple[Optional[float], Tensor]:
+    """(the largest mean of the :func:`changes` d in a neighbourhood outside the mask, the changes there); None where there is no
+    outside."""
     outside = (~dilate(mask, 8)).float()
     if float(outside.mean()) < 0.02:
         return None, d * 0
@@ -93,15 +106,14 @@ def largest_change(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> tuple[Op
 
 
 def largest_tint(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> Optional[float]:
-    """The same as :func:`largest_change` of mean colours: noise, dithering and shifts within a neighbourhood add up to nothing."""
+    """The same as :func:`largest_change` of mean colours, of pictures in Oklab: noise, dithering and shifts within a neighbourhood add up to nothing."""
     outside = (~dilate(mask, 8)).float()
     size = 2 * max(6, max(x.shape[-2:]) // 14) + 1  # a seventh of the long side
     share = box_mean(outside, size)
     if float(outside.mean()) < 0.02 or not bool((share > 0.3).any()):
         return None
-    x = oklab(x)
-    changes = (length(box_mean((x - oklab(t)) * outside, size)) / share.clamp_min(1e-6) for t in known)
-    return float(torch.stack(list(changes)).amin(0)[share > 0.3].amax())
+    tints = [length(box_mean((x - t) * outside, size)) / share.clamp_min(1e-6) for t in known]
+    return float(torch.stack(tints).amin(0)[share > 0.3].amax())
 
 
 def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -317,12 +329,17 @@ def _apart(a: Tensor, b: Tensor, where: Tensor) -> Optional[float]:
 
 def codec_change(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
     """What a round trip through JPEG does to a picture ``[1, 3, H, W]``, as :meth:`Whole.background` measures it."""
-    return largest_change(resized(_jpeg(picture, quality), small.shape[-2:]), [small], mask)[0]
+    return largest_change(changes(*_through_jpeg(picture, small, quality)), mask)[0]
 
 
 def codec_tint(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
     """The same, as :meth:`Whole.tint` measures it."""
-    return largest_tint(resized(_jpeg(picture, quality), small.shape[-2:]), [small], mask)
+    return largest_tint(*_through_jpeg(picture, small, quality), mask)
+
+
+def _through_jpeg(picture: Tensor, small: Tensor, quality: int) -> tuple[Tensor, list[Tensor]]:
+    """(a picture that went through JPEG, at the size of ``small``, and that) in Oklab."""
+    return oklab(resized(_jpeg(picture, quality), small.shape[-2:])), [oklab(small)]
 
 
 def _jpeg(picture: Tensor, quality: int) -> Tensor:
@@ -371,7 +388,11 @@ def local_likeness(x: Tensor, y: Tensor, weight: Tensor, size: int) -> float:
 
 def edges(x: Tensor, sigma: float) -> Tensor:
     """Slopes of a picture in Oklab that is blurred first."""
-    return slopes(blur(oklab(x), sigma, min(math.ceil(2 * sigma), min(x.shape[-2:]) - 1)))
+    return _edges(oklab(x), sigma)
+
+
+def _edges(lab: Tensor, sigma: float) -> Tensor:
+    return slopes(blur(lab, sigma, min(math.ceil(2 * sigma), min(lab.shape[-2:]) - 1)))
 
 
 def room_seen(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> float:
@@ -385,15 +406,19 @@ def room_seen(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> float:
     scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
     size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
 
-    def of(picture: Tensor) -> float:
-        pairs = ((edges(picture, k), edges(t, k)) for k in scales for t in known)
-        return max(abs(local_likeness(*pair, outside, size)) for pair in pairs)
+    labs = [oklab(t) for t in known]
+    there = {k: [_edges(t, k) for t in labs] for k in scales}
 
-    found = of(x)
+    def of(lab: Tensor) -> float:
+        seen = {k: _edges(lab, k) for k in scales}
+        return max(abs(local_likeness(seen[k], t, outside, size)) for k in scales for t in there[k])
+
+    lab = oklab(x)
+    found = of(lab)
     if found >= PLAINLY:
         return found
-    similarity, _ = align(blur(oklab(x), 1.0, 3), blur(oklab(known[0]), 1.0, 3), outside)
-    return max(found, of(look_up(x, similarity)))
+    similarity, _ = align(blur(lab, 1.0, 3), blur(labs[0], 1.0, 3), outside)
+    return max(found, of(oklab(look_up(x, similarity))))
 
 
 def surroundings(region: Tensor) -> float:
@@ -416,7 +441,8 @@ def is_tone(s: Tensor, g: Tensor, region: Tensor) -> bool:
 
 def codec_limit(picture: Tensor, small: Tensor) -> Tensor:
     """The mean Oklab distance in each neighbourhood that JPEG of quality 50 makes of a picture."""
-    return box_mean(length(oklab(resized(_jpeg(picture, 50), small.shape[-2:])) - oklab(small)), 13)
+    changed, (small,) = _through_jpeg(picture, small, 50)
+    return box_mean(length(changed - small), 13)
 
 
 def is_like(x: Tensor, picture: Tensor, small: Tensor) -> bool:
