@@ -130,10 +130,12 @@ class LongCat(EditModel):
             def encode_prompt(self, **_: Any) -> tuple[Tensor, Tensor]:
                 return caption.tokens[None].to(**like), positions(len(caption.tokens)).to(denoiser.device)
 
-        # Of its autoencoder it asks for the sizes alone, of what makes tokens of pictures for the one that it has inside.
-        vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(0,) * 4, latent_channels=channels))
+        class Sizes(SimpleNamespace):
+            """All that it asks its autoencoder and its processor for."""
+
+        vae = Sizes(config=Sizes(block_out_channels=(0,) * 4, latent_channels=channels))
         pipeline = Pipeline(
-            FlowMatchEulerDiscreteScheduler(), vae, None, None, SimpleNamespace(image_processor=None), denoiser.module
+            FlowMatchEulerDiscreteScheduler(), vae, None, None, Sizes(image_processor=None), denoiser.module
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         made = []

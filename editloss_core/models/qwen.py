@@ -157,8 +157,9 @@ class QwenEdit(EditModel):
             with sized(stock, side * its.shape[-1], side * its.shape[-2]) as picture:
                 after = pipeline(
                     image=picture, height=side * height, width=side * width, latents=pack(one[None].to(**like)),
-                    prompt_embeds=caption.tokens[None].to(**like), true_cfg_scale=1.0, sigmas=[t[0].item()],
-                    num_inference_steps=1, output_type="latent", return_dict=False,
+                    prompt_embeds=caption.tokens[None].to(**like), prompt_embeds_mask=torch.ones(1, len(caption.tokens)),
+                    true_cfg_scale=1.0, sigmas=[t[0].item()], num_inference_steps=1, output_type="latent",
+                    return_dict=False,
                 )[0]  # fmt: skip
             made.append(unpack(after.float(), height, width))
         return (x - torch.cat(made).to(x)) / t.view(-1, 1, 1, 1)
