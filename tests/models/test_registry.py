@@ -1,5 +1,7 @@
 """What every edit model of the registry has to say, and what is asked of it by name."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ EACH = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 def test_a_model_says_all_that_is_asked_of_it(model):
     assert isinstance(model, EditModel) and model.id == model.id.lower() and model.title
     assert tuple(model.layers) == PRESETS and all(model.layers.values())
-    assert len({m.id for m in MODELS}) == len(MODELS) == len({m.parts.pipeline for m in MODELS})
+    assert len({m.id for m in MODELS}) == len(MODELS)
+    assert len({(m.parts.pipeline, *m.parts.index.items()) for m in MODELS}) == len(MODELS)
     for name in ("mu", "encode", "caption", "velocity", "stock_velocity"):
         assert getattr(type(model), name) is not getattr(EditModel, name), name
     assert (model.preview_cfg == 1.0) or model.guidance is None, "guidance is embedded, or made of two passes"
@@ -22,12 +25,21 @@ def test_a_model_says_all_that_is_asked_of_it(model):
 
 @EACH
 def test_it_is_found_by_the_names_of_its_classes(model):
-    assert registry.of_comfyui(model.comfyui_model) is model and registry.of_pipeline(model.parts.pipeline) is model
-    assert registry.of_network(model.parts.transformer) is model
-    layer = next(iter(model.names.blocks))
-    ours = f"{layer[0]}.0.{next(iter(layer[2]))}"
-    assert registry.of_layers([ours], comfyui=True) is model
-    assert registry.of_layers(model.names.diffusers(ours), comfyui=False) is model
+    file = "flux-2-klein-9b-fp8.safetensors"  # a name by which one model is told from another
+    file = file if model.comfyui_file else ""
+    assert registry.of_id(model.id) is model
+    assert registry.of_comfyui(model.comfyui_model, model.comfyui_config, file) is model
+    assert registry.of_pipeline({"_class_name": model.parts.pipeline, **model.parts.index}) is model
+    list_, _, inside = model.names.blocks[-1]
+    sizes = {f"{list_}.0.{layer}": model.names.shapes.get(layer, (1, 1)) for layer in inside}
+    theirs = {name: (1, 1) for layer in sizes for name in model.names.diffusers(layer)}
+    for network, layers, comfyui in (
+        (model.comfyui_network, sizes, True),
+        (model.parts.transformer, theirs, False),
+    ):
+        assert registry.of_network(network, layers).names is model.names
+        assert registry.of_layers(layers, comfyui).names is model.names
+        assert registry.of_layers(layers, comfyui, model.id) is model
 
 
 @EACH
@@ -64,7 +76,8 @@ def test_noise_levels_fall_from_one_to_nothing_and_rise_with_the_size(model):
     ("ask", "found"),
     [
         (lambda: registry.of_comfyui("Chroma"), "ComfyUI's Chroma"),
-        (lambda: registry.of_pipeline("FluxPipeline"), "a folder of FluxPipeline"),
+        (lambda: registry.of_comfyui("Flux2"), "ComfyUI's Flux2"),
+        (lambda: registry.of_pipeline({"_class_name": "FluxPipeline"}), "a folder of FluxPipeline"),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, found):
@@ -76,9 +89,9 @@ def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, 
 def test_a_lora_of_no_known_model_is_refused():
     with pytest.raises(
         ValueError,
-        match=rf"no known model \({registry.titles()}\) has a layer 'blocks.0.attn' in ComfyUI's names",
+        match=rf"no known model \({re.escape(registry.titles())}\) has a layer 'blocks.0.attn' in ComfyUI's names",
     ):
-        registry.of_layers(["blocks.0.attn"], comfyui=True)
+        registry.of_layers({"blocks.0.attn": (1, 1)}, comfyui=True)
     assert registry.of_network("QwenImageTransformer2DModel") is None
 
 
@@ -108,3 +121,39 @@ def test_previews_are_sampled_with_and_without_classifier_free_guidance():
     assert torch.allclose(made, noise - (3 + 4 * (1 - 3)) * noise)  # v = n + cfg · (p − n)
     with pytest.raises(ValueError, match="negative: expected it with cfg 4, got none"):
         model.sample(two, noise, [], ["caption"] * 2, 1, Preview(cfg=4.0))
+
+
+QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
+
+
+def test_a_lora_of_names_that_several_models_have_goes_by_sizes_by_the_header_or_by_who_asks():
+    of = registry.of_layers
+    assert of({QKV: (8, 24), MLP: (8, 32)}, True).id == "flux_kontext"
+    assert of({QKV: (8, 24), MLP: (8, 48)}, True).names is of({"single_stream_modulation.lin": (8, 24)}, True).names
+    with pytest.raises(ValueError, match="are FLUX.1 Kontext's and FLUX.2 dev's, and nothing in the file says whose"):
+        of({QKV: (8, 24)}, True)
+    assert [of({QKV: (8, 24)}, True, told).id for told in ("flux2_dev", "flux_kontext")] == ["flux2_dev", "flux_kontext"]
+    # What both call the same in the other program is no question.
+    assert of({"transformer_blocks.0.attn.to_q": (8, 8)}, False).id == "flux_kontext"
+    with pytest.raises(ValueError, match="FLUX.1 Kontext has no layer 'single_stream_modulation.lin' in ComfyUI's"):
+        of({"single_stream_modulation.lin": (8, 24)}, True, "flux_kontext")
+    with pytest.raises(ValueError, match="model: expected one of flux_kontext, flux2_dev, .*got 'sdxl'"):
+        of({QKV: (8, 24)}, True, "sdxl")
+    # Of a layer that nobody has, the model that has the most of the others is asked.
+    with pytest.raises(ValueError, match="has a layer 'single_blocks.0.x' in"):
+        of({"single_stream_modulation.lin": (8, 24), "double_blocks.0.img_mlp.0": (8, 48), "single_blocks.0.x": (1, 1)}, True)
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("flux-2-klein-4b-fp8.safetensors", "flux2_klein"),
+        ("FLUX.2-klein-9B.gguf", "flux2_klein"),
+        ("flux-2-klein-base-4b.safetensors", "flux2_klein_base"),
+        ("my_flux2.safetensors", "flux2_klein_base"),
+        ("", "flux2_klein_base"),
+    ],
+)
+def test_kleins_are_told_apart_by_the_name_of_their_file(file, found):
+    assert registry.of_comfyui("Flux2", {"guidance_embed": False}, file).id == found
+    assert registry.of_comfyui("Flux2", {"guidance_embed": True}, file).id == "flux2_dev"
