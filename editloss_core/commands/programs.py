@@ -302,7 +302,9 @@ def _convert_lora(parser: Parser) -> None:
         "the .safetensors file to write, in the other's; not IN itself",
     )(parser)
     parser.add_argument(
-        "--model", metavar="ID", help="whose LoRA it is, where its layers and header do not say: flux_kontext, flux2_dev …"
+        "--model",
+        metavar="ID",
+        help="whose LoRA it is, where its layers and header do not say: flux_kontext, flux2_dev …",
     )
 
 

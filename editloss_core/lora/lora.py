@@ -225,7 +225,9 @@ class LoRA(nn.Module):
         super().__init__()
         self.settings, self.network = settings, type(module).__name__
         self.edit_model = model or _model_of(module)
-        self.targets = select_layers(module, settings.layers, self.edit_model)  # a dict: its modules are not registered as parts
+        self.targets = select_layers(
+            module, settings.layers, self.edit_model
+        )  # a dict: its modules are not registered as parts
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained

@@ -132,7 +132,10 @@ def test_a_lora_of_names_that_several_models_have_goes_by_sizes_by_the_header_or
     assert of({QKV: (8, 24), MLP: (8, 48)}, True).names is of({"single_stream_modulation.lin": (8, 24)}, True).names
     with pytest.raises(ValueError, match="are FLUX.1 Kontext's and FLUX.2 dev's, and nothing in the file says whose"):
         of({QKV: (8, 24)}, True)
-    assert [of({QKV: (8, 24)}, True, told).id for told in ("flux2_dev", "flux_kontext")] == ["flux2_dev", "flux_kontext"]
+    assert [of({QKV: (8, 24)}, True, told).id for told in ("flux2_dev", "flux_kontext")] == [
+        "flux2_dev",
+        "flux_kontext",
+    ]
     # What both call the same in the other program is no question.
     assert of({"transformer_blocks.0.attn.to_q": (8, 8)}, False).id == "flux_kontext"
     with pytest.raises(ValueError, match="FLUX.1 Kontext has no layer 'single_stream_modulation.lin' in ComfyUI's"):
@@ -141,7 +144,14 @@ def test_a_lora_of_names_that_several_models_have_goes_by_sizes_by_the_header_or
         of({QKV: (8, 24)}, True, "sdxl")
     # Of a layer that nobody has, the model that has the most of the others is asked.
     with pytest.raises(ValueError, match="has a layer 'single_blocks.0.x' in"):
-        of({"single_stream_modulation.lin": (8, 24), "double_blocks.0.img_mlp.0": (8, 48), "single_blocks.0.x": (1, 1)}, True)
+        of(
+            {
+                "single_stream_modulation.lin": (8, 24),
+                "double_blocks.0.img_mlp.0": (8, 48),
+                "single_blocks.0.x": (1, 1),
+            },
+            True,
+        )
 
 
 @pytest.mark.parametrize(
