@@ -313,23 +313,25 @@ def converted(updates: Updates, dialect: str, wanted: str, model: EditModel) -> 
 
 
 def own_dialect(layers: Collection[str], model: EditModel) -> str:
-    """Whose names a network's layers have.
+    """Whose names the layers of a model's network have, ComfyUI's where both are the same.
 
     Raises:
-        ValueError: neither program's names of the model.
+        ValueError: neither program's.
     """
-    if all(map(model.names.diffusers, layers)):
+    strange = [layer for layer in layers if not model.names.diffusers(layer)]
+    if not strange:
         return COMFYUI
-    strange = next((layer for layer in layers if not model.names.comfyui(layer)[0]), None)
-    if strange is not None:
-        raise ValueError(f"lora: {model.title} has no layer {strange!r}, neither in ComfyUI's names nor in diffusers'")
+    neither = [layer for layer in layers if not model.names.comfyui(layer)[0]]
+    if neither:
+        raise ValueError(f"lora: {model.title} has no layer {neither[0]!r} in ComfyUI's or diffusers' names")
     return DIFFUSERS
 
 
 def save_both(
     lora: LoRA, path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None, dtype: torch.dtype = torch.float32
-) -> tuple[Path, Path]:
-    """A LoRA of a known model in both dialects: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in diffusers'.
+) -> tuple[Path, ...]:
+    """A LoRA of a known model for each program that loads it: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in
+    diffusers' where that has a loader for the model.
 
     Args:
         lora: on a network of either program.
@@ -338,18 +340,20 @@ def save_both(
         dtype: of the matrices in the files.
 
     Raises:
-        ValueError: the network is of no known model.
+        ValueError: of a network that is of no known model.
     """
-    path, model = Path(path), lora.edit_model
+    path, model = Path(path), lora.model
     if model is None:
-        raise ValueError(f"lora: expected a LoRA of a known model ({titles()}), got one of {lora.network}")
+        raise ValueError(f"lora: expected one of a known model ({titles()}), whose names are known in both programs")
     own = own_dialect(lora.targets, model)
     updates = {
         name: Update(layer.down.detach().cpu(), layer.up.detach().cpu(), lora.settings.alpha)
         for name, layer in lora.named_layers()
     }
     texts = lora.described(metadata or {})
-    paths = path, path.with_name(f"{path.stem}_diffusers{path.suffix}")
-    for target, dialect in zip(paths, (COMFYUI, DIFFUSERS)):
+    paths = {COMFYUI: path}
+    if model.diffusers_loads_lora:
+        paths[DIFFUSERS] = path.with_name(f"{path.stem}_diffusers{path.suffix}")
+    for dialect, target in paths.items():
         write_safetensors(target, to_tensors(converted(updates, own, dialect, model), dialect, dtype), texts)
-    return paths
+    return tuple(paths.values())

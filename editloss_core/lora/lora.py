@@ -203,8 +203,7 @@ class LoRA(nn.Module):
         model: see :func:`select_layers`.
 
     Attributes:
-        network: class of ``module``.
-        edit_model: that it is of; None for a network of no known model.
+        model: that it is of; None for a network of no known model.
 
     Raises:
         ValueError: if ``settings.layers`` does not fit the network.
@@ -223,11 +222,10 @@ class LoRA(nn.Module):
         model: Optional[EditModel] = None,
     ):
         super().__init__()
-        self.settings, self.network = settings, type(module).__name__
-        self.edit_model = model or _model_of(module)
-        self.targets = select_layers(
-            module, settings.layers, self.edit_model
-        )  # a dict: its modules are not registered as parts
+        self.settings = settings
+        self.model = model or _model_of(module)
+        # A dict: its modules are not registered as parts.
+        self.targets = select_layers(module, settings.layers, self.model)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained
@@ -309,7 +307,7 @@ class LoRA(nn.Module):
 
     def described(self, metadata: Mapping[str, str]) -> dict[str, str]:
         """Texts for the header of a file, with the settings as JSON under ``lora``, and the model."""
-        known = {MODEL_METADATA: self.edit_model.id} if self.edit_model else {}
+        known = {MODEL_METADATA: self.model.id} if self.model else {}
         return {**metadata, "lora": json.dumps(asdict(self.settings)), **known}
 
     def load_tensors(self, state: Mapping[str, Tensor], prefix: str = PREFIX) -> None:

@@ -12,9 +12,13 @@ from typing import Any, Callable, Mapping, Optional
 from .base import EditModel
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from .kontext import KONTEXT
+from .longcat import LONGCAT
+from .qwen import QWEN_EDIT, QWEN_EDIT_PLUS
 
 # Of those that are told apart by a file's name or not at all, the one that is taken without it comes last.
-MODELS: tuple[EditModel, ...] = (KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE)
+MODELS: tuple[EditModel, ...] = (
+    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_PLUS, QWEN_EDIT, LONGCAT,
+)  # fmt: skip
 
 Sizes = Mapping[str, tuple[int, int]]  # layer, without prefix → (inputs, outputs)
 
@@ -31,16 +35,15 @@ def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
     return model
 
 
-def of_id(name: str) -> EditModel:
-    """By :attr:`~.base.EditModel.id`."""
-    model = next((model for model in MODELS if model.id == name), None)
-    if model is None:
-        raise ValueError(f"model: expected one of {', '.join(model.id for model in MODELS)}, got {name!r}")
-    return model
+def of_id(id: str) -> EditModel:
+    """By its permanent name."""
+    return _the(lambda model: model.id == id, f"{id!r}; the names are {', '.join(model.id for model in MODELS)}")
 
 
 def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> EditModel:  # noqa: B006
     """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one.
+
+    Several models may share a class, as Qwen-Image-Edit and its Plus do: the first that fits of them in :data:`MODELS`.
 
     Args:
         base: that name.
@@ -81,10 +84,13 @@ def of_network(network: str, sizes: Sizes = {}) -> Optional[EditModel]:  # noqa:
     """
 
     def strange(model: EditModel) -> int:
-        if network == model.parts.transformer:
-            return sum(not model.names.comfyui(layer)[0] for layer in sizes)
         names = model.names
-        return sum(not names.diffusers(layer) or not names.fits(layer, *size) for layer, size in sizes.items())
+        if network == model.parts.transformer:
+            return sum(not names.comfyui(layer)[0] for layer in sizes)
+        missing = sum(layer not in sizes for layer in names.outside)
+        return missing + sum(
+            not names.diffusers(layer) or not names.fits(layer, *size) for layer, size in sizes.items()
+        )
 
     named = [model for model in MODELS if network in (model.comfyui_network, model.parts.transformer)]
     return min(named, key=strange, default=None)
@@ -134,8 +140,9 @@ def of_layers(sizes: Sizes, comfyui: bool, told: str = "") -> EditModel:
     others = [model for model in fit[1:] if not _same(model, fit[0], sizes, comfyui)]
     if others:
         raise ValueError(
-            f"lora: layers such as {next(iter(sizes))!r} are {fit[0].title}'s and {others[0].title}'s, and nothing in the file "
-            f"says whose these are; name the model ({fit[0].id} or {others[0].id})"
+            f"model: {next(iter(sizes))!r} and all the others are {program} names of layers of "
+            f"{', of '.join(model.title for model in fit)}; expected to be told which as one of "
+            f"{', '.join(model.id for model in fit)}"
         )
     return fit[0]
 

@@ -25,21 +25,56 @@ def test_a_model_says_all_that_is_asked_of_it(model):
 
 @EACH
 def test_it_is_found_by_the_names_of_its_classes(model):
-    file = "flux-2-klein-9b-fp8.safetensors"  # a name by which one model is told from another
-    file = file if model.comfyui_file else ""
+    file = "flux-2-klein-9b-fp8.safetensors" if model.comfyui_file else ""
     assert registry.of_id(model.id) is model
-    assert registry.of_comfyui(model.comfyui_model, model.comfyui_config, file) is model
     assert registry.of_pipeline({"_class_name": model.parts.pipeline, **model.parts.index}) is model
-    list_, _, inside = model.names.blocks[-1]
-    sizes = {f"{list_}.0.{layer}": model.names.shapes.get(layer, (1, 1)) for layer in inside}
+    # Models of which nothing tells one from another are the same to those who ask by the class: the first stands for all.
+    known = {m: (m.comfyui_model, m.comfyui_config, m.comfyui_file) for m in MODELS}
+    first = registry.of_comfyui(model.comfyui_model, model.comfyui_config, file)
+    assert first is next(m for m in MODELS if known[m] == known[model])
+    sizes = {layer: model.names.shapes.get(layer.split(".", 2)[-1], (1, 1)) for layer in all_layers(model)}
     theirs = {name: (1, 1) for layer in sizes for name in model.names.diffusers(layer)}
-    for network, layers, comfyui in (
-        (model.comfyui_network, sizes, True),
-        (model.parts.transformer, theirs, False),
+    for found in (
+        first,
+        registry.of_network(model.comfyui_network, sizes),
+        registry.of_network(model.parts.transformer, theirs),
     ):
-        assert registry.of_network(network, layers).names is model.names
-        assert registry.of_layers(layers, comfyui).names is model.names
-        assert registry.of_layers(layers, comfyui, model.id) is model
+        assert found.names is model.names and found.layers is model.layers
+
+
+def all_layers(model):
+    names = model.names
+    return [f"{blocks}.0.{inner}" for blocks, _, inside in names.blocks for inner in inside] + list(names.outside)
+
+
+@EACH
+def test_it_is_found_by_the_names_of_all_its_layers_in_both_programs(model):
+    names = model.names
+    ours = {layer: names.shapes.get(layer.split(".", 2)[-1], (1, 1)) for layer in all_layers(model)}
+    theirs = {part: (1, 1) for layer in ours for part in names.diffusers(layer)}
+    assert registry.of_layers(theirs, comfyui=False).names is names
+    if model.id != "longcat_image_edit":  # in ComfyUI all of its names are FLUX.1's, which has more
+        assert registry.of_layers(ours, comfyui=True).names is names
+    assert registry.of_layers(ours, True, model.id) is registry.of_layers(theirs, False, model.id) is model
+
+
+def sized(*layers):
+    return dict.fromkeys(layers, (1, 1))
+
+
+def test_layers_that_mean_something_else_by_model_are_not_guessed():
+    """Attention's of FLUX.1 and of Qwen are called the same in diffusers, and otherwise in ComfyUI."""
+    layers = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj"]
+    with pytest.raises(
+        ValueError, match="model: 'transformer_blocks.0.attn.to_q' and all the others are diffusers'"
+    ) as refused:
+        registry.of_layers(sized(*layers), comfyui=False)
+    assert "flux_kontext" in str(refused.value) and "qwen_image_edit_plus" in str(refused.value)
+    # The same ones in ComfyUI's dialect are Qwen's alone; others beside them are FLUX.1's alone.
+    of = registry.of_layers
+    assert of(sized(*layers), comfyui=True).id == "qwen_image_edit_plus"
+    assert of(sized(*layers, "single_transformer_blocks.0.attn.to_q"), comfyui=False).id == "flux_kontext"
+    assert of(sized(*layers, "transformer_blocks.0.img_mlp.net.2"), comfyui=False).id == "qwen_image_edit_plus"
 
 
 @EACH
@@ -92,7 +127,7 @@ def test_a_lora_of_no_known_model_is_refused():
         match=rf"no known model \({re.escape(registry.titles())}\) has a layer 'blocks.0.attn' in ComfyUI's names",
     ):
         registry.of_layers({"blocks.0.attn": (1, 1)}, comfyui=True)
-    assert registry.of_network("QwenImageTransformer2DModel") is None
+    assert registry.of_network("ChromaTransformer2DModel") is None
 
 
 class Two:
@@ -130,17 +165,17 @@ def test_a_lora_of_names_that_several_models_have_goes_by_sizes_by_the_header_or
     of = registry.of_layers
     assert of({QKV: (8, 24), MLP: (8, 32)}, True).id == "flux_kontext"
     assert of({QKV: (8, 24), MLP: (8, 48)}, True).names is of({"single_stream_modulation.lin": (8, 24)}, True).names
-    with pytest.raises(ValueError, match="are FLUX.1 Kontext's and FLUX.2 dev's, and nothing in the file says whose"):
+    with pytest.raises(ValueError, match="are ComfyUI's names of layers of FLUX.1 Kontext, of FLUX.2 dev"):
         of({QKV: (8, 24)}, True)
     assert [of({QKV: (8, 24)}, True, told).id for told in ("flux2_dev", "flux_kontext")] == [
         "flux2_dev",
         "flux_kontext",
     ]
     # What both call the same in the other program is no question.
-    assert of({"transformer_blocks.0.attn.to_q": (8, 8)}, False).id == "flux_kontext"
+    assert of({"transformer_blocks.0.attn.to_q": (8, 8), "context_embedder": (8, 8)}, False).id == "flux_kontext"
     with pytest.raises(ValueError, match="FLUX.1 Kontext has no layer 'single_stream_modulation.lin' in ComfyUI's"):
         of({"single_stream_modulation.lin": (8, 24)}, True, "flux_kontext")
-    with pytest.raises(ValueError, match="model: expected one of flux_kontext, flux2_dev, .*got 'sdxl'"):
+    with pytest.raises(ValueError, match="got 'sdxl'; the names are flux_kontext, flux2_dev"):
         of({QKV: (8, 24)}, True, "sdxl")
     # Of a layer that nobody has, the model that has the most of the others is asked.
     with pytest.raises(ValueError, match="has a layer 'single_blocks.0.x' in"):
