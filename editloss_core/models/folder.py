@@ -65,7 +65,7 @@ class ModelFolder:
                 f"path: expected an edit model in diffusers' layout ({registry.titles()}) in {self.folder}; {index}"
             )
         try:
-            return registry.of_pipeline(index.get("_class_name"))
+            return registry.of_pipeline(index)
         except ValueError as error:
             raise ValueError(f"path: {error} ({self.folder})") from None
 
@@ -264,24 +264,30 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list
     faults = []
     network, vae, patch = configs.get("transformer", {}), configs.get("vae", {}), model.patch
     inputs, channels = network.get("in_channels"), latent_channels(vae)
+    patch *= (vae.get("patch_size") or [1])[0]  # by which some pack their latents themselves
     if inputs and channels and inputs != patch**2 * channels:
         faults.append(
             f"path: transformer: expected in_channels {patch**2 * channels} ({patch}×{patch} latents of {channels} channels), "
             f"got {inputs}: that is not {model.parts.others or model.title}"
         )
-    outputs, side = (
-        network.get("out_channels"),
-        network.get("patch_size", 1),
-    )  # diffusers counts them by pixel of a patch
+    # Some count what comes out by latents, others by tokens.
+    outputs, side = network.get("out_channels"), network.get("patch_size", 1)
     if inputs and outputs and outputs * side**2 != inputs:
         faults.append(f"path: transformer: expected out_channels {inputs // side**2}, got {outputs}")
     for part, theirs, mine in model.parts.text_widths:
-        config = configs.get(part, {})
-        # What reads pictures too may have the config of its text model within its own.
-        wanted, found = network.get(mine), config.get(theirs, config.get("text_config", {}).get(theirs))
-        if wanted and found and wanted != found:
-            faults.append(f"path: {part}: expected {theirs} {wanted}, which the transformer takes, got {found}")
+        wanted, found = network.get(mine), _nested(configs.get(part, {}), theirs)
+        count = model.parts.text_layers
+        if wanted and found and wanted != count * found:
+            taken = f", which the transformer takes{f' {count} times' if count > 1 else ''}"
+            faults.append(f"path: {part}: expected {theirs} {wanted // count}{taken}, got {found}")
     return faults
+
+
+def _nested(config: Mapping[str, Any], key: str) -> Any:
+    """The value of ``part.name`` in a config with parts; None without one."""
+    head, _, rest = key.partition(".")
+    value = config.get(head)
+    return _nested(value or {}, rest) if rest else value
 
 
 def _faults_of_single_file(path: Path, model: EditModel) -> list[str]:

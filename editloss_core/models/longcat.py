@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import EditModel, LayerNames, Parts
 from .kontext import ATTENTION, DOUBLE_BLOCK, KONTEXT, MLP, PATCH, SINGLE_BLOCK, pack, position_ids, unpack
-from .qwen import Caption, module_of, resized, sized
+from .qwen import TEXT_WIDTHS, Caption, module_of, resized, sized
 
 OUTSIDE = {
     "img_in": ("x_embedder",),
@@ -38,7 +38,7 @@ class LongCat(EditModel):
         decoders=("AutoencoderKL", "AutoencoderTiny"),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "text_processor"),
-        text_widths=(("text_encoder", "hidden_size", "joint_attention_dim"),),
+        text_widths=TEXT_WIDTHS,
         original_key="double_blocks.0.img_attn.qkv.weight",
     )
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
@@ -50,6 +50,7 @@ class LongCat(EditModel):
         ),
         outside=OUTSIDE,
         swapped=("final_layer.adaLN_modulation.1",),
+        shapes=KONTEXT.names.shapes,
     )
     diffusers_loads_lora = False
     reads_picture = True

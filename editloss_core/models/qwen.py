@@ -36,6 +36,9 @@ OUTSIDE = (
     "proj_out",
 )
 
+# Newer folders have the config of the part that reads words inside that of the whole.
+TEXT_WIDTHS = tuple(("text_encoder", key, "joint_attention_dim") for key in ("hidden_size", "text_config.hidden_size"))
+
 
 class Caption(NamedTuple):
     """A caption as the model takes it: the text encoder's last states ``[T, D]``, of the before picture and the words."""
@@ -57,7 +60,7 @@ class QwenEdit(EditModel):
         decoders=("AutoencoderKLQwenImage",),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "processor"),
-        text_widths=(("text_encoder", "hidden_size", "joint_attention_dim"),),
+        text_widths=TEXT_WIDTHS,
         original_key="transformer_blocks.0.img_mod.1.weight",
     )
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
