@@ -67,7 +67,7 @@ def mistral() -> Any:
     if not hasattr(flux, "from_tekken_json"):
         raise SkipTest("this ComfyUI reads Mistral's tokens by a class that transformers 5 has made otherwise")
     target = (flux.Flux2Tokenizer, flux.flux2_te(dtype_llama=torch.float32, pruned=True))
-    return _clip(*target, {**CLIP, "vocab_size": 300}, {"tekken_model": _letters()})
+    return _clip(*target, "mistral3_24b", {**CLIP, "vocab_size": 300}, {"tekken_model": _letters()})
 
 
 def qwen3() -> Any:
@@ -76,16 +76,16 @@ def qwen3() -> Any:
     if not hasattr(flux, "KleinTokenizer"):
         raise SkipTest("this ComfyUI has no text encoder of klein, which came with 0.9")
     target = (flux.KleinTokenizer, flux.klein_te(dtype_llama=torch.float32, model_type="qwen3_4b"))
-    return _clip(*target, {**CLIP, "num_hidden_layers": 28}, {})
+    return _clip(*target, "qwen3_4b", {**CLIP, "num_hidden_layers": 28}, {})
 
 
-def _clip(tokenizer: Any, model: Any, config: dict[str, Any], data: dict[str, Any]) -> Any:
+def _clip(tokenizer: Any, model: Any, name: str, config: dict[str, Any], data: dict[str, Any]) -> Any:
     import comfy.sd
     import comfy.supported_models_base
 
     made = comfy.sd.CLIP(
         comfy.supported_models_base.ClipTarget(tokenizer, model),
-        model_options={"dtype": torch.float32, "_model_config": config}, tokenizer_data=data,
+        model_options={"dtype": torch.float32, f"{name}_model_config": config}, tokenizer_data=data,
     )  # fmt: skip
     randomised(made.cond_stage_model)
     return made
