@@ -10,8 +10,9 @@ from typing import Callable, Collection, Optional
 
 from .base import EditModel
 from .kontext import KONTEXT
+from .omnigen2 import OMNIGEN2
 
-MODELS: tuple[EditModel, ...] = (KONTEXT,)
+MODELS: tuple[EditModel, ...] = (KONTEXT, OMNIGEN2)
 
 
 def titles() -> str:
@@ -37,7 +38,7 @@ def of_comfyui(base: str) -> EditModel:
 
 def of_pipeline(pipeline: Optional[str]) -> EditModel:
     """By the pipeline that a folder in diffusers' layout is for."""
-    return _the(lambda model: model.parts.pipeline == pipeline, f"a folder of {pipeline}")
+    return _the(lambda model: bool(pipeline) and model.parts.pipeline == pipeline, f"a folder of {pipeline}")
 
 
 def of_network(network: str) -> Optional[EditModel]:

@@ -18,6 +18,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...editloss_core.lora.lora import layer_features
 from .flow_model import check_flow_model, edit_model_of, model_inputs
 from .gradients import (
     attention_with_backward,
@@ -243,7 +244,7 @@ class ComfyDenoiser:
 
     def _inputs(self, x: Tensor, references: list[Tensor], item: Any) -> dict[str, comfy.conds.CONDRegular]:
         base = self.model.model
-        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base))[0])
+        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, self))[0])
         cond.pop("reference_latents", None)
         if references:
             cond["reference_latents"] = references
@@ -292,7 +293,7 @@ def _whereabouts(patcher) -> tuple[int, int]:
     return id(patcher), patcher.loaded_size() if is_loaded(patcher) else -1
 
 
-def _entry(item: Any, base) -> Sequence[Any]:
+def _entry(item: Any, denoiser: ComfyDenoiser) -> Sequence[Any]:
     """A CONDITIONING that can be trained on."""
     if not isinstance(item, (list, tuple)) or not all(isinstance(e, (list, tuple)) and len(e) == 2 for e in item):
         raise ValueError(
@@ -304,10 +305,10 @@ def _entry(item: Any, base) -> Sequence[Any]:
     for key, what in NOT_TRAINABLE.items():
         if options.get(key) is not None:
             raise ValueError(f"conditioning: expected a prompt alone, got {what} with it ({key!r})")
-    wanted = base.model_config.unet_config.get("context_in_dim")
-    if wanted is not None and context.shape[-1] != wanted:
+    wanted, _ = layer_features(denoiser.module.get_submodule(denoiser.edit_model.text_layer))
+    if context.shape[-1] != wanted:
         raise ValueError(
-            f"conditioning: {type(base).__name__} takes text features of {wanted} numbers, got {context.shape[-1]}; use "
+            f"conditioning: {denoiser.edit_model.title} takes text features of {wanted} numbers, got {context.shape[-1]}; use "
             "the model's own text encoder"
         )
     return item

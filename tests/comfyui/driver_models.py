@@ -118,7 +118,6 @@ def velocity_is_that_of_the_stock_sampler(case: Case) -> None:
 
 def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
     """Four steps of Euler on the model's schedule, with the guidance that previews have."""
-    import comfy.sample
     import comfy.samplers
 
     known, noise, reference = case.known, case.tiny.latents(5, 8, 12), case.reference[:1]
@@ -128,12 +127,32 @@ def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
         ours = known.sample(case.denoiser, noise, [reference], case.prompts[:1], 4, preview)
         conds = [case.conditioning(p, reference, known.preview_guidance) for p in (case.prompts[0], negative)]
         model = getattr(case.tiny, "sampled", lambda model: model)(case.model)
-        theirs = comfy.sample.sample_custom(
-            model, case.framed(noise), known.preview_cfg, comfy.samplers.sampler_object("euler"),
-            known.times(known.tokens(noise), 4), *conds, torch.zeros_like(case.framed(noise)), disable_pbar=True,
+        guider = getattr(case.tiny, "guider", guider_of)(model, *conds, negative, known.preview_cfg)
+        theirs = guider.sample(
+            case.framed(noise), torch.zeros_like(case.framed(noise)), comfy.samplers.sampler_object("euler"),
+            known.times(known.tokens(noise), 4), disable_pbar=True,
         )  # fmt: skip
         theirs = case.model.model.process_latent_in(theirs).view_as(ours)
         assert_close(ours, theirs, 1e-3, "picture")
+
+
+def guider_of(model: Any, positive: list[Any], negative: list[Any], bare: list[Any], cfg: float) -> Any:
+    """What stands behind KSampler and CFGGuider."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def noise_levels_are_those_of_the_stock_scheduler(case: Case) -> None:
+    """Where the stock workflow has one by name, at 20 steps."""
+    import comfy.samplers
+
+    sampling = case.model.get_model_object("model_sampling")
+    theirs = comfy.samplers.calculate_sigmas(sampling, case.tiny.SCHEDULER, 20)
+    assert_close(case.known.times(case.known.tokens(case.x), 20), theirs, 1e-5, "noise levels")
 
 
 def the_reference_changes_the_output(case: Case) -> None:
@@ -255,6 +274,7 @@ KINDS: dict[str, Callable[[Case], None]] = {
         it_is_the_one,
         velocity_is_that_of_the_stock_sampler,
         previews_are_what_the_stock_sampler_makes,
+        noise_levels_are_those_of_the_stock_scheduler,
         the_reference_changes_the_output,
         presets_grow,
         latents_go_to_a_vae_and_back,
@@ -262,6 +282,7 @@ KINDS: dict[str, Callable[[Case], None]] = {
         the_self_check_passes,
     )
 }
+NEEDS = {captions_are_encoded_as_by_the_stock_node: "clip", noise_levels_are_those_of_the_stock_scheduler: "SCHEDULER"}
 for _layers in PRESETS:
     KINDS[f"the_file_does_what_the_lora_did, {_layers}"] = lambda case, p=_layers: the_file_does_what_the_lora_did(
         case, p
@@ -281,7 +302,7 @@ for _id in IDS:
     _tiny = importlib.import_module(f"tiny.{_id}")
     for _variant, _build in {"": _tiny.build, **getattr(_tiny, "VARIANTS", {})}.items():
         for _kind, _check in KINDS.items():
-            if _check is not captions_are_encoded_as_by_the_stock_node or (hasattr(_tiny, "clip") and not _variant):
+            if _check not in NEEDS or hasattr(_tiny, NEEDS[_check]):
                 CHECKS[f"{_id}{_variant and f' {_variant}'}: {_kind}"] = lambda c=_check, i=_id, t=_tiny, b=_build: c(
                     Case(i, t, b)
                 )
