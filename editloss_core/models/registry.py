@@ -6,7 +6,7 @@ have seen the picture, without a word.
 
 from __future__ import annotations
 
-from typing import Callable, Collection, Optional
+from typing import Callable, Collection, Mapping, Optional
 
 from .base import EditModel
 from .kontext import KONTEXT
@@ -14,17 +14,43 @@ from .omnigen2 import OMNIGEN2
 
 MODELS: tuple[EditModel, ...] = (KONTEXT, OMNIGEN2)
 
+_SEES = (
+    "its text encoder sees the before picture in a way that is not known here, and a LoRA would learn from captions that it never "
+    "meets when pictures are made"
+)
+_IGNORES = "it takes a reference and does not look at it, so that a LoRA would learn without the before picture"
+# Others that edit, or look as if they did: ComfyUI's class or diffusers' pipeline → why not. What was found by trying them.
+REFUSED: Mapping[str, str] = {
+    "Boogu": _SEES,
+    "Chroma": _IGNORES,
+    "ChromaRadiance": _IGNORES,
+    "HiDream": "HiDream-E1 takes its before picture beside the noise (concat_latent_image), not as a reference",
+    "HiDreamO1": "autograd cannot follow its network (it writes with out=), which keeps keys of an earlier call besides",
+    "JoyImage": _SEES,
+    "JoyImageEditPipeline": _SEES,
+    "Krea2": f"it looks at a reference only where a method is named, and {_SEES}",
+    "Lumina2": f"of Z-Image, {_SEES}; Lumina 2 has no reference",
+    "ZImageOmniPipeline": _SEES,
+    "MageFlow": _SEES,
+    "FluxPipeline": "it has no reference; FLUX.1 Kontext's folder is of FluxKontextPipeline",
+}
+
 
 def titles() -> str:
     """The known models, for a message."""
     return ", ".join(model.title for model in MODELS)
 
 
-def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
+def _the(matches: Callable[[EditModel], bool], found: str, name: Optional[str]) -> EditModel:
     model = next((model for model in MODELS if matches(model)), None)
     if model is None:
-        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}")
+        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}{_why_not(name)}")
     return model
+
+
+def _why_not(name: Optional[str]) -> str:
+    why = REFUSED.get(name or "")
+    return f": {why}" if why else ""
 
 
 def of_comfyui(base: str) -> EditModel:
@@ -33,12 +59,12 @@ def of_comfyui(base: str) -> EditModel:
     Raises:
         ValueError: unknown; the known ones are named. So do the others.
     """
-    return _the(lambda model: model.comfyui_model == base, f"ComfyUI's {base}")
+    return _the(lambda model: model.comfyui_model == base, f"ComfyUI's {base}", base)
 
 
 def of_pipeline(pipeline: Optional[str]) -> EditModel:
     """By the pipeline that a folder in diffusers' layout is for."""
-    return _the(lambda model: bool(pipeline) and model.parts.pipeline == pipeline, f"a folder of {pipeline}")
+    return _the(lambda model: bool(pipeline) and model.parts.pipeline == pipeline, f"a folder of {pipeline}", pipeline)
 
 
 def of_network(network: str) -> Optional[EditModel]:

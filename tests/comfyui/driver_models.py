@@ -8,6 +8,7 @@ nodes that they are compared with are the stock ones.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from unittest import SkipTest
 
 import torch
-from driver_model_encoders import assert_close, import_pack, pictures, run_checks
+from driver_model_encoders import assert_close, import_pack, pictures, refused, run_checks
 from torch import Tensor
 
 PRESETS = ("attention", "attention + MLP", "all")
@@ -297,7 +298,61 @@ def every_known_model_has_a_tiny_one() -> None:
     assert {model.id for model in PACK.registry.MODELS} == set(IDS)
 
 
+# Other classes that edit or seem to, in their own sizes; what their configuration has no default for is as ComfyUI finds it.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Boogu": {},
+    "Chroma": {
+        "in_channels": 64, "out_channels": 64, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
+        "num_heads": 24, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+        "qkv_bias": True, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "txt_ids_dims": [],
+        "vec_in_dim": None,
+    },
+    "HiDream": {
+        "attention_head_dim": 128, "axes_dims_rope": [64, 32, 32], "caption_channels": [4096, 4096],
+        "max_resolution": [128, 128], "in_channels": 16, "llama_layers": [0, 1], "num_attention_heads": 20,
+        "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 1, "num_single_layers": 1, "out_channels": 16,
+        "patch_size": 2, "text_emb_dim": 2048,
+    },
+    "HiDreamO1": {},
+    "JoyImage": {"in_channels": 16, "hidden_size": 4096, "patch_size": [1, 2, 2], "num_layers": 1, "text_dim": 4096},
+    "Krea2": {},
+    "Lumina2": {
+        "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+        "patch_size": 2, "in_channels": 16, "cap_feat_dim": 2560, "n_layers": 1, "qk_norm": True,
+    },
+    "MageFlow": {"in_channels": 128, "num_layers": 1},
+}  # fmt: skip
+
+
+def is_refused_by_name(kind: str) -> None:
+    """Before any work: its weights are on torch's meta device, where nothing can be computed."""
+    import comfy.ldm.chroma.model
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+    import comfyui_version
+
+    if not hasattr(comfy.model_base, kind):
+        raise SkipTest(f"ComfyUI {comfyui_version.__version__} has no {kind}")
+    sizes = OTHERS[kind]
+    if kind == "Chroma":
+        known = {field.name for field in dataclasses.fields(comfy.ldm.chroma.model.ChromaParams)}
+        sizes = {name: value for name, value in sizes.items() if name in known}
+    config = getattr(comfy.supported_models, kind)({"image_model": kind.lower(), **sizes})
+    config.set_inference_dtype(torch.bfloat16, None)
+    with torch.device("meta"):
+        base = config.get_model({}, device=torch.device("meta"))
+    assert type(base).__name__ == kind
+    model = comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+    why = PACK.registry.REFUSED[kind]
+    refused(
+        lambda: PACK.denoiser.ComfyDenoiser(model), "model: ", PACK.registry.titles(), f"got ComfyUI's {kind}: {why}"
+    )
+
+
 CHECKS: dict[str, Callable[[], None]] = {"every_known_model_has_a_tiny_one": every_known_model_has_a_tiny_one}
+for _kind in OTHERS:
+    CHECKS[f"{_kind} is refused by name"] = lambda k=_kind: is_refused_by_name(k)
 for _id in IDS:
     _tiny = importlib.import_module(f"tiny.{_id}")
     for _variant, _build in {"": _tiny.build, **getattr(_tiny, "VARIANTS", {})}.items():

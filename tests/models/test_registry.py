@@ -71,14 +71,20 @@ def test_noise_levels_fall_from_one_to_nothing_and_do_not_fall_with_the_size(mod
 @pytest.mark.parametrize(
     ("ask", "found"),
     [
-        (lambda: registry.of_comfyui("Chroma"), "ComfyUI's Chroma"),
-        (lambda: registry.of_pipeline("FluxPipeline"), "a folder of FluxPipeline"),
+        (lambda: registry.of_comfyui("Ideogram4"), "got ComfyUI's Ideogram4"),
+        (lambda: registry.of_comfyui("Chroma"), "got ComfyUI's Chroma: it takes a reference and does not look at it"),
+        (lambda: registry.of_pipeline("FluxPipeline"), "got a folder of FluxPipeline: it has no reference"),
+        (lambda: registry.of_pipeline(None), "got a folder of None"),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, found):
     with pytest.raises(ValueError, match="expected an edit model that is known") as refused:
         ask()
     assert found in str(refused.value) and all(model.title in str(refused.value) for model in MODELS)
+
+
+def test_nothing_that_is_known_is_refused():
+    assert not registry.REFUSED.keys() & {name for m in MODELS for name in (m.comfyui_model, m.parts.pipeline)}
 
 
 def test_a_lora_of_no_known_model_is_refused():
