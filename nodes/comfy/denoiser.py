@@ -19,6 +19,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from .flow_model import check_flow_model, edit_model_of, model_inputs
+from .frames import framed, unframed
 from .gradients import (
     attention_with_backward,
     checkpointed,
@@ -71,6 +72,7 @@ class ComfyDenoiser:
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
         thaw_attributes(model.model.latent_format)
+        self._films = model.model.latent_format.latent_dimensions == 3
         self._loaded: list[tuple[int, int]] = []
 
     def told(self, guidance: Optional[float]) -> ComfyDenoiser:
@@ -111,11 +113,11 @@ class ComfyDenoiser:
 
     def to_model(self, latents: Tensor) -> Tensor:
         """A VAE's latents → the model's."""
-        return self.model.model.process_latent_in(latents)
+        return unframed(self.model.model.process_latent_in(framed(latents, self._films)), self._films)
 
     def from_model(self, latents: Tensor) -> Tensor:
         """The model's latents → a VAE's."""
-        return self.model.model.process_latent_out(latents)
+        return unframed(self.model.model.process_latent_out(framed(latents, self._films)), self._films)
 
     def load(self, extra_patchers: Sequence[Any] = (), reserve: Optional[int] = None) -> None:
         """Bring the model, and decoders or encoders that take part in the same step, to their devices.
@@ -146,7 +148,7 @@ class ComfyDenoiser:
         Raises:
             ValueError: as a call.
         """
-        z = torch.zeros(1, self.model.model.latent_format.latent_channels, 8, 8)
+        z = framed(torch.zeros(1, self.model.model.latent_format.latent_channels, 8, 8), self._films)
         self._inputs(z, [z], item)
 
     def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Any]) -> Tensor:
@@ -163,8 +165,8 @@ class ComfyDenoiser:
             )
         if self._loaded[:1] != [_whereabouts(self.model)]:
             load_for_call(self.model, self.model.model.memory_required(x_t.shape))
-        x_t, t = usable(x_t, self.device), usable(t, self.device)
-        references = usable(list(references), self.device)
+        x_t, t = framed(usable(x_t, self.device), self._films), usable(t, self.device)
+        references = [framed(usable(r, self.device), self._films) for r in references]
         inputs = [
             self._inputs(x_t[i : i + 1], [r[i : i + 1] for r in references], item)
             for i, item in enumerate(conditioning)
@@ -191,7 +193,7 @@ class ComfyDenoiser:
             item: the one CONDITIONING.
         """
         model, base = self.model, self.model.model
-        latent = self.from_model(reference[:1])
+        x, latent = framed(x, self._films), framed(self.from_model(reference[:1]), self._films)
         more = {"reference_latents": [latent], **self._said()}
         options = {**model.model_options, "transformer_options": self._options()}
         model.pre_run()
@@ -201,7 +203,7 @@ class ComfyDenoiser:
             (denoised,) = comfy.samplers.calc_cond_batch(base, [conds], x, t, options)
         finally:
             model.cleanup()
-        return (x - denoised) / t.view(-1, 1, 1, 1)
+        return unframed(x - denoised, self._films) / t.view(-1, 1, 1, 1)
 
     def _said(self) -> dict[str, Any]:
         """What stands in a conditioning beside prompt and references."""
@@ -272,7 +274,7 @@ class ComfyDenoiser:
                 base.apply_model(x, t, transformer_options=options, **inputs)
         finally:
             hook.remove()
-        return answers[-1].float()
+        return unframed(answers[-1], self._films).float()
 
 
 def _named(thing: Any) -> Any:
