@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ def run_checks(checks: dict[str, Callable[[], None]], only: str = "") -> None:
         try:
             function()
             error = ""
+        except SkipTest as reason:
+            error = f"skipped: {reason}"
         except Exception:  # noqa: BLE001 the test shows it
             error = traceback.format_exc()
         print(json.dumps({"name": name, "error": error, "seconds": round(time.monotonic() - began, 2)}), flush=True)

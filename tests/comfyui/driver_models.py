@@ -1,0 +1,314 @@
+"""What every edit model has to do inside a real ComfyUI process; test_models.py starts it and reads the result.
+
+    cd ComfyUI && python …/driver_models.py PACK_FOLDER SCRATCH_FOLDER [NAME]
+
+The models are those of the folder ``tiny``: ComfyUI's own classes, small and with random weights. Samplers, LoRA loaders and
+nodes that they are compared with are the stock ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import SkipTest
+
+import torch
+from driver_model_encoders import assert_close, import_pack, pictures, run_checks
+from torch import Tensor
+
+PRESETS = ("attention", "attention + MLP", "all")
+CAPTION = "Replace the chair with my stool, and keep the rest as it is."
+PACK = SimpleNamespace()
+SCRATCH = Path()
+CPU = torch.device("cpu")
+LEVELS = (0.3, 0.9)
+
+IDS = sorted(path.stem for path in Path(__file__).with_name("tiny").glob("[!_]*.py"))
+
+
+class Case:
+    """A tiny model, loaded, with a batch of two pairs at two noise levels."""
+
+    def __init__(self, identity: str, tiny: ModuleType, build: Callable[[], Any]):
+        import comfy.model_base
+        import comfyui_version
+
+        (self.known,) = [model for model in PACK.registry.MODELS if model.id == identity]
+        if not hasattr(comfy.model_base, self.known.comfyui_model):
+            raise SkipTest(
+                f"ComfyUI {comfyui_version.__version__} has no {self.known.comfyui_model}, which came with {tiny.SINCE}"
+            )
+        self.tiny, self.model = tiny, build()
+        self.denoiser = self.with_checkpointing(False)
+        self.x, self.reference, self.target = (
+            torch.cat([tiny.latents(10 * i + j, 8, 12) for j in range(2)]) for i in range(3)
+        )
+        self.t = torch.tensor(LEVELS)
+        self.prompts = [tiny.prompt(20 + j) for j in range(2)]
+
+    def with_checkpointing(self, checkpointing: bool) -> Any:
+        return PACK.denoiser.ComfyDenoiser(self.model, guidance=self.known.guidance, checkpointing=checkpointing)
+
+    def velocity(self, denoiser: Any = None) -> Tensor:
+        return (denoiser or self.denoiser)(self.x, self.t, [self.reference], self.prompts)
+
+    def adapted(self, layers: str, denoiser: Any = None) -> Any:
+        """A LoRA attached to the model, as after some training: every bypass has an effect."""
+        settings = PACK.lora.LoRASettings(3, 5.0, layers=layers)
+        lora = PACK.lora.LoRA((denoiser or self.denoiser).module, settings, model=self.known)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for layer in lora.layers:
+                layer.up.copy_(0.05 * torch.randn(layer.up.shape, generator=generator))
+        return lora.attach()
+
+    def conditioning(self, prompt: list[Any], reference: Tensor, guidance: float | None) -> list[Any]:
+        """By the stock nodes: Reference Latent, its method, Flux Guidance."""
+        import comfy_extras.nodes_edit_model as edit
+        import comfy_extras.nodes_flux as flux
+
+        latent = {"samples": self.model.model.process_latent_out(self.framed(reference))}
+        made = edit.ReferenceLatent.execute(prompt, latent)[0]
+        if self.known.reference_method is not None:
+            method = flux.FluxKontextMultiReferenceLatentMethod
+            made = method.execute(made, self.known.reference_method)[0]
+        return made if guidance is None else flux.FluxGuidance.execute(made, guidance)[0]
+
+    def framed(self, latents: Tensor) -> Tensor:
+        """As the network takes them: with a time axis of one frame where it has one."""
+        return latents.unsqueeze(2) if self.model.model.latent_format.latent_dimensions == 3 else latents
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.flatten().double() for x in tensors])
+
+
+# ---------------------------------------------------------------------------- what is asked of each
+
+
+def it_is_the_one(case: Case) -> None:
+    assert case.denoiser.edit_model is case.known, f"{case.denoiser.edit_model.id} instead of {case.known.id}"
+    assert PACK.registry.of_network(type(case.denoiser.module).__name__) is not None
+    for prompt in case.prompts:
+        case.denoiser.check(prompt)
+
+
+def velocity_is_that_of_the_stock_sampler(case: Case) -> None:
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    with torch.no_grad():
+        ours = case.velocity()
+        assert ours.dtype == torch.float32 and ours.shape == case.x.shape
+        for i, prompt in enumerate(case.prompts):
+            x, t = case.framed(case.x[i : i + 1]), case.t[i : i + 1]
+            cond = case.conditioning(prompt, case.reference[i : i + 1], case.known.guidance)
+            case.model.pre_run()
+            conds = comfy.sampler_helpers.convert_cond(cond)
+            conds = comfy.samplers.encode_model_conds(case.model.model.extra_conds, conds, x, CPU, "positive")
+            (denoised,) = comfy.samplers.calc_cond_batch(case.model.model, [conds], x, t, case.model.model_options)
+            theirs = ((x - denoised) / t).view(1, *ours.shape[1:])
+            assert_close(ours[i : i + 1], theirs, 1e-4, f"velocity at t = {LEVELS[i]}")
+
+
+def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
+    """Four steps of Euler on the model's schedule, with the guidance that previews have."""
+    import comfy.sample
+    import comfy.samplers
+
+    known, noise, reference = case.known, case.tiny.latents(5, 8, 12), case.reference[:1]
+    negative = case.tiny.prompt(30)
+    preview = PACK.base.Preview(known.preview_guidance, known.preview_cfg, negative)
+    with torch.no_grad():
+        ours = known.sample(case.denoiser, noise, [reference], case.prompts[:1], 4, preview)
+        conds = [case.conditioning(p, reference, known.preview_guidance) for p in (case.prompts[0], negative)]
+        model = getattr(case.tiny, "sampled", lambda model: model)(case.model)
+        theirs = comfy.sample.sample_custom(
+            model, case.framed(noise), known.preview_cfg, comfy.samplers.sampler_object("euler"),
+            known.times(known.tokens(noise), 4), *conds, torch.zeros_like(case.framed(noise)), disable_pbar=True,
+        )  # fmt: skip
+        theirs = case.model.model.process_latent_in(theirs).view_as(ours)
+        assert_close(ours, theirs, 1e-3, "picture")
+
+
+def the_reference_changes_the_output(case: Case) -> None:
+    with torch.no_grad():
+        v = case.velocity()
+        others = {"another": case.reference.flip(-1), "another size": case.reference[..., :6, :8]}
+        for what, reference in others.items():
+            changed = case.denoiser(case.x, case.t, [reference], case.prompts)
+            assert (changed - v).abs().max() > 1e-3 * v.abs().max(), f"{what}: no effect"
+
+
+def presets_grow(case: Case) -> None:
+    chosen = [set(PACK.lora.select_layers(case.denoiser.module, p, case.known)) for p in PRESETS]
+    assert chosen[0] < chosen[1] < chosen[2], [len(some) for some in chosen]
+
+
+def gradients_are_right(case: Case, layers: str, checkpointing: bool) -> None:
+    """Of x_t and of the LoRA, against central differences along a direction that shares some of the gradient's."""
+    denoiser = case.with_checkpointing(checkpointing)
+    lora = case.adapted(layers, denoiser)
+    before = {name: value.clone() for name, value in case.model.model.state_dict().items()}
+    parameters = list(lora.parameters())
+
+    def loss(x: Tensor) -> Tensor:
+        v = denoiser(x, case.t, [case.reference], case.prompts)
+        return (v - case.target).square().mean()
+
+    with torch.enable_grad():
+        x = case.x.clone().requires_grad_()
+        grads = torch.autograd.grad(loss(x), [x, *parameters])
+    still = [name for name, g in zip(["x_t", *case_names(lora)], grads) if not g.isfinite().all() or not g.any()]
+    assert not still, f"a gradient is 0 or not finite: {still}"
+    values = [x.detach().clone(), *(p.detach().clone() for p in parameters)]
+
+    def loss_at(moved: list[Tensor]) -> float:
+        with torch.no_grad():
+            for p, value in zip(parameters, moved[1:]):
+                p.copy_(value)
+            return loss(moved[0]).double().item()
+
+    for group, members in {"x_t": {0}, "LoRA": set(range(1, len(grads)))}.items():
+        along = []
+        for i, g in enumerate(grads):
+            noise = torch.rand(g.shape, generator=torch.Generator().manual_seed(i))
+            along.append(g.sign() * noise * g.square().mean().sqrt() if i in members else torch.zeros_like(g))
+        step = 0.02 / flat(along).norm().item()
+        ends = [loss_at([v + s * step * d for v, d in zip(values, along)]) for s in (1, -1)]
+        numeric, analytic = (ends[0] - ends[1]) / (2 * step), (flat(list(grads)) * flat(along)).sum().item()
+        error = abs(numeric - analytic) / abs(analytic)
+        assert error < 3e-3, f"{group}: {analytic:.6g} along a direction, finite differences say {numeric:.6g}"
+    lora.detach()
+    assert all(torch.equal(v, before[k]) for k, v in case.model.model.state_dict().items()), "the base was changed"
+
+
+def case_names(lora: Any) -> list[str]:
+    return [f"{name}.{half}" for name in lora.targets for half in ("down", "up")]
+
+
+def the_file_does_what_the_lora_did(case: Case, layers: str) -> None:
+    import comfy.sd
+    import comfy.utils
+
+    lora = case.adapted(layers)
+    file = SCRATCH / f"{case.known.id}.safetensors"
+    lora.save(file, {"note": "a test"})
+    with torch.no_grad():
+        ours = case.velocity()
+        with lora.disabled():
+            base = case.velocity()
+        lora.detach()
+        assert (ours - base).abs().max() > 1e-3 * base.abs().max(), "the LoRA does nothing"
+        merged, _ = comfy.sd.load_lora_for_models(case.model, None, comfy.utils.load_torch_file(str(file)), 1.0, 0.0)
+        assert {f"diffusion_model.{name}.weight" for name in lora.targets} == set(merged.patches), "not all was loaded"
+        theirs = PACK.denoiser.ComfyDenoiser(merged, guidance=case.known.guidance)
+        theirs.load()
+        assert_close(case.velocity(theirs), ours, 1e-4, "output with the file in the stock loader")
+
+
+def latents_go_to_a_vae_and_back(case: Case) -> None:
+    z = case.denoiser.from_model(case.reference)
+    assert z.shape[0] == 2 and z.shape[-2:] == case.reference.shape[-2:]
+    assert_close(case.denoiser.to_model(z), case.reference, 1e-5, "latents")
+    theirs = case.model.model.process_latent_out(case.framed(case.reference))
+    assert_close(z, theirs.reshape(z.shape), 1e-6, "a VAE's latents")
+
+
+def captions_are_encoded_as_by_the_stock_node(case: Case) -> None:
+    import nodes
+
+    clip, before = case.tiny.clip(), pictures(64, 96, batch=1)
+    stock = getattr(case.tiny, "stock", lambda clip, caption, _: nodes.CLIPTextEncode().encode(clip, caption)[0])
+    with torch.no_grad():
+        tokens = case.known.tokenize(clip, CAPTION, before[0] if case.known.reads_picture else None)
+        ours, theirs = clip.encode_from_tokens_scheduled(tokens), stock(clip, CAPTION, before)
+        assert len(ours) == len(theirs) == 1
+        assert_close(ours[0][0], theirs[0][0], 1e-6, "text features")
+        tensors = [{k: v for k, v in e[0][1].items() if isinstance(v, Tensor)} for e in (ours, theirs)]
+        assert tensors[0].keys() == tensors[1].keys() - {"reference_latents"}
+        assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+        case.denoiser.check(ours)
+        case.denoiser(case.x[:1], case.t[:1], [case.reference[:1]], [ours])
+
+
+def the_self_check_passes(case: Case) -> None:
+    case.denoiser = case.with_checkpointing(True)
+    lora = PACK.lora.LoRA(case.denoiser.module, PACK.lora.LoRASettings(8, 8.0, layers="all"), model=case.known).attach()
+    prepared = SimpleNamespace(before=lambda i: case.reference[i], after=lambda i: case.target[i])
+    found = PACK.check.SelfCheck(
+        "", tuple(PACK.check.check_network(case.denoiser, lora, prepared, case.prompts, 0, 2, 0))
+    )
+    assert not found.wrong, found.line()
+    assert [part.part for part in found.parts] == ["LoRA", "velocity", "reference"]
+    assert all(part.error is not None for part in found.parts), f"nothing could be told: {found.line()}"
+
+
+KINDS: dict[str, Callable[[Case], None]] = {
+    check.__name__: check
+    for check in (
+        it_is_the_one,
+        velocity_is_that_of_the_stock_sampler,
+        previews_are_what_the_stock_sampler_makes,
+        the_reference_changes_the_output,
+        presets_grow,
+        latents_go_to_a_vae_and_back,
+        captions_are_encoded_as_by_the_stock_node,
+        the_self_check_passes,
+    )
+}
+for _layers in PRESETS:
+    KINDS[f"the_file_does_what_the_lora_did, {_layers}"] = lambda case, p=_layers: the_file_does_what_the_lora_did(
+        case, p
+    )
+    for _checkpointing in (False, True):
+        KINDS[f"gradients_are_right, {_layers}{', checkpointed' if _checkpointing else ''}"] = (
+            lambda case, p=_layers, c=_checkpointing: gradients_are_right(case, p, c)
+        )
+
+
+def every_known_model_has_a_tiny_one() -> None:
+    assert {model.id for model in PACK.registry.MODELS} == set(IDS)
+
+
+CHECKS: dict[str, Callable[[], None]] = {"every_known_model_has_a_tiny_one": every_known_model_has_a_tiny_one}
+for _id in IDS:
+    _tiny = importlib.import_module(f"tiny.{_id}")
+    for _variant, _build in {"": _tiny.build, **getattr(_tiny, "VARIANTS", {})}.items():
+        for _kind, _check in KINDS.items():
+            if _check is not captions_are_encoded_as_by_the_stock_node or (hasattr(_tiny, "clip") and not _variant):
+                CHECKS[f"{_id}{_variant and f' {_variant}'}: {_kind}"] = lambda c=_check, i=_id, t=_tiny, b=_build: c(
+                    Case(i, t, b)
+                )
+
+
+def main() -> None:
+    global PACK, SCRATCH
+    pack, SCRATCH = Path(sys.argv[1]), Path(sys.argv[2])
+    SCRATCH.mkdir(exist_ok=True)
+    only = sys.argv[3] if len(sys.argv) > 3 else ""
+    sys.path.insert(0, str(Path.cwd()))
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    if importlib.util.find_spec("comfy_aimdo"):  # as main.py does, before anything of ComfyUI's is imported
+        importlib.import_module("comfy_aimdo.control").init()
+    name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
+    PACK = SimpleNamespace(
+        denoiser=importlib.import_module(f"{name}.nodes.comfy.denoiser"),
+        lora=importlib.import_module(f"{name}.editloss_core.lora.lora"),
+        base=importlib.import_module(f"{name}.editloss_core.models.base"),
+        registry=importlib.import_module(f"{name}.editloss_core.models.registry"),
+        check=importlib.import_module(f"{name}.editloss_core.training.self_check"),
+    )
+    run_checks(CHECKS, only)
+
+
+if __name__ == "__main__":
+    main()

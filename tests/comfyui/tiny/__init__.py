@@ -1,0 +1,19 @@
+"""A tiny model of every edit model's real ComfyUI class, with random float32 weights: one file a model, by its id.
+
+Each has
+
+* ``SINCE``: the first ComfyUI with the class;
+* ``build() -> MODEL``, or unittest.SkipTest with what this ComfyUI lacks;
+* ``prompt(seed) -> CONDITIONING`` of one prompt, as the stock node gives it, in the sizes of the model;
+* ``latents(seed, height, width) -> [B, C, h, w]``, B = 1, in the model's space;
+
+and may have
+
+* ``VARIANTS``: name → another ``build``, of a model of the same id that takes the same prompts and latents;
+* ``clip() -> CLIP``: its text encoder, tiny, with the real tokenizer;
+* ``stock(clip, caption, before) -> CONDITIONING``: what the stock node makes of a caption and a picture ``[1, H, W, 3]``, where
+  it is not CLIP Text Encode;
+* ``sampled(model) -> MODEL``: the model behind those nodes of the stock workflow that change how it is sampled.
+
+ComfyUI is imported inside of the functions: tests read this folder without it.
+"""
