@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..files import write_safetensors
-from ..models.base import LayerNames
-from ..models.registry import dotted, of_layers
+from ..models.base import EditModel, LayerNames
+from ..models.registry import dotted, of_layers, titles
 from .lora import PREFIX, LoRA
 
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
@@ -271,51 +271,63 @@ def _of_layer(header: Mapping[str, Any], patterns: str, otherwise: str, layer: s
     return float(value)
 
 
-def converted(updates: Updates, dialect: str, wanted: str) -> Updates:
-    """Updates of one dialect in the other, by the names of the known model that has all of their layers.
+def converted(updates: Updates, dialect: str, wanted: str, model: Optional[EditModel] = None) -> Updates:
+    """Updates of one dialect in the other.
+
+    Args:
+        model: by whose names; None: by those of the known model that has all of the layers.
 
     Raises:
-        ValueError: there is none, or parts do not fit together.
+        ValueError: there is none or more than one, or parts do not fit together.
     """
     if dialect == wanted:
         return updates
-    layers = of_layers(updates, dialect == COMFYUI).names
+    layers = (model or of_layers(updates, dialect == COMFYUI)).names
     return split(updates, layers) if wanted == DIFFUSERS else fuse(updates, layers)
 
 
-def own_dialect(layers: Collection[str]) -> str:
-    """Whose names a network's layers have.
+def own_dialect(layers: Collection[str], model: EditModel) -> str:
+    """Whose names the layers of a model's network have, ComfyUI's where both are the same.
 
     Raises:
-        ValueError: neither program's names of a known model.
+        ValueError: neither program's.
     """
-    try:
-        of_layers(layers, comfyui=True)
-    except ValueError:
-        of_layers(layers, comfyui=False)
-        return DIFFUSERS
-    return COMFYUI
+    strange = [layer for layer in layers if not model.names.diffusers(layer)]
+    if not strange:
+        return COMFYUI
+    neither = [layer for layer in layers if not model.names.comfyui(layer)[0]]
+    if neither:
+        raise ValueError(f"lora: {model.title} has no layer {neither[0]!r} in ComfyUI's or diffusers' names")
+    return DIFFUSERS
 
 
 def save_both(
     lora: LoRA, path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None, dtype: torch.dtype = torch.float32
-) -> tuple[Path, Path]:
-    """A LoRA of a known model in both dialects: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in diffusers'.
+) -> tuple[Path, ...]:
+    """A LoRA of a known model for each program that loads it: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in
+    diffusers' where that has a loader for the model.
 
     Args:
         lora: on a network of either program.
         path: NAME.safetensors.
         metadata: texts by name; the settings are added as JSON under ``lora``.
         dtype: of the matrices in the files.
+
+    Raises:
+        ValueError: of a network that is of no known model.
     """
-    path = Path(path)
-    own = own_dialect(lora.targets)
+    path, model = Path(path), lora.model
+    if model is None:
+        raise ValueError(f"lora: expected one of a known model ({titles()}), whose names are known in both programs")
+    own = own_dialect(lora.targets, model)
     updates = {
         name: Update(layer.down.detach().cpu(), layer.up.detach().cpu(), lora.settings.alpha)
         for name, layer in lora.named_layers()
     }
     texts = {**(metadata or {}), "lora": json.dumps(asdict(lora.settings))}
-    paths = path, path.with_name(f"{path.stem}_diffusers{path.suffix}")
-    for target, dialect in zip(paths, (COMFYUI, DIFFUSERS)):
-        write_safetensors(target, to_tensors(converted(updates, own, dialect), dialect, dtype), texts)
-    return paths
+    paths = {COMFYUI: path}
+    if model.diffusers_loads_lora:
+        paths[DIFFUSERS] = path.with_name(f"{path.stem}_diffusers{path.suffix}")
+    for dialect, target in paths.items():
+        write_safetensors(target, to_tensors(converted(updates, own, dialect, model), dialect, dtype), texts)
+    return tuple(paths.values())

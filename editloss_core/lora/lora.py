@@ -214,6 +214,7 @@ class LoRA(nn.Module):
     ):
         super().__init__()
         self.settings = settings
+        self.model = model or of_network(type(module).__name__)
         self.targets = select_layers(module, settings.layers, model)  # a dict: its modules are not registered as parts
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._disabled = 0

@@ -173,6 +173,7 @@ class EditModel:
         parts: its classes in diffusers.
         layers: preset → patterns over names of layers, of both programs' networks.
         names: of its layers in LoRA files.
+        diffusers_loads_lora: whether its pipeline has a loader of LoRA files.
         reference_method: ComfyUI's ``reference_latents_method``, None where the network needs none.
         reads_picture: whether its captions are encoded with the before picture.
         guidance, preview_guidance: what it is told in training and for pictures; None where it is told nothing.
@@ -192,6 +193,7 @@ class EditModel:
     parts: Parts
     layers: Mapping[str, tuple[str, ...]]
     names: LayerNames
+    diffusers_loads_lora: bool = True
     reference_method: Optional[str] = None
     reads_picture: bool = False
     guidance: Optional[float] = None

@@ -10,8 +10,10 @@ from typing import Callable, Collection, Optional
 
 from .base import EditModel
 from .kontext import KONTEXT
+from .longcat import LONGCAT
+from .qwen import QWEN_EDIT, QWEN_EDIT_PLUS
 
-MODELS: tuple[EditModel, ...] = (KONTEXT,)
+MODELS: tuple[EditModel, ...] = (KONTEXT, QWEN_EDIT_PLUS, QWEN_EDIT, LONGCAT)
 
 
 def titles() -> str:
@@ -26,8 +28,15 @@ def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
     return model
 
 
+def of_id(id: str) -> EditModel:
+    """By its permanent name."""
+    return _the(lambda model: model.id == id, f"{id!r}; the names are {', '.join(model.id for model in MODELS)}")
+
+
 def of_comfyui(base: str) -> EditModel:
     """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one.
+
+    Several models may share a class, as Qwen-Image-Edit and its Plus do: the first of them in :data:`MODELS`.
 
     Raises:
         ValueError: unknown; the known ones are named. So do the others.
@@ -41,7 +50,10 @@ def of_pipeline(pipeline: Optional[str]) -> EditModel:
 
 
 def of_network(network: str) -> Optional[EditModel]:
-    """By the class of a network in either program; None for one that is not known, whose layers have to be named."""
+    """By the class of a network in either program; None for one that is not known, whose layers have to be named.
+
+    Models that share a class have the same presets.
+    """
     return next((model for model in MODELS if network in (model.comfyui_network, model.parts.transformer)), None)
 
 
@@ -62,14 +74,32 @@ def dotted(layer: str, comfyui: bool) -> str:
 
 
 def of_layers(layers: Collection[str], comfyui: bool) -> EditModel:
-    """By the names of a LoRA's layers, without prefix, in ComfyUI's dialect or in diffusers'."""
+    """By the names of a LoRA's layers, without prefix, in ComfyUI's dialect or in diffusers'.
 
-    def strange(model: EditModel) -> Optional[str]:
-        knows = model.names.diffusers if comfyui else lambda layer: model.names.comfyui(layer)[0]
-        return next((layer for layer in layers if not knows(layer)), None)
+    Raises:
+        ValueError: no model has all of them, or several have that call them otherwise in the other dialect.
+    """
+    program = "ComfyUI's" if comfyui else "diffusers'"
+    called = {model: [_elsewhere(model, layer, comfyui) for layer in layers] for model in MODELS}
+    fitting = [model for model in MODELS if all(called[model])]
+    if not fitting:
+        missing = min((called[model].count(()), i) for i, model in enumerate(MODELS))[
+            1
+        ]  # the one that has most of them
+        strange = next(layer for layer, name in zip(layers, called[MODELS[missing]]) if not name)
+        raise ValueError(f"lora: no known model ({titles()}) has a layer {strange!r} in {program} names")
+    if any(called[model] != called[fitting[0]] for model in fitting):
+        raise ValueError(
+            f"model: {next(iter(layers))!r} and all the others are {program} names of layers of "
+            f"{', of '.join(model.title for model in fitting)}; expected to be told which as one of "
+            f"{', '.join(model.id for model in fitting)}"
+        )
+    return fitting[0]
 
-    model = next((model for model in MODELS if strange(model) is None), None)
-    if model is None:
-        program = "ComfyUI's" if comfyui else "diffusers'"
-        raise ValueError(f"lora: no known model ({titles()}) has a layer {strange(MODELS[0])!r} in {program} names")
-    return model
+
+def _elsewhere(model: EditModel, layer: str, comfyui: bool) -> tuple[object, ...]:
+    """What a layer is called in the other dialect; empty for one that the model does not have."""
+    if comfyui:
+        return model.names.diffusers(layer)
+    whole, part = model.names.comfyui(layer)
+    return (whole, part) if whole else ()

@@ -22,12 +22,38 @@ def test_a_model_says_all_that_is_asked_of_it(model):
 
 @EACH
 def test_it_is_found_by_the_names_of_its_classes(model):
-    assert registry.of_comfyui(model.comfyui_model) is model and registry.of_pipeline(model.parts.pipeline) is model
-    assert registry.of_network(model.parts.transformer) is model
-    layer = next(iter(model.names.blocks))
-    ours = f"{layer[0]}.0.{next(iter(layer[2]))}"
-    assert registry.of_layers([ours], comfyui=True) is model
-    assert registry.of_layers(model.names.diffusers(ours), comfyui=False) is model
+    assert registry.of_pipeline(model.parts.pipeline) is model and registry.of_id(model.id) is model
+    # Models that share a class are the same to those who ask by it: the first stands for all.
+    first = registry.of_comfyui(model.comfyui_model)
+    assert first is next(m for m in MODELS if m.comfyui_model == model.comfyui_model)
+    for found in (first, registry.of_network(model.parts.transformer)):
+        assert found.names is model.names and found.layers is model.layers
+
+
+@EACH
+def test_it_is_found_by_the_names_of_all_its_layers_in_both_programs(model):
+    names = model.names
+    ours = [f"{blocks}.0.{inner}" for blocks, _, inside in names.blocks for inner in inside] + list(names.outside)
+    theirs = [part for layer in ours for part in names.diffusers(layer)]
+    assert registry.of_layers(theirs, comfyui=False).names is names
+    if model.id != "longcat_image_edit":  # in ComfyUI all of its names are FLUX.1's, which has more
+        assert registry.of_layers(ours, comfyui=True).names is names
+
+
+def test_layers_that_mean_something_else_by_model_are_not_guessed():
+    """Attention's of FLUX.1 and of Qwen are called the same in diffusers, and otherwise in ComfyUI."""
+    layers = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj"]
+    with pytest.raises(
+        ValueError, match="model: 'transformer_blocks.0.attn.to_q' and all the others are diffusers'"
+    ) as refused:
+        registry.of_layers(layers, comfyui=False)
+    assert "flux_kontext" in str(refused.value) and "qwen_image_edit_plus" in str(refused.value)
+    # The same ones in ComfyUI's dialect are Qwen's alone; others beside them are FLUX.1's alone.
+    assert registry.of_layers(layers, comfyui=True).id == "qwen_image_edit_plus"
+    assert registry.of_layers([*layers, "single_transformer_blocks.0.attn.to_q"], comfyui=False).id == "flux_kontext"
+    assert (
+        registry.of_layers([*layers, "transformer_blocks.0.img_mlp.net.2"], comfyui=False).id == "qwen_image_edit_plus"
+    )
 
 
 @EACH
@@ -79,7 +105,7 @@ def test_a_lora_of_no_known_model_is_refused():
         match=rf"no known model \({registry.titles()}\) has a layer 'blocks.0.attn' in ComfyUI's names",
     ):
         registry.of_layers(["blocks.0.attn"], comfyui=True)
-    assert registry.of_network("QwenImageTransformer2DModel") is None
+    assert registry.of_network("ChromaTransformer2DModel") is None
 
 
 class Two:
