@@ -85,6 +85,8 @@ class Parts:
         tokenizers: folders.
         text_widths: (text encoder's folder, its key, the transformer's key): numbers of their configs that have to be equal.
         original_key: a tensor by which a single file in the original layout is known.
+        index: what model_index.json has to say beside the pipeline, where several models share that.
+        text_layers: of the text encoder, whose features stand side by side.
         others: what a network with other inputs would be, for the message.
     """
 
@@ -96,6 +98,8 @@ class Parts:
     tokenizers: tuple[str, ...]
     text_widths: tuple[tuple[str, str, str], ...]
     original_key: str
+    index: Mapping[str, Any] = field(default_factory=dict)
+    text_layers: int = 1
     others: str = ""
 
 
@@ -113,6 +117,8 @@ class LayerNames:
         outside: the same for layers that are in no block.
         swapped: ComfyUI's layers whose halves diffusers has in the opposite order.
         mlp_ratio: rows of a fourth part for each of the first three's, where queries, keys, values and an MLP's input are one.
+        shapes: ComfyUI's layer in a block → (inputs, outputs) in a ratio that another model with the same names has not.
+        alpha: whether diffusers' loader takes a layer's ``.alpha``; if not, it is multiplied into the matrices.
     """
 
     model: str
@@ -120,6 +126,13 @@ class LayerNames:
     outside: Rows = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     mlp_ratio: int = 4
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    alpha: bool = True
+
+    def fits(self, layer: str, inputs: int, outputs: int) -> bool:
+        """Whether ComfyUI's layer of this size may be one of the model's."""
+        one, other = self.shapes.get(layer.partition(".")[2].partition(".")[2], (inputs, outputs))
+        return inputs * other == outputs * one
 
     def comfyui(self, layer: str) -> tuple[str, int]:
         """diffusers' layer → (ComfyUI's, which of its parts); ("", 0) for a layer that the model does not have."""
@@ -169,6 +182,8 @@ class EditModel:
         id: permanent; it may stand in files.
         title: what people call it.
         comfyui_model: class of its MODEL's ``model`` (``comfy.model_base``), by name. A subclass of it is another model.
+        comfyui_config: what the config of its network there has to say, where several models share the class.
+        comfyui_file: pattern of the name of its file, where nothing in it tells it from another model.
         comfyui_network: class of its network there.
         parts: its classes in diffusers.
         layers: preset → patterns over names of layers, of both programs' networks.
@@ -178,8 +193,10 @@ class EditModel:
         reads_picture: whether its captions are encoded with the before picture.
         guidance, preview_guidance: what it is told in training and for pictures; None where it is told nothing.
         preview_cfg: scale of classifier-free guidance in the stock workflow, 1 without.
+        preview_steps: to which it was distilled, the most that its pictures are sampled in; None where it was not.
         patch: latents per token along each side.
         downscale: pixels per latent along each side.
+        text_encoders: width of text features → whose they are, for messages.
         text_tokens: of a caption.
         letters: what its text encoder knows beyond the English alphabet, without case; None: every script.
         width_attribute, block_attributes: where diffusers' network has its width and its blocks.
@@ -193,12 +210,16 @@ class EditModel:
     parts: Parts
     layers: Mapping[str, tuple[str, ...]]
     names: LayerNames
+    comfyui_config: Mapping[str, Any] = {}
+    comfyui_file: str = ""
+    text_encoders: Mapping[int, str] = {}
     diffusers_loads_lora: bool = True
     reference_method: Optional[str] = None
     reads_picture: bool = False
     guidance: Optional[float] = None
     preview_guidance: Optional[float] = None
     preview_cfg: float = 1.0
+    preview_steps: Optional[int] = None
     patch: int = 2
     downscale: int = 8
     text_tokens: int = 512

@@ -50,6 +50,7 @@ class LongCat(EditModel):
         ),
         outside=OUTSIDE,
         swapped=("final_layer.adaLN_modulation.1",),
+        shapes=KONTEXT.names.shapes,
     )
     diffusers_loads_lora = False
     reads_picture = True

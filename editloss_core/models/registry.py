@@ -6,14 +6,21 @@ have seen the picture, without a word.
 
 from __future__ import annotations
 
-from typing import Callable, Collection, Optional
+import re
+from typing import Any, Callable, Mapping, Optional
 
 from .base import EditModel
+from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from .kontext import KONTEXT
 from .longcat import LONGCAT
 from .qwen import QWEN_EDIT, QWEN_EDIT_PLUS
 
-MODELS: tuple[EditModel, ...] = (KONTEXT, QWEN_EDIT_PLUS, QWEN_EDIT, LONGCAT)
+# Of those that are told apart by a file's name or not at all, the one that is taken without it comes last.
+MODELS: tuple[EditModel, ...] = (
+    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_PLUS, QWEN_EDIT, LONGCAT,
+)  # fmt: skip
+
+Sizes = Mapping[str, tuple[int, int]]  # layer, without prefix → (inputs, outputs)
 
 
 def titles() -> str:
@@ -33,28 +40,60 @@ def of_id(id: str) -> EditModel:
     return _the(lambda model: model.id == id, f"{id!r}; the names are {', '.join(model.id for model in MODELS)}")
 
 
-def of_comfyui(base: str) -> EditModel:
+def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> EditModel:  # noqa: B006
     """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one.
 
-    Several models may share a class, as Qwen-Image-Edit and its Plus do: the first of them in :data:`MODELS`.
+    Several models may share a class, as Qwen-Image-Edit and its Plus do: the first that fits of them in :data:`MODELS`.
+
+    Args:
+        base: that name.
+        config: of its network.
+        file: name of the file that it was loaded from, where that is known.
 
     Raises:
         ValueError: unknown; the known ones are named. So do the others.
     """
-    return _the(lambda model: model.comfyui_model == base, f"ComfyUI's {base}")
+
+    def matches(model: EditModel) -> bool:
+        return (
+            model.comfyui_model == base
+            and all(config.get(key) == value for key, value in model.comfyui_config.items())
+            and re.search(model.comfyui_file, file.lower()) is not None
+        )
+
+    return _the(matches, f"ComfyUI's {base}")
 
 
-def of_pipeline(pipeline: Optional[str]) -> EditModel:
-    """By the pipeline that a folder in diffusers' layout is for."""
-    return _the(lambda model: model.parts.pipeline == pipeline, f"a folder of {pipeline}")
+def of_pipeline(index: Mapping[str, Any]) -> EditModel:
+    """By the model_index.json of a folder in diffusers' layout."""
+    pipeline = index.get("_class_name")
+
+    def matches(model: EditModel) -> bool:
+        known = model.parts
+        return known.pipeline == pipeline and all(bool(index.get(k)) == value for k, value in known.index.items())
+
+    return _the(matches, f"a folder of {pipeline}")
 
 
-def of_network(network: str) -> Optional[EditModel]:
+def of_network(network: str, sizes: Sizes = {}) -> Optional[EditModel]:  # noqa: B006
     """By the class of a network in either program; None for one that is not known, whose layers have to be named.
 
-    Models that share a class have the same presets.
+    Args:
+        network: that name.
+        sizes: of the network's linear layers, by which models that share the class are told apart.
     """
-    return next((model for model in MODELS if network in (model.comfyui_network, model.parts.transformer)), None)
+
+    def strange(model: EditModel) -> int:
+        names = model.names
+        if network == model.parts.transformer:
+            return sum(not names.comfyui(layer)[0] for layer in sizes)
+        missing = sum(layer not in sizes for layer in names.outside)
+        return missing + sum(
+            not names.diffusers(layer) or not names.fits(layer, *size) for layer, size in sizes.items()
+        )
+
+    named = [model for model in MODELS if network in (model.comfyui_network, model.parts.transformer)]
+    return min(named, key=strange, default=None)
 
 
 def dotted(layer: str, comfyui: bool) -> str:
@@ -73,33 +112,45 @@ def dotted(layer: str, comfyui: bool) -> str:
     return found
 
 
-def of_layers(layers: Collection[str], comfyui: bool) -> EditModel:
-    """By the names of a LoRA's layers, without prefix, in ComfyUI's dialect or in diffusers'.
+def of_layers(sizes: Sizes, comfyui: bool, told: str = "") -> EditModel:
+    """The model that a LoRA is of, by the names of its layers, and by their sizes where models share the names.
+
+    Args:
+        sizes: of the layers, in ComfyUI's dialect or in diffusers'.
+        comfyui: in ComfyUI's.
+        told: id of the model, by the file's header or by who asks: it has to have these layers.
 
     Raises:
-        ValueError: no model has all of them, or several have that call them otherwise in the other dialect.
+        ValueError: no model has them all, or several have, and call them differently in the other program.
     """
     program = "ComfyUI's" if comfyui else "diffusers'"
-    called = {model: [_elsewhere(model, layer, comfyui) for layer in layers] for model in MODELS}
-    fitting = [model for model in MODELS if all(called[model])]
-    if not fitting:
-        missing = min((called[model].count(()), i) for i, model in enumerate(MODELS))[
-            1
-        ]  # the one that has most of them
-        strange = next(layer for layer, name in zip(layers, called[MODELS[missing]]) if not name)
-        raise ValueError(f"lora: no known model ({titles()}) has a layer {strange!r} in {program} names")
-    if any(called[model] != called[fitting[0]] for model in fitting):
+
+    def strange(model: EditModel) -> list[str]:
+        knows = model.names.diffusers if comfyui else lambda layer: model.names.comfyui(layer)[0]
+        return [layer for layer in sizes if not knows(layer)]
+
+    models = (of_id(told),) if told else MODELS
+    fit = [model for model in models if not strange(model)]
+    if not fit:
+        nearest = min(models, key=lambda model: len(strange(model)))
+        known = nearest.title if told else f"no known model ({titles()})"
+        raise ValueError(f"lora: {known} has {'no' if told else 'a'} layer {strange(nearest)[0]!r} in {program} names")
+    if comfyui and not told:
+        fit = [model for model in fit if all(model.names.fits(layer, *size) for layer, size in sizes.items())] or fit
+    others = [model for model in fit[1:] if not _same(model, fit[0], sizes, comfyui)]
+    if others:
         raise ValueError(
-            f"model: {next(iter(layers))!r} and all the others are {program} names of layers of "
-            f"{', of '.join(model.title for model in fitting)}; expected to be told which as one of "
-            f"{', '.join(model.id for model in fitting)}"
+            f"model: {next(iter(sizes))!r} and all the others are {program} names of layers of "
+            f"{', of '.join(model.title for model in fit)}; expected to be told which as one of "
+            f"{', '.join(model.id for model in fit)}"
         )
-    return fitting[0]
+    return fit[0]
 
 
-def _elsewhere(model: EditModel, layer: str, comfyui: bool) -> tuple[object, ...]:
-    """What a layer is called in the other dialect; empty for one that the model does not have."""
-    if comfyui:
-        return model.names.diffusers(layer)
-    whole, part = model.names.comfyui(layer)
-    return (whole, part) if whole else ()
+def _same(a: EditModel, b: EditModel, sizes: Sizes, comfyui: bool) -> bool:
+    """Whether a LoRA of these layers is the same file in the other program, whichever of the models it is of."""
+    if a.names is b.names:
+        return True
+    ask = "diffusers" if comfyui else "comfyui"
+    alike = all(getattr(a.names, ask)(layer) == getattr(b.names, ask)(layer) for layer in sizes)
+    return alike and (not comfyui or a.names.alpha == b.names.alpha)

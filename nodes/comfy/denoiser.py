@@ -18,6 +18,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...editloss_core.models.base import EditModel
 from .flow_model import check_flow_model, edit_model_of, model_inputs
 from .frames import framed, unframed
 from .gradients import (
@@ -67,8 +68,8 @@ class ComfyDenoiser:
 
     def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True):
         check_flow_model(model)
-        model = static_model(model)
         self.edit_model = edit_model_of(model)
+        model = static_model(model)
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
         thaw_attributes(model.model.latent_format)
@@ -245,7 +246,7 @@ class ComfyDenoiser:
 
     def _inputs(self, x: Tensor, references: list[Tensor], item: Any) -> dict[str, comfy.conds.CONDRegular]:
         base = self.model.model
-        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base))[0])
+        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base, self.edit_model))[0])
         cond.pop("reference_latents", None)
         if references:
             cond["reference_latents"] = references
@@ -294,7 +295,7 @@ def _whereabouts(patcher) -> tuple[int, int]:
     return id(patcher), patcher.loaded_size() if is_loaded(patcher) else -1
 
 
-def _entry(item: Any, base) -> Sequence[Any]:
+def _entry(item: Any, base, edit_model: EditModel) -> Sequence[Any]:
     """A CONDITIONING that can be trained on."""
     if not isinstance(item, (list, tuple)) or not all(isinstance(e, (list, tuple)) and len(e) == 2 for e in item):
         raise ValueError(
@@ -308,8 +309,14 @@ def _entry(item: Any, base) -> Sequence[Any]:
             raise ValueError(f"conditioning: expected a prompt alone, got {what} with it ({key!r})")
     wanted = base.model_config.unet_config.get("context_in_dim")
     if wanted is not None and context.shape[-1] != wanted:
+        own, other = (_of(width, edit_model) for width in (wanted, context.shape[-1]))
         raise ValueError(
-            f"conditioning: {type(base).__name__} takes text features of {wanted} numbers, got {context.shape[-1]}; use "
-            "the model's own text encoder"
+            f"conditioning: {type(base).__name__} takes text features of {own}, got {other}; use the model's own text encoder"
         )
     return item
+
+
+def _of(width: int, edit_model: EditModel) -> str:
+    """Text features of this width, with the name of the text encoder that makes them."""
+    name = edit_model.text_encoders.get(width)
+    return f"{width} numbers ({name})" if name else f"{width} numbers"

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...editloss_core.models import registry
 from ...editloss_core.models.base import EditModel
 from .gradients import usable
+from .offers import file_of
 
 
 def check_flow_model(model) -> None:
@@ -29,7 +30,8 @@ def edit_model_of(model) -> EditModel:
         ValueError: nothing; with the models that are known.
     """
     try:
-        return registry.of_comfyui(type(model.model).__name__)
+        config = getattr(model.model.model_config, "unet_config", {})
+        return registry.of_comfyui(type(model.model).__name__, config, file_of(model))
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
 

@@ -1,5 +1,7 @@
 """What every edit model of the registry has to say, and what is asked of it by name."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ EACH = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 def test_a_model_says_all_that_is_asked_of_it(model):
     assert isinstance(model, EditModel) and model.id == model.id.lower() and model.title
     assert tuple(model.layers) == PRESETS and all(model.layers.values())
-    assert len({m.id for m in MODELS}) == len(MODELS) == len({m.parts.pipeline for m in MODELS})
+    assert len({m.id for m in MODELS}) == len(MODELS)
+    assert len({(m.parts.pipeline, *m.parts.index.items()) for m in MODELS}) == len(MODELS)
     for name in ("mu", "encode", "caption", "velocity", "stock_velocity"):
         assert getattr(type(model), name) is not getattr(EditModel, name), name
     assert (model.preview_cfg == 1.0) or model.guidance is None, "guidance is embedded, or made of two passes"
@@ -22,22 +25,41 @@ def test_a_model_says_all_that_is_asked_of_it(model):
 
 @EACH
 def test_it_is_found_by_the_names_of_its_classes(model):
-    assert registry.of_pipeline(model.parts.pipeline) is model and registry.of_id(model.id) is model
-    # Models that share a class are the same to those who ask by it: the first stands for all.
-    first = registry.of_comfyui(model.comfyui_model)
-    assert first is next(m for m in MODELS if m.comfyui_model == model.comfyui_model)
-    for found in (first, registry.of_network(model.parts.transformer)):
+    file = "flux-2-klein-9b-fp8.safetensors" if model.comfyui_file else ""
+    assert registry.of_id(model.id) is model
+    assert registry.of_pipeline({"_class_name": model.parts.pipeline, **model.parts.index}) is model
+    # Models of which nothing tells one from another are the same to those who ask by the class: the first stands for all.
+    known = {m: (m.comfyui_model, m.comfyui_config, m.comfyui_file) for m in MODELS}
+    first = registry.of_comfyui(model.comfyui_model, model.comfyui_config, file)
+    assert first is next(m for m in MODELS if known[m] == known[model])
+    sizes = {layer: model.names.shapes.get(layer.split(".", 2)[-1], (1, 1)) for layer in all_layers(model)}
+    theirs = {name: (1, 1) for layer in sizes for name in model.names.diffusers(layer)}
+    for found in (
+        first,
+        registry.of_network(model.comfyui_network, sizes),
+        registry.of_network(model.parts.transformer, theirs),
+    ):
         assert found.names is model.names and found.layers is model.layers
+
+
+def all_layers(model):
+    names = model.names
+    return [f"{blocks}.0.{inner}" for blocks, _, inside in names.blocks for inner in inside] + list(names.outside)
 
 
 @EACH
 def test_it_is_found_by_the_names_of_all_its_layers_in_both_programs(model):
     names = model.names
-    ours = [f"{blocks}.0.{inner}" for blocks, _, inside in names.blocks for inner in inside] + list(names.outside)
-    theirs = [part for layer in ours for part in names.diffusers(layer)]
+    ours = {layer: names.shapes.get(layer.split(".", 2)[-1], (1, 1)) for layer in all_layers(model)}
+    theirs = {part: (1, 1) for layer in ours for part in names.diffusers(layer)}
     assert registry.of_layers(theirs, comfyui=False).names is names
     if model.id != "longcat_image_edit":  # in ComfyUI all of its names are FLUX.1's, which has more
         assert registry.of_layers(ours, comfyui=True).names is names
+    assert registry.of_layers(ours, True, model.id) is registry.of_layers(theirs, False, model.id) is model
+
+
+def sized(*layers):
+    return dict.fromkeys(layers, (1, 1))
 
 
 def test_layers_that_mean_something_else_by_model_are_not_guessed():
@@ -46,14 +68,13 @@ def test_layers_that_mean_something_else_by_model_are_not_guessed():
     with pytest.raises(
         ValueError, match="model: 'transformer_blocks.0.attn.to_q' and all the others are diffusers'"
     ) as refused:
-        registry.of_layers(layers, comfyui=False)
+        registry.of_layers(sized(*layers), comfyui=False)
     assert "flux_kontext" in str(refused.value) and "qwen_image_edit_plus" in str(refused.value)
     # The same ones in ComfyUI's dialect are Qwen's alone; others beside them are FLUX.1's alone.
-    assert registry.of_layers(layers, comfyui=True).id == "qwen_image_edit_plus"
-    assert registry.of_layers([*layers, "single_transformer_blocks.0.attn.to_q"], comfyui=False).id == "flux_kontext"
-    assert (
-        registry.of_layers([*layers, "transformer_blocks.0.img_mlp.net.2"], comfyui=False).id == "qwen_image_edit_plus"
-    )
+    of = registry.of_layers
+    assert of(sized(*layers), comfyui=True).id == "qwen_image_edit_plus"
+    assert of(sized(*layers, "single_transformer_blocks.0.attn.to_q"), comfyui=False).id == "flux_kontext"
+    assert of(sized(*layers, "transformer_blocks.0.img_mlp.net.2"), comfyui=False).id == "qwen_image_edit_plus"
 
 
 @EACH
@@ -90,7 +111,8 @@ def test_noise_levels_fall_from_one_to_nothing_and_rise_with_the_size(model):
     ("ask", "found"),
     [
         (lambda: registry.of_comfyui("Chroma"), "ComfyUI's Chroma"),
-        (lambda: registry.of_pipeline("FluxPipeline"), "a folder of FluxPipeline"),
+        (lambda: registry.of_comfyui("Flux2"), "ComfyUI's Flux2"),
+        (lambda: registry.of_pipeline({"_class_name": "FluxPipeline"}), "a folder of FluxPipeline"),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, found):
@@ -102,9 +124,9 @@ def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, 
 def test_a_lora_of_no_known_model_is_refused():
     with pytest.raises(
         ValueError,
-        match=rf"no known model \({registry.titles()}\) has a layer 'blocks.0.attn' in ComfyUI's names",
+        match=rf"no known model \({re.escape(registry.titles())}\) has a layer 'blocks.0.attn' in ComfyUI's names",
     ):
-        registry.of_layers(["blocks.0.attn"], comfyui=True)
+        registry.of_layers({"blocks.0.attn": (1, 1)}, comfyui=True)
     assert registry.of_network("ChromaTransformer2DModel") is None
 
 
@@ -134,3 +156,49 @@ def test_previews_are_sampled_with_and_without_classifier_free_guidance():
     assert torch.allclose(made, noise - (3 + 4 * (1 - 3)) * noise)  # v = n + cfg · (p − n)
     with pytest.raises(ValueError, match="negative: expected it with cfg 4, got none"):
         model.sample(two, noise, [], ["caption"] * 2, 1, Preview(cfg=4.0))
+
+
+QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
+
+
+def test_a_lora_of_names_that_several_models_have_goes_by_sizes_by_the_header_or_by_who_asks():
+    of = registry.of_layers
+    assert of({QKV: (8, 24), MLP: (8, 32)}, True).id == "flux_kontext"
+    assert of({QKV: (8, 24), MLP: (8, 48)}, True).names is of({"single_stream_modulation.lin": (8, 24)}, True).names
+    with pytest.raises(ValueError, match="are ComfyUI's names of layers of FLUX.1 Kontext, of FLUX.2 dev"):
+        of({QKV: (8, 24)}, True)
+    assert [of({QKV: (8, 24)}, True, told).id for told in ("flux2_dev", "flux_kontext")] == [
+        "flux2_dev",
+        "flux_kontext",
+    ]
+    # What both call the same in the other program is no question.
+    assert of({"transformer_blocks.0.attn.to_q": (8, 8), "context_embedder": (8, 8)}, False).id == "flux_kontext"
+    with pytest.raises(ValueError, match="FLUX.1 Kontext has no layer 'single_stream_modulation.lin' in ComfyUI's"):
+        of({"single_stream_modulation.lin": (8, 24)}, True, "flux_kontext")
+    with pytest.raises(ValueError, match="got 'sdxl'; the names are flux_kontext, flux2_dev"):
+        of({QKV: (8, 24)}, True, "sdxl")
+    # Of a layer that nobody has, the model that has the most of the others is asked.
+    with pytest.raises(ValueError, match="has a layer 'single_blocks.0.x' in"):
+        of(
+            {
+                "single_stream_modulation.lin": (8, 24),
+                "double_blocks.0.img_mlp.0": (8, 48),
+                "single_blocks.0.x": (1, 1),
+            },
+            True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("flux-2-klein-4b-fp8.safetensors", "flux2_klein"),
+        ("FLUX.2-klein-9B.gguf", "flux2_klein"),
+        ("flux-2-klein-base-4b.safetensors", "flux2_klein_base"),
+        ("my_flux2.safetensors", "flux2_klein_base"),
+        ("", "flux2_klein_base"),
+    ],
+)
+def test_kleins_are_told_apart_by_the_name_of_their_file(file, found):
+    assert registry.of_comfyui("Flux2", {"guidance_embed": False}, file).id == found
+    assert registry.of_comfyui("Flux2", {"guidance_embed": True}, file).id == "flux2_dev"
