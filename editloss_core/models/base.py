@@ -8,8 +8,9 @@ its layers are called in LoRA files. :mod:`.registry` knows them all; :mod:`.kon
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
 
 import torch
@@ -64,12 +65,16 @@ class Preview:
     Attributes:
         guidance: what a guidance-distilled model is told; None takes what the program would.
         cfg: scale of classifier-free guidance, v = n + cfg · (p − n); 1 asks the model once.
-        negative: what stands in the place of the caption for n, as the denoiser takes it; needed where cfg is not 1.
+        negatives: what stands in the place of each sample's caption for n, as the denoiser takes it; needed where cfg is not 1.
     """
 
     guidance: Optional[float] = None
     cfg: float = 1.0
-    negative: Any = None
+    negatives: Sequence[Any] = ()
+
+    def of(self, index: int) -> Preview:
+        """The same of one sample alone."""
+        return replace(self, negatives=self.negatives[index : index + 1])
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,8 @@ class EditModel:
         comfyui_model: class of its MODEL's ``model`` (``comfy.model_base``), by name. A subclass of it is another model.
         comfyui_config: what the config of its network there has to say, where several models share the class.
         comfyui_file: pattern of the name of its file, where nothing in it tells it from another model.
+        comfyui_tokenizer: class of its text encoder's tokenizer there, by name, where the width of the features does not tell.
+        comfyui_clip: type of Load CLIP that gives such a text encoder.
         comfyui_network: class of its network there.
         parts: its classes in diffusers.
         layers: preset → patterns over names of layers, of both programs' networks.
@@ -212,6 +219,8 @@ class EditModel:
     names: LayerNames
     comfyui_config: Mapping[str, Any] = {}
     comfyui_file: str = ""
+    comfyui_tokenizer: str = ""
+    comfyui_clip: str = ""
     text_encoders: Mapping[int, str] = {}
     diffusers_loads_lora: bool = True
     reference_method: Optional[str] = None
@@ -227,6 +236,14 @@ class EditModel:
     width_attribute: str = "inner_dim"
     block_attributes: tuple[str, ...] = ("transformer_blocks",)
     block_values: int = 17
+
+    def is_comfyui(self, base: str, config: Mapping[str, Any], file: str) -> bool:
+        """Whether a MODEL is one of this model, see :func:`.registry.of_comfyui`."""
+        return (
+            self.comfyui_model == base
+            and all(config.get(key) == value for key, value in self.comfyui_config.items())
+            and re.search(self.comfyui_file, file.lower()) is not None
+        )
 
     # -- noise levels -----------------------------------------------------------------------------------------------
 
@@ -266,19 +283,21 @@ class EditModel:
         :meth:`sample`.
 
         Raises:
-            ValueError: classifier-free guidance without something to be guided away from.
+            ValueError: classifier-free guidance without something to be guided away from, for each sample.
         """
         asked = denoiser if preview is None else denoiser.told(preview.guidance)
-        cfg, negative = (1.0, None) if preview is None else (preview.cfg, preview.negative)
-        if cfg != 1.0 and negative is None:
-            raise ValueError(f"negative: expected it with cfg {cfg:g}, got none")
+        cfg, negatives = (1.0, ()) if preview is None else (preview.cfg, preview.negatives)
+        if cfg != 1.0 and len(negatives) != len(conditioning):
+            raise ValueError(
+                f"negatives: expected one for each of {len(conditioning)} samples with cfg {cfg:g}, got {len(negatives)}"
+            )
         times, x = self.times(self.tokens(noise), steps), noise
         for t, following in zip(times, times[1:]):
             yield t.item(), x
             levels = t.expand(len(x)).to(x.device)
             v = asked(x, levels, references, conditioning)
             if cfg != 1.0:
-                v = self.guided(v, asked(x, levels, references, [negative] * len(x)), cfg)
+                v = self.guided(v, asked(x, levels, references, negatives), cfg)
             x = x + (following - t).item() * v.to(x)
         yield 0.0, x
 

@@ -6,18 +6,17 @@ have seen the picture, without a word.
 
 from __future__ import annotations
 
-import re
 from typing import Any, Callable, Mapping, Optional
 
 from .base import EditModel
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from .kontext import KONTEXT
 from .longcat import LONGCAT
-from .qwen import QWEN_EDIT, QWEN_EDIT_PLUS
+from .qwen import QWEN_EDIT, QWEN_EDIT_2511, QWEN_EDIT_PLUS
 
 # Of those that are told apart by a file's name or not at all, the one that is taken without it comes last.
 MODELS: tuple[EditModel, ...] = (
-    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_PLUS, QWEN_EDIT, LONGCAT,
+    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_2511, QWEN_EDIT, QWEN_EDIT_PLUS, LONGCAT,
 )  # fmt: skip
 
 Sizes = Mapping[str, tuple[int, int]]  # layer, without prefix → (inputs, outputs)
@@ -43,7 +42,7 @@ def of_id(id: str) -> EditModel:
 def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> EditModel:  # noqa: B006
     """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one.
 
-    Several models may share a class, as Qwen-Image-Edit and its Plus do: the first that fits of them in :data:`MODELS`.
+    Several models may share a class, as those of Qwen-Image-Edit do: the first that fits of them in :data:`MODELS`.
 
     Args:
         base: that name.
@@ -53,15 +52,8 @@ def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> Edi
     Raises:
         ValueError: unknown; the known ones are named. So do the others.
     """
-
-    def matches(model: EditModel) -> bool:
-        return (
-            model.comfyui_model == base
-            and all(config.get(key) == value for key, value in model.comfyui_config.items())
-            and re.search(model.comfyui_file, file.lower()) is not None
-        )
-
-    return _the(matches, f"ComfyUI's {base}")
+    found = f"ComfyUI's {base}" + (f" of {file}" if file else "")
+    return _the(lambda model: model.is_comfyui(base, config, file), found)
 
 
 def of_pipeline(index: Mapping[str, Any]) -> EditModel:

@@ -61,14 +61,15 @@ class ComfyDenoiser:
             each conditioning's own value, or ComfyUI's 3.5.
         checkpointing: keep each block's inputs only and compute the blocks again in the backward pass: about a third
             more time, a fraction of the memory.
+        told: title of the edit model, where several share a class; empty goes by the MODEL.
 
     Raises:
         ValueError: for a model that does not predict velocity, or is none of the known edit models.
     """
 
-    def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True):
+    def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True, told: str = ""):
         check_flow_model(model)
-        self.edit_model = edit_model_of(model)
+        self.edit_model = edit_model_of(model, told)
         model = static_model(model)
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
@@ -208,7 +209,8 @@ class ComfyDenoiser:
 
     def _said(self) -> dict[str, Any]:
         """What stands in a conditioning beside prompt and references."""
-        said = {"guidance": self.guidance, "reference_latents_method": self.edit_model.reference_method}
+        guidance = None if self.edit_model.guidance is None else self.guidance
+        said = {"guidance": guidance, "reference_latents_method": self.edit_model.reference_method}
         return {name: value for name, value in said.items() if value is not None}
 
     @contextlib.contextmanager
@@ -307,7 +309,7 @@ def _entry(item: Any, base, edit_model: EditModel) -> Sequence[Any]:
     for key, what in NOT_TRAINABLE.items():
         if options.get(key) is not None:
             raise ValueError(f"conditioning: expected a prompt alone, got {what} with it ({key!r})")
-    wanted = base.model_config.unet_config.get("context_in_dim")
+    wanted = getattr(getattr(base.diffusion_model, "txt_in", None), "in_features", None)
     if wanted is not None and context.shape[-1] != wanted:
         own, other = (_of(width, edit_model) for width in (wanted, context.shape[-1]))
         raise ValueError(
