@@ -65,7 +65,7 @@ class ModelFolder:
                 f"path: expected an edit model in diffusers' layout ({registry.titles()}) in {self.folder}; {index}"
             )
         try:
-            return registry.of_pipeline(index.get("_class_name"))
+            return registry.of_pipeline(index)
         except ValueError as error:
             raise ValueError(f"path: {error} ({self.folder})") from None
 
@@ -259,6 +259,7 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list
     faults = []
     network, vae, patch = configs.get("transformer", {}), configs.get("vae", {}), model.patch
     inputs, channels = network.get("in_channels"), vae.get("latent_channels")
+    patch *= (vae.get("patch_size") or [1])[0]  # by which some pack their latents themselves
     if inputs and channels and inputs != patch**2 * channels:
         faults.append(
             f"path: transformer: expected in_channels {patch**2 * channels} ({patch}×{patch} latents of {channels} channels), "
@@ -267,10 +268,19 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list
     if network.get("out_channels") not in (None, inputs):
         faults.append(f"path: transformer: expected out_channels {inputs}, got {network['out_channels']}")
     for part, theirs, mine in model.parts.text_widths:
-        wanted, found = network.get(mine), configs.get(part, {}).get(theirs)
-        if wanted and found and wanted != found:
-            faults.append(f"path: {part}: expected {theirs} {wanted}, which the transformer takes, got {found}")
+        wanted, found = network.get(mine), _nested(configs.get(part, {}), theirs)
+        count = model.parts.text_layers
+        if wanted and found and wanted != count * found:
+            taken = f", which the transformer takes{f' {count} times' if count > 1 else ''}"
+            faults.append(f"path: {part}: expected {theirs} {wanted // count}{taken}, got {found}")
     return faults
+
+
+def _nested(config: Mapping[str, Any], key: str) -> Any:
+    """The value of ``part.name`` in a config with parts; None without one."""
+    head, _, rest = key.partition(".")
+    value = config.get(head)
+    return _nested(value or {}, rest) if rest else value
 
 
 def _faults_of_single_file(path: Path, model: EditModel) -> list[str]:

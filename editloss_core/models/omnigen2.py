@@ -42,6 +42,7 @@ class OmniGen2(EditModel):
     comfyui_model = "Omnigen2"
     comfyui_network = "OmniGen2Transformer2DModel"
     parts = NOT_IN_DIFFUSERS
+    diffusers_loads_lora = False
     text_layer = "time_caption_embed.caption_embedder.1"
 
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}

@@ -179,12 +179,13 @@ class Validator:
         """An output, and what the objective says about it."""
         with nullcontext() if with_lora else self.lora.disabled():
             x0 = self.prepared.after([index])
-            latents = self.denoiser.edit_model.sample(
+            model = self.denoiser.edit_model
+            latents = model.sample(
                 self.denoiser,
                 self._to(self._noise(index, x0, "picture")),
                 [self._to(self.prepared.before([index]))],
                 [self.conditioning[index]],
-                self.settings.preview_steps,
+                min(self.settings.preview_steps, model.preview_steps or self.settings.preview_steps),
                 self.preview,
                 lambda done, total: self.check(),
             )

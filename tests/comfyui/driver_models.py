@@ -123,7 +123,7 @@ def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
 
     known, noise, reference = case.known, case.tiny.latents(5, 8, 12), case.reference[:1]
     negative = case.tiny.prompt(30)
-    preview = PACK.base.Preview(known.preview_guidance, known.preview_cfg, negative)
+    preview = PACK.base.Preview(known.preview_guidance, known.preview_cfg, [negative])
     with torch.no_grad():
         ours = known.sample(case.denoiser, noise, [reference], case.prompts[:1], 4, preview)
         conds = [case.conditioning(p, reference, known.preview_guidance) for p in (case.prompts[0], negative)]
@@ -183,9 +183,10 @@ def gradients_are_right(case: Case, layers: str, checkpointing: bool) -> None:
 
     with torch.enable_grad():
         x = case.x.clone().requires_grad_()
-        grads = torch.autograd.grad(loss(x), [x, *parameters])
-    still = [name for name, g in zip(["x_t", *case_names(lora)], grads) if not g.isfinite().all() or not g.any()]
-    assert not still, f"a gradient is 0 or not finite: {still}"
+        grads = torch.autograd.grad(loss(x), [x, *parameters], materialize_grads=True)
+    still = {name for name, g in zip(["x_t", *case_names(lora)], grads) if not g.isfinite().all() or not g.any()}
+    unused = {f"{name}.{half}" for name in getattr(case.tiny, "UNUSED", ()) for half in ("down", "up")}
+    assert still == unused & set(case_names(lora)), f"a gradient is 0 or not finite: {sorted(still ^ unused)}"
     values = [x.detach().clone(), *(p.detach().clone() for p in parameters)]
 
     def loss_at(moved: list[Tensor]) -> float:

@@ -21,7 +21,7 @@ class Three:
 
 def test_it_is_guided_away_from_the_negative_and_from_no_picture():
     noise = torch.ones(1, 4, 4, 4)
-    made = OMNIGEN2.sample(Three(), noise, [noise], ["caption"], 1, Preview(None, 5.0, "negative"))
+    made = OMNIGEN2.sample(Three(), noise, [noise], ["caption"], 1, Preview(None, 5.0, ["negative"]))
     v = 1 + 2.0 * (2 - 1) + 5.0 * (3 - 2)
     assert torch.equal(made, noise - v * noise)
 

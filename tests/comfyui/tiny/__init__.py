@@ -16,6 +16,7 @@ and may have
 * ``SCHEDULER``: name of the stock workflow's scheduler, where the model's noise levels are all that it takes;
 * ``guider(model, positive, negative, bare, cfg) -> GUIDER``: the stock workflow's, where it is not CFG Guider or KSampler;
   ``bare`` is the negative without a reference;
+* ``UNUSED``: layers whose answers the network does not use: in the last block, of the text that nobody reads on;
 * ``sampled(model) -> MODEL``: the model behind those nodes of the stock workflow that change how it is sampled.
 
 ComfyUI is imported inside of the functions: tests read this folder without it.
