@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..encoders.decoder_features import VAEDecoderEncoder
 from ..encoders.vae import VAEEncoder
 from ..hashing import hash_module
+from .flux2 import patchify, unpatchify
 
 
 class Pictures:
@@ -82,9 +83,33 @@ class Frames(Pictures):
         return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))[:, :, 0]
 
 
+class Patches(Pictures):
+    """``AutoencoderKLFlux2``, whose latents are 2×2 of its own in one, with mean and deviation of its batch norm."""
+
+    def __init__(self, vae: Any):
+        self.vae, norm = vae, vae.bn
+        self.channels = norm.num_features
+        self.shift = norm.running_mean.float()
+        self.scale = (norm.running_var.float() + vae.config.batch_norm_eps).rsqrt()
+        self.checkpointing = True
+
+    @property
+    def downscale(self) -> int:
+        return 2 * super().downscale
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return patchify(super().encode(pixels))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return super().decode(unpatchify(z))
+
+
+KINDS = {"AutoencoderKLQwenImage": Frames, "AutoencoderKLFlux2": Patches}
+
+
 def of_vae(vae: Any) -> Pictures:
     """By its class."""
-    return Frames(vae) if type(vae).__name__ == "AutoencoderKLQwenImage" else Pictures(vae)
+    return KINDS.get(type(vae).__name__, Pictures)(vae)
 
 
 def vae_encoder(vae: Any, image_size: int = 0, scaled: bool = True) -> VAEEncoder:

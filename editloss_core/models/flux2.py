@@ -146,21 +146,27 @@ class Flux2(EditModel):
             def _encode_vae_image(self, image: Tensor, generator: Any) -> Tensor:
                 return reference[:1].to(**like)
 
-        # Of its autoencoder the pipeline asks sizes and the mean and deviation of latents, here 0 and 1.
+        # The pipeline asks its autoencoder for the size of a latent, and the latents are seen before it has them.
         vae = diffusers.AutoencoderKLFlux2(
-            block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=x.shape[1] // 4, batch_norm_eps=0.0
+            block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=x.shape[1] // 4
         )
+        after: list[Tensor] = []
+
+        def see(pipeline: Any, step: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            after.append(values["latents"].float())
+            return values
+
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         pipeline: Any = WithLatents(scheduler, vae, None, None, denoiser.module)
         pipeline.set_progress_bar_config(disable=True)
         count, side = len(x), self.downscale
-        after = pipeline(
+        pipeline(
             image=Image.new("RGB", (64, 64)), latents=x.to(**like), height=side * x.shape[2], width=side * x.shape[3],
             sigmas=[t[0].item()], num_inference_steps=1, output_type="latent", return_dict=False,
             guidance_scale=denoiser.guidance if denoiser.module.config.guidance_embeds else 1.0,
-            prompt_embeds=caption.tokens[None].expand(count, -1, -1).to(**like),
-        )[0]  # fmt: skip
-        return (x - patchify(after.float())) / t.view(-1, 1, 1, 1)
+            prompt_embeds=caption.tokens[None].expand(count, -1, -1).to(**like), callback_on_step_end=see,
+        )  # fmt: skip
+        return (x - after[0].transpose(1, 2).unflatten(2, x.shape[2:])) / t.view(-1, 1, 1, 1)
 
 
 def tokens(latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import EditModel, LayerNames, Parts
 from .kontext import ATTENTION, DOUBLE_BLOCK, KONTEXT, MLP, PATCH, SINGLE_BLOCK, pack, position_ids, unpack
-from .qwen import TEXT_WIDTHS, Caption, module_of, resized, sized
+from .qwen import TEXT_WIDTHS, Caption, module_of, resized, seen, sized
 
 OUTSIDE = {
     "img_in": ("x_embedder",),
@@ -31,6 +31,9 @@ class LongCat(EditModel):
     title = "LongCat-Image-Edit"
     comfyui_model = "LongCatImage"
     comfyui_network = "Flux"
+    comfyui_tokenizer = "LongCatImageTokenizer"
+    comfyui_clip = "longcat_image"
+    reference_method = "index"
     parts = Parts(
         pipeline="LongCatImageEditPipeline",
         transformer="LongCatImageTransformer2DModel",
@@ -65,6 +68,10 @@ class LongCat(EditModel):
         return KONTEXT.mu(tokens, steps)
 
     # -- captions: with the before picture ---------------------------------------------------------------------------
+
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+        """As ComfyUI's Text Encode Qwen Image Edit, which its workflow uses: four times the area that the pipeline takes."""
+        return clip.tokenize(caption, images=[seen(before, 1024 * 1024)])
 
     def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
         module, tokenizer, most = module_of(type(pipeline)), pipeline.tokenizer, pipeline.tokenizer_max_length

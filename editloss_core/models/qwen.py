@@ -3,10 +3,15 @@
 One network in two pipelines of diffusers (``QwenImageEditPipeline``, ``QwenImageEditPlusPipeline``), which differ in how a
 caption is encoded with the before picture. 2511 is Plus with ``zero_cond_t`` in the transformer's config: its network itself
 tells the reference that it is at t = 0. Its layers have the same names in ComfyUI and in diffusers.
+
+In ComfyUI all are one class. 2511 is told by a key in its file, which other people's copies lack, or by the name of its file;
+2509 and the first Edit by that name alone, and what has no such name, or none that is known, is taken for 2509, of which most
+are made.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +19,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .base import EditModel, LayerNames, Parts
@@ -40,6 +46,18 @@ OUTSIDE = (
 TEXT_WIDTHS = tuple(("text_encoder", key, "joint_attention_dim") for key in ("hidden_size", "text_config.hidden_size"))
 
 
+# What stands around the words and the picture of a caption: ``prompt_template_encode`` of QwenImageEditPlusPipeline
+# (https://github.com/huggingface/diffusers, Apache 2.0), and the place of a picture in it.
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then "
+    "explain how the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n<|im_start|>user\n{}"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+PICTURE = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+ZERO = "index_timestep_zero"  # 2511's reference method in ComfyUI, and the name of the key in its files
+
+
 class Caption(NamedTuple):
     """A caption as the model takes it: the text encoder's last states ``[T, D]``, of the before picture and the words."""
 
@@ -53,6 +71,10 @@ class QwenEdit(EditModel):
     title = "Qwen-Image-Edit"
     comfyui_model = "QwenImage"
     comfyui_network = "QwenImageTransformer2DModel"
+    comfyui_file = r"qwen[-_ ]?image[-_ ]?edit(?!.*(plus|25\d\d))"
+    comfyui_tokenizer = "QwenImageTokenizer"
+    comfyui_clip = "qwen_image"
+    reference_method = "index"
     parts = Parts(
         pipeline="QwenImageEditPipeline",
         transformer="QwenImageTransformer2DModel",
@@ -76,6 +98,10 @@ class QwenEdit(EditModel):
     text_tokens = 1400  # 1024² pixels at 28² a token, and a caption
     encoded_area = 1024 * 1024  # pixels of the before picture that the text encoder sees
 
+    def is_comfyui(self, base: str, config: Mapping[str, Any], file: str) -> bool:
+        layered = bool(config.get("use_additional_t_cond"))  # Qwen-Image-Layered, of several pictures at once
+        return not layered and super().is_comfyui(base, config, file)
+
     def mu(self, tokens: int, steps: Optional[int] = None) -> float:
         """A straight line through 0.5 at 256 and 0.9 at 8192 tokens, as in the scheduler's config of the published folders."""
         return 0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256)
@@ -95,6 +121,10 @@ class QwenEdit(EditModel):
         return unpack(made * (own.norm(dim=-1, keepdim=True) / made.norm(dim=-1, keepdim=True)), height, width)
 
     # -- captions: with the before picture ---------------------------------------------------------------------------
+
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+        """As ComfyUI's Text Encode Qwen Image Edit, which leaves the template to the tokenizer."""
+        return clip.tokenize(caption, images=[seen(before, self.encoded_area)])
 
     def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
         picture = resized(pipeline, before, self.encoded_area)
@@ -169,16 +199,48 @@ class QwenEdit(EditModel):
 
 
 class QwenEditPlus(QwenEdit):
-    """Qwen-Image-Edit 2509 and 2511. Their text encoder sees the before picture small, and named "Picture 1"."""
+    """Qwen-Image-Edit 2509, and in diffusers 2511. Their text encoder sees the before picture small, named "Picture 1"."""
 
     id = "qwen_image_edit_plus"
-    title = "Qwen-Image-Edit 2509 and 2511"
+    title = "Qwen-Image-Edit 2509"
+    comfyui_file = ""
     parts = replace(QwenEdit.parts, pipeline="QwenImageEditPlusPipeline")
     text_tokens = 256  # 384² pixels at 28² a token, and a caption
     encoded_area = 384 * 384
 
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+        """As ComfyUI's Text Encode Qwen Image Edit Plus."""
+        return clip.tokenize(PICTURE + caption, images=[seen(before, self.encoded_area)], llama_template=TEMPLATE)
+
     def pictures(self, picture: Any) -> Any:
         return [picture]
+
+
+class QwenEdit2511(QwenEditPlus):
+    """In diffusers 2509 and 2511 are one: the network's own config tells them apart. ComfyUI has to be told."""
+
+    id = "qwen_image_edit_2511"
+    title = "Qwen-Image-Edit 2511"
+    comfyui_file = "2511"
+    reference_method = ZERO
+
+    def is_comfyui(self, base: str, config: Mapping[str, Any], file: str) -> bool:
+        keyed = config.get("default_ref_method") == ZERO
+        return super().is_comfyui(base, config, "2511" if keyed else file)
+
+
+def seen(picture: Optional[Tensor], area: int) -> Tensor:
+    """A picture ``[H, W, 3]`` as ComfyUI's text encoder gets it, ``[1, h, w, 3]`` of about ``area`` pixels in its proportions.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if picture is None:
+        raise ValueError("before: expected the picture that the caption is encoded with, got none")
+    height, width = picture.shape[:2]
+    scale = math.sqrt(area / (height * width))
+    size = (round(height * scale), round(width * scale))
+    return F.interpolate(picture[None].movedim(-1, 1), size, mode="area").movedim(1, -1)
 
 
 def module_of(pipeline: type) -> Any:
@@ -216,4 +278,4 @@ def sized(pipeline: type, width: int, height: int) -> Iterator[Any]:
         module.calculate_dimensions = own
 
 
-QWEN_EDIT, QWEN_EDIT_PLUS = QwenEdit(), QwenEditPlus()
+QWEN_EDIT, QWEN_EDIT_PLUS, QWEN_EDIT_2511 = QwenEdit(), QwenEditPlus(), QwenEdit2511()

@@ -6,21 +6,42 @@ have seen the picture, without a word.
 
 from __future__ import annotations
 
-import re
 from typing import Any, Callable, Mapping, Optional
 
 from .base import EditModel
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from .kontext import KONTEXT
 from .longcat import LONGCAT
-from .qwen import QWEN_EDIT, QWEN_EDIT_PLUS
+from .omnigen2 import OMNIGEN2
+from .qwen import QWEN_EDIT, QWEN_EDIT_2511, QWEN_EDIT_PLUS
 
 # Of those that are told apart by a file's name or not at all, the one that is taken without it comes last.
 MODELS: tuple[EditModel, ...] = (
-    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_PLUS, QWEN_EDIT, LONGCAT,
+    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_2511, QWEN_EDIT, QWEN_EDIT_PLUS, LONGCAT, OMNIGEN2,
 )  # fmt: skip
 
 Sizes = Mapping[str, tuple[int, int]]  # layer, without prefix → (inputs, outputs)
+
+_SEES = (
+    "its text encoder sees the before picture in a way that is not known here, and a LoRA would learn from captions that it never "
+    "meets when pictures are made"
+)
+_IGNORES = "it takes a reference and does not look at it, so that a LoRA would learn without the before picture"
+# Others that edit, or look as if they did: ComfyUI's class or diffusers' pipeline → why not. What was found by trying them.
+REFUSED: Mapping[str, str] = {
+    "Boogu": _SEES,
+    "Chroma": _IGNORES,
+    "ChromaRadiance": _IGNORES,
+    "HiDream": "HiDream-E1 takes its before picture beside the noise (concat_latent_image), not as a reference",
+    "HiDreamO1": "autograd cannot follow its network (it writes with out=), which keeps keys of an earlier call besides",
+    "JoyImage": _SEES,
+    "JoyImageEditPipeline": _SEES,
+    "Krea2": f"it looks at a reference only where a method is named, and {_SEES}",
+    "Lumina2": f"of Z-Image, {_SEES}; Lumina 2 has no reference",
+    "ZImageOmniPipeline": _SEES,
+    "MageFlow": _SEES,
+    "FluxPipeline": "it has no reference; FLUX.1 Kontext's folder is of FluxKontextPipeline",
+}
 
 
 def titles() -> str:
@@ -28,11 +49,16 @@ def titles() -> str:
     return ", ".join(model.title for model in MODELS)
 
 
-def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
+def _the(matches: Callable[[EditModel], bool], found: str, name: Optional[str] = None) -> EditModel:
     model = next((model for model in MODELS if matches(model)), None)
     if model is None:
-        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}")
+        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}{_why_not(name)}")
     return model
+
+
+def _why_not(name: Optional[str]) -> str:
+    why = REFUSED.get(name or "")
+    return f": {why}" if why else ""
 
 
 def of_id(id: str) -> EditModel:
@@ -43,7 +69,7 @@ def of_id(id: str) -> EditModel:
 def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> EditModel:  # noqa: B006
     """By the class of a MODEL's ``model``: its very name, for what inherits from a known model may be another one.
 
-    Several models may share a class, as Qwen-Image-Edit and its Plus do: the first that fits of them in :data:`MODELS`.
+    Several models may share a class, as those of Qwen-Image-Edit do: the first that fits of them in :data:`MODELS`.
 
     Args:
         base: that name.
@@ -53,15 +79,8 @@ def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> Edi
     Raises:
         ValueError: unknown; the known ones are named. So do the others.
     """
-
-    def matches(model: EditModel) -> bool:
-        return (
-            model.comfyui_model == base
-            and all(config.get(key) == value for key, value in model.comfyui_config.items())
-            and re.search(model.comfyui_file, file.lower()) is not None
-        )
-
-    return _the(matches, f"ComfyUI's {base}")
+    found = f"ComfyUI's {base}" + (f" of {file}" if file else "")
+    return _the(lambda model: model.is_comfyui(base, config, file), found, base)
 
 
 def of_pipeline(index: Mapping[str, Any]) -> EditModel:
@@ -72,7 +91,7 @@ def of_pipeline(index: Mapping[str, Any]) -> EditModel:
         known = model.parts
         return known.pipeline == pipeline and all(bool(index.get(k)) == value for k, value in known.index.items())
 
-    return _the(matches, f"a folder of {pipeline}")
+    return _the(matches, f"a folder of {pipeline}", pipeline)
 
 
 def of_network(network: str, sizes: Sizes = {}) -> Optional[EditModel]:  # noqa: B006

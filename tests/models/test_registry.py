@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from editloss_core.models import registry
-from editloss_core.models.base import PRESETS, EditModel, Preview
+from editloss_core.models.base import NOT_IN_DIFFUSERS, PRESETS, EditModel, Preview
+from editloss_core.models.qwen import QWEN_EDIT
 from editloss_core.models.registry import MODELS
 
+# Names by which models are told apart that share a class.
+FILES = {
+    "flux2_klein": "flux-2-klein-9b-fp8.safetensors",
+    "qwen_image_edit": "qwen_image_edit_fp8_e4m3fn.safetensors",
+    "qwen_image_edit_2511": "qwen_image_edit_2511_fp8mixed.safetensors",
+}
 EACH = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.id)
 
 
@@ -17,28 +24,25 @@ def test_a_model_says_all_that_is_asked_of_it(model):
     assert isinstance(model, EditModel) and model.id == model.id.lower() and model.title
     assert tuple(model.layers) == PRESETS and all(model.layers.values())
     assert len({m.id for m in MODELS}) == len(MODELS)
-    assert len({(m.parts.pipeline, *m.parts.index.items()) for m in MODELS}) == len(MODELS)
     for name in ("mu", "encode", "caption", "velocity", "stock_velocity"):
-        assert getattr(type(model), name) is not getattr(EditModel, name), name
+        said = getattr(type(model), name) is not getattr(EditModel, name)
+        assert said or (model.parts is NOT_IN_DIFFUSERS and name != "mu"), name
+    assert (model.parts is NOT_IN_DIFFUSERS) == model.names.comfyui_alone, "without a pipeline there is one dialect"
     assert (model.preview_cfg == 1.0) or model.guidance is None, "guidance is embedded, or made of two passes"
 
 
 @EACH
 def test_it_is_found_by_the_names_of_its_classes(model):
-    file = "flux-2-klein-9b-fp8.safetensors" if model.comfyui_file else ""
     assert registry.of_id(model.id) is model
-    assert registry.of_pipeline({"_class_name": model.parts.pipeline, **model.parts.index}) is model
-    # Models of which nothing tells one from another are the same to those who ask by the class: the first stands for all.
-    known = {m: (m.comfyui_model, m.comfyui_config, m.comfyui_file) for m in MODELS}
-    first = registry.of_comfyui(model.comfyui_model, model.comfyui_config, file)
-    assert first is next(m for m in MODELS if known[m] == known[model])
+    assert registry.of_comfyui(model.comfyui_model, model.comfyui_config, FILES.get(model.id, "")) is model
     sizes = {layer: model.names.shapes.get(layer.split(".", 2)[-1], (1, 1)) for layer in all_layers(model)}
     theirs = {name: (1, 1) for layer in sizes for name in model.names.diffusers(layer)}
-    for found in (
-        first,
-        registry.of_network(model.comfyui_network, sizes),
-        registry.of_network(model.parts.transformer, theirs),
-    ):
+    networks = [registry.of_network(model.comfyui_network, sizes)]
+    if model.parts is not NOT_IN_DIFFUSERS:
+        # In diffusers some are one, which their network's own config tells apart.
+        assert registry.of_pipeline({"_class_name": model.parts.pipeline, **model.parts.index}).parts is model.parts
+        networks.append(registry.of_network(model.parts.transformer, theirs))
+    for found in networks:
         assert found.names is model.names and found.layers is model.layers
 
 
@@ -72,12 +76,14 @@ def test_layers_that_mean_something_else_by_model_are_not_guessed():
     assert "flux_kontext" in str(refused.value) and "qwen_image_edit_plus" in str(refused.value)
     # The same ones in ComfyUI's dialect are Qwen's alone; others beside them are FLUX.1's alone.
     of = registry.of_layers
-    assert of(sized(*layers), comfyui=True).id == "qwen_image_edit_plus"
+    assert of(sized(*layers), comfyui=True).names is QWEN_EDIT.names
     assert of(sized(*layers, "single_transformer_blocks.0.attn.to_q"), comfyui=False).id == "flux_kontext"
-    assert of(sized(*layers, "transformer_blocks.0.img_mlp.net.2"), comfyui=False).id == "qwen_image_edit_plus"
+    assert of(sized(*layers, "transformer_blocks.0.img_mlp.net.2"), comfyui=False).names is QWEN_EDIT.names
 
 
-@EACH
+@pytest.mark.parametrize(
+    "model", [model for model in MODELS if model.parts is not NOT_IN_DIFFUSERS], ids=lambda model: model.id
+)
 def test_its_classes_are_in_diffusers_and_transformers(model):
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     parts = model.parts
@@ -100,25 +106,31 @@ def test_names_of_layers_go_both_ways(model):
 
 
 @EACH
-def test_noise_levels_fall_from_one_to_nothing_and_rise_with_the_size(model):
+def test_noise_levels_fall_from_one_to_nothing_and_do_not_fall_with_the_size(model):
     for steps in (1, 4, 20):
         times = model.times(1024, steps)
         assert times[0] == 1 and times[-1] == 0 and len(times) == steps + 1 and bool((times.diff() < 0).all())
-    assert model.mu(4096, 20) > model.mu(256, 20)
+    assert model.mu(4096, 20) >= model.mu(256, 20)
 
 
 @pytest.mark.parametrize(
     ("ask", "found"),
     [
-        (lambda: registry.of_comfyui("Chroma"), "ComfyUI's Chroma"),
-        (lambda: registry.of_comfyui("Flux2"), "ComfyUI's Flux2"),
-        (lambda: registry.of_pipeline({"_class_name": "FluxPipeline"}), "a folder of FluxPipeline"),
+        (lambda: registry.of_comfyui("Ideogram4"), "got ComfyUI's Ideogram4"),
+        (lambda: registry.of_comfyui("Chroma"), "got ComfyUI's Chroma: it takes a reference and does not look at it"),
+        (lambda: registry.of_comfyui("Flux2"), "got ComfyUI's Flux2"),
+        (lambda: registry.of_pipeline({"_class_name": "FluxPipeline"}), "got a folder of FluxPipeline: it has no reference"),
+        (lambda: registry.of_pipeline({"_class_name": None}), "got a folder of None"),
     ],
 )
 def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, found):
     with pytest.raises(ValueError, match="expected an edit model that is known") as refused:
         ask()
     assert found in str(refused.value) and all(model.title in str(refused.value) for model in MODELS)
+
+
+def test_nothing_that_is_known_is_refused():
+    assert not registry.REFUSED.keys() & {name for m in MODELS for name in (m.comfyui_model, m.parts.pipeline)}
 
 
 def test_a_lora_of_no_known_model_is_refused():
@@ -151,11 +163,11 @@ def test_previews_are_sampled_with_and_without_classifier_free_guidance():
     two, half = Two(), 1.0
     plain = model.sample(two, noise, [], ["caption"] * 2, 1)
     assert torch.equal(plain, noise - noise) and two.asked == [(1.0, "caption")]
-    made = model.sample(two, noise, [], ["caption"] * 2, 1, Preview(2.5, 4.0, "nothing"))
+    made = model.sample(two, noise, [], ["caption"] * 2, 1, Preview(2.5, 4.0, ["nothing"] * 2))
     assert two.asked[1:] == [(2.5, "caption"), (2.5, "nothing")] and two.guidance == half
     assert torch.allclose(made, noise - (3 + 4 * (1 - 3)) * noise)  # v = n + cfg · (p − n)
-    with pytest.raises(ValueError, match="negative: expected it with cfg 4, got none"):
-        model.sample(two, noise, [], ["caption"] * 2, 1, Preview(cfg=4.0))
+    with pytest.raises(ValueError, match="negatives: expected one for each of 2 samples with cfg 4, got 1"):
+        model.sample(two, noise, [], ["caption"] * 2, 1, Preview(cfg=4.0, negatives=["nothing"]))
 
 
 QKV, MLP = "double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0"
@@ -202,3 +214,24 @@ def test_a_lora_of_names_that_several_models_have_goes_by_sizes_by_the_header_or
 def test_kleins_are_told_apart_by_the_name_of_their_file(file, found):
     assert registry.of_comfyui("Flux2", {"guidance_embed": False}, file).id == found
     assert registry.of_comfyui("Flux2", {"guidance_embed": True}, file).id == "flux2_dev"
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("qwen_image_edit_bf16.safetensors", "qwen_image_edit"),
+        ("Qwen-Image-Edit-Q4_K_M.gguf", "qwen_image_edit"),
+        ("qwen_image_edit_2509_fp8_e4m3fn.safetensors", "qwen_image_edit_plus"),
+        ("Qwen-Image-Edit-2511-Q4_K_M.gguf", "qwen_image_edit_2511"),
+        ("my_merge.safetensors", "qwen_image_edit_plus"),
+        ("", "qwen_image_edit_plus"),
+    ],
+)
+def test_those_of_qwen_are_told_apart_by_the_name_of_their_file_or_by_a_key_in_it(file, found):
+    assert registry.of_comfyui("QwenImage", {}, file).id == found
+    assert (
+        registry.of_comfyui("QwenImage", {"default_ref_method": "index_timestep_zero"}, file).id
+        == "qwen_image_edit_2511"
+    )
+    with pytest.raises(ValueError, match="got ComfyUI's QwenImage"):
+        registry.of_comfyui("QwenImage", {"use_additional_t_cond": True, "default_ref_method": "negative_index"}, file)
