@@ -79,6 +79,24 @@ def qwen3() -> Any:
     return _clip(*target, "qwen3_4b", {**CLIP, "num_hidden_layers": 28}, {})
 
 
+def vae() -> Any:
+    """Of the real class with its batch norm, narrow; its loader knows the real widths only."""
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    config = {
+        "double_z": True, "z_channels": 32, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+        "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True,
+    }  # fmt: skip
+    params = {"ddconfig": config, "embed_dim": 32}
+    net = randomised(AutoencoderKL(**params), scale=0.05)
+    net.bn.running_mean.fill_(0.1)
+    net.bn.running_var.fill_(0.5)
+    made = comfy.sd.VAE(sd=net.state_dict(), config={"params": params})
+    made.latent_channels, made.downscale_ratio, made.upscale_ratio = 128, 16, 16  # as its loader has them
+    return made
+
+
 def _clip(tokenizer: Any, model: Any, name: str, config: dict[str, Any], data: dict[str, Any]) -> Any:
     import comfy.sd
     import comfy.supported_models_base
