@@ -291,7 +291,9 @@ def the_node_trains_it_and_goes_on(case: Case) -> None:
     assert row.base.shape == row.lora.shape == row.after.shape and not torch.equal(row.base, row.lora)
     checkpoint = run.folder / "checkpoints" / "step_000001.safetensors"
     again = train(2, PACK.sockets.ResumePoint(run.name, checkpoint)).result.lora.tensors()
-    assert all(torch.equal(value, again[name]) for name, value in run.result.lora.tensors().items()), "it went on otherwise"
+    assert all(torch.equal(value, again[name]) for name, value in run.result.lora.tensors().items()), (
+        "it went on otherwise"
+    )
     file = SCRATCH / f"{case.known.id}_run.safetensors"
     run.result.lora.save(file, run.metadata)
     with safe_open(file, framework="pt") as opened:
@@ -396,7 +398,20 @@ def is_refused_by_name(kind: str) -> None:
     )
 
 
-CHECKS: dict[str, Callable[[], None]] = {"every_known_model_has_a_tiny_one": every_known_model_has_a_tiny_one}
+def flux_kv_cache_is_refused() -> None:
+    import comfy_extras.nodes_flux as flux
+    import comfyui_version
+    import tiny.flux2_klein as tiny
+
+    if not hasattr(flux, "FluxKVCache"):
+        raise SkipTest(f"ComfyUI {comfyui_version.__version__} has no Flux KV Cache, which came with 0.16")
+    cached = flux.FluxKVCache.execute(tiny.build())[0]
+    refused(lambda: PACK.denoiser.ComfyDenoiser(cached), "without Flux KV Cache")
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    check.__name__: check for check in (every_known_model_has_a_tiny_one, flux_kv_cache_is_refused)
+}
 for _kind in OTHERS:
     CHECKS[f"{_kind} is refused by name"] = lambda k=_kind: is_refused_by_name(k)
 for _id in IDS:

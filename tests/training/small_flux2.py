@@ -68,7 +68,10 @@ def write_flux2(folder: Path, dev: bool = False, distilled: bool = False, dtype:
             text_config={"model_type": "mistral", **TEXT, "num_hidden_layers": 31},
             vision_config={"model_type": "pixtral", **vision}, image_token_index=260,
         )  # fmt: skip
-        text, tokenizer = Mistral3ForConditionalGeneration(config), PixtralProcessor.from_pretrained(folder / "tokenizer")
+        text, tokenizer = (
+            Mistral3ForConditionalGeneration(config),
+            PixtralProcessor.from_pretrained(folder / "tokenizer"),
+        )
     else:
         text = Qwen3ForCausalLM(Qwen3Config(**TEXT, num_hidden_layers=28))
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder / "tokenizer")
@@ -89,7 +92,9 @@ def write_tokenizer(folder: Path, dev: bool) -> None:
     made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t) for t in ("<end>", "<pad>", "<a>", "<b>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")])
+    made.add_special_tokens(
+        [AddedToken(t) for t in ("<end>", "<pad>", "<a>", "<b>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")]
+    )
     folder.mkdir(parents=True)
     made.save(str(folder / "tokenizer.json"))
     parts = "{{ m.content }}" if not dev else "{% for c in m.content %}{{ c.text }}{% endfor %}"

@@ -111,7 +111,16 @@ def _clip(tokenizer: Any, model: Any, name: str, config: dict[str, Any], data: d
 
 def _letters() -> Tensor:
     """Mistral's file of tokens with single bytes alone."""
-    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", *map("<{}>".format, range(5))]
+    special = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        *map("<{}>".format, range(5)),
+    ]
     vocabulary = {
         "config": {"default_vocab_size": 256 + len(special), "default_num_special_tokens": len(special), "pattern": "\\S+|\\s+"},
         "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)],
