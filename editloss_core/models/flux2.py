@@ -64,6 +64,7 @@ class Flux2(EditModel):
 
     comfyui_model = "Flux2"
     comfyui_network = "Flux"  # of FLUX.1 as well
+    comfyui_clip = "flux2"
     text_encoders = TEXT_ENCODERS
 
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
@@ -224,6 +225,7 @@ def _parts(pipeline: str, text: str, text_width: str, **index: Any) -> Parts:
 class Flux2Dev(Flux2):
     id = "flux2_dev"
     title = "FLUX.2 dev"
+    comfyui_tokenizer = "Flux2Tokenizer"
     comfyui_config = {"guidance_embed": True}
     parts = _parts("Flux2Pipeline", "Mistral3ForConditionalGeneration", "text_config.hidden_size")
 
@@ -237,6 +239,7 @@ class Flux2KleinBase(Flux2):
 
     id = "flux2_klein_base"
     title = "FLUX.2 klein base"
+    comfyui_tokenizer = "KleinTokenizer"
     comfyui_config = {"guidance_embed": False}
     parts = _parts("Flux2KleinPipeline", "Qwen3ForCausalLM", "hidden_size", is_distilled=False)
 

@@ -50,7 +50,11 @@ def write_flux2(folder: Path, dev: bool = False, distilled: bool = False, dtype:
     """A folder that ``Flux2Pipeline.from_pretrained`` or ``Flux2KleinPipeline.from_pretrained`` loads."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
     from transformers import (
-        Mistral3Config, Mistral3ForConditionalGeneration, PixtralProcessor, Qwen2TokenizerFast, Qwen3Config,
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        PixtralProcessor,
+        Qwen2TokenizerFast,
+        Qwen3Config,
         Qwen3ForCausalLM,
     )  # fmt: skip
 

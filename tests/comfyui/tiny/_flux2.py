@@ -37,12 +37,12 @@ FLUX2 = {
 CLIP = {"hidden_size": WIDTH, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
-def build(guidance: bool, file: str = "") -> Any:
+def build(guidance: bool, file: str = "", **changed: Any) -> Any:
     """As the stock loader leaves it: newer ones remember the file."""
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.Flux2(flux_config(**FLUX2, guidance_embed=guidance))
+    config = comfy.supported_models.Flux2(flux_config(**{**FLUX2, **changed}, guidance_embed=guidance))
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device=torch.device("cpu"))
     randomised(base.diffusion_model)
@@ -77,6 +77,24 @@ def qwen3() -> Any:
         raise SkipTest("this ComfyUI has no text encoder of klein, which came with 0.9")
     target = (flux.KleinTokenizer, flux.klein_te(dtype_llama=torch.float32, model_type="qwen3_4b"))
     return _clip(*target, "qwen3_4b", {**CLIP, "num_hidden_layers": 28}, {})
+
+
+def vae() -> Any:
+    """Of the real class with its batch norm, narrow; its loader knows the real widths only."""
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    config = {
+        "double_z": True, "z_channels": 32, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+        "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "batch_norm_latent": True,
+    }  # fmt: skip
+    params = {"ddconfig": config, "embed_dim": 32}
+    net = randomised(AutoencoderKL(**params), scale=0.05)
+    net.bn.running_mean.fill_(0.1)
+    net.bn.running_var.fill_(0.5)
+    made = comfy.sd.VAE(sd=net.state_dict(), config={"params": params})
+    made.latent_channels, made.downscale_ratio, made.upscale_ratio = 128, 16, 16  # as its loader has them
+    return made
 
 
 def _clip(tokenizer: Any, model: Any, name: str, config: dict[str, Any], data: dict[str, Any]) -> Any:
