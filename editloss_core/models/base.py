@@ -11,7 +11,8 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass, field, replace
-from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
+from functools import partial
+from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,8 @@ class Parts:
     others: str = ""
 
 
+NOT_IN_DIFFUSERS = Parts("", "", "", (), {}, (), (), "")
+
 Rows = Mapping[str, tuple[str, ...]]
 
 
@@ -121,6 +124,7 @@ class LayerNames:
             one, from above.
         outside: the same for layers that are in no block.
         swapped: ComfyUI's layers whose halves diffusers has in the opposite order.
+        comfyui_alone: whether there is no other dialect than ComfyUI's; diffusers' names above are then ComfyUI's own.
         mlp_ratio: rows of a fourth part for each of the first three's, where queries, keys, values and an MLP's input are one.
         shapes: ComfyUI's layer in a block → (inputs, outputs) in a ratio that another model with the same names has not.
         alpha: whether diffusers' loader takes a layer's ``.alpha``; if not, it is multiplied into the matrices.
@@ -131,6 +135,7 @@ class LayerNames:
     outside: Rows = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     mlp_ratio: int = 4
+    comfyui_alone: bool = False
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     alpha: bool = True
 
@@ -192,7 +197,8 @@ class EditModel:
         comfyui_tokenizer: class of its text encoder's tokenizer there, by name, where the width of the features does not tell.
         comfyui_clip: type of Load CLIP that gives such a text encoder.
         comfyui_network: class of its network there.
-        parts: its classes in diffusers.
+        parts: its classes in diffusers; NOT_IN_DIFFUSERS where that has no pipeline for it.
+        text_layer: the linear layer that takes the text encoder's features, in ComfyUI's network.
         layers: preset → patterns over names of layers, of both programs' networks.
         names: of its layers in LoRA files.
         diffusers_loads_lora: whether its pipeline has a loader of LoRA files.
@@ -223,6 +229,7 @@ class EditModel:
     comfyui_clip: str = ""
     text_encoders: Mapping[int, str] = {}
     diffusers_loads_lora: bool = True
+    text_layer: str = "txt_in"
     reference_method: Optional[str] = None
     reads_picture: bool = False
     guidance: Optional[float] = None
@@ -295,9 +302,10 @@ class EditModel:
         for t, following in zip(times, times[1:]):
             yield t.item(), x
             levels = t.expand(len(x)).to(x.device)
-            v = asked(x, levels, references, conditioning)
-            if cfg != 1.0:
-                v = self.guided(v, asked(x, levels, references, negatives), cfg)
+            if cfg == 1.0:
+                v = asked(x, levels, references, conditioning)
+            else:
+                v = self.steered(partial(asked, x, levels), references, conditioning, negatives, cfg)
             x = x + (following - t).item() * v.to(x)
         yield 0.0, x
 
@@ -326,6 +334,21 @@ class EditModel:
             if done and progress is not None:
                 progress(done, steps)
         return latents
+
+    def steered(
+        self,
+        asked: Callable[[Sequence[Tensor], Sequence[Any]], Tensor],
+        references: Sequence[Tensor],
+        conditioning: Sequence[Any],
+        negative: Sequence[Any],
+        cfg: float,
+    ) -> Tensor:
+        """Velocity with classifier-free guidance; a model that is asked in another way than for caption and negative overrides it.
+
+        Args:
+            asked: the model's velocity for references and conditioning, at the place where it is wanted.
+        """
+        return self.guided(asked(references, conditioning), asked(references, negative), cfg)
 
     def guided(self, positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); a model that rescales overrides it."""

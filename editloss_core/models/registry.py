@@ -12,14 +12,36 @@ from .base import EditModel
 from .flux2 import FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE
 from .kontext import KONTEXT
 from .longcat import LONGCAT
+from .omnigen2 import OMNIGEN2
 from .qwen import QWEN_EDIT, QWEN_EDIT_2511, QWEN_EDIT_PLUS
 
 # Of those that are told apart by a file's name or not at all, the one that is taken without it comes last.
 MODELS: tuple[EditModel, ...] = (
-    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_2511, QWEN_EDIT, QWEN_EDIT_PLUS, LONGCAT,
+    KONTEXT, FLUX2_DEV, FLUX2_KLEIN, FLUX2_KLEIN_BASE, QWEN_EDIT_2511, QWEN_EDIT, QWEN_EDIT_PLUS, LONGCAT, OMNIGEN2,
 )  # fmt: skip
 
 Sizes = Mapping[str, tuple[int, int]]  # layer, without prefix → (inputs, outputs)
+
+_SEES = (
+    "its text encoder sees the before picture in a way that is not known here, and a LoRA would learn from captions that it never "
+    "meets when pictures are made"
+)
+_IGNORES = "it takes a reference and does not look at it, so that a LoRA would learn without the before picture"
+# Others that edit, or look as if they did: ComfyUI's class or diffusers' pipeline → why not. What was found by trying them.
+REFUSED: Mapping[str, str] = {
+    "Boogu": _SEES,
+    "Chroma": _IGNORES,
+    "ChromaRadiance": _IGNORES,
+    "HiDream": "HiDream-E1 takes its before picture beside the noise (concat_latent_image), not as a reference",
+    "HiDreamO1": "autograd cannot follow its network (it writes with out=), which keeps keys of an earlier call besides",
+    "JoyImage": _SEES,
+    "JoyImageEditPipeline": _SEES,
+    "Krea2": f"it looks at a reference only where a method is named, and {_SEES}",
+    "Lumina2": f"of Z-Image, {_SEES}; Lumina 2 has no reference",
+    "ZImageOmniPipeline": _SEES,
+    "MageFlow": _SEES,
+    "FluxPipeline": "it has no reference; FLUX.1 Kontext's folder is of FluxKontextPipeline",
+}
 
 
 def titles() -> str:
@@ -27,11 +49,16 @@ def titles() -> str:
     return ", ".join(model.title for model in MODELS)
 
 
-def _the(matches: Callable[[EditModel], bool], found: str) -> EditModel:
+def _the(matches: Callable[[EditModel], bool], found: str, name: Optional[str] = None) -> EditModel:
     model = next((model for model in MODELS if matches(model)), None)
     if model is None:
-        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}")
+        raise ValueError(f"expected an edit model that is known ({titles()}), got {found}{_why_not(name)}")
     return model
+
+
+def _why_not(name: Optional[str]) -> str:
+    why = REFUSED.get(name or "")
+    return f": {why}" if why else ""
 
 
 def of_id(id: str) -> EditModel:
@@ -53,7 +80,7 @@ def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> Edi
         ValueError: unknown; the known ones are named. So do the others.
     """
     found = f"ComfyUI's {base}" + (f" of {file}" if file else "")
-    return _the(lambda model: model.is_comfyui(base, config, file), found)
+    return _the(lambda model: model.is_comfyui(base, config, file), found, base)
 
 
 def of_pipeline(index: Mapping[str, Any]) -> EditModel:
@@ -64,7 +91,7 @@ def of_pipeline(index: Mapping[str, Any]) -> EditModel:
         known = model.parts
         return known.pipeline == pipeline and all(bool(index.get(k)) == value for k, value in known.index.items())
 
-    return _the(matches, f"a folder of {pipeline}")
+    return _the(matches, f"a folder of {pipeline}", pipeline)
 
 
 def of_network(network: str, sizes: Sizes = {}) -> Optional[EditModel]:  # noqa: B006

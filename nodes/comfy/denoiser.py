@@ -18,6 +18,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...editloss_core.lora.lora import layer_features
 from ...editloss_core.models.base import EditModel
 from .flow_model import check_flow_model, edit_model_of, model_inputs
 from .frames import framed, unframed
@@ -248,7 +249,7 @@ class ComfyDenoiser:
 
     def _inputs(self, x: Tensor, references: list[Tensor], item: Any) -> dict[str, comfy.conds.CONDRegular]:
         base = self.model.model
-        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base, self.edit_model))[0])
+        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, self))[0])
         cond.pop("reference_latents", None)
         if references:
             cond["reference_latents"] = references
@@ -297,7 +298,7 @@ def _whereabouts(patcher) -> tuple[int, int]:
     return id(patcher), patcher.loaded_size() if is_loaded(patcher) else -1
 
 
-def _entry(item: Any, base, edit_model: EditModel) -> Sequence[Any]:
+def _entry(item: Any, denoiser: ComfyDenoiser) -> Sequence[Any]:
     """A CONDITIONING that can be trained on."""
     if not isinstance(item, (list, tuple)) or not all(isinstance(e, (list, tuple)) and len(e) == 2 for e in item):
         raise ValueError(
@@ -309,11 +310,11 @@ def _entry(item: Any, base, edit_model: EditModel) -> Sequence[Any]:
     for key, what in NOT_TRAINABLE.items():
         if options.get(key) is not None:
             raise ValueError(f"conditioning: expected a prompt alone, got {what} with it ({key!r})")
-    wanted = getattr(getattr(base.diffusion_model, "txt_in", None), "in_features", None)
-    if wanted is not None and context.shape[-1] != wanted:
-        own, other = (_of(width, edit_model) for width in (wanted, context.shape[-1]))
+    wanted, _ = layer_features(denoiser.module.get_submodule(denoiser.edit_model.text_layer))
+    if context.shape[-1] != wanted:
+        own, other = (_of(width, denoiser.edit_model) for width in (wanted, context.shape[-1]))
         raise ValueError(
-            f"conditioning: {type(base).__name__} takes text features of {own}, got {other}; use the model's own text encoder"
+            f"conditioning: {denoiser.edit_model.title} takes text features of {own}, got {other}; use the model's own text encoder"
         )
     return item
 

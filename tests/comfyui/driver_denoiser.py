@@ -1096,7 +1096,7 @@ def check_model_without_reference_latents_is_refused() -> None:
 
     model, b = small_flux(), batch(2)
     model.model.__class__ = Deaf
-    refused(lambda: PACK.denoiser.ComfyDenoiser(model), "model", "that is known (FLUX.1 Kontext)", "ComfyUI's Deaf")
+    refused(lambda: PACK.denoiser.ComfyDenoiser(model), "model", "that is known (FLUX.1 Kontext, ", "ComfyUI's Deaf")
     Deaf.__name__ = "Flux"
     denoiser = PACK.denoiser.ComfyDenoiser(model)
     with torch.no_grad():

@@ -8,6 +8,7 @@ nodes that they are compared with are the stock ones.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from unittest import SkipTest
 
 import torch
-from driver_model_encoders import assert_close, import_pack, pictures, run_checks
+from driver_model_encoders import assert_close, import_pack, pictures, refused, run_checks
 from torch import Tensor
 
 PRESETS = ("attention", "attention + MLP", "all")
@@ -118,7 +119,6 @@ def velocity_is_that_of_the_stock_sampler(case: Case) -> None:
 
 def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
     """Four steps of Euler on the model's schedule, with the guidance that previews have."""
-    import comfy.sample
     import comfy.samplers
 
     known, noise, reference = case.known, case.tiny.latents(5, 8, 12), case.reference[:1]
@@ -128,12 +128,32 @@ def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
         ours = known.sample(case.denoiser, noise, [reference], case.prompts[:1], 4, preview)
         conds = [case.conditioning(p, reference, known.preview_guidance) for p in (case.prompts[0], negative)]
         model = getattr(case.tiny, "sampled", lambda model: model)(case.model)
-        theirs = comfy.sample.sample_custom(
-            model, case.framed(noise), known.preview_cfg, comfy.samplers.sampler_object("euler"),
-            known.times(known.tokens(noise), 4), *conds, torch.zeros_like(case.framed(noise)), disable_pbar=True,
+        guider = getattr(case.tiny, "guider", guider_of)(model, *conds, negative, known.preview_cfg)
+        theirs = guider.sample(
+            case.framed(noise), torch.zeros_like(case.framed(noise)), comfy.samplers.sampler_object("euler"),
+            known.times(known.tokens(noise), 4), disable_pbar=True,
         )  # fmt: skip
         theirs = case.model.model.process_latent_in(theirs).view_as(ours)
         assert_close(ours, theirs, 1e-3, "picture")
+
+
+def guider_of(model: Any, positive: list[Any], negative: list[Any], bare: list[Any], cfg: float) -> Any:
+    """What stands behind KSampler and CFGGuider."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def noise_levels_are_those_of_the_stock_scheduler(case: Case) -> None:
+    """Where the stock workflow has one by name, at 20 steps."""
+    import comfy.samplers
+
+    sampling = case.model.get_model_object("model_sampling")
+    theirs = comfy.samplers.calculate_sigmas(sampling, case.tiny.SCHEDULER, 20)
+    assert_close(case.known.times(case.known.tokens(case.x), 20), theirs, 1e-5, "noise levels")
 
 
 def the_reference_changes_the_output(case: Case) -> None:
@@ -256,6 +276,7 @@ KINDS: dict[str, Callable[[Case], None]] = {
         it_is_the_one,
         velocity_is_that_of_the_stock_sampler,
         previews_are_what_the_stock_sampler_makes,
+        noise_levels_are_those_of_the_stock_scheduler,
         the_reference_changes_the_output,
         presets_grow,
         latents_go_to_a_vae_and_back,
@@ -263,6 +284,7 @@ KINDS: dict[str, Callable[[Case], None]] = {
         the_self_check_passes,
     )
 }
+NEEDS = {captions_are_encoded_as_by_the_stock_node: "clip", noise_levels_are_those_of_the_stock_scheduler: "SCHEDULER"}
 for _layers in PRESETS:
     KINDS[f"the_file_does_what_the_lora_did, {_layers}"] = lambda case, p=_layers: the_file_does_what_the_lora_did(
         case, p
@@ -277,12 +299,66 @@ def every_known_model_has_a_tiny_one() -> None:
     assert {model.id for model in PACK.registry.MODELS} == set(IDS)
 
 
+# Other classes that edit or seem to, in their own sizes; what their configuration has no default for is as ComfyUI finds it.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Boogu": {},
+    "Chroma": {
+        "in_channels": 64, "out_channels": 64, "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0,
+        "num_heads": 24, "depth": 1, "depth_single_blocks": 1, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2,
+        "qkv_bias": True, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5, "txt_ids_dims": [],
+        "vec_in_dim": None,
+    },
+    "HiDream": {
+        "attention_head_dim": 128, "axes_dims_rope": [64, 32, 32], "caption_channels": [4096, 4096],
+        "max_resolution": [128, 128], "in_channels": 16, "llama_layers": [0, 1], "num_attention_heads": 20,
+        "num_routed_experts": 4, "num_activated_experts": 2, "num_layers": 1, "num_single_layers": 1, "out_channels": 16,
+        "patch_size": 2, "text_emb_dim": 2048,
+    },
+    "HiDreamO1": {},
+    "JoyImage": {"in_channels": 16, "hidden_size": 4096, "patch_size": [1, 2, 2], "num_layers": 1, "text_dim": 4096},
+    "Krea2": {},
+    "Lumina2": {
+        "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512],
+        "patch_size": 2, "in_channels": 16, "cap_feat_dim": 2560, "n_layers": 1, "qk_norm": True,
+    },
+    "MageFlow": {"in_channels": 128, "num_layers": 1},
+}  # fmt: skip
+
+
+def is_refused_by_name(kind: str) -> None:
+    """Before any work: its weights are on torch's meta device, where nothing can be computed."""
+    import comfy.ldm.chroma.model
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+    import comfyui_version
+
+    if not hasattr(comfy.model_base, kind):
+        raise SkipTest(f"ComfyUI {comfyui_version.__version__} has no {kind}")
+    sizes = OTHERS[kind]
+    if kind == "Chroma":
+        known = {field.name for field in dataclasses.fields(comfy.ldm.chroma.model.ChromaParams)}
+        sizes = {name: value for name, value in sizes.items() if name in known}
+    config = getattr(comfy.supported_models, kind)({"image_model": kind.lower(), **sizes})
+    config.set_inference_dtype(torch.bfloat16, None)
+    with torch.device("meta"):
+        base = config.get_model({}, device=torch.device("meta"))
+    assert type(base).__name__ == kind
+    model = comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+    why = PACK.registry.REFUSED[kind]
+    refused(
+        lambda: PACK.denoiser.ComfyDenoiser(model), "model: ", PACK.registry.titles(), f"got ComfyUI's {kind}: {why}"
+    )
+
+
 CHECKS: dict[str, Callable[[], None]] = {"every_known_model_has_a_tiny_one": every_known_model_has_a_tiny_one}
+for _kind in OTHERS:
+    CHECKS[f"{_kind} is refused by name"] = lambda k=_kind: is_refused_by_name(k)
 for _id in IDS:
     _tiny = importlib.import_module(f"tiny.{_id}")
     for _variant, _build in {"": _tiny.build, **getattr(_tiny, "VARIANTS", {})}.items():
         for _kind, _check in KINDS.items():
-            if _check is not captions_are_encoded_as_by_the_stock_node or (hasattr(_tiny, "clip") and not _variant):
+            if _check not in NEEDS or hasattr(_tiny, NEEDS[_check]):
                 CHECKS[f"{_id}{_variant and f' {_variant}'}: {_kind}"] = lambda c=_check, i=_id, t=_tiny, b=_build: c(
                     Case(i, t, b)
                 )

@@ -13,6 +13,9 @@ and may have
 * ``clip() -> CLIP``: its text encoder, tiny, with the real tokenizer;
 * ``stock(clip, caption, before) -> CONDITIONING``: what the stock node makes of a caption and a picture ``[1, H, W, 3]``, where
   it is not CLIP Text Encode;
+* ``SCHEDULER``: name of the stock workflow's scheduler, where the model's noise levels are all that it takes;
+* ``guider(model, positive, negative, bare, cfg) -> GUIDER``: the stock workflow's, where it is not CFG Guider or KSampler;
+  ``bare`` is the negative without a reference;
 * ``UNUSED``: layers whose answers the network does not use: in the last block, of the text that nobody reads on;
 * ``sampled(model) -> MODEL``: the model behind those nodes of the stock workflow that change how it is sampled.
 
