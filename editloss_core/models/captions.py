@@ -129,5 +129,5 @@ def _short(caption: str) -> str:
 
 
 def _key(model: EditModel, asked: Asked, fingerprint: str) -> str:
-    seen = [asked.content] if asked.content else []
+    seen = [asked.content, model.parts.pipeline] if asked.content else []  # one text encoder, and another template
     return hash_tensors([], CAPTION_METHOD, fingerprint, str(model.text_tokens), asked.caption, *seen)
