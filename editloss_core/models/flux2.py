@@ -64,6 +64,7 @@ class Flux2(EditModel):
 
     comfyui_model = "Flux2"
     comfyui_network = "Flux"  # of FLUX.1 as well
+    comfyui_clip = "flux2"
     text_encoders = TEXT_ENCODERS
 
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
@@ -146,21 +147,27 @@ class Flux2(EditModel):
             def _encode_vae_image(self, image: Tensor, generator: Any) -> Tensor:
                 return reference[:1].to(**like)
 
-        # Of its autoencoder the pipeline asks sizes and the mean and deviation of latents, here 0 and 1.
+        # The pipeline asks its autoencoder for the size of a latent, and the latents are seen before it has them.
         vae = diffusers.AutoencoderKLFlux2(
-            block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=x.shape[1] // 4, batch_norm_eps=0.0
+            block_out_channels=(4,) * 4, norm_num_groups=4, latent_channels=x.shape[1] // 4
         )
+        after: list[Tensor] = []
+
+        def see(pipeline: Any, step: int, t: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            after.append(values["latents"].float())
+            return values
+
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
         pipeline: Any = WithLatents(scheduler, vae, None, None, denoiser.module)
         pipeline.set_progress_bar_config(disable=True)
         count, side = len(x), self.downscale
-        after = pipeline(
+        pipeline(
             image=Image.new("RGB", (64, 64)), latents=x.to(**like), height=side * x.shape[2], width=side * x.shape[3],
             sigmas=[t[0].item()], num_inference_steps=1, output_type="latent", return_dict=False,
             guidance_scale=denoiser.guidance if denoiser.module.config.guidance_embeds else 1.0,
-            prompt_embeds=caption.tokens[None].expand(count, -1, -1).to(**like),
-        )[0]  # fmt: skip
-        return (x - patchify(after.float())) / t.view(-1, 1, 1, 1)
+            prompt_embeds=caption.tokens[None].expand(count, -1, -1).to(**like), callback_on_step_end=see,
+        )  # fmt: skip
+        return (x - after[0].transpose(1, 2).unflatten(2, x.shape[2:])) / t.view(-1, 1, 1, 1)
 
 
 def tokens(latents: Tensor) -> Tensor:
@@ -218,6 +225,7 @@ def _parts(pipeline: str, text: str, text_width: str, **index: Any) -> Parts:
 class Flux2Dev(Flux2):
     id = "flux2_dev"
     title = "FLUX.2 dev"
+    comfyui_tokenizer = "Flux2Tokenizer"
     comfyui_config = {"guidance_embed": True}
     parts = _parts("Flux2Pipeline", "Mistral3ForConditionalGeneration", "text_config.hidden_size")
 
@@ -231,6 +239,7 @@ class Flux2KleinBase(Flux2):
 
     id = "flux2_klein_base"
     title = "FLUX.2 klein base"
+    comfyui_tokenizer = "KleinTokenizer"
     comfyui_config = {"guidance_embed": False}
     parts = _parts("Flux2KleinPipeline", "Qwen3ForCausalLM", "hidden_size", is_distilled=False)
 

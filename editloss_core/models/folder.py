@@ -155,8 +155,8 @@ class ModelFolder:
         if kind not in model.parts.decoders:
             return [f"decoder: expected a folder of a {' or a '.join(model.parts.decoders)}, got a {kind}"]
         own = _json(self.folder / "vae" / "config.json")
-        wanted = own.get("latent_channels") if isinstance(own, dict) else None
-        found = config.get("latent_channels")
+        wanted = latent_channels(own) if isinstance(own, dict) else None
+        found = latent_channels(config)
         if wanted is not None and found != wanted:
             return [f"decoder: expected one for latents of {wanted} channels, got {found}"]
         return []
@@ -254,19 +254,26 @@ def _json(path: Path) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else f"{path} is not a JSON object"
 
 
+def latent_channels(vae: Mapping[str, Any]) -> Optional[int]:
+    """Of an autoencoder's config; None where it does not say."""
+    return vae.get("latent_channels", vae.get("z_dim"))
+
+
 def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list[str]:
     """Parts that do not belong together, by their sizes."""
     faults = []
     network, vae, patch = configs.get("transformer", {}), configs.get("vae", {}), model.patch
-    inputs, channels = network.get("in_channels"), vae.get("latent_channels")
+    inputs, channels = network.get("in_channels"), latent_channels(vae)
     patch *= (vae.get("patch_size") or [1])[0]  # by which some pack their latents themselves
     if inputs and channels and inputs != patch**2 * channels:
         faults.append(
             f"path: transformer: expected in_channels {patch**2 * channels} ({patch}×{patch} latents of {channels} channels), "
             f"got {inputs}: that is not {model.parts.others or model.title}"
         )
-    if network.get("out_channels") not in (None, inputs):
-        faults.append(f"path: transformer: expected out_channels {inputs}, got {network['out_channels']}")
+    # Some count what comes out by latents, others by tokens.
+    outputs, side = network.get("out_channels"), network.get("patch_size", 1)
+    if inputs and outputs and outputs * side**2 != inputs:
+        faults.append(f"path: transformer: expected out_channels {inputs // side**2}, got {outputs}")
     for part, theirs, mine in model.parts.text_widths:
         wanted, found = network.get(mine), _nested(configs.get(part, {}), theirs)
         count = model.parts.text_layers

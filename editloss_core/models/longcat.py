@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import EditModel, LayerNames, Parts
 from .kontext import ATTENTION, DOUBLE_BLOCK, KONTEXT, MLP, PATCH, SINGLE_BLOCK, pack, position_ids, unpack
-from .qwen import Caption, module_of, resized, seen, sized
+from .qwen import TEXT_WIDTHS, Caption, module_of, resized, seen, sized
 
 OUTSIDE = {
     "img_in": ("x_embedder",),
@@ -41,7 +41,7 @@ class LongCat(EditModel):
         decoders=("AutoencoderKL", "AutoencoderTiny"),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "text_processor"),
-        text_widths=(("text_encoder", "hidden_size", "joint_attention_dim"),),
+        text_widths=TEXT_WIDTHS,
         original_key="double_blocks.0.img_attn.qkv.weight",
     )
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
@@ -138,10 +138,12 @@ class LongCat(EditModel):
             def encode_prompt(self, **_: Any) -> tuple[Tensor, Tensor]:
                 return caption.tokens[None].to(**like), positions(len(caption.tokens)).to(denoiser.device)
 
-        # Of its autoencoder it asks for the sizes alone, of what makes tokens of pictures for the one that it has inside.
-        vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(0,) * 4, latent_channels=channels))
+        class Sizes(SimpleNamespace):
+            """All that it asks its autoencoder and its processor for."""
+
+        vae = Sizes(config=Sizes(block_out_channels=(0,) * 4, latent_channels=channels))
         pipeline = Pipeline(
-            FlowMatchEulerDiscreteScheduler(), vae, None, None, SimpleNamespace(image_processor=None), denoiser.module
+            FlowMatchEulerDiscreteScheduler(), vae, None, None, Sizes(image_processor=None), denoiser.module
         )  # fmt: skip
         pipeline.set_progress_bar_config(disable=True)
         made = []

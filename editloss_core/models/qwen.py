@@ -42,6 +42,9 @@ OUTSIDE = (
     "proj_out",
 )
 
+# Newer folders have the config of the part that reads words inside that of the whole.
+TEXT_WIDTHS = tuple(("text_encoder", key, "joint_attention_dim") for key in ("hidden_size", "text_config.hidden_size"))
+
 
 # What stands around the words and the picture of a caption: ``prompt_template_encode`` of QwenImageEditPlusPipeline
 # (https://github.com/huggingface/diffusers, Apache 2.0), and the place of a picture in it.
@@ -79,7 +82,7 @@ class QwenEdit(EditModel):
         decoders=("AutoencoderKLQwenImage",),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "processor"),
-        text_widths=(("text_encoder", "hidden_size", "joint_attention_dim"),),
+        text_widths=TEXT_WIDTHS,
         original_key="transformer_blocks.0.img_mod.1.weight",
     )
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
@@ -187,8 +190,9 @@ class QwenEdit(EditModel):
             with sized(stock, side * its.shape[-1], side * its.shape[-2]) as picture:
                 after = pipeline(
                     image=picture, height=side * height, width=side * width, latents=pack(one[None].to(**like)),
-                    prompt_embeds=caption.tokens[None].to(**like), true_cfg_scale=1.0, sigmas=[t[0].item()],
-                    num_inference_steps=1, output_type="latent", return_dict=False,
+                    prompt_embeds=caption.tokens[None].to(**like), prompt_embeds_mask=torch.ones(1, len(caption.tokens)),
+                    true_cfg_scale=1.0, sigmas=[t[0].item()], num_inference_steps=1, output_type="latent",
+                    return_dict=False,
                 )[0]  # fmt: skip
             made.append(unpack(after.float(), height, width))
         return (x - torch.cat(made).to(x)) / t.view(-1, 1, 1, 1)

@@ -34,6 +34,11 @@ def edit_model_of(model, told: str = "") -> EditModel:
     Raises:
         ValueError: nothing; with the models that are known. What was told is of another class, or needs a newer ComfyUI.
     """
+    if any(name.endswith(".default_ref_method") for name in model.object_patches):
+        raise ValueError(
+            "model: expected one without Flux KV Cache, which would keep the reference of the first pair for all; leave that "
+            "node out"
+        )
     base, config = type(model.model).__name__, getattr(model.model.model_config, "unet_config", {})
     try:
         known = registry.of_comfyui(base, config, file_of(model))

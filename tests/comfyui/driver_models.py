@@ -258,6 +258,48 @@ def captions_are_encoded_as_by_the_stock_node(case: Case) -> None:
         case.denoiser(case.x[:1], case.t[:1], [case.reference[:1]], [ours])
 
 
+def the_node_trains_it_and_goes_on(case: Case) -> None:
+    """Losses on the estimate, held-out pictures, a checkpoint, a run that goes on from it, and a file of its own names."""
+    from safetensors import safe_open
+
+    clip, vae = case.tiny.clip(), case.tiny.vae()
+    before, after = pictures(64, 96, 3, 1), pictures(64, 96, 3, 2)
+    masks = torch.zeros(3, 64, 96)
+    masks[:, 16:48, 32:64] = 1
+    pairs = PACK.pairs.PairSet.from_images(before, after, masks, CAPTION, resolution=80)
+    term = PACK.objective.LossTerm("feature_match", "vae", dist="l2", anchor="pred", positive="gt")
+    encoder = PACK.encoders.vae_encoder(vae)
+    encoder.info = dataclasses.replace(encoder.info, name="vae")
+    wired = PACK.sockets.WiredObjective().with_term(term, encoder)
+    options = PACK.sockets.TrainingOptions(
+        training={"preview_steps": 2, "previews": 1, "validate_every": 2, "gradients_every": 1, "checkpoint_every": 1}
+    )
+
+    def train(steps: int, resume: Any = None) -> Any:
+        with torch.inference_mode():
+            return PACK.training.Train.execute(
+                model=case.model, clip=clip, vae=vae, pairs=pairs, name=case.known.id, steps=steps, learning_rate=1e-2,
+                batch_size=2, rank=2, alpha=4.0, layers="attention", seed=0, hold_out=1, objective=wired, options=options,
+                resume=resume,
+            ).args[4]  # fmt: skip
+
+    run = train(2)
+    samples = [s.terms["feature match"] for step in run.result.log.steps for s in step.samples]
+    assert len(samples) == 4 and all(s.gradient > 0 for s in samples), "the term has no gradient"
+    assert any(layer.up.abs().max() > 0 for layer in run.result.lora.layers), "nothing was learnt"
+    (row,) = run.result.pictures
+    assert row.base.shape == row.lora.shape == row.after.shape and not torch.equal(row.base, row.lora)
+    checkpoint = run.folder / "checkpoints" / "step_000001.safetensors"
+    again = train(2, PACK.sockets.ResumePoint(run.name, checkpoint)).result.lora.tensors()
+    assert all(torch.equal(value, again[name]) for name, value in run.result.lora.tensors().items()), (
+        "it went on otherwise"
+    )
+    file = SCRATCH / f"{case.known.id}_run.safetensors"
+    run.result.lora.save(file, run.metadata)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["editloss_edit_model"] == case.known.id
+
+
 def the_self_check_passes(case: Case) -> None:
     case.denoiser = case.with_checkpointing(True)
     lora = PACK.lora.LoRA(case.denoiser.module, PACK.lora.LoRASettings(8, 8.0, layers="all"), model=case.known).attach()
@@ -282,9 +324,14 @@ KINDS: dict[str, Callable[[Case], None]] = {
         latents_go_to_a_vae_and_back,
         captions_are_encoded_as_by_the_stock_node,
         the_self_check_passes,
+        the_node_trains_it_and_goes_on,
     )
 }
-NEEDS = {captions_are_encoded_as_by_the_stock_node: "clip", noise_levels_are_those_of_the_stock_scheduler: "SCHEDULER"}
+NEEDS = {
+    captions_are_encoded_as_by_the_stock_node: "clip",
+    noise_levels_are_those_of_the_stock_scheduler: "SCHEDULER",
+    the_node_trains_it_and_goes_on: "vae",
+}
 for _layers in PRESETS:
     KINDS[f"the_file_does_what_the_lora_did, {_layers}"] = lambda case, p=_layers: the_file_does_what_the_lora_did(
         case, p
@@ -351,7 +398,20 @@ def is_refused_by_name(kind: str) -> None:
     )
 
 
-CHECKS: dict[str, Callable[[], None]] = {"every_known_model_has_a_tiny_one": every_known_model_has_a_tiny_one}
+def flux_kv_cache_is_refused() -> None:
+    import comfy_extras.nodes_flux as flux
+    import comfyui_version
+    import tiny.flux2_klein as tiny
+
+    if not hasattr(flux, "FluxKVCache"):
+        raise SkipTest(f"ComfyUI {comfyui_version.__version__} has no Flux KV Cache, which came with 0.16")
+    cached = flux.FluxKVCache.execute(tiny.build())[0]
+    refused(lambda: PACK.denoiser.ComfyDenoiser(cached), "without Flux KV Cache")
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    check.__name__: check for check in (every_known_model_has_a_tiny_one, flux_kv_cache_is_refused)
+}
 for _kind in OTHERS:
     CHECKS[f"{_kind} is refused by name"] = lambda k=_kind: is_refused_by_name(k)
 for _id in IDS:
@@ -374,6 +434,10 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import folder_paths
+
+    folder_paths.set_output_directory(str(SCRATCH / "output"))
+    folder_paths.set_temp_directory(str(SCRATCH / "temp"))
     if importlib.util.find_spec("comfy_aimdo"):  # as main.py does, before anything of ComfyUI's is imported
         importlib.import_module("comfy_aimdo.control").init()
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
@@ -383,6 +447,11 @@ def main() -> None:
         base=importlib.import_module(f"{name}.editloss_core.models.base"),
         registry=importlib.import_module(f"{name}.editloss_core.models.registry"),
         check=importlib.import_module(f"{name}.editloss_core.training.self_check"),
+        encoders=importlib.import_module(f"{name}.nodes.comfy.encoders"),
+        training=importlib.import_module(f"{name}.nodes.training"),
+        sockets=importlib.import_module(f"{name}.nodes.sockets"),
+        pairs=importlib.import_module(f"{name}.editloss_core.pairs"),
+        objective=importlib.import_module(f"{name}.editloss_core.objective"),
     )
     run_checks(CHECKS, only)
 

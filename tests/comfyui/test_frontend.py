@@ -24,8 +24,8 @@ from editloss_core.objective import TERMS
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 RENDERERS = {"canvas": False, "nodes 2.0": True}
-LOADERS = {"UNETLoader", "DualCLIPLoader", "VAELoader"}
-NEEDS_A_DOWNLOAD = {"train_kontext_lora"}  # FLUX.1 Kontext: opened and compared, not run
+LOADERS = {"UNETLoader", "DualCLIPLoader", "CLIPLoader", "VAELoader"}
+NEEDS_A_DOWNLOAD = {"train_kontext_lora", "train_flux2_lora"}  # opened and compared, not run
 PICTURES = ROOT / "docs" / "pictures"
 UPDATE = os.environ.get("EDITLOSS_UPDATE_PICTURES") == "1"
 

@@ -119,7 +119,10 @@ def test_noise_levels_fall_from_one_to_nothing_and_do_not_fall_with_the_size(mod
         (lambda: registry.of_comfyui("Ideogram4"), "got ComfyUI's Ideogram4"),
         (lambda: registry.of_comfyui("Chroma"), "got ComfyUI's Chroma: it takes a reference and does not look at it"),
         (lambda: registry.of_comfyui("Flux2"), "got ComfyUI's Flux2"),
-        (lambda: registry.of_pipeline({"_class_name": "FluxPipeline"}), "got a folder of FluxPipeline: it has no reference"),
+        (
+            lambda: registry.of_pipeline({"_class_name": "FluxPipeline"}),
+            "got a folder of FluxPipeline: it has no reference",
+        ),
         (lambda: registry.of_pipeline({"_class_name": None}), "got a folder of None"),
     ],
 )

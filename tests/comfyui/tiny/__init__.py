@@ -11,6 +11,7 @@ and may have
 
 * ``VARIANTS``: name → another ``build``, of a model of the same id that takes the same prompts and latents;
 * ``clip() -> CLIP``: its text encoder, tiny, with the real tokenizer;
+* ``vae() -> VAE``: of its VAE's class, tiny: with a text encoder as well, the node trains it;
 * ``stock(clip, caption, before) -> CONDITIONING``: what the stock node makes of a caption and a picture ``[1, H, W, 3]``, where
   it is not CLIP Text Encode;
 * ``SCHEDULER``: name of the stock workflow's scheduler, where the model's noise levels are all that it takes;

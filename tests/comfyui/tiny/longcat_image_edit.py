@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from driver_model_encoders import flux_config, randomised
+
 from tiny._qwen import CPU, WIDTH, latents, prompt, text_encoder
 from tiny._qwen import edit as stock
 
