@@ -98,7 +98,7 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What Train Kontext LoRA gives to the nodes behind it.
+    """What Train Edit LoRA gives to the nodes behind it.
 
     Attributes:
         name: of the run.

@@ -1,4 +1,4 @@
-"""Train a Kontext LoRA, go on with one, keep it, and look at how it went."""
+"""Train an edit LoRA, go on with one, keep it, and look at how it went."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from .sockets import (
 
 CATEGORY = "EditLoss/training"
 NO_PICTURES = (
-    "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Kontext LoRA to 1 or more, and "
+    "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Edit LoRA to 1 or more, and "
     "validate_every, previews and preview_steps in Run Options above 0."
 )
 AS_IT_WAS = (
@@ -62,7 +62,7 @@ LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def settings_inputs() -> list[io.Input]:
-    """What Train Kontext LoRA and Export Training Config have in common, widgets first."""
+    """What Train Edit LoRA and Export Training Config have in common, widgets first."""
     return [
         io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Optimiser steps. 500 to 2000 for a dozen pairs."),
         io.Float.Input(
@@ -95,12 +95,12 @@ class Train(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossTrainKontextLoRA",
-            display_name="Train Kontext LoRA",
+            display_name="Train Edit LoRA",
             category=CATEGORY,
             description="Trains a LoRA on before/after pairs: flow matching, plus the losses of an objective on the model's one-step "
             "estimate of the after picture.",
             inputs=[
-                io.Model.Input("model", tooltip="FLUX.1 Kontext dev, or another flow model that looks at reference latents."),
+                io.Model.Input("model", tooltip="FLUX.1 Kontext dev, FLUX.2, Qwen-Image-Edit, LongCat-Image-Edit or OmniGen2. Others are refused by name."),
                 io.Clip.Input("clip", tooltip="The model's own text encoders; they read the captions of the pairs."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 PairsSocket.Input("pairs", tooltip="From Load Pairs or Make Pairs."),
@@ -302,7 +302,7 @@ class Resume(io.ComfyNode):
                 ),
                 io.Int.Input("step", default=0, min=0, max=1_000_000, optional=True, tooltip="Which checkpoint; 0 = the last one."),
             ],
-            outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Kontext LoRA.")],
+            outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Edit LoRA.")],
         )  # fmt: skip
 
     @classmethod
@@ -337,11 +337,11 @@ class SaveLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossSaveLoRA",
-            display_name="Save Kontext LoRA",
+            display_name="Save Edit LoRA",
             category=CATEGORY,
             description="Writes the LoRA into models/loras, where the stock loaders find it, with settings and objective in its header.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA."),
                 io.String.Input(
                     "file_name", default="editloss/my_edit",
                     tooltip="Below models/loras, without ending; '/' makes subfolders. A name that is taken gets a number.",
@@ -370,7 +370,7 @@ class PlotLosses(io.ComfyNode):
             category=CATEGORY,
             description="Every term over the steps and by noise level, its share of the gradient, and the held-out pairs.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA."),
                 io.Int.Input("width", default=1600, min=640, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
             outputs=[
@@ -399,7 +399,7 @@ class Compare(io.ComfyNode):
             category=CATEGORY,
             description="Held-out pairs in rows: before, output of the base, output with the LoRA, after. Same noise for both outputs.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA, with held-out pairs."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA, with held-out pairs."),
                 io.Int.Input("width", default=1280, min=320, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
             outputs=[

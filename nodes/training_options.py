@@ -35,7 +35,7 @@ def _schema(node_id: str, display_name: str, description: str, inputs: list, sin
             *since,
         ],
         outputs=[
-            OptionsSocket.Output(display_name="options", tooltip="To Train Kontext LoRA, or to the next Options node.")
+            OptionsSocket.Output(display_name="options", tooltip="To Train Edit LoRA, or to the next Options node.")
         ],
     )
 
@@ -200,7 +200,7 @@ class LoRAOptions(io.ComfyNode):
         return _schema(
             "EditLossLoRAOptions", "LoRA Options", "Layers by pattern, and dropout.",
             [
-                io.String.Input("layers", default="", tooltip="Presets and patterns, comma-separated, in place of the preset on Train Kontext LoRA: double_blocks.*.img_attn.*, or all, -*mod* (a minus takes out). Empty: the preset."),
+                io.String.Input("layers", default="", tooltip="Presets and patterns, comma-separated, in place of the preset on Train Edit LoRA: double_blocks.*.img_attn.*, or all, -*mod* (a minus takes out). Empty: the preset."),
                 io.Float.Input("dropout", default=0.0, min=0.0, max=0.95, step=0.01, tooltip="Share of the LoRA's inputs that is dropped in training: 0.05 to 0.1 against memorising."),
             ],
         )  # fmt: skip
@@ -223,8 +223,8 @@ class RunOptions(io.ComfyNode):
                 io.Int.Input("validate_every", default=250, min=0, max=100_000, tooltip="Steps between looks at the held-out pairs; 0 = never."),
                 io.Int.Input("previews", default=4, min=0, max=64, tooltip="Held-out pairs that are sampled as pictures."),
                 folded(io.Int.Input("preview_steps", default=20, min=0, max=100, tooltip="Sampling steps of these pictures; 0 = none.")),
-                folded(io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 dev) is told in training. 1 is usual.")),
-                folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 2.5 is Kontext's own.")),
+                folded(io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 Kontext, FLUX.2 dev) is told in training. 1 is usual; the others are told nothing.")),
+                folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews: 2.5 for FLUX.1 Kontext, 4 for FLUX.2 dev. The others have the CFG of their stock workflow.")),
                 io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Compute blocks again in the backward pass: about a third more time, a fraction of the memory."),
                 io.Float.Input("memory_reserve", default=0.0, min=0.0, max=200.0, step=0.5, tooltip="GiB of the GPU to leave free for a step; weights that do not fit beside them wait in main memory. 0 = by an estimate; raise it when memory runs out."),
             ],

@@ -2,7 +2,7 @@
 
     cd ComfyUI && python …/driver_training.py PACK_FOLDER SCRATCH_FOLDER [PART_OF_A_NAME]
 
-Every ``check_…`` below is one test: Train Kontext LoRA as ComfyUI's executor calls it, over small networks of ComfyUI's own
+Every ``check_…`` below is one test: Train Edit LoRA as ComfyUI's executor calls it, over small networks of ComfyUI's own
 classes with random weights, real text encoders included.
 """
 
@@ -500,7 +500,7 @@ def check_resume_says_what_changed() -> None:
     first = other.ui["text"][0].partition("\n\n")[0]
     assert "2 steps, kept in output/editloss/runs/changes" in first
     assert "resumed with other" in first and "decoder" in first and "pictures" in first and "captions" not in first
-    assert any(w.startswith("Train Kontext LoRA: resumed with other") for w in words), words
+    assert any(w.startswith("Train Edit LoRA: resumed with other") for w in words), words
 
 
 @check
