@@ -18,6 +18,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -315,7 +316,7 @@ def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> Non
         theirs = {p.caption: clip.encode_from_tokens_scheduled(clip.tokenize(p.caption)) for p in known}
         with torch.inference_mode(False), torch.enable_grad():
             denoiser = PACK.denoiser.ComfyDenoiser(model)
-            (found,) = PACK.training._conditioning(clip, [known], denoiser)
+            (found,) = PACK.captions.conditioning(clip, [known], denoiser)
             for pair, entries in zip(known, found, strict=True):
                 (context, extra), (expected, more) = entries[0], theirs[pair.caption][0]
                 assert torch.equal(context, expected) and torch.equal(extra["pooled_output"], more["pooled_output"])
@@ -325,6 +326,87 @@ def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> Non
             t = torch.full((2,), 0.5)
             denoiser(x, t, [x.detach()], found).square().mean().backward()
     assert x.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------- a model whose captions read pictures
+
+
+@contextlib.contextmanager
+def recorded_captions(clip: Any) -> Iterator[list[Any]]:
+    """What its text encoder was asked to encode."""
+    seen: list[Any] = []
+    stock = clip.encode_from_tokens_scheduled
+    clip.encode_from_tokens_scheduled = lambda tokens: [seen.append(tokens), stock(tokens)][1]
+    try:
+        yield seen
+    finally:
+        del clip.encode_from_tokens_scheduled
+
+
+@check
+def check_qwen_image_edit_from_pairs_to_a_file() -> None:
+    import comfy.sd
+    import tiny.qwen_image_edit_plus as qwen
+
+    with torch.inference_mode():
+        model, vae, clip = qwen.build(), small.small_vae(16, "wan"), qwen.clip()
+        encoder = PACK.encoders.ManagedTimm("test_vit", None, random_seed=0)
+    training = {"checkpoint_every": 1, "preview_steps": 2, "gradients_every": 0}
+    values = {"training": training, "steps": 2, "layers": "attention + MLP"}
+    with recorded_captions(clip) as seen:
+        out = train(model, vae, clip, encoder, name="qwen", **values)
+        assert len(seen) == 4, "one caption with each of three pictures, and the held-out one without words"
+        run, noted = out.args[4], out.ui["text"][0]
+        assert "self-check passed" in noted and "; decoder " in noted, noted
+        resumed = PACK.sockets.ResumePoint(
+            run.name, PACK.folders.run_folder(run.name) / "checkpoints/step_000001.safetensors"
+        )
+        again = train(model, vae, clip, encoder, resume=resumed, **values).args
+        assert len(seen) == 4, "captions come from the cache"
+        other = train(model, vae, clip, name="other", pairs=pairs(3, seed=5), **values)
+        assert len(seen) == 8 and other.args[4].name == "other", "other pictures, other captions"
+    assert out.args[1].keys() == again[1].keys() and all(torch.equal(again[1][k], v) for k, v in out.args[1].items())
+
+    # Guided away from the held-out pair's own empty caption, at the model's scale; without, another picture.
+    (row,) = run.result.pictures
+    assert row.lora.shape == row.after.shape and not torch.equal(row.lora, row.base)
+    plain = replace(
+        PACK.sockets.TrainingOptions(training={**training, "previews": 1, "validate_every": 2}),
+        crop=32,
+        preview_cfg=1.0,
+    )
+    with torch.inference_mode(), recorded_captions(clip) as seen:
+        once = PACK.training.Train.execute(
+            model=model, clip=clip, vae=vae, options=plain, name="once", pairs=pairs(3), learning_rate=1e-2, batch_size=2,
+            rank=2, alpha=2.0, layers="attention + MLP", seed=0, hold_out=1, steps=1,
+        ).args[4].result.pictures[0]  # fmt: skip
+    assert not seen and torch.equal(once.before, row.before) and not torch.equal(once.base, row.base)
+
+    # The stock loader with the file does what the model with the LoRA did.
+    path = small.SCRATCH / "qwen_lora.safetensors"
+    run.result.lora.save(path, run.metadata)
+    with torch.inference_mode():
+        loaded, _ = comfy.sd.load_lora_for_models(qwen.build(), None, safetensors.torch.load_file(path), 1.0, 0.0)
+        x, prompt, before = qwen.latents(1, 8, 12), qwen.prompt(3), qwen.latents(2, 8, 12)
+        made = []
+        for some in (loaded, out.args[0], model):
+            denoiser = PACK.denoiser.ComfyDenoiser(some)
+            denoiser.load()
+            made.append(denoiser(x, torch.tensor([0.5]), [before], [prompt]))
+        assert_close(made[0], made[1], 1e-4, "with the file, and behind the node")
+        assert (made[0] - made[2]).abs().max() > 1e-3 * made[2].abs().max(), "the LoRA does nothing"
+
+    # Another model's text encoder, before anything is made; and Qwen's with FLUX.1.
+    flux_vae = small.small_vae(16)
+    refused(
+        lambda: train(model, vae, text_encoder(), name="no"),
+        "clip",
+        "Qwen-Image-Edit 2509",
+        "qwen_image",
+        "SD1Tokenizer",
+    )
+    refused(lambda: train(flux(), flux_vae, clip, name="no"), "conditioning", "Flux", f"{WIDTH} numbers", "got 24")
+    assert not (small.SCRATCH / "output/editloss/runs/no").exists()
 
 
 # ---------------------------------------------------------------------------- the cancel button
@@ -341,7 +423,7 @@ def cancelled_at(call: int) -> Iterator[list[str]]:
         "_pass": "step",
         "losses": "validation",
         "pictures": "pictures",
-        "_conditioning": "captions",
+        "conditioning": "captions",
     }
 
     def part() -> str:
@@ -601,7 +683,7 @@ def main() -> None:
     folder_paths.set_temp_directory(str(small.SCRATCH / "temp"))
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     modules = {
-        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
+        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "captions": "nodes.comfy.captions", "folders": "nodes.folders", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
         "host": "nodes.comfy.host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 RENDERERS = {"canvas": False, "nodes 2.0": True}
 LOADERS = {"UNETLoader", "DualCLIPLoader", "CLIPLoader", "VAELoader"}
-NEEDS_A_DOWNLOAD = {"train_kontext_lora", "train_flux2_lora"}  # opened and compared, not run
+NEEDS_A_DOWNLOAD = {"train_kontext_lora", "train_flux2_lora", "train_qwen_edit_lora"}  # opened and compared, not run
 PICTURES = ROOT / "docs" / "pictures"
 UPDATE = os.environ.get("EDITLOSS_UPDATE_PICTURES") == "1"
 
