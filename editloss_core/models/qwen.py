@@ -90,6 +90,7 @@ class QwenEdit(EditModel):
         model="Qwen-Image-Edit",
         blocks=(("transformer_blocks", "transformer_blocks", {name: (name,) for name in BLOCK}),),
         outside={name: (name,) for name in OUTSIDE},
+        alpha=False,
     )
     reads_picture = True
     preview_cfg = 4.0  # the pipeline's own

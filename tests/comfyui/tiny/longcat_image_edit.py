@@ -15,11 +15,11 @@ __all__ = ["SINCE", "build", "clip", "latents", "prompt", "stock", "vae"]
 SINCE = "0.16.0"
 
 
-def build() -> Any:
+def build(**changed: Any) -> Any:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = flux_config(context_in_dim=WIDTH, vec_in_dim=None, guidance_embed=False, txt_ids_dims=[1, 2])
+    config = flux_config(context_in_dim=WIDTH, vec_in_dim=None, guidance_embed=False, txt_ids_dims=[1, 2], **changed)
     settings = comfy.supported_models.LongCatImage(config)
     settings.set_inference_dtype(torch.float32, None)
     base = settings.get_model({}, device=CPU)
