@@ -55,10 +55,11 @@ def denoiser(files, model):
     return DiffusersDenoiser(model, files.load_transformer(CPU))
 
 
-def pipeline_of(files):
+def pipeline_of(files, dtype=torch.float32):
     import diffusers
 
-    made = getattr(diffusers, files.edit_model.parts.pipeline).from_pretrained(files.folder, local_files_only=True)
+    kind = getattr(diffusers, files.edit_model.parts.pipeline)
+    made = kind.from_pretrained(files.folder, torch_dtype=dtype, local_files_only=True)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -116,6 +117,22 @@ def test_a_forward_pass_is_the_pipelines(files, model, denoiser):
     others += [denoiser(x_t, given["timestep"], [reference.flip(-1)], [caption])]
     others += [denoiser(x_t, given["timestep"], [reference], [caption._replace(tokens=caption.tokens.flip(0))])]
     assert all((other - mine).abs().max() > 1e-3 for other in others)
+
+
+def test_in_bfloat16_it_is_the_pipelines_too(folders):
+    files = ModelFolder(folders["2511"], dtype="bf16")
+    model, pipeline = files.edit_model, pipeline_of(files, torch.bfloat16)
+    with smaller(pipeline, WIDTH, HEIGHT):
+        steps, _ = called(
+            pipeline, drawn_picture(HEIGHT, WIDTH), PROMPT, height=HEIGHT, width=WIDTH, true_cfg_scale=1.0
+        )
+    denoiser = DiffusersDenoiser(model, files.load_transformer(CPU))
+    for given, theirs in steps:
+        x_t, reference = (unpack(part, 6, 10).float() for part in given["hidden_states"].chunk(2, 1))
+        caption = model.caption({"tokens": given["encoder_hidden_states"][0]})
+        with torch.no_grad():
+            mine = denoiser(x_t, given["timestep"].float(), [reference], [caption])
+        assert torch.equal(pack(mine), theirs[:, :15].float())
 
 
 def test_2511_tells_its_reference_that_it_is_at_the_end_of_time(folders):
