@@ -1,4 +1,5 @@
-"""Arithmetic, no measurement: what FLUX.1 Kontext takes in memory, in time and between processes, by its shape alone.
+"""Arithmetic, no measurement: what FLUX.1 Kontext takes in memory, in time and between processes, by its shape alone; and the
+weights and activations of the other models.
 
     python benchmarks/scaling.py [--out benchmarks/results/scaling_arithmetic.md]
 
@@ -14,9 +15,12 @@ from typing import Iterable, Iterator, Sequence
 
 from editloss_core.lora.lora import LoRASettings, adapted_sizes, layer_features, select_layers
 from editloss_core.models.base import PRESETS
+from editloss_core.models.flux2 import FLUX2_DEV, FLUX2_KLEIN_BASE
 from editloss_core.models.folder import empty_network
 from editloss_core.models.footprint import Footprint
 from editloss_core.models.kontext import KONTEXT
+from editloss_core.models.longcat import LONGCAT
+from editloss_core.models.qwen import QWEN_EDIT_PLUS
 from editloss_core.training.config_reader import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +35,20 @@ CONFIG = {  # transformer/config.json of FLUX.1 Kontext dev
     "pooled_projection_dim": 768,
     "guidance_embeds": True,
     "axes_dims_rope": [16, 56, 56],
+}
+# The others' configs; what is not said is the default of diffusers' class, which is that of the published folder.
+OTHERS = {
+    "FLUX.2 dev": (FLUX2_DEV, {}),
+    "FLUX.2 klein 9B": (
+        FLUX2_KLEIN_BASE,
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    ),
+    "FLUX.2 klein 4B": (
+        FLUX2_KLEIN_BASE,
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    ),
+    "Qwen-Image-Edit 2509, 2511": (QWEN_EDIT_PLUS, {}),
+    "LongCat-Image-Edit": (LONGCAT, {"num_layers": 10, "num_single_layers": 20}),
 }
 GIB, GB = 1 << 30, 1e9
 # Assumed, and to be replaced by what a machine reaches: of an H100's 989 TFLOP/s in bf16 a training step may keep 40%.
@@ -123,6 +141,22 @@ def activations() -> Iterator[str]:
     yield from table(head, rows)
 
 
+def by_model() -> Iterator[str]:
+    yield "## By model\n"
+    yield "GiB of the frozen transformer, of a LoRA of rank 16 (attention + MLP) with AdamW, and of the activations of one pair.\n"
+    rows = []
+    for name, (model, config) in {"FLUX.1 Kontext": (KONTEXT, CONFIG), **OTHERS}.items():
+        network = empty_network(model, config)
+        found = Footprint.of(model, network, adapted_sizes(network, "attention + MLP", model), 16)
+        parts = [found.weight_bytes(), found.weight_bytes(quantization="int8"), found.weight_bytes(quantization="nf4")]
+        parts.append(sum(found.lora_bytes().values()))
+        parts += [found.activation_bytes(model.sample_tokens(side, side), 1) for side in (512, 1024)]
+        cells = [f"{size / GIB:.1f}" for size in parts]
+        rows.append((name, f"{found.parameters / 1e9:.1f}", model.sample_tokens(1024, 1024), *cells))
+    head = ("model", "parameters, 10⁹", "tokens at 1024²", "bf16", "int8 or fp8", "nf4", "LoRA", "512² checkpointed", "1024² checkpointed")  # fmt: skip
+    yield from table(head, rows)
+
+
 def shipped() -> Iterator[str]:
     yield "## The configurations that ship, at 1024×1024\n"
     yield "GiB on each process, without the VAE, the encoders of the objective, and what a framework keeps for itself.\n"
@@ -175,7 +209,7 @@ def main() -> None:
         "Written by `benchmarks/scaling.py`: sums over shapes, nothing is measured.",
         "",
     ]
-    for part in (weights, lora_sizes, activations, shipped, exchanged):
+    for part in (weights, lora_sizes, activations, by_model, shipped, exchanged):
         lines += part()
     given.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print("\n".join(lines))

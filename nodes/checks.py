@@ -36,7 +36,7 @@ OWN_SOCKETS = {
     PairsSocket.io_type: (PairSet, "pairs from Load Pairs, Make Pairs or Demo Pairs"),
     OptionsSocket.io_type: (TrainingOptions, "options from one of the Options nodes"),
     ResumeSocket.io_type: (ResumePoint, "a checkpoint from Resume Training"),
-    RunSocket.io_type: (TrainingRun, "a run from Train Kontext LoRA"),
+    RunSocket.io_type: (TrainingRun, "a run from Train Edit LoRA"),
 }
 
 

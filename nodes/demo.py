@@ -30,7 +30,7 @@ AT_ONCE = 32  # rooms in memory together
 
 
 class SmallTextEncoder:
-    """What the stock CLIP Text Encode and Train Kontext LoRA ask of a CLIP, for the small model's few words."""
+    """What the stock CLIP Text Encode and Train Edit LoRA ask of a CLIP, for the small model's few words."""
 
     def tokenize(self, text: str, **options) -> str:
         return text
@@ -117,8 +117,8 @@ class DemoPairs(io.ComfyNode):
                 flawed_input(),
             ],
             outputs=[
-                PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA."),
-                PairsSocket.Output(display_name="held_out", tooltip="To Train Kontext LoRA's held_out."),
+                PairsSocket.Output(display_name="pairs", tooltip="To Train Edit LoRA."),
+                PairsSocket.Output(display_name="held_out", tooltip="To Train Edit LoRA's held_out."),
                 io.Image.Output(display_name="before", tooltip="The before pictures of the held-out pairs."),
                 io.Image.Output(display_name="after", tooltip="Their after pictures."),
             ],
@@ -162,7 +162,7 @@ class DemoJudge(io.ComfyNode):
             "drawn which outputs are good, not edited, misshapen or show both objects. No encoder is asked.",
             inputs=[
                 io.Model.Input("base", tooltip="From Load Demo Model."),
-                io.Model.Input("trained", tooltip="From Train Kontext LoRA, or a LoRA loader."),
+                io.Model.Input("trained", tooltip="From Train Edit LoRA, or a LoRA loader."),
                 io.Clip.Input("clip", tooltip="From Load Demo Model."),
                 io.Vae.Input("vae", tooltip="From Load Demo Model."),
                 io.Int.Input("count", default=32, min=1, max=1000, tooltip="Rooms. 32 tell 60 % good from 90 %; 200 tell 80 % from 90 %."),

@@ -21,7 +21,7 @@ NEGATIVE_FOLDER = Path("editloss") / "hard_negatives"
 RUN_FOLDER = Path("editloss") / "runs"
 CACHE_FOLDER = Path("editloss") / "cache"
 CONFIG_FOLDER = Path("editloss") / "configs"
-NO_RUNS = "(none yet: run Train Kontext LoRA, then press R)"
+NO_RUNS = "(none yet: run Train Edit LoRA, then press R)"
 
 # Letters of any script, digits and a few signs, per part. No dot first, so neither '..' nor a hidden file.
 _PART = re.compile(r"[^\W_][\w\- .]{0,99}")

@@ -29,7 +29,7 @@ OBJECTIVE_INPUT = ObjectiveSocket.Input(
 )
 OBJECTIVE_OUTPUT = ObjectiveSocket.Output(
     display_name="objective",
-    tooltip="The terms so far with this one appended. To the next loss, to Evaluate Objective, or to Train Kontext LoRA.",
+    tooltip="The terms so far with this one appended. To the next loss, to Evaluate Objective, or to Train Edit LoRA.",
 )
 
 

@@ -42,7 +42,7 @@ class PairVariants(io.ComfyNode):
                 folded(io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of what is drawn. The same seed gives the same variants, which the cache then has.")),
             ],
             outputs=[
-                PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA, which makes the variants of the pairs that it trains on."),
+                PairsSocket.Output(display_name="pairs", tooltip="To Train Edit LoRA, which makes the variants of the pairs that it trains on."),
                 io.String.Output(display_name="report", tooltip="How many there will be, which are not mirrored, memory and disk."),
             ],
             is_output_node=True,

@@ -20,7 +20,7 @@ from .sockets import PairsSocket
 
 CATEGORY = "EditLoss/training"
 SHOWN = 6  # pairs in the preview on the node
-PAIRS_OUTPUT = PairsSocket.Output(display_name="pairs", tooltip="To Train Kontext LoRA.")
+PAIRS_OUTPUT = PairsSocket.Output(display_name="pairs", tooltip="To Train Edit LoRA.")
 REPORT_OUTPUT = io.String.Output(
     display_name="report", tooltip="What was found: sizes, buckets, captions, masks, flawed pairs."
 )

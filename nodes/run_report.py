@@ -26,7 +26,7 @@ class RunReport(io.ComfyNode):
             description="Judges the held-out pictures of every validation from their pixels, and says which checkpoint fails least: on "
             "the node, and as one HTML page in the run's folder.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA, with held-out pairs."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA, with held-out pairs."),
                 io.Int.Input("width", default=1600, min=640, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
             outputs=[

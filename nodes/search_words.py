@@ -45,10 +45,13 @@ SEARCH_WORDS: dict[str, tuple[str, ...]] = {
     "EditLossAuditEncoders": ("which encoder", "margin", "AUROC"),
     "EditLossRunReport": ("when to stop", "which checkpoint", "best checkpoint", "overtrained", "early stopping", "failure rate", "validation"),
     # training
-    "EditLossTrainKontextLoRA": ("FLUX training", "trainer", "fine-tune", "finetune", "train edit model", "learning rate"),
+    "EditLossTrainKontextLoRA": (
+        "FLUX.1 Kontext", "FLUX.2 dev", "FLUX.2 klein", "Qwen-Image-Edit 2509", "Qwen-Image-Edit 2511", "Qwen Image Edit",
+        "LongCat-Image-Edit", "OmniGen2", "trainer", "fine-tune", "finetune", "train edit model", "learning rate",
+    ),
     "EditLossResumeTraining": ("continue training", "checkpoint"),
     "EditLossSelfCheck": ("gradient check", "finite differences", "verify", "wrong gradients"),
-    "EditLossSaveLoRA": ("export LoRA", "safetensors"),
+    "EditLossSaveLoRA": ("export LoRA", "safetensors", "Kontext"),
     "EditLossLoadPairs": ("dataset", "image pairs", "folder", "captions"),
     "EditLossMakePairs": ("dataset", "before and after", "image pairs", "captions"),
     "EditLossPairVariants": ("augmentation", "augment dataset", "shift", "zoom", "flip", "mirror", "random crop", "jitter", "more pairs"),

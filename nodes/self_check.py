@@ -20,24 +20,24 @@ class SelfCheckNode(io.ComfyNode):
             node_id="EditLossSelfCheck",
             display_name="Self-Check",
             category=CATEGORY,
-            description="What Train Kontext LoRA does before its first step: compares gradients with finite differences, the model's "
+            description="What Train Edit LoRA does before its first step: compares gradients with finite differences, the model's "
             "velocity with that of ComfyUI's sampler, and whether the before picture has an effect. It trains nothing.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that you are going to train."),
                 io.Clip.Input("clip", tooltip="The model's own text encoders."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 PairsSocket.Input("pairs", tooltip="From Load Pairs, Make Pairs or Demo Pairs; one pair is looked at."),
-                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="As in Train Kontext LoRA: the check takes what a step takes."),
-                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="As in Train Kontext LoRA."),
-                io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="As in Train Kontext LoRA."),
+                io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="As in Train Edit LoRA: the check takes what a step takes."),
+                io.Int.Input("rank", default=16, min=1, max=1024, tooltip="As in Train Edit LoRA."),
+                io.Float.Input("alpha", default=16.0, min=0.01, max=4096.0, step=0.5, tooltip="As in Train Edit LoRA."),
                 io.Combo.Input(
                     "layers", options=list(PRESETS), default="attention + MLP",
-                    tooltip="As in Train Kontext LoRA. If all fails, try attention: the fault may be in the layers that it leaves out.",
+                    tooltip="As in Train Edit LoRA. If all fails, try attention: the fault may be in the layers that it leaves out.",
                 ),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip="Of the directions that are tried."),
                 ObjectiveSocket.Input("objective", optional=True, tooltip="With losses, their encoders and the decoder are checked too."),
-                OptionsSocket.Input("options", optional=True, tooltip="From the Options nodes, as for Train Kontext LoRA."),
-                io.Vae.Input("decoder", optional=True, tooltip="A small VAE (TAEF1), if Train Kontext LoRA has one."),
+                OptionsSocket.Input("options", optional=True, tooltip="From the Options nodes, as for Train Edit LoRA."),
+                io.Vae.Input("decoder", optional=True, tooltip="A small VAE (TAEF1), if Train Edit LoRA has one."),
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="What agreed and what did not, for Preview as Text or a report of a fault."),

@@ -1,10 +1,10 @@
-"""Train a Kontext LoRA, go on with one, keep it, and look at how it went."""
+"""Train an edit LoRA, go on with one, keep it, and look at how it went."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import comfy.model_management
 import torch
@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import distinct_captions, same_words
+from ..editloss_core.models.captions import negatives, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -27,12 +27,14 @@ from ..editloss_core.training.settings import TrainingSettings, check_objective
 from ..editloss_core.training.trainer import Trainer, metadata
 from . import ended_runs, folders
 from .checks import checked
+from .comfy.captions import conditioning
 from .comfy.decoder import VAEDecoder, check_decoder
 from .comfy.denoiser import ComfyDenoiser
 from .comfy.encoders import vae_encoder
+from .comfy.flow_model import check_text_encoder
 from .comfy.host import ComfyHost, step_memory
 from .comfy.loading import check_shared, fingerprint, patchers_of, with_lora
-from .comfy.offers import drop_inference_buffers, folded, has_comparison
+from .comfy.offers import folded, has_comparison
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -50,7 +52,7 @@ from .sockets import (
 
 CATEGORY = "EditLoss/training"
 NO_PICTURES = (
-    "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Kontext LoRA to 1 or more, and "
+    "This run has no pictures of held-out pairs. For pictures, set hold_out in Train Edit LoRA to 1 or more, and "
     "validate_every, previews and preview_steps in Run Options above 0."
 )
 AS_IT_WAS = (
@@ -62,7 +64,7 @@ LORA_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 
 def settings_inputs() -> list[io.Input]:
-    """What Train Kontext LoRA and Export Training Config have in common, widgets first."""
+    """What Train Edit LoRA and Export Training Config have in common, widgets first."""
     return [
         io.Int.Input("steps", default=1000, min=1, max=1_000_000, tooltip="Optimiser steps. 500 to 2000 for a dozen pairs."),
         io.Float.Input(
@@ -95,12 +97,12 @@ class Train(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossTrainKontextLoRA",
-            display_name="Train Kontext LoRA",
+            display_name="Train Edit LoRA",
             category=CATEGORY,
             description="Trains a LoRA on before/after pairs: flow matching, plus the losses of an objective on the model's one-step "
             "estimate of the after picture.",
             inputs=[
-                io.Model.Input("model", tooltip="FLUX.1 Kontext dev, or another flow model that looks at reference latents."),
+                io.Model.Input("model", tooltip="FLUX.1 Kontext dev, FLUX.2, Qwen-Image-Edit, LongCat-Image-Edit or OmniGen2. Others are refused by name."),
                 io.Clip.Input("clip", tooltip="The model's own text encoders; they read the captions of the pairs."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 PairsSocket.Input("pairs", tooltip="From Load Pairs or Make Pairs."),
@@ -176,7 +178,8 @@ def make_trainer(
     Raises:
         ValueError: what does not fit together, before captions and pictures are encoded.
     """
-    denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
+    denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing, options.edit_model)
+    check_text_encoder(clip, denoiser.edit_model)
     for encoder_name in objective.objective.encoders:
         check_shared(objective.encoders[encoder_name], denoiser.model)
     lora = LoRA(denoiser.module, lora_settings, settings.seed, denoiser.edit_model)
@@ -187,20 +190,22 @@ def make_trainer(
     if resume:
         resumable(resume.checkpoint, lora, settings)
 
-    sets = [pairs] if held_out is None else [pairs, held_out]
-    conditioning, *watching = _conditioning(clip, sets, denoiser)
+    cfg = options.preview_cfg or denoiser.edit_model.preview_cfg
+    sampled = settings.previews if settings.preview_steps else 0
+    sets = [pairs, held_out or (), negatives(held_out, sampled, cfg)]
+    own, watching, away = conditioning(clip, sets, denoiser, folders.cache_folder())
     train, watched = (_prepared(some, encoder, objective, options, settings) for some in (pairs, held_out))
     host = _host(denoiser, decode, train, objective, settings, options)
     trainer = Trainer(
-        denoiser, lora, train, conditioning, settings,
+        denoiser, lora, train, own, settings,
         objective=objective.objective, encoders=objective.encoders, decode=decode,
-        validation=watched, validation_conditioning=watching[0] if watching else (),
+        validation=watched, validation_conditioning=watching,
         folder=folder,
         info=_info(model, decode, train, options),
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
-        preview=Preview(options.preview_guidance),
+        preview=Preview(options.preview_guidance, cfg, away),
     )  # fmt: skip
-    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, conditioning)})
+    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, own)})
     return trainer, host
 
 
@@ -212,27 +217,6 @@ def settings_of(
     return TrainingSettings(**{**training, "timesteps": timesteps, **options.training}), LoRASettings(
         **{**lora, **options.lora}
     )
-
-
-def _conditioning(clip, sets: Sequence[PairSet], denoiser: ComfyDenoiser) -> list[list[Any]]:
-    """CONDITIONING on the CPU for each pair of each set; the first one that the model cannot take is refused."""
-    drop_inference_buffers()
-    distinct, shared = distinct_captions(denoiser.edit_model, sets)
-    made, bar = [], ProgressBar(len(distinct))
-    for asked in distinct:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        with torch.no_grad():
-            tokens = denoiser.edit_model.tokenize(clip, asked.caption, asked.before())
-            entries = clip.encode_from_tokens_scheduled(tokens)
-        made.append([[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries])
-        denoiser.check(made[-1])
-        bar.update(1)
-    return [[made[i] for i in own] for own in shared]
-
-
-def _own(value):
-    """A copy that training may keep for its backward pass; what nodes make are inference tensors."""
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _prepared(
@@ -302,7 +286,7 @@ class Resume(io.ComfyNode):
                 ),
                 io.Int.Input("step", default=0, min=0, max=1_000_000, optional=True, tooltip="Which checkpoint; 0 = the last one."),
             ],
-            outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Kontext LoRA.")],
+            outputs=[ResumeSocket.Output(display_name="resume", tooltip="To Train Edit LoRA.")],
         )  # fmt: skip
 
     @classmethod
@@ -337,11 +321,11 @@ class SaveLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="EditLossSaveLoRA",
-            display_name="Save Kontext LoRA",
+            display_name="Save Edit LoRA",
             category=CATEGORY,
             description="Writes the LoRA into models/loras, where the stock loaders find it, with settings and objective in its header.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA."),
                 io.String.Input(
                     "file_name", default="editloss/my_edit",
                     tooltip="Below models/loras, without ending; '/' makes subfolders. A name that is taken gets a number.",
@@ -370,7 +354,7 @@ class PlotLosses(io.ComfyNode):
             category=CATEGORY,
             description="Every term over the steps and by noise level, its share of the gradient, and the held-out pairs.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA."),
                 io.Int.Input("width", default=1600, min=640, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
             outputs=[
@@ -399,7 +383,7 @@ class Compare(io.ComfyNode):
             category=CATEGORY,
             description="Held-out pairs in rows: before, output of the base, output with the LoRA, after. Same noise for both outputs.",
             inputs=[
-                RunSocket.Input("run", tooltip="From Train Kontext LoRA, with held-out pairs."),
+                RunSocket.Input("run", tooltip="From Train Edit LoRA, with held-out pairs."),
                 io.Int.Input("width", default=1280, min=320, max=4096, step=32, optional=True, tooltip="Of the picture, in pixels."),
             ],
             outputs=[

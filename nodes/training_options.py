@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from comfy_api.latest import io
 
 from ..editloss_core.lora.lora import LoRASettings
+from ..editloss_core.models.registry import MODELS
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from ..editloss_core.objective import EditObjective
 from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timesteps
@@ -20,6 +21,8 @@ from .notices import say
 from .sockets import ObjectiveSocket, OptionsSocket, TrainingOptions
 
 CATEGORY = "EditLoss/training"
+BY_ITS_FILE = "by its file"
+SHARED = [m.title for m in MODELS if sum(m.comfyui_model == other.comfyui_model for other in MODELS) > 1]
 
 
 def _schema(node_id: str, display_name: str, description: str, inputs: list, since: list = ()) -> io.Schema:
@@ -35,7 +38,7 @@ def _schema(node_id: str, display_name: str, description: str, inputs: list, sin
             *since,
         ],
         outputs=[
-            OptionsSocket.Output(display_name="options", tooltip="To Train Kontext LoRA, or to the next Options node.")
+            OptionsSocket.Output(display_name="options", tooltip="To Train Edit LoRA, or to the next Options node.")
         ],
     )
 
@@ -200,7 +203,7 @@ class LoRAOptions(io.ComfyNode):
         return _schema(
             "EditLossLoRAOptions", "LoRA Options", "Layers by pattern, and dropout.",
             [
-                io.String.Input("layers", default="", tooltip="Presets and patterns, comma-separated, in place of the preset on Train Kontext LoRA: double_blocks.*.img_attn.*, or all, -*mod* (a minus takes out). Empty: the preset."),
+                io.String.Input("layers", default="", tooltip="Presets and patterns, comma-separated, in place of the preset on Train Edit LoRA: double_blocks.*.img_attn.*, or all, -*mod* (a minus takes out). Empty: the preset."),
                 io.Float.Input("dropout", default=0.0, min=0.0, max=0.95, step=0.01, tooltip="Share of the LoRA's inputs that is dropped in training: 0.05 to 0.1 against memorising."),
             ],
         )  # fmt: skip
@@ -223,13 +226,15 @@ class RunOptions(io.ComfyNode):
                 io.Int.Input("validate_every", default=250, min=0, max=100_000, tooltip="Steps between looks at the held-out pairs; 0 = never."),
                 io.Int.Input("previews", default=4, min=0, max=64, tooltip="Held-out pairs that are sampled as pictures."),
                 folded(io.Int.Input("preview_steps", default=20, min=0, max=100, tooltip="Sampling steps of these pictures; 0 = none.")),
-                folded(io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 dev) is told in training. 1 is usual.")),
-                folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 2.5 is Kontext's own.")),
+                folded(io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 Kontext, FLUX.2 dev) is told in training. 1 is usual; the others are told nothing.")),
+                folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews: 2.5 for FLUX.1 Kontext, 4 for FLUX.2 dev. The others have the CFG of their stock workflow.")),
                 io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Compute blocks again in the backward pass: about a third more time, a fraction of the memory."),
                 io.Float.Input("memory_reserve", default=0.0, min=0.0, max=200.0, step=0.5, tooltip="GiB of the GPU to leave free for a step; weights that do not fit beside them wait in main memory. 0 = by an estimate; raise it when memory runs out."),
             ],
             [
                 folded(io.Boolean.Input("self_check", default=True, optional=True, tooltip="Before the first step: are the gradients right in this ComfyUI, and does the before picture have an effect? Four passes of the model, once for the same model and settings. Off trains at your own risk.")),
+                folded(io.Float.Input("preview_cfg", default=0.0, min=0.0, max=30.0, step=0.1, optional=True, tooltip="Scale of classifier-free guidance in previews; the negative prompt is empty. 0 = the model's own (4 for Qwen-Image-Edit, none for FLUX.1 Kontext). 1 = none: half the time.")),
+                folded(io.Combo.Input("edit_model", options=[BY_ITS_FILE, *SHARED], default=BY_ITS_FILE, optional=True, tooltip="Which one it is of the models that are alike in ComfyUI. By the file: a key in it, or its name. Choose one where a file has neither; without, Qwen-Image-Edit is taken for 2509.")),
             ],
         )  # fmt: skip
 
@@ -237,11 +242,12 @@ class RunOptions(io.ComfyNode):
     @checked()
     def execute(
         cls, checkpoint_every, keep, validate_every, previews, preview_steps, guidance, preview_guidance,
-        gradient_checkpointing, memory_reserve, self_check=True, options=None,
+        gradient_checkpointing, memory_reserve, self_check=True, options=None, preview_cfg=0.0, edit_model=BY_ITS_FILE,
     ) -> io.NodeOutput:  # fmt: skip
         options = replace(
-            options or TrainingOptions(), guidance=guidance, preview_guidance=preview_guidance,
+            options or TrainingOptions(), guidance=guidance, preview_guidance=preview_guidance, preview_cfg=preview_cfg,
             checkpointing=gradient_checkpointing, reserve=memory_reserve,
+            edit_model="" if edit_model == BY_ITS_FILE else edit_model,
         )  # fmt: skip
         options = _with(
             options, "training", checkpoint_every=checkpoint_every, keep=keep, validate_every=validate_every,

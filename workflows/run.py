@@ -197,7 +197,7 @@ def check(workflow_file: Path, comfyui: str | None = None) -> bool:
         object_info = client.object_info()
         checks = checks_of(to_prompt(workflow, object_info), object_info)
         if not checks:
-            raise WorkflowError(f"{workflow_file}: there is no Train Kontext LoRA in it to check")
+            raise WorkflowError(f"{workflow_file}: there is no Train Edit LoRA in it to check")
         for node_id, prompt in checks.items():
             lines = ProgressLines(prompt)
             try:
@@ -213,7 +213,7 @@ def check(workflow_file: Path, comfyui: str | None = None) -> bool:
 
 
 def checks_of(prompt: dict[str, Any], object_info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each Train Kontext LoRA its id, and a prompt of what stands before it, with the check in its place.
+    """For each Train Edit LoRA its id, and a prompt of what stands before it, with the check in its place.
 
     A model that comes from another training is the one that went into that.
     """

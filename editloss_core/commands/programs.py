@@ -296,15 +296,24 @@ def _conversion(source: str, target: str) -> Callable[[Parser], None]:
     return arguments
 
 
+def _convert_lora(parser: Parser) -> None:
+    _conversion(
+        "a .safetensors file in either program's keys, or in kohya's",
+        "the .safetensors file to write, in the other's; not IN itself",
+    )(parser)
+    parser.add_argument(
+        "--model",
+        metavar="ID",
+        help="whose LoRA it is, where its layers and header do not say: flux_kontext, flux2_dev …",
+    )
+
+
 _CONVERTED = {DONE: "OUT is written", UNUSABLE: "wrong arguments, or IN is not what was expected; nothing is written"}
 
 CONVERT_LORA = Program(
     "convert-lora", "training.convert_lora", "training.convert_lora:run",
     "A LoRA of a known model from ComfyUI's keys to diffusers', or back, with the same output.",
-    _conversion(
-        "a .safetensors file in either program's keys, or in kohya's",
-        "the .safetensors file to write, in the other's; not IN itself",
-    ),
+    _convert_lora,
     "  editloss convert-lora my_edit.safetensors my_edit_diffusers.safetensors",
     _CONVERTED,
 )  # fmt: skip

@@ -95,7 +95,7 @@ class VAEDecoderEncoder(Encoder):
             for step in steps:
                 x = step(x)
             if depth in self.depths:
-                found.append(x)
+                found.append(x if x.ndim == 4 else x.squeeze(2))  # a decoder of films makes films of one picture
         return found
 
     def _of(self, z: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Collection, Mapping, NamedTuple, Optional, Union
 
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..files import write_safetensors
-from ..models.base import LayerNames
-from ..models.registry import dotted, of_layers
-from .lora import PREFIX, LoRA
+from ..models.base import EditModel, LayerNames
+from ..models.registry import dotted, of_layers, titles
+from .lora import MODEL_METADATA, PREFIX, LoRA
 
 COMFYUI, DIFFUSERS = "ComfyUI", "diffusers"
 PREFIXES = {COMFYUI: PREFIX, DIFFUSERS: "transformer."}
@@ -34,11 +33,11 @@ ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers writes rank and al
 
 
 class Update(NamedTuple):
-    """(alpha / rank) · up · down of one layer: down ``[rank, in]``, up ``[out, rank]``."""
+    """(alpha / rank) · up · down of one layer: down ``[rank, in]``, up ``[out, rank]``; alpha None is the rank, left unsaid."""
 
     down: Tensor
     up: Tensor
-    alpha: float
+    alpha: Optional[float]
 
     @property
     def rank(self) -> int:
@@ -46,7 +45,7 @@ class Update(NamedTuple):
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 Updates = Mapping[str, Update]  # layer, without prefix → its update
@@ -86,7 +85,7 @@ def _without_zeros(update: Update, up: Tensor) -> Update:
     if bool(used.all()):
         return update._replace(up=up.contiguous())
     down = update.down[used]
-    return Update(down, up[:, used].contiguous(), update.alpha * len(down) / update.rank)
+    return Update(down, up[:, used].contiguous(), update.scale * len(down))
 
 
 def fuse(updates: Updates, layers: LayerNames) -> dict[str, Update]:
@@ -145,7 +144,19 @@ def _fused(whole: str, parts: Mapping[int, Update], count: int, mlp_ratio: int) 
         same = update.scale == first.scale
         scaled = update.up if same else update.up.to(up.dtype) * (update.scale / first.scale)
         up[top : top + rows[part], places[part]] = scaled.to(up.dtype)
-    return Update(torch.cat(downs), up, first.alpha * rank / first.rank)
+    return Update(torch.cat(downs), up, first.scale * rank)
+
+
+def folded(updates: Updates) -> dict[str, Update]:
+    """The same updates with alpha / rank multiplied into B, for a loader that takes no alpha."""
+    found = {}
+    for layer, update in updates.items():
+        up = update.up
+        if update.scale != 1.0:
+            wider = torch.bfloat16 if up.dtype.itemsize == 1 else up.dtype  # 8 bits do not hold a product
+            up = (up.float() * update.scale).to(wider)
+        found[layer] = Update(update.down, up, None)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,13 +165,14 @@ def _fused(whole: str, parts: Mapping[int, Update], count: int, mlp_ratio: int) 
 
 
 def to_tensors(updates: Updates, dialect: str, dtype: Optional[torch.dtype] = None) -> dict[str, Tensor]:
-    """What a file of the dialect holds; alpha is float32 always."""
+    """What a file of the dialect holds; alpha is float32 always, and left out where it is None."""
     state = {}
     for layer, update in updates.items():
         for suffix, value in zip(SUFFIXES[dialect], update[:2]):
             # A copy: parts of one layer share their A, which safetensors refuses.
             state[f"{PREFIXES[dialect]}{layer}.{suffix}"] = value.to(dtype or value.dtype, copy=True).contiguous()
-        state[f"{PREFIXES[dialect]}{layer}.alpha"] = torch.tensor(float(update.alpha))
+        if update.alpha is not None:
+            state[f"{PREFIXES[dialect]}{layer}.alpha"] = torch.tensor(float(update.alpha))
     return state
 
 
@@ -271,51 +283,81 @@ def _of_layer(header: Mapping[str, Any], patterns: str, otherwise: str, layer: s
     return float(value)
 
 
-def converted(updates: Updates, dialect: str, wanted: str) -> Updates:
-    """Updates of one dialect in the other, by the names of the known model that has all of their layers.
+def model_of(updates: Updates, dialect: str, told: str = "", metadata: Mapping[str, str] = {}) -> EditModel:  # noqa: B006
+    """The known model that a LoRA is of.
+
+    Args:
+        updates: in the dialect.
+        dialect: of their names.
+        told: id of the model; empty asks the header, and if that does not say, the layers' names and sizes.
+        metadata: the file's header.
 
     Raises:
-        ValueError: there is none, or parts do not fit together.
+        ValueError: see :func:`~editloss_core.models.registry.of_layers`.
     """
-    if dialect == wanted:
-        return updates
-    layers = of_layers(updates, dialect == COMFYUI).names
-    return split(updates, layers) if wanted == DIFFUSERS else fuse(updates, layers)
+    sizes = {layer: (update.down.shape[1], len(update.up)) for layer, update in updates.items()}
+    return of_layers(sizes, dialect == COMFYUI, told or metadata.get(MODEL_METADATA, ""))
 
 
-def own_dialect(layers: Collection[str]) -> str:
-    """Whose names a network's layers have.
+def converted(updates: Updates, dialect: str, wanted: str, model: EditModel) -> Updates:
+    """Updates of one dialect as a file of the other has them, or of the same.
 
     Raises:
-        ValueError: neither program's names of a known model.
+        ValueError: a layer that the model does not have, parts that do not fit together, or a program without a loader.
     """
-    try:
-        of_layers(layers, comfyui=True)
-    except ValueError:
-        of_layers(layers, comfyui=False)
-        return DIFFUSERS
-    return COMFYUI
+    if wanted == DIFFUSERS and not model.diffusers_loads_lora:
+        raise ValueError(
+            f"lora: diffusers has no loader of LoRA files for {model.title}; nothing would read what is written"
+        )
+    layers = model.names
+    made = updates
+    if dialect != wanted:
+        made = split(updates, layers) if wanted == DIFFUSERS else fuse(updates, layers)
+    return folded(made) if wanted == DIFFUSERS and not layers.alpha else made
+
+
+def own_dialect(layers: Collection[str], model: EditModel) -> str:
+    """Whose names the layers of a model's network have, ComfyUI's where both are the same.
+
+    Raises:
+        ValueError: neither program's.
+    """
+    strange = [layer for layer in layers if not model.names.diffusers(layer)]
+    if not strange:
+        return COMFYUI
+    neither = [layer for layer in layers if not model.names.comfyui(layer)[0]]
+    if neither:
+        raise ValueError(f"lora: {model.title} has no layer {neither[0]!r} in ComfyUI's or diffusers' names")
+    return DIFFUSERS
 
 
 def save_both(
     lora: LoRA, path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None, dtype: torch.dtype = torch.float32
-) -> tuple[Path, Path]:
-    """A LoRA of a known model in both dialects: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in diffusers'.
+) -> tuple[Path, ...]:
+    """A LoRA of a known model for each program that loads it: NAME.safetensors in ComfyUI's keys, NAME_diffusers.safetensors in
+    diffusers' where that has a loader for the model.
 
     Args:
         lora: on a network of either program.
         path: NAME.safetensors.
-        metadata: texts by name; the settings are added as JSON under ``lora``.
+        metadata: texts by name, see :meth:`.lora.LoRA.described`.
         dtype: of the matrices in the files.
+
+    Raises:
+        ValueError: of a network that is of no known model.
     """
-    path = Path(path)
-    own = own_dialect(lora.targets)
+    path, model = Path(path), lora.model
+    if model is None:
+        raise ValueError(f"lora: expected one of a known model ({titles()}), whose names are known in both programs")
+    own = own_dialect(lora.targets, model)
     updates = {
         name: Update(layer.down.detach().cpu(), layer.up.detach().cpu(), lora.settings.alpha)
         for name, layer in lora.named_layers()
     }
-    texts = {**(metadata or {}), "lora": json.dumps(asdict(lora.settings))}
-    paths = path, path.with_name(f"{path.stem}_diffusers{path.suffix}")
-    for target, dialect in zip(paths, (COMFYUI, DIFFUSERS)):
-        write_safetensors(target, to_tensors(converted(updates, own, dialect), dialect, dtype), texts)
-    return paths
+    texts = lora.described(metadata or {})
+    paths = {COMFYUI: path}
+    if model.diffusers_loads_lora:
+        paths[DIFFUSERS] = path.with_name(f"{path.stem}_diffusers{path.suffix}")
+    for dialect, target in paths.items():
+        write_safetensors(target, to_tensors(converted(updates, own, dialect, model), dialect, dtype), texts)
+    return tuple(paths.values())

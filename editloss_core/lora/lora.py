@@ -26,6 +26,7 @@ from ..models.base import PRESETS, EditModel
 from ..models.registry import of_network, titles
 
 PREFIX = "diffusion_model."  # of the names in a file; ComfyUI maps them to any model's layers one to one
+MODEL_METADATA = "editloss_edit_model"  # in a file's header: id of the model that it is of
 # Names that other trainers write, and whose they are.
 _OTHER_FORMATS = {
     "lora_unet_": "kohya's",
@@ -103,7 +104,7 @@ def select_layers(module: nn.Module, layers: str, model: Optional[EditModel] = N
 
 def _preset(name: str, module: nn.Module, model: Optional[EditModel]) -> tuple[str, ...]:
     kind = type(module).__name__
-    model = model or of_network(kind)
+    model = model or _model_of(module)
     if model is not None:
         return model.layers[name]
     if name == "all":
@@ -111,6 +112,11 @@ def _preset(name: str, module: nn.Module, model: Optional[EditModel]) -> tuple[s
     raise ValueError(
         f"layers: what {name!r} is, is known for {titles()} and not for {kind}; name its layers by patterns, or take 'all'"
     )
+
+
+def _model_of(module: nn.Module) -> Optional[EditModel]:
+    sizes = {name: size for name, part in module.named_modules() if (size := layer_features(part)) is not None}
+    return of_network(type(module).__name__, sizes)
 
 
 def _patterns(layers: str) -> list[tuple[str, bool]]:
@@ -196,6 +202,9 @@ class LoRA(nn.Module):
             bytes whatever other layers are chosen.
         model: see :func:`select_layers`.
 
+    Attributes:
+        model: that it is of; None for a network of no known model.
+
     Raises:
         ValueError: if ``settings.layers`` does not fit the network.
 
@@ -214,7 +223,9 @@ class LoRA(nn.Module):
     ):
         super().__init__()
         self.settings = settings
-        self.targets = select_layers(module, settings.layers, model)  # a dict: its modules are not registered as parts
+        self.model = model or _model_of(module)
+        # A dict: its modules are not registered as parts.
+        self.targets = select_layers(module, settings.layers, self.model)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._disabled = 0
         with torch.inference_mode(False):  # ComfyUI's nodes run in it, and its tensors cannot be trained
@@ -283,7 +294,7 @@ class LoRA(nn.Module):
 
         Args:
             path: ends with ``.safetensors``.
-            metadata: texts by name; the settings are added as JSON under ``lora``.
+            metadata: texts by name, see :meth:`described`.
             dtype: of the matrices in the file.
             prefix: of their names; a LoRA of diffusers' FluxTransformer2DModel is found by ``"transformer."``.
 
@@ -292,8 +303,12 @@ class LoRA(nn.Module):
         """
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        settings = json.dumps(asdict(self.settings))
-        write_safetensors(path, self.tensors(prefix, dtype), {**(metadata or {}), "lora": settings})
+        write_safetensors(path, self.tensors(prefix, dtype), self.described(metadata or {}))
+
+    def described(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """Texts for the header of a file, with the settings as JSON under ``lora``, and the model."""
+        known = {MODEL_METADATA: self.model.id} if self.model else {}
+        return {**metadata, "lora": json.dumps(asdict(self.settings)), **known}
 
     def load_tensors(self, state: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
         """Take weights as :meth:`tensors` gives them, in any floating dtype. Everything has to fit, or nothing is taken.

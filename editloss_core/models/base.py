@@ -8,9 +8,11 @@ its layers are called in LoRA files. :mod:`.registry` knows them all; :mod:`.kon
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
-from dataclasses import dataclass, field
-from typing import Any, Iterator, Mapping, Optional, Protocol, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +66,16 @@ class Preview:
     Attributes:
         guidance: what a guidance-distilled model is told; None takes what the program would.
         cfg: scale of classifier-free guidance, v = n + cfg · (p − n); 1 asks the model once.
-        negative: what stands in the place of the caption for n, as the denoiser takes it; needed where cfg is not 1.
+        negatives: what stands in the place of each sample's caption for n, as the denoiser takes it; needed where cfg is not 1.
     """
 
     guidance: Optional[float] = None
     cfg: float = 1.0
-    negative: Any = None
+    negatives: Sequence[Any] = ()
+
+    def of(self, index: int) -> Preview:
+        """The same of one sample alone."""
+        return replace(self, negatives=self.negatives[index : index + 1])
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,12 @@ class Parts:
         decoders: of those that may decode in its place.
         texts: folder → class, of the text encoders.
         tokenizers: folders.
+        processors: those of them that also say how pictures are read.
         text_widths: (text encoder's folder, its key, the transformer's key): numbers of their configs that have to be equal.
         original_key: a tensor by which a single file in the original layout is known.
+        index: what model_index.json has to say beside the pipeline, where several models share that.
+        config: the same of the transformer's config.json.
+        text_layers: of the text encoder, whose features stand side by side.
         others: what a network with other inputs would be, for the message.
     """
 
@@ -96,8 +106,14 @@ class Parts:
     tokenizers: tuple[str, ...]
     text_widths: tuple[tuple[str, str, str], ...]
     original_key: str
+    index: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    text_layers: int = 1
+    processors: tuple[str, ...] = ()
     others: str = ""
 
+
+NOT_IN_DIFFUSERS = Parts("", "", "", (), {}, (), (), "")
 
 Rows = Mapping[str, tuple[str, ...]]
 
@@ -113,6 +129,8 @@ class LayerNames:
         outside: the same for layers that are in no block.
         swapped: ComfyUI's layers whose halves diffusers has in the opposite order.
         mlp_ratio: rows of a fourth part for each of the first three's, where queries, keys, values and an MLP's input are one.
+        shapes: ComfyUI's layer in a block → (inputs, outputs) in a ratio that another model with the same names has not.
+        alpha: whether diffusers' loader takes a layer's ``.alpha``; if not, it is multiplied into the matrices.
     """
 
     model: str
@@ -120,6 +138,13 @@ class LayerNames:
     outside: Rows = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     mlp_ratio: int = 4
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    alpha: bool = True
+
+    def fits(self, layer: str, inputs: int, outputs: int) -> bool:
+        """Whether ComfyUI's layer of this size may be one of the model's."""
+        one, other = self.shapes.get(layer.partition(".")[2].partition(".")[2], (inputs, outputs))
+        return inputs * other == outputs * one
 
     def comfyui(self, layer: str) -> tuple[str, int]:
         """diffusers' layer → (ComfyUI's, which of its parts); ("", 0) for a layer that the model does not have."""
@@ -169,16 +194,24 @@ class EditModel:
         id: permanent; it may stand in files.
         title: what people call it.
         comfyui_model: class of its MODEL's ``model`` (``comfy.model_base``), by name. A subclass of it is another model.
+        comfyui_config: what the config of its network there has to say, where several models share the class.
+        comfyui_file: pattern of the name of its file, where nothing in it tells it from another model.
+        comfyui_tokenizer: class of its text encoder's tokenizer there, by name, where the width of the features does not tell.
+        comfyui_clip: type of Load CLIP that gives such a text encoder.
         comfyui_network: class of its network there.
-        parts: its classes in diffusers.
+        parts: its classes in diffusers; NOT_IN_DIFFUSERS where that has no pipeline for it.
+        text_layer: the linear layer that takes the text encoder's features, in ComfyUI's network.
         layers: preset → patterns over names of layers, of both programs' networks.
         names: of its layers in LoRA files.
+        diffusers_loads_lora: whether its pipeline has a loader of LoRA files.
         reference_method: ComfyUI's ``reference_latents_method``, None where the network needs none.
         reads_picture: whether its captions are encoded with the before picture.
         guidance, preview_guidance: what it is told in training and for pictures; None where it is told nothing.
         preview_cfg: scale of classifier-free guidance in the stock workflow, 1 without.
+        preview_steps: to which it was distilled, the most that its pictures are sampled in; None where it was not.
         patch: latents per token along each side.
         downscale: pixels per latent along each side.
+        text_encoders: width of text features → whose they are, for messages.
         text_tokens: of a caption.
         letters: what its text encoder knows beyond the English alphabet, without case; None: every script.
         width_attribute, block_attributes: where diffusers' network has its width and its blocks.
@@ -192,11 +225,19 @@ class EditModel:
     parts: Parts
     layers: Mapping[str, tuple[str, ...]]
     names: LayerNames
+    comfyui_config: Mapping[str, Any] = {}
+    comfyui_file: str = ""
+    comfyui_tokenizer: str = ""
+    comfyui_clip: str = ""
+    text_encoders: Mapping[int, str] = {}
+    diffusers_loads_lora: bool = True
+    text_layer: str = "txt_in"
     reference_method: Optional[str] = None
     reads_picture: bool = False
     guidance: Optional[float] = None
     preview_guidance: Optional[float] = None
     preview_cfg: float = 1.0
+    preview_steps: Optional[int] = None
     patch: int = 2
     downscale: int = 8
     text_tokens: int = 512
@@ -204,6 +245,14 @@ class EditModel:
     width_attribute: str = "inner_dim"
     block_attributes: tuple[str, ...] = ("transformer_blocks",)
     block_values: int = 17
+
+    def is_comfyui(self, base: str, config: Mapping[str, Any], file: str) -> bool:
+        """Whether a MODEL is one of this model, see :func:`.registry.of_comfyui`."""
+        return (
+            self.comfyui_model == base
+            and all(config.get(key) == value for key, value in self.comfyui_config.items())
+            and re.search(self.comfyui_file, file.lower()) is not None
+        )
 
     # -- noise levels -----------------------------------------------------------------------------------------------
 
@@ -243,19 +292,22 @@ class EditModel:
         :meth:`sample`.
 
         Raises:
-            ValueError: classifier-free guidance without something to be guided away from.
+            ValueError: classifier-free guidance without something to be guided away from, for each sample.
         """
         asked = denoiser if preview is None else denoiser.told(preview.guidance)
-        cfg, negative = (1.0, None) if preview is None else (preview.cfg, preview.negative)
-        if cfg != 1.0 and negative is None:
-            raise ValueError(f"negative: expected it with cfg {cfg:g}, got none")
+        cfg, negatives = (1.0, ()) if preview is None else (preview.cfg, preview.negatives)
+        if cfg != 1.0 and len(negatives) != len(conditioning):
+            raise ValueError(
+                f"negatives: expected one for each of {len(conditioning)} samples with cfg {cfg:g}, got {len(negatives)}"
+            )
         times, x = self.times(self.tokens(noise), steps), noise
         for t, following in zip(times, times[1:]):
             yield t.item(), x
             levels = t.expand(len(x)).to(x.device)
-            v = asked(x, levels, references, conditioning)
-            if cfg != 1.0:
-                v = self.guided(v, asked(x, levels, references, [negative] * len(x)), cfg)
+            if cfg == 1.0:
+                v = asked(x, levels, references, conditioning)
+            else:
+                v = self.steered(partial(asked, x, levels), references, conditioning, negatives, cfg)
             x = x + (following - t).item() * v.to(x)
         yield 0.0, x
 
@@ -284,6 +336,21 @@ class EditModel:
             if done and progress is not None:
                 progress(done, steps)
         return latents
+
+    def steered(
+        self,
+        asked: Callable[[Sequence[Tensor], Sequence[Any]], Tensor],
+        references: Sequence[Tensor],
+        conditioning: Sequence[Any],
+        negative: Sequence[Any],
+        cfg: float,
+    ) -> Tensor:
+        """Velocity with classifier-free guidance; a model that is asked in another way than for caption and negative overrides it.
+
+        Args:
+            asked: the model's velocity for references and conditioning, at the place where it is wanted.
+        """
+        return self.guided(asked(references, conditioning), asked(references, negative), cfg)
 
     def guided(self, positive: Tensor, negative: Tensor, cfg: float) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598); a model that rescales overrides it."""

@@ -80,8 +80,9 @@ class DiffusersDenoiser:
         return self.edit_model.velocity(self, x_t, t, references, conditioning).float()
 
     def kept(self, make: Callable[..., Tensor], *sizes: int) -> Tensor:
-        """``make(*sizes)`` on the model's device in its dtype, made once for these sizes."""
+        """``make(*sizes)`` on the model's device, fractions in its dtype, made once for these sizes."""
         key = (make, *sizes)
         if key not in self._kept:
-            self._kept[key] = make(*sizes).to(self.device, self.dtype)
+            made = make(*sizes)
+            self._kept[key] = made.to(self.device, self.dtype if made.is_floating_point() else made.dtype)
         return self._kept[key]

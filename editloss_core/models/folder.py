@@ -54,7 +54,7 @@ class ModelFolder:
 
     @cached_property  # read once: every part that is loaded asks for it
     def edit_model(self) -> EditModel:
-        """By model_index.json.
+        """By model_index.json, and the transformer's config.json where models share a pipeline.
 
         Raises:
             ValueError: it is of no known model, or not there.
@@ -64,8 +64,9 @@ class ModelFolder:
             raise ValueError(
                 f"path: expected an edit model in diffusers' layout ({registry.titles()}) in {self.folder}; {index}"
             )
+        config = _json(self.folder / "transformer" / "config.json")
         try:
-            return registry.of_pipeline(index.get("_class_name"))
+            return registry.of_pipeline(index, {} if isinstance(config, str) else config)
         except ValueError as error:
             raise ValueError(f"path: {error} ({self.folder})") from None
 
@@ -143,6 +144,14 @@ class ModelFolder:
         for part in model.parts.tokenizers:
             if not any((self.folder / part / n).is_file() for n in ("tokenizer.json", "vocab.json", "spiece.model")):
                 faults.append(f"path: {part}: there is no tokenizer in {self.folder / part}")
+        for part in model.parts.processors:
+            if not any(
+                (self.folder / part / n).is_file() for n in ("preprocessor_config.json", "processor_config.json")
+            ):
+                where = self.folder / part
+                faults.append(
+                    f"path: {part}: there is no preprocessor_config.json, for pictures with captions, in {where}"
+                )
         return faults + _misfits(configs, model)
 
     def _faults_of_decoder(self, decoder: Path, model: EditModel) -> list[str]:
@@ -155,8 +164,8 @@ class ModelFolder:
         if kind not in model.parts.decoders:
             return [f"decoder: expected a folder of a {' or a '.join(model.parts.decoders)}, got a {kind}"]
         own = _json(self.folder / "vae" / "config.json")
-        wanted = own.get("latent_channels") if isinstance(own, dict) else None
-        found = config.get("latent_channels")
+        wanted = latent_channels(own) if isinstance(own, dict) else None
+        found = latent_channels(config)
         if wanted is not None and found != wanted:
             return [f"decoder: expected one for latents of {wanted} channels, got {found}"]
         return []
@@ -254,23 +263,40 @@ def _json(path: Path) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else f"{path} is not a JSON object"
 
 
+def latent_channels(vae: Mapping[str, Any]) -> Optional[int]:
+    """Of an autoencoder's config; None where it does not say."""
+    return vae.get("latent_channels", vae.get("z_dim"))
+
+
 def _misfits(configs: Mapping[str, Mapping[str, Any]], model: EditModel) -> list[str]:
     """Parts that do not belong together, by their sizes."""
     faults = []
     network, vae, patch = configs.get("transformer", {}), configs.get("vae", {}), model.patch
-    inputs, channels = network.get("in_channels"), vae.get("latent_channels")
+    inputs, channels = network.get("in_channels"), latent_channels(vae)
+    patch *= (vae.get("patch_size") or [1])[0]  # by which some pack their latents themselves
     if inputs and channels and inputs != patch**2 * channels:
         faults.append(
             f"path: transformer: expected in_channels {patch**2 * channels} ({patch}×{patch} latents of {channels} channels), "
             f"got {inputs}: that is not {model.parts.others or model.title}"
         )
-    if network.get("out_channels") not in (None, inputs):
-        faults.append(f"path: transformer: expected out_channels {inputs}, got {network['out_channels']}")
+    # Some count what comes out by latents, others by tokens.
+    outputs, side = network.get("out_channels"), network.get("patch_size", 1)
+    if inputs and outputs and outputs * side**2 != inputs:
+        faults.append(f"path: transformer: expected out_channels {inputs // side**2}, got {outputs}")
     for part, theirs, mine in model.parts.text_widths:
-        wanted, found = network.get(mine), configs.get(part, {}).get(theirs)
-        if wanted and found and wanted != found:
-            faults.append(f"path: {part}: expected {theirs} {wanted}, which the transformer takes, got {found}")
+        wanted, found = network.get(mine), _nested(configs.get(part, {}), theirs)
+        count = model.parts.text_layers
+        if wanted and found and wanted != count * found:
+            taken = f", which the transformer takes{f' {count} times' if count > 1 else ''}"
+            faults.append(f"path: {part}: expected {theirs} {wanted // count}{taken}, got {found}")
     return faults
+
+
+def _nested(config: Mapping[str, Any], key: str) -> Any:
+    """The value of ``part.name`` in a config with parts; None without one."""
+    head, _, rest = key.partition(".")
+    value = config.get(head)
+    return _nested(value or {}, rest) if rest else value
 
 
 def _faults_of_single_file(path: Path, model: EditModel) -> list[str]:

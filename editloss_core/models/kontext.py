@@ -101,6 +101,8 @@ class Kontext(EditModel):
         outside=OUTSIDE,
         swapped=("final_layer.adaLN_modulation.1",),
         mlp_ratio=4,
+        shapes={"img_mlp.0": (1, 4), "img_mlp.2": (4, 1), "txt_mlp.0": (1, 4), "txt_mlp.2": (4, 1)}
+        | {"linear1": (1, 7), "linear2": (5, 1)},
     )
 
     # What it is told: guidance is distilled into it. 1 is usual in training, 2.5 in the stock workflow, which has no CFG.

@@ -38,7 +38,8 @@ class Validator:
         decode: for pictures; without it there are none.
         check: called between model calls; raises to stop.
         processes: that validate together.
-        preview: what the model is told while pictures are sampled; None: what it is told in training.
+        preview: what the model is told while pictures are sampled, with a negative for each of the pairs where it wants
+            them; None: what it is told in training.
 
     Raises:
         ValueError: a picture of a pair that is to be shown cannot be read.
@@ -179,13 +180,14 @@ class Validator:
         """An output, and what the objective says about it."""
         with nullcontext() if with_lora else self.lora.disabled():
             x0 = self.prepared.after([index])
-            latents = self.denoiser.edit_model.sample(
+            model = self.denoiser.edit_model
+            latents = model.sample(
                 self.denoiser,
                 self._to(self._noise(index, x0, "picture")),
                 [self._to(self.prepared.before([index]))],
                 [self.conditioning[index]],
-                self.settings.preview_steps,
-                self.preview,
+                min(self.settings.preview_steps, model.preview_steps or self.settings.preview_steps),
+                self.preview and self.preview.of(index),
                 lambda done, total: self.check(),
             )
             signal = self._signal(latents, index)

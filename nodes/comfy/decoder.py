@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .encoders import check_vae
+from .frames import decode, downscale, memory_to_decode
 from .gradients import checkpointed, differentiable, usable
 from .loading import load_for_call
 from .offers import static_vae
@@ -17,7 +18,7 @@ from .offers import static_vae
 def check_decoder(decoder, vae) -> None:
     """ValueError unless ``decoder`` is a VAE that decodes the latents of ``vae`` to pictures of the same size."""
     check_vae(decoder, "decoder")
-    (channels, scale), found = ((v.latent_channels, v.downscale_ratio) for v in (vae, decoder))
+    (channels, scale), found = ((v.latent_channels, downscale(v)) for v in (vae, decoder))
     if found != (channels, scale):
         raise ValueError(
             f"decoder: expected one for the latents of the VAE, {channels} channels and {scale} pixels each, got "
@@ -60,7 +61,7 @@ class VAEDecoder:
     @property
     def scale(self) -> int:
         """Pixels per latent along each side."""
-        return self.vae.downscale_ratio
+        return downscale(self.vae)
 
     def __call__(self, latents: Tensor) -> Tensor:
         vae, net = self.vae, self.vae.first_stage_model
@@ -68,14 +69,14 @@ class VAEDecoder:
             raise ValueError(
                 f"latents: expected [B, {vae.latent_channels}, h, w] for this VAE, got {list(latents.shape)}"
             )
-        load_for_call(vae.patcher, vae.memory_used_decode(latents.shape, vae.vae_dtype))
+        load_for_call(vae.patcher, memory_to_decode(vae, len(latents), *latents.shape[2:]))
         training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with contextlib.ExitStack() as stack:
             stack.enter_context(differentiable(net))
             if training and self.checkpointing:
                 stack.enter_context(checkpointed(getattr(net, "decoder", net)))
             z = self.from_model(usable(latents, vae.device)).to(vae.vae_dtype)
-            decoded = net.decode(z).float()
+            decoded = decode(vae, z).float()
         pictures = vae.process_output(decoded.clone())  # it may work in place
         if training:
             unclamped = self._offset + self._slope * decoded

@@ -18,7 +18,10 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
+from ...editloss_core.lora.lora import layer_features
+from ...editloss_core.models.base import EditModel
 from .flow_model import check_flow_model, edit_model_of, model_inputs
+from .frames import framed, unframed
 from .gradients import (
     attention_with_backward,
     checkpointed,
@@ -59,18 +62,20 @@ class ComfyDenoiser:
             each conditioning's own value, or ComfyUI's 3.5.
         checkpointing: keep each block's inputs only and compute the blocks again in the backward pass: about a third
             more time, a fraction of the memory.
+        told: title of the edit model, where several share a class; empty goes by the MODEL.
 
     Raises:
         ValueError: for a model that does not predict velocity, or is none of the known edit models.
     """
 
-    def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True):
+    def __init__(self, model, guidance: Optional[float] = 1.0, checkpointing: bool = True, told: str = ""):
         check_flow_model(model)
+        self.edit_model = edit_model_of(model, told)
         model = static_model(model)
-        self.edit_model = edit_model_of(model)
         self.model, self.guidance, self.checkpointing = model, guidance, checkpointing
         model.model.requires_grad_(False)
         thaw_attributes(model.model.latent_format)
+        self._films = model.model.latent_format.latent_dimensions == 3
         self._loaded: list[tuple[int, int]] = []
 
     def told(self, guidance: Optional[float]) -> ComfyDenoiser:
@@ -111,11 +116,11 @@ class ComfyDenoiser:
 
     def to_model(self, latents: Tensor) -> Tensor:
         """A VAE's latents → the model's."""
-        return self.model.model.process_latent_in(latents)
+        return unframed(self.model.model.process_latent_in(framed(latents, self._films)), self._films)
 
     def from_model(self, latents: Tensor) -> Tensor:
         """The model's latents → a VAE's."""
-        return self.model.model.process_latent_out(latents)
+        return unframed(self.model.model.process_latent_out(framed(latents, self._films)), self._films)
 
     def load(self, extra_patchers: Sequence[Any] = (), reserve: Optional[int] = None) -> None:
         """Bring the model, and decoders or encoders that take part in the same step, to their devices.
@@ -146,7 +151,7 @@ class ComfyDenoiser:
         Raises:
             ValueError: as a call.
         """
-        z = torch.zeros(1, self.model.model.latent_format.latent_channels, 8, 8)
+        z = framed(torch.zeros(1, self.model.model.latent_format.latent_channels, 8, 8), self._films)
         self._inputs(z, [z], item)
 
     def __call__(self, x_t: Tensor, t: Tensor, references: Sequence[Tensor], conditioning: Sequence[Any]) -> Tensor:
@@ -163,8 +168,8 @@ class ComfyDenoiser:
             )
         if self._loaded[:1] != [_whereabouts(self.model)]:
             load_for_call(self.model, self.model.model.memory_required(x_t.shape))
-        x_t, t = usable(x_t, self.device), usable(t, self.device)
-        references = usable(list(references), self.device)
+        x_t, t = framed(usable(x_t, self.device), self._films), usable(t, self.device)
+        references = [framed(usable(r, self.device), self._films) for r in references]
         inputs = [
             self._inputs(x_t[i : i + 1], [r[i : i + 1] for r in references], item)
             for i, item in enumerate(conditioning)
@@ -191,7 +196,7 @@ class ComfyDenoiser:
             item: the one CONDITIONING.
         """
         model, base = self.model, self.model.model
-        latent = self.from_model(reference[:1])
+        x, latent = framed(x, self._films), framed(self.from_model(reference[:1]), self._films)
         more = {"reference_latents": [latent], **self._said()}
         options = {**model.model_options, "transformer_options": self._options()}
         model.pre_run()
@@ -201,11 +206,12 @@ class ComfyDenoiser:
             (denoised,) = comfy.samplers.calc_cond_batch(base, [conds], x, t, options)
         finally:
             model.cleanup()
-        return (x - denoised) / t.view(-1, 1, 1, 1)
+        return unframed(x - denoised, self._films) / t.view(-1, 1, 1, 1)
 
     def _said(self) -> dict[str, Any]:
         """What stands in a conditioning beside prompt and references."""
-        said = {"guidance": self.guidance, "reference_latents_method": self.edit_model.reference_method}
+        guidance = None if self.edit_model.guidance is None else self.guidance
+        said = {"guidance": guidance, "reference_latents_method": self.edit_model.reference_method}
         return {name: value for name, value in said.items() if value is not None}
 
     @contextlib.contextmanager
@@ -243,7 +249,7 @@ class ComfyDenoiser:
 
     def _inputs(self, x: Tensor, references: list[Tensor], item: Any) -> dict[str, comfy.conds.CONDRegular]:
         base = self.model.model
-        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, base))[0])
+        cond = dict(comfy.sampler_helpers.convert_cond(_entry(item, self))[0])
         cond.pop("reference_latents", None)
         if references:
             cond["reference_latents"] = references
@@ -272,7 +278,7 @@ class ComfyDenoiser:
                 base.apply_model(x, t, transformer_options=options, **inputs)
         finally:
             hook.remove()
-        return answers[-1].float()
+        return unframed(answers[-1], self._films).float()
 
 
 def _named(thing: Any) -> Any:
@@ -292,7 +298,7 @@ def _whereabouts(patcher) -> tuple[int, int]:
     return id(patcher), patcher.loaded_size() if is_loaded(patcher) else -1
 
 
-def _entry(item: Any, base) -> Sequence[Any]:
+def _entry(item: Any, denoiser: ComfyDenoiser) -> Sequence[Any]:
     """A CONDITIONING that can be trained on."""
     if not isinstance(item, (list, tuple)) or not all(isinstance(e, (list, tuple)) and len(e) == 2 for e in item):
         raise ValueError(
@@ -304,10 +310,16 @@ def _entry(item: Any, base) -> Sequence[Any]:
     for key, what in NOT_TRAINABLE.items():
         if options.get(key) is not None:
             raise ValueError(f"conditioning: expected a prompt alone, got {what} with it ({key!r})")
-    wanted = base.model_config.unet_config.get("context_in_dim")
-    if wanted is not None and context.shape[-1] != wanted:
+    wanted, _ = layer_features(denoiser.module.get_submodule(denoiser.edit_model.text_layer))
+    if context.shape[-1] != wanted:
+        own, other = (_of(width, denoiser.edit_model) for width in (wanted, context.shape[-1]))
         raise ValueError(
-            f"conditioning: {type(base).__name__} takes text features of {wanted} numbers, got {context.shape[-1]}; use "
-            "the model's own text encoder"
+            f"conditioning: {denoiser.edit_model.title} takes text features of {own}, got {other}; use the model's own text encoder"
         )
     return item
+
+
+def _of(width: int, edit_model: EditModel) -> str:
+    """Text features of this width, with the name of the text encoder that makes them."""
+    name = edit_model.text_encoders.get(width)
+    return f"{width} numbers ({name})" if name else f"{width} numbers"

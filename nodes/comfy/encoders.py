@@ -7,6 +7,7 @@ here goes around all of it when a gradient is asked for, and is a plain forward 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Optional, Sequence
 
 import comfy.model_management
@@ -23,12 +24,14 @@ from ...editloss_core.encoders.timm_net import TimmEncoder
 from ...editloss_core.encoders.vae import VAEEncoder
 from ...editloss_core.hashing import hash_tensors
 from .flow_model import check_flow_model, model_inputs
+from .frames import decode, downscale, encode, framed, memory_to_decode, memory_to_encode, takes_films
 from .gradients import differentiable
 from .loading import WholePatcher, fingerprint, load_for_call
 from .offers import static_clip_vision, static_model, static_vae
 
 CLIP_VISION_LAYERS = ("last", "penultimate")
-PICTURE_SECOND = ("JointBlock",)  # SD3's blocks answer (text, picture), Flux's (picture, text)
+# SD3's and Qwen-Image's blocks answer (text, picture), Flux's (picture, text)
+PICTURE_SECOND = ("JointBlock", "QwenImageTransformerBlock")
 
 
 class _Managed(PixelEncoder):
@@ -63,10 +66,12 @@ def check_vae(vae, name: str = "vae") -> None:
     """ValueError, under the input's name, unless it is a VAE of pictures with weights."""
     if getattr(vae, "first_stage_model", None) is None:
         raise ValueError(f"{name}: this VAE has no weights; the checkpoint it came from does not contain one")
-    if vae.latent_dim != 2 or not isinstance(vae.downscale_ratio, int):
+    if not takes_films(vae) and (vae.latent_dim != 2 or not isinstance(vae.downscale_ratio, int)):
         raise ValueError(
             f"{name}: expected a VAE of pictures, got one with {vae.latent_dim} latent dimensions (video or audio)"
         )
+    if vae.output_channels != 3:
+        raise ValueError(f"{name}: expected a VAE of pictures in 3 colours, got one of {vae.output_channels} channels")
 
 
 def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
@@ -85,18 +90,18 @@ def vae_encoder(vae, image_size: int = 0, latent_format=None) -> VAEEncoder:
     vae = static_vae(vae)
     shift, scale = _affine(latent_format, vae.latent_channels)
 
-    def encode(pixels: Tensor) -> Tensor:
-        load_for_call(vae.patcher, vae.memory_used_encode(pixels.shape, vae.vae_dtype))
+    def latents(pixels: Tensor) -> Tensor:
+        load_for_call(vae.patcher, memory_to_encode(vae, len(pixels), *pixels.shape[2:]))
         with differentiable(vae.first_stage_model):
             inputs = vae.process_input((pixels + 1.0) / 2.0).to(vae.device, vae.vae_dtype)
-            return vae.first_stage_model.encode(inputs).float()
+            return encode(vae, inputs).float()
 
     kind = type(vae.first_stage_model).__name__
     encoder = VAEEncoder(
-        encode,
+        latents,
         name=f"vae/{kind.lower()}-{vae.latent_channels}ch",
         fingerprint=fingerprint(vae.first_stage_model, kind, str(vae.vae_dtype)),
-        downscale=vae.downscale_ratio,
+        downscale=downscale(vae),
         device=vae.device,
         image_size=image_size,
         shift=shift,
@@ -123,12 +128,13 @@ class ManagedVAEDecoder(VAEDecoderEncoder):
         net = vae.first_stage_model
         decoder = getattr(net, "taesd_decoder", None) or getattr(net, "decoder", net)
         name = encoder.info.name.removesuffix("/grid").removeprefix("vae/")
-        super().__init__(encoder, decoder, net.decode, f"vae-decoder/{name}", encoder.latent_space, depths=depths)
+        made = functools.partial(decode, vae)
+        super().__init__(encoder, decoder, made, f"vae-decoder/{name}", encoder.latent_space, depths=depths)
         self.patchers = (vae.patcher,)
 
     def features(self, z: Tensor) -> list[Tensor]:
         vae = self.comfy_vae
-        load_for_call(vae.patcher, vae.memory_used_decode(z.shape, vae.vae_dtype))
+        load_for_call(vae.patcher, memory_to_decode(vae, len(z), *z.shape[2:]))
         with differentiable(vae.first_stage_model):
             return super().features(z.to(vae.device, vae.vae_dtype))
 
@@ -142,7 +148,8 @@ def _affine(latent_format, channels: int) -> tuple[Any, Any]:
             f"vae: the model takes latents of {latent_format.latent_channels} channels, this VAE makes {channels} channels"
         )
     with torch.inference_mode(False):
-        zero, one = (latent_format.process_in(torch.full((1, channels, 1, 1), v)) for v in (0.0, 1.0))
+        films = latent_format.latent_dimensions == 3
+        zero, one = (latent_format.process_in(framed(torch.full((1, channels, 1, 1), v), films)) for v in (0.0, 1.0))
     scale = one - zero
     return (-zero / scale).flatten(), scale.flatten()
 
@@ -243,17 +250,17 @@ def diffusion_encoder(
             f"vae: {type(base).__name__} takes latents of {channels} channels, this VAE makes {vae.latent_channels} channels"
         )
     kind = type(base).__name__
-    patch = getattr(net, "patch_size", 1)
+    patch, films = getattr(net, "patch_size", 1), base.latent_format.latent_dimensions == 3
     place = int(type(module).__name__ in PICTURE_SECOND)
     seen = {"text": 0, "picture": 0}  # tokens of the last call
 
     def predict(x: Tensor, t: Tensor) -> None:
         load_for_call(model, base.memory_required(x.shape))
-        x, t = x.to(model.load_device), t.to(model.load_device)
+        x, t = framed(x.to(model.load_device), films), t.to(model.load_device)
         cond = comfy.sampler_helpers.convert_cond(conditioning)[0]
         inputs = {name: value.cond for name, value in model_inputs(base, cond, x).items()}
         seen["text"] = inputs["c_crossattn"].shape[1] if "c_crossattn" in inputs else 0
-        seen["picture"] = -(-x.shape[2] // patch) * -(-x.shape[3] // patch)
+        seen["picture"] = -(-x.shape[-2] // patch) * -(-x.shape[-1] // patch)
         options = model.model_options.get("transformer_options", {}).copy()
         try:
             with differentiable(net):

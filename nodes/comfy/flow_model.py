@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ...editloss_core.models import registry
 from ...editloss_core.models.base import EditModel
+from ...editloss_core.models.qwen import ZERO
 from .gradients import usable
+from .offers import file_of
 
 
 def check_flow_model(model) -> None:
@@ -22,16 +24,47 @@ def check_flow_model(model) -> None:
         )
 
 
-def edit_model_of(model) -> EditModel:
+def edit_model_of(model, told: str = "") -> EditModel:
     """What is known about a MODEL.
 
+    Args:
+        model: the MODEL.
+        told: the edit model's title, of those that share a class; empty goes by the MODEL's config and file.
+
     Raises:
-        ValueError: nothing; with the models that are known.
+        ValueError: nothing; with the models that are known. What was told is of another class, or needs a newer ComfyUI.
     """
+    if any(name.endswith(".default_ref_method") for name in model.object_patches):
+        raise ValueError(
+            "model: expected one without Flux KV Cache, which would keep the reference of the first pair for all; leave that "
+            "node out"
+        )
+    base, config = type(model.model).__name__, getattr(model.model.model_config, "unet_config", {})
     try:
-        return registry.of_comfyui(type(model.model).__name__)
+        known = registry.of_comfyui(base, config, file_of(model))
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
+    if told:
+        same = [m for m in registry.MODELS if m.comfyui_model == base]
+        alike = {m.title: m for m in same if all(config.get(k) == value for k, value in m.comfyui_config.items())}
+        if told not in alike:
+            raise ValueError(f"edit_model: expected one of {', '.join(alike)} for ComfyUI's {base}, got {told}")
+        known = alike[told]
+    if known.reference_method == ZERO and not hasattr(model.model.diffusion_model, "default_ref_method"):
+        raise ValueError(
+            f"model: {known.title} tells its reference that it is at t = 0 ({ZERO}), which this ComfyUI cannot; update it"
+        )
+    return known
+
+
+def check_text_encoder(clip, edit_model: EditModel) -> None:
+    """ValueError, before anything is encoded, for another model's CLIP."""
+    found = [kind.__name__ for kind in type(clip.tokenizer).__mro__]
+    if edit_model.comfyui_tokenizer and edit_model.comfyui_tokenizer not in found:
+        raise ValueError(
+            f"clip: expected the text encoder of {edit_model.title} (Load CLIP, type {edit_model.comfyui_clip}), got one with a "
+            f"{found[0]}"
+        )
 
 
 def model_inputs(base, cond: dict, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:

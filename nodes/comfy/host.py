@@ -20,6 +20,7 @@ from ...editloss_core.training.estimate import HALO
 from ...editloss_core.training.host import Host
 from ...editloss_core.training.prepare import Prepared
 from .denoiser import ComfyDenoiser
+from .frames import memory_to_decode
 
 PREVIEW_SECONDS = 5.0  # between two pictures of the curves
 PREVIEW_SIZE = 1024
@@ -128,7 +129,7 @@ def step_memory(
             for crop, shape in zip(train.crops, shapes)
         ]
         window = max(windows, key=lambda size: size[0] * size[1])
-        objective = 3 * decoder.memory_used_decode([1, channels, *window], decoder.vae_dtype)
+        objective = 3 * memory_to_decode(decoder, 1, *window)
     for patcher in encoders:
         if isinstance(patcher.model, comfy.model_base.BaseModel):
             needed = 8 * patcher.model.memory_required([batch_size, channels, height, width])

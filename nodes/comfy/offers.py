@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib.metadata
 import importlib.util
+from pathlib import Path
 from typing import Any, Callable, Iterator
 from weakref import WeakKeyDictionary
 
@@ -42,6 +43,12 @@ def is_dynamic(patcher) -> bool:
     """Whether ComfyUI pages a model's weights in and out beneath its tensors: autograd's would be gone when it comes back."""
     ask = getattr(patcher, "is_dynamic", None)
     return ask is not None and ask()
+
+
+def file_of(patcher) -> str:
+    """Name of the file that a stock loader made the model of, where it leaves word of that."""
+    _, given, *_ = getattr(patcher, "cached_patcher_init", None) or ((), ())
+    return Path(given[0]).name if given and isinstance(given[0], str) else ""
 
 
 def static_model(patcher):

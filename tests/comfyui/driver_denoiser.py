@@ -1096,7 +1096,7 @@ def check_model_without_reference_latents_is_refused() -> None:
 
     model, b = small_flux(), batch(2)
     model.model.__class__ = Deaf
-    refused(lambda: PACK.denoiser.ComfyDenoiser(model), "model", "that is known (FLUX.1 Kontext)", "ComfyUI's Deaf")
+    refused(lambda: PACK.denoiser.ComfyDenoiser(model), "model", "that is known (FLUX.1 Kontext, ", "ComfyUI's Deaf")
     Deaf.__name__ = "Flux"
     denoiser = PACK.denoiser.ComfyDenoiser(model)
     with torch.no_grad():
@@ -1113,10 +1113,12 @@ def _decode(kind: str, channels: int, inference: bool, checkpointing: bool) -> N
     with loaded(inference):
         vae = small_vae(channels, kind)
         z = torch.randn(2, channels, 5, 7, generator=torch.Generator().manual_seed(2))
-    model = small_flux().model
+    model, films = small_flux().model, kind == "wan"
     decoder = PACK.decoder.VAEDecoder(vae, model.process_latent_out, checkpointing)
     with loaded(inference):
-        theirs = vae.decode(model.process_latent_out(z)).clone()
+        latents = model.process_latent_out(z)
+        theirs = vae.decode(latents.unsqueeze(2) if films else latents).clone()
+        theirs = theirs.squeeze(1) if films else theirs
         assert torch.equal(decoder(z), theirs)
     assert theirs.shape == (2, 40, 56, 3) == (2, 5 * decoder.scale, 7 * decoder.scale, 3)
     with torch.inference_mode(False), torch.enable_grad():
@@ -1129,7 +1131,9 @@ def _decode(kind: str, channels: int, inference: bool, checkpointing: bool) -> N
 
     def unclamped(x: Tensor) -> Tensor:
         """Without the clamp: what the gradient is of."""
-        return (vae.first_stage_model.decode(model.process_latent_out(x)).movedim(1, -1) + 1) / 2
+        latents = model.process_latent_out(x)
+        made = vae.first_stage_model.decode(latents.unsqueeze(2) if films else latents)
+        return ((made.squeeze(2) if films else made).movedim(1, -1) + 1) / 2
 
     noise = grad.sign() * torch.rand(grad.shape, generator=torch.Generator().manual_seed(6))
     for direction in (grad / grad.norm(), noise / noise.norm()):
@@ -1140,7 +1144,7 @@ def _decode(kind: str, channels: int, inference: bool, checkpointing: bool) -> N
         assert abs(numeric - analytic) < 0.02 * abs(analytic), f"{analytic:.6g}, finite differences say {numeric:.6g}"
 
 
-for _kind, _channels in (("taesd", 16), ("taesd", 4), ("kl", 4)):
+for _kind, _channels in (("taesd", 16), ("taesd", 4), ("kl", 4), ("wan", 16)):
     for _inference in (False, True):
         for _checkpointing in (False, True):
             _name = f"decode_{_kind}{_channels}{'_checkpointed' if _checkpointing else ''}"
@@ -1153,16 +1157,16 @@ def check_a_latent_format_that_a_node_made_can_be_differentiated() -> None:
     """Formats of some models keep tensors, which are inference tensors where a node loaded the model."""
     import comfy.latent_formats
 
-    z = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(3))
+    z = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         model = small_flux()
         model.model.latent_format = comfy.latent_formats.Wan21()
-        theirs = model.model.process_latent_out(z).clone()
+        theirs = model.model.process_latent_out(z.unsqueeze(2)).squeeze(2).clone()
     x = z.clone().requires_grad_()
     ours = PACK.denoiser.ComfyDenoiser(model).from_model(x)
     assert torch.equal(ours, theirs)
     (gradient,) = torch.autograd.grad(ours.sum(), x)
-    assert_close(gradient, comfy.latent_formats.Wan21().latents_std.expand_as(z), 1e-6, "gradient")
+    assert_close(gradient, comfy.latent_formats.Wan21().latents_std[:, :, 0].expand_as(z), 1e-6, "gradient")
 
 
 @check

@@ -60,7 +60,7 @@ def run_driver(name: str, scratch: Path) -> dict[str, str]:
     """Run a driver of this folder in a process of its own, inside ComfyUI.
 
     Returns:
-        Check → traceback, empty where it passed.
+        Check → traceback, or "skipped: " and why; empty where it passed.
     """
     driver = Path(__file__).with_name(name)
     command = [sys.executable, str(driver), str(pack_root().resolve()), str(scratch)]

@@ -1,4 +1,4 @@
-"""Export Training Config: the file says what Train Kontext LoRA would have trained, setting for setting."""
+"""Export Training Config: the file says what Train Edit LoRA would have trained, setting for setting."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_file_says_what_the_graph_trains(client: Client, comfyui_server: Com
     assert text in outputs["export"]["text"][0]
     config = parse_config(text, files=False)
 
-    # What Train Kontext LoRA itself wrote about the same graph.
+    # What Train Edit LoRA itself wrote about the same graph.
     with safe_open(next((comfyui_server.base / "models" / "loras" / "editloss").glob("exported*")), "pt") as saved:
         header = saved.metadata()
     assert json.loads(json.dumps(config.training.as_dict())) == json.loads(header["editloss_settings"])

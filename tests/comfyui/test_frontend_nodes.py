@@ -50,7 +50,7 @@ FOUND_BY = {
     "InfoNCE": ({"InfoNCE"}, 1),
     "contrastive": ({"Contrastive"}, 1),
     "margin": ({"Triplet", "MarginRanking"}, 3),
-    "Kontext": ({"TrainKontextLoRA", "SaveLoRA"}, 6),
+    "Kontext": ({"TrainKontextLoRA"}, 6),
     "train LoRA": ({"TrainKontextLoRA"}, 3),
     "LoRA": ({"TrainKontextLoRA", "SaveLoRA", "LoRAOptions"}, 18),  # 0.33.0 has more of its own
     "mask": ({"EstimateMask"}, 24),  # and here
@@ -75,6 +75,12 @@ FOUND_BY_SEARCH_WORDS = {
     "heatmap": ({"EvaluateObjective", "DiagnoseOutputs"}, 2),
     "metric learning": ({"Triplet", "Contrastive", "InfoNCE"}, 6),
     "timestep sampling": ({"NoiseOptions"}, 2),
+    "Kontext": ({"TrainKontextLoRA", "SaveLoRA"}, 6),
+    "FLUX.2": ({"TrainKontextLoRA"}, 12),  # 0.33.0 has nodes of its own for it
+    "Qwen Image Edit": ({"TrainKontextLoRA"}, 6),
+    "Qwen-Image-Edit": ({"TrainKontextLoRA"}, 6),
+    "LongCat": ({"TrainKontextLoRA"}, 2),
+    "OmniGen2": ({"TrainKontextLoRA"}, 2),
     "learning rate": ({"TrainKontextLoRA", "OptimizerOptions"}, 2),
     "dataset": ({"LoadPairs", "MakePairs"}, 15),
     "perceptual": ({"FeatureMatch"}, 2),
