@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import distinct_captions, same_words
+from ..editloss_core.models.captions import check_references, distinct_captions, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -177,6 +177,8 @@ def make_trainer(
         ValueError: what does not fit together, before captions and pictures are encoded.
     """
     denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
+    sets = [pairs] if held_out is None else [pairs, held_out]
+    check_references(denoiser.edit_model, sets)
     for encoder_name in objective.objective.encoders:
         check_shared(objective.encoders[encoder_name], denoiser.model)
     lora = LoRA(denoiser.module, lora_settings, settings.seed, denoiser.edit_model)
@@ -187,7 +189,6 @@ def make_trainer(
     if resume:
         resumable(resume.checkpoint, lora, settings)
 
-    sets = [pairs] if held_out is None else [pairs, held_out]
     conditioning, *watching = _conditioning(clip, sets, denoiser)
     train, watched = (_prepared(some, encoder, objective, options, settings) for some in (pairs, held_out))
     host = _host(denoiser, decode, train, objective, settings, options)
@@ -222,7 +223,7 @@ def _conditioning(clip, sets: Sequence[PairSet], denoiser: ComfyDenoiser) -> lis
     for asked in distinct:
         comfy.model_management.throw_exception_if_processing_interrupted()
         with torch.no_grad():
-            tokens = denoiser.edit_model.tokenize(clip, asked.caption, asked.before())
+            tokens = denoiser.edit_model.tokenize(clip, asked.caption, *asked.pictures())
             entries = clip.encode_from_tokens_scheduled(tokens)
         made.append([[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries])
         denoiser.check(made[-1])
