@@ -73,6 +73,8 @@ class TrainingOptions:
         crop: side of the window around the edit that is decoded for encoders of pictures, in pixels; 0 = all of it.
         overlay: how overlay negatives are made.
         guidance, preview_guidance: what a guidance-distilled model is told in training and for pictures.
+        preview_cfg: scale of classifier-free guidance for pictures; 0 = the model's own.
+        edit_model: title of the model, where several share a class; empty = by the MODEL's config and file.
         checkpointing: compute blocks again in the backward pass.
         reserve: GiB of the device to leave free for a step; 0 = as much as it takes by an estimate.
     """
@@ -84,6 +86,8 @@ class TrainingOptions:
     overlay: OverlaySettings = OverlaySettings()
     guidance: float = 1.0
     preview_guidance: float = 2.5
+    preview_cfg: float = 0.0
+    edit_model: str = ""
     checkpointing: bool = True
     reserve: float = 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import comfy.model_management
 import torch
@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import check_references, distinct_captions, same_words
+from ..editloss_core.models.captions import check_references, negatives, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -27,12 +27,14 @@ from ..editloss_core.training.settings import TrainingSettings, check_objective
 from ..editloss_core.training.trainer import Trainer, metadata
 from . import ended_runs, folders
 from .checks import checked
+from .comfy.captions import conditioning
 from .comfy.decoder import VAEDecoder, check_decoder
 from .comfy.denoiser import ComfyDenoiser
 from .comfy.encoders import vae_encoder
+from .comfy.flow_model import check_text_encoder
 from .comfy.host import ComfyHost, step_memory
 from .comfy.loading import check_shared, fingerprint, patchers_of, with_lora
-from .comfy.offers import drop_inference_buffers, folded, has_comparison
+from .comfy.offers import folded, has_comparison
 from .notices import say
 from .sockets import (
     LoRAModelSocket,
@@ -176,9 +178,9 @@ def make_trainer(
     Raises:
         ValueError: what does not fit together, before captions and pictures are encoded.
     """
-    denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing)
-    sets = [pairs] if held_out is None else [pairs, held_out]
-    check_references(denoiser.edit_model, sets)
+    denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing, options.edit_model)
+    check_text_encoder(clip, denoiser.edit_model)
+    check_references(denoiser.edit_model, [some for some in (pairs, held_out) if some is not None])
     for encoder_name in objective.objective.encoders:
         check_shared(objective.encoders[encoder_name], denoiser.model)
     lora = LoRA(denoiser.module, lora_settings, settings.seed, denoiser.edit_model)
@@ -189,19 +191,22 @@ def make_trainer(
     if resume:
         resumable(resume.checkpoint, lora, settings)
 
-    conditioning, *watching = _conditioning(clip, sets, denoiser)
+    cfg = options.preview_cfg or denoiser.edit_model.preview_cfg
+    sampled = settings.previews if settings.preview_steps else 0
+    sets = [pairs, held_out or (), negatives(held_out, sampled, cfg)]
+    own, watching, away = conditioning(clip, sets, denoiser, folders.cache_folder())
     train, watched = (_prepared(some, encoder, objective, options, settings) for some in (pairs, held_out))
     host = _host(denoiser, decode, train, objective, settings, options)
     trainer = Trainer(
-        denoiser, lora, train, conditioning, settings,
+        denoiser, lora, train, own, settings,
         objective=objective.objective, encoders=objective.encoders, decode=decode,
-        validation=watched, validation_conditioning=watching[0] if watching else (),
+        validation=watched, validation_conditioning=watching,
         folder=folder,
         info=_info(model, decode, train, options),
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
-        preview=Preview(options.preview_guidance),
+        preview=Preview(options.preview_guidance, cfg, away),
     )  # fmt: skip
-    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, conditioning)})
+    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, own)})
     return trainer, host
 
 
@@ -213,27 +218,6 @@ def settings_of(
     return TrainingSettings(**{**training, "timesteps": timesteps, **options.training}), LoRASettings(
         **{**lora, **options.lora}
     )
-
-
-def _conditioning(clip, sets: Sequence[PairSet], denoiser: ComfyDenoiser) -> list[list[Any]]:
-    """CONDITIONING on the CPU for each pair of each set; the first one that the model cannot take is refused."""
-    drop_inference_buffers()
-    distinct, shared = distinct_captions(denoiser.edit_model, sets)
-    made, bar = [], ProgressBar(len(distinct))
-    for asked in distinct:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        with torch.no_grad():
-            tokens = denoiser.edit_model.tokenize(clip, asked.caption, *asked.pictures())
-            entries = clip.encode_from_tokens_scheduled(tokens)
-        made.append([[_own(context), {k: _own(v) for k, v in extra.items()}] for context, extra in entries])
-        denoiser.check(made[-1])
-        bar.update(1)
-    return [[made[i] for i in own] for own in shared]
-
-
-def _own(value):
-    """A copy that training may keep for its backward pass; what nodes make are inference tensors."""
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _prepared(

@@ -90,6 +90,7 @@ class Export(io.ComfyNode):
             overlay=options.overlay, variants=pairs.variants or NO_VARIANTS,
             validation=ValidationSection(
                 hold_out=0 if watched else hold_out, **watched, preview_guidance=options.preview_guidance,
+                preview_cfg=options.preview_cfg,
                 **{key: getattr(settings, key) for key in RATHER_IN_VALIDATION},
             ),
             run=RunSection(

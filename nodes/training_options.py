@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from comfy_api.latest import io
 
 from ..editloss_core.lora.lora import LoRASettings
+from ..editloss_core.models.registry import MODELS
 from ..editloss_core.negatives import OVERLAY_KINDS, OverlaySettings
 from ..editloss_core.objective import EditObjective
 from ..editloss_core.training.flow import ESTIMATE_WEIGHTINGS, TIMESTEPS, Timesteps
@@ -20,6 +21,8 @@ from .notices import say
 from .sockets import ObjectiveSocket, OptionsSocket, TrainingOptions
 
 CATEGORY = "EditLoss/training"
+BY_ITS_FILE = "by its file"
+SHARED = [m.title for m in MODELS if sum(m.comfyui_model == other.comfyui_model for other in MODELS) > 1]
 
 
 def _schema(node_id: str, display_name: str, description: str, inputs: list, since: list = ()) -> io.Schema:
@@ -230,6 +233,8 @@ class RunOptions(io.ComfyNode):
             ],
             [
                 folded(io.Boolean.Input("self_check", default=True, optional=True, tooltip="Before the first step: are the gradients right in this ComfyUI, and does the before picture have an effect? Four passes of the model, once for the same model and settings. Off trains at your own risk.")),
+                folded(io.Float.Input("preview_cfg", default=0.0, min=0.0, max=30.0, step=0.1, optional=True, tooltip="Scale of classifier-free guidance in previews; the negative prompt is empty. 0 = the model's own (4 for Qwen-Image-Edit, none for FLUX.1 Kontext). 1 = none: half the time.")),
+                folded(io.Combo.Input("edit_model", options=[BY_ITS_FILE, *SHARED], default=BY_ITS_FILE, optional=True, tooltip="Which one it is of the models that are alike in ComfyUI. By the file: a key in it, or its name. Choose one where a file has neither; without, Qwen-Image-Edit is taken for 2509.")),
             ],
         )  # fmt: skip
 
@@ -237,11 +242,12 @@ class RunOptions(io.ComfyNode):
     @checked()
     def execute(
         cls, checkpoint_every, keep, validate_every, previews, preview_steps, guidance, preview_guidance,
-        gradient_checkpointing, memory_reserve, self_check=True, options=None,
+        gradient_checkpointing, memory_reserve, self_check=True, options=None, preview_cfg=0.0, edit_model=BY_ITS_FILE,
     ) -> io.NodeOutput:  # fmt: skip
         options = replace(
-            options or TrainingOptions(), guidance=guidance, preview_guidance=preview_guidance,
+            options or TrainingOptions(), guidance=guidance, preview_guidance=preview_guidance, preview_cfg=preview_cfg,
             checkpointing=gradient_checkpointing, reserve=memory_reserve,
+            edit_model="" if edit_model == BY_ITS_FILE else edit_model,
         )  # fmt: skip
         options = _with(
             options, "training", checkpoint_every=checkpoint_every, keep=keep, validate_every=validate_every,

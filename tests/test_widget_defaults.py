@@ -172,7 +172,7 @@ TABLE: dict[str, Counterparts] = {
             TrainingSettings, "checkpoint_every", "keep", "validate_every", "previews", "preview_steps", "self_check"
         ),
         of(RunSection, "checkpoint_every", "keep"),
-        of(ValidationSection, "validate_every", "previews", "preview_steps", "preview_guidance"),
+        of(ValidationSection, "validate_every", "previews", "preview_steps", "preview_guidance", "preview_cfg"),
         of(ModelSection, "guidance", "gradient_checkpointing"),
     ),
     "RunReport": of(picture_of_run, "width"),
@@ -251,6 +251,7 @@ NO_COUNTERPART = {
     "OpenCLIPEncoder.name": OF_THE_NODES,
     "RecommendedMix.preset": SUGGESTION,
     "ResumeTraining.step": "0 is the last checkpoint, which the core wants to be told",
+    "RunOptions.edit_model": "the core goes by the file too, where nobody tells it",
     "RunOptions.memory_reserve": "how much ComfyUI's memory management leaves free",
     "SaveEmbeddings.file_name": EXAMPLE_NAME,
     "SaveLoRA.file_name": EXAMPLE_NAME,

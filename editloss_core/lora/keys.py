@@ -57,10 +57,6 @@ def split(updates: Updates, layers: LayerNames) -> dict[str, Update]:
     Raises:
         ValueError: for a layer that the model does not have, or of a size that it cannot have.
     """
-    if layers.comfyui_alone:
-        raise ValueError(
-            f"lora: {layers.model} is in ComfyUI alone, diffusers has no pipeline that would load this LoRA; it stays as it is"
-        )
     found: dict[str, Update] = {}
     for layer, update in updates.items():
         names = layers.diffusers(layer)
@@ -307,8 +303,12 @@ def converted(updates: Updates, dialect: str, wanted: str, model: EditModel) -> 
     """Updates of one dialect as a file of the other has them, or of the same.
 
     Raises:
-        ValueError: a layer that the model does not have, or parts that do not fit together.
+        ValueError: a layer that the model does not have, parts that do not fit together, or a program without a loader.
     """
+    if wanted == DIFFUSERS and not model.diffusers_loads_lora:
+        raise ValueError(
+            f"lora: diffusers has no loader of LoRA files for {model.title}; nothing would read what is written"
+        )
     layers = model.names
     made = updates
     if dialect != wanted:

@@ -89,9 +89,11 @@ class Parts:
         decoders: of those that may decode in its place.
         texts: folder → class, of the text encoders.
         tokenizers: folders.
+        processors: those of them that also say how pictures are read.
         text_widths: (text encoder's folder, its key, the transformer's key): numbers of their configs that have to be equal.
         original_key: a tensor by which a single file in the original layout is known.
         index: what model_index.json has to say beside the pipeline, where several models share that.
+        config: the same of the transformer's config.json.
         text_layers: of the text encoder, whose features stand side by side.
         others: what a network with other inputs would be, for the message.
     """
@@ -105,7 +107,9 @@ class Parts:
     text_widths: tuple[tuple[str, str, str], ...]
     original_key: str
     index: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     text_layers: int = 1
+    processors: tuple[str, ...] = ()
     others: str = ""
 
 
@@ -124,7 +128,6 @@ class LayerNames:
             one, from above.
         outside: the same for layers that are in no block.
         swapped: ComfyUI's layers whose halves diffusers has in the opposite order.
-        comfyui_alone: whether there is no other dialect than ComfyUI's; diffusers' names above are then ComfyUI's own.
         mlp_ratio: rows of a fourth part for each of the first three's, where queries, keys, values and an MLP's input are one.
         shapes: ComfyUI's layer in a block → (inputs, outputs) in a ratio that another model with the same names has not.
         alpha: whether diffusers' loader takes a layer's ``.alpha``; if not, it is multiplied into the matrices.
@@ -135,7 +138,6 @@ class LayerNames:
     outside: Rows = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     mlp_ratio: int = 4
-    comfyui_alone: bool = False
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     alpha: bool = True
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from .base import EditModel
 
 CAPTION_METHOD = "1"  # part of every key: count up when captions come to be encoded in another way
 
+Pairs = Union[PairSet, tuple[()]]  # perhaps none
+
 
 def encode_captions(
     model: EditModel,
-    sets: Sequence[PairSet],
+    sets: Sequence[Pairs],
     load: Callable[[], Any],
     fingerprint: str,
     cache_folder: Optional[Path] = None,
@@ -93,7 +95,7 @@ def check_references(model: EditModel, sets: Sequence[PairSet]) -> None:
         )
 
 
-def distinct_captions(model: EditModel, sets: Sequence[PairSet]) -> tuple[list[Asked], list[list[int]]]:
+def distinct_captions(model: EditModel, sets: Sequence[Pairs]) -> tuple[list[Asked], list[list[int]]]:
     """(what there is to encode, each once; for each pair of each set which of them is its own).
 
     Pairs whose captions are equal, and whose before pictures are where the model reads them, share one.
@@ -110,6 +112,14 @@ def distinct_captions(model: EditModel, sets: Sequence[PairSet]) -> tuple[list[A
                 distinct.append(asked)
             shared[-1].append(number)
     return distinct, shared
+
+
+def negatives(held_out: Optional[PairSet], count: int, cfg: float) -> Pairs:
+    """The first ``count`` held-out pairs with empty captions, where classifier-free guidance of their pictures wants them."""
+    if held_out is None or cfg == 1.0 or not count:
+        return ()
+    shown = held_out.subset(range(min(count, len(held_out))))
+    return replace(shown, pairs=tuple(replace(pair, caption="") for pair in shown))
 
 
 def same_words(words: Mapping[str, Tensor]) -> list[str]:
@@ -132,5 +142,5 @@ def _short(caption: str) -> str:
 
 
 def _key(model: EditModel, asked: Asked, fingerprint: str) -> str:
-    seen = [asked.content] if asked.content else []
+    seen = [asked.content, model.parts.pipeline] if asked.content else []  # one text encoder, and another template
     return hash_tensors([], CAPTION_METHOD, fingerprint, str(model.text_tokens), asked.caption, *seen)

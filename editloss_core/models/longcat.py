@@ -41,6 +41,7 @@ class LongCat(EditModel):
         decoders=("AutoencoderKL", "AutoencoderTiny"),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "text_processor"),
+        processors=("text_processor",),
         text_widths=TEXT_WIDTHS,
         original_key="double_blocks.0.img_attn.qkv.weight",
     )

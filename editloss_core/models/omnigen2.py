@@ -54,7 +54,6 @@ class OmniGen2(EditModel):
             ("context_refiner", "context_refiner", _same(PLAIN_BLOCK)),
         ),
         outside=_same(OUTSIDE),
-        comfyui_alone=True,
     )
 
     # Nothing is told to it: the stock workflow asks it three times for each step.

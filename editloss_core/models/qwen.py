@@ -7,6 +7,9 @@ tells the reference that it is at t = 0. Its layers have the same names in Comfy
 In ComfyUI all are one class. 2511 is told by a key in its file, which other people's copies lack, or by the name of its file;
 2509 and the first Edit by that name alone, and what has no such name, or none that is known, is taken for 2509, of which most
 are made.
+
+Where a picture has an odd number of tokens along a side (its pixels are no multiple of 32), diffusers places it one token further
+from the words than ComfyUI does.
 """
 
 from __future__ import annotations
@@ -82,6 +85,7 @@ class QwenEdit(EditModel):
         decoders=("AutoencoderKLQwenImage",),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "processor"),
+        processors=("processor",),
         text_widths=TEXT_WIDTHS,
         original_key="transformer_blocks.0.img_mod.1.weight",
     )
@@ -90,6 +94,7 @@ class QwenEdit(EditModel):
         model="Qwen-Image-Edit",
         blocks=(("transformer_blocks", "transformer_blocks", {name: (name,) for name in BLOCK}),),
         outside={name: (name,) for name in OUTSIDE},
+        alpha=False,
     )
     reads_picture = True
     preview_cfg = 4.0  # the pipeline's own
@@ -200,12 +205,12 @@ class QwenEdit(EditModel):
 
 
 class QwenEditPlus(QwenEdit):
-    """Qwen-Image-Edit 2509, and in diffusers 2511. Their text encoder sees the before picture small, named "Picture 1"."""
+    """Qwen-Image-Edit 2509. Its text encoder sees the before picture small, named "Picture 1"."""
 
     id = "qwen_image_edit_plus"
     title = "Qwen-Image-Edit 2509"
     comfyui_file = ""
-    parts = replace(QwenEdit.parts, pipeline="QwenImageEditPlusPipeline")
+    parts = replace(QwenEdit.parts, pipeline="QwenImageEditPlusPipeline", config={"zero_cond_t": False})
     references = 3  # that its makers trained it with
     text_tokens = 256  # 384² pixels at 28² a token, and a caption
     encoded_area = 384 * 384
@@ -221,10 +226,11 @@ class QwenEditPlus(QwenEdit):
 
 
 class QwenEdit2511(QwenEditPlus):
-    """In diffusers 2509 and 2511 are one: the network's own config tells them apart. ComfyUI has to be told."""
+    """2509's captions; a network that tells its reference that it is at t = 0."""
 
     id = "qwen_image_edit_2511"
     title = "Qwen-Image-Edit 2511"
+    parts = replace(QwenEditPlus.parts, config={"zero_cond_t": True})
     comfyui_file = "2511"
     reference_method = ZERO
 

@@ -77,6 +77,7 @@ class ValidationSection:
         folder, control_folder: of held-out pairs.
         validate_every, previews, preview_steps: see :class:`~editloss_core.training.settings.TrainingSettings`.
         preview_guidance: what the model is told for pictures.
+        preview_cfg: scale of classifier-free guidance for pictures; 0 is the model's own, 1 none.
     """
 
     hold_out: int = 1
@@ -86,6 +87,7 @@ class ValidationSection:
     previews: int = 4
     preview_steps: int = 20
     preview_guidance: float = 2.5
+    preview_cfg: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class Validator:
         decode: for pictures; without it there are none.
         check: called between model calls; raises to stop.
         processes: that validate together.
-        preview: what the model is told while pictures are sampled; None: what it is told in training.
+        preview: what the model is told while pictures are sampled, with a negative for each of the pairs where it wants
+            them; None: what it is told in training.
 
     Raises:
         ValueError: a picture of a pair that is to be shown cannot be read.
@@ -186,7 +187,7 @@ class Validator:
                 [self._to(reference) for reference in self.prepared.references([index])],
                 [self.conditioning[index]],
                 min(self.settings.preview_steps, model.preview_steps or self.settings.preview_steps),
-                self.preview,
+                self.preview and self.preview.of(index),
                 lambda done, total: self.check(),
             )
             signal = self._signal(latents, index)

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import SkipTest
 
 import torch
-from driver_model_encoders import FLUX, TEXT, assert_close, flux_config, import_pack, randomised, run_checks
+from driver_model_encoders import FLUX, TEXT, assert_close, flux_config, import_pack, randomised, refused, run_checks
+from tiny import _qwen as qwen
+from tiny import longcat_image_edit as longcat
 from tiny._flux2 import FLUX2
 from tiny._flux2 import build as flux2
 from torch import Tensor
@@ -31,7 +34,7 @@ class Flux1:
     """FLUX.1 Kontext."""
 
     id = "flux_kontext"
-    channels = 16
+    channels, size = 16, (6, 10)
     width = FLUX["context_in_dim"]
 
     def networks(self) -> SimpleNamespace:
@@ -109,13 +112,82 @@ class Flux2(Flux1):
         return getattr(diffusers, known.parts.pipeline)(None, None, None, None, net)
 
 
-MODELS = (Flux1(), Flux2("flux2_dev"), Flux2("flux2_klein_base"))
+class Qwen(Flux1):
+    """Qwen-Image-Edit 2509, whose network the first has too, or 2511, whose reference is at t = 0."""
+
+    width = qwen.WIDTH
+    size = (8, 12)  # of an odd number of tokens, diffusers has the middle one token further from the words than ComfyUI
+
+    def __init__(self, identity: str):
+        self.id = identity
+
+    def networks(self) -> SimpleNamespace:
+        from diffusers import QwenImageTransformer2DModel
+
+        tiny = importlib.import_module(f"tiny.{self.id}")
+        patcher = tiny.build()
+        sizes = {key: value for key, value in qwen.NETWORK.items() if key != "image_model"}
+        net = QwenImageTransformer2DModel(**sizes, zero_cond_t=self.id == "qwen_image_edit_2511")
+        weights = randomised(patcher.model.diffusion_model, scale=0.2).state_dict()
+        net.load_state_dict({k: v.clone() for k, v in weights.items() if not k.startswith("__")})
+        return SimpleNamespace(comfyui=patcher, diffusers=net)
+
+    def captions(self, context: Tensor, g: torch.Generator) -> tuple[list[Any], list[Any]]:
+        lengths = (TEXT, TEXT - 2)  # pictures of two sizes make captions of two lengths
+        mine = [c[:n] for c, n in zip(context, lengths)]
+        return [[[c[None], {"pooled_output": None}]] for c in mine], [PACK.qwen.Caption(c) for c in mine]
+
+    def pipeline(self, net: Any) -> Any:
+        import diffusers
+
+        known = PACK.registry.of_id(self.id)
+        return getattr(diffusers, known.parts.pipeline)(None, None, None, None, None, net)
+
+
+class LongCat(Qwen):
+    """LongCat-Image-Edit: FLUX.1's names but for those of its time."""
+
+    def __init__(self) -> None:
+        super().__init__("longcat_image_edit")
+
+    def networks(self) -> SimpleNamespace:
+        import comfy.model_base
+        import comfy.utils
+        from diffusers import LongCatImageTransformer2DModel
+
+        if not hasattr(comfy.model_base, "LongCatImage"):
+            raise SkipTest(f"this ComfyUI has no LongCatImage, which came with {longcat.SINCE}")
+        patcher = longcat.build(mlp_ratio=MLP_RATIO)
+        config = patcher.model.model_config.unet_config
+        weights = randomised(patcher.model.diffusion_model, scale=0.2).state_dict()
+        net = LongCatImageTransformer2DModel(
+            in_channels=4 * config["in_channels"], num_layers=config["depth"],
+            num_single_layers=config["depth_single_blocks"], attention_head_dim=sum(config["axes_dim"]),
+            num_attention_heads=config["num_heads"], joint_attention_dim=config["context_in_dim"],
+            axes_dims_rope=config["axes_dim"],
+        )  # fmt: skip
+        state, there = {}, net.state_dict()
+        for theirs, ours in comfy.utils.flux_to_diffusers(config).items():
+            theirs = theirs.replace("time_text_embed.", "time_embed.")
+            name, rows, change = (*ours, None)[:3] if isinstance(ours, tuple) else (ours, None, None)
+            if name in weights and theirs in there:
+                state[theirs] = (
+                    weights[name].narrow(*rows) if rows else change(weights[name]) if change else weights[name]
+                )
+        net.load_state_dict({k: v.clone() for k, v in state.items()})
+        return SimpleNamespace(comfyui=patcher, diffusers=net)
+
+
+MODELS = (
+    Flux1(), Flux2("flux2_dev"), Flux2("flux2_klein_base"), Qwen("qwen_image_edit_plus"), Qwen("qwen_image_edit_2511"),
+    LongCat(),
+)  # fmt: skip
 
 
 def inputs(model: Flux1) -> tuple[list[Any], list[Any]]:
     """(for ComfyUI's denoiser, for diffusers'): two samples with captions of their own."""
     g = torch.Generator().manual_seed(7)
-    x, reference = torch.randn(2, 2, model.channels, 6, 10, generator=g)
+    x, reference = torch.randn(2, 2, model.channels, *model.size, generator=g)
     conditioning, captions = model.captions(torch.randn(2, TEXT, model.width, generator=g), g)
     shared = [x, torch.tensor([0.3, 0.9]), [reference]]
     return [*shared, conditioning], [*shared, captions]
@@ -134,9 +206,9 @@ def in_diffusers(model: Flux1, net: Any) -> Tensor:
     return PACK.diffusers.DiffusersDenoiser(known, net, guidance=2.5, checkpointing=False)(*inputs(model)[1])
 
 
-def trained(module: torch.nn.Module, layers: str) -> Any:
+def trained(model: Flux1, module: torch.nn.Module, layers: str) -> Any:
     """alpha is not the rank, so that a loader which overlooks it is found out."""
-    lora = PACK.lora.LoRA(module, PACK.lora.LoRASettings(3, 5.0, layers=layers))
+    lora = PACK.lora.LoRA(module, PACK.lora.LoRASettings(3, 5.0, layers=layers), model=PACK.registry.of_id(model.id))
     with torch.no_grad():
         for i, layer in enumerate(lora.layers):
             layer.up.copy_(0.2 * torch.randn(layer.up.shape, generator=torch.Generator().manual_seed(i)))
@@ -156,18 +228,26 @@ def _files(model: Flux1, home: str, layers: str) -> None:
     nets = model.networks()
     base = in_comfyui(model, nets.comfyui)
     module = nets.comfyui.model.diffusion_model if home == "comfyui" else nets.diffusers
-    lora = trained(module, layers).attach()
+    lora = trained(model, module, layers).attach()
     ours = in_comfyui(model, nets.comfyui) if home == "comfyui" else in_diffusers(model, nets.diffusers)
     lora.detach()
     assert (ours - base).abs().max() > 0.1 * base.abs().max(), "the LoRA does nothing"
-    for_comfyui, for_diffusers = PACK.dialects.save_both(lora, SCRATCH / "edit.safetensors", {}, torch.float32)
-    again = SCRATCH / "again.safetensors"
-    PACK.convert.convert_lora(for_diffusers, again, overwrite=True)
-    for file in (for_comfyui, again):
+    paths = PACK.dialects.save_both(lora, SCRATCH / "edit.safetensors", {}, torch.float32)
+    for_comfyui, again = paths[0], SCRATCH / "again.safetensors"
+    known = PACK.registry.of_id(model.id)
+    if known.diffusers_loads_lora:
+        PACK.convert.convert_lora(paths[1], again, overwrite=True)
+    else:
+        assert len(paths) == 1
+        refused(lambda: PACK.convert.convert_lora(for_comfyui, again, overwrite=True), "no loader", known.title)
+    for file in (for_comfyui, again) if known.diffusers_loads_lora else (for_comfyui,):
         state = comfy.utils.load_torch_file(str(file))
         assert all(name.startswith("diffusion_model.") for name in state)
         patched, _ = comfy.sd.load_lora_for_models(nets.comfyui, None, state, 1.0, 0.0)
         assert_close(in_comfyui(model, patched), ours, 1e-5, "output with the file in ComfyUI")
+    if not known.diffusers_loads_lora:
+        return
+    (for_diffusers,) = paths[1:]
     whole = model.pipeline(nets.diffusers)
     whole.load_lora_weights(for_diffusers.parent, weight_name=for_diffusers.name)
     assert_close(in_diffusers(model, whole.transformer), ours, 1e-5, "output with the file in diffusers")
@@ -200,6 +280,7 @@ def main() -> None:
         convert=importlib.import_module(f"{core}.training.convert_lora"),
         kontext=importlib.import_module(f"{core}.models.kontext"),
         flux2=importlib.import_module(f"{core}.models.flux2"),
+        qwen=importlib.import_module(f"{core}.models.qwen"),
         registry=importlib.import_module(f"{core}.models.registry"),
         diffusers=importlib.import_module(f"{core}.models.denoiser"),
     )

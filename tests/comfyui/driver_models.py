@@ -436,6 +436,16 @@ def is_refused_by_name(kind: str) -> None:
     )
 
 
+def another_text_encoder_of_flux2_is_refused_by_name() -> None:
+    import tiny._flux2 as tiny
+
+    denoiser = PACK.denoiser.ComfyDenoiser(tiny.build(False, context_in_dim=7680))  # as the real klein 4B has it
+    denoiser.check([[torch.zeros(1, 5, 7680), {"pooled_output": None}]])
+    for width, name in ((15360, "Mistral Small 3.2"), (12288, "Qwen3 8B")):
+        item = [[torch.zeros(1, 5, width), {"pooled_output": None}]]
+        refused(lambda item=item: denoiser.check(item), "7680 numbers (Qwen3 4B)", f"got {width} numbers ({name})")
+
+
 def flux_kv_cache_is_refused() -> None:
     import comfy_extras.nodes_flux as flux
     import comfyui_version
@@ -448,7 +458,12 @@ def flux_kv_cache_is_refused() -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = {
-    check.__name__: check for check in (every_known_model_has_a_tiny_one, flux_kv_cache_is_refused)
+    check.__name__: check
+    for check in (
+        every_known_model_has_a_tiny_one,
+        another_text_encoder_of_flux2_is_refused_by_name,
+        flux_kv_cache_is_refused,
+    )
 }
 for _kind in OTHERS:
     CHECKS[f"{_kind} is refused by name"] = lambda k=_kind: is_refused_by_name(k)

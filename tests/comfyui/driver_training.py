@@ -100,7 +100,9 @@ def _features(model: Any, vae: Any, clip: Any) -> Any:
     return PACK.encoders.diffusion_encoder(model, vae, cond, "double_blocks.1", 0.3, 0)
 
 
-def train(model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = None, **values: Any) -> Any:
+def train(
+    model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = None, preview_cfg: float = 0.0, **values: Any
+) -> Any:
     """The node, as the executor calls it."""
     wired = None
     if encoder is not None:
@@ -109,6 +111,7 @@ def train(model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = 
     options = PACK.sockets.TrainingOptions(
         training={"preview_steps": 1, "previews": 1, "validate_every": 2, "gradients_every": 1, **(training or {})},
         crop=32,
+        preview_cfg=preview_cfg,
     )
     values = {
         "name": "driver", "steps": 2, "learning_rate": 1e-2, "batch_size": 2, "rank": 2, "alpha": 2.0,
@@ -315,7 +318,7 @@ def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> Non
         theirs = {p.caption: clip.encode_from_tokens_scheduled(clip.tokenize(p.caption)) for p in known}
         with torch.inference_mode(False), torch.enable_grad():
             denoiser = PACK.denoiser.ComfyDenoiser(model)
-            (found,) = PACK.training._conditioning(clip, [known], denoiser)
+            (found,) = PACK.captions.conditioning(clip, [known], denoiser)
             for pair, entries in zip(known, found, strict=True):
                 (context, extra), (expected, more) = entries[0], theirs[pair.caption][0]
                 assert torch.equal(context, expected) and torch.equal(extra["pooled_output"], more["pooled_output"])
@@ -325,6 +328,87 @@ def check_captions_through_a_real_text_encoder_loaded_in_inference_mode() -> Non
             t = torch.full((2,), 0.5)
             denoiser(x, t, [x.detach()], found).square().mean().backward()
     assert x.grad.abs().max() > 0
+
+
+# ---------------------------------------------------------------------------- a model whose captions read pictures
+
+
+@contextlib.contextmanager
+def recorded_captions(clip: Any) -> Iterator[list[Any]]:
+    """What its text encoder was asked to encode."""
+    seen: list[Any] = []
+    stock = clip.encode_from_tokens_scheduled
+    clip.encode_from_tokens_scheduled = lambda tokens: [seen.append(tokens), stock(tokens)][1]
+    try:
+        yield seen
+    finally:
+        del clip.encode_from_tokens_scheduled
+
+
+@check
+def check_captions_that_read_pictures_are_kept_and_guide_previews() -> None:
+    import tiny.qwen_image_edit_plus as qwen
+
+    with torch.inference_mode():
+        model, vae, clip = qwen.build(), qwen.vae(), qwen.clip()
+    values = {"training": {"preview_steps": 2, "self_check": False}, "steps": 1}
+    with recorded_captions(clip) as seen:
+        run = train(model, vae, clip, name="qwen", **values).args[4]
+        assert len(seen) == 4, "one caption with each of three pictures, and the held-out one without words"
+        plain = train(model, vae, clip, name="plain", preview_cfg=1.0, **values).args[4]
+        assert len(seen) == 4, "captions come from the cache"
+        train(model, vae, clip, name="other", pairs=pairs(3, seed=5), preview_cfg=1.0, **values)
+        assert len(seen) == 7, "other pictures, other captions"
+        with patched(clip):
+            train(model, vae, clip, name="patched", preview_cfg=1.0, **values)
+        assert len(seen) == 10, "a LoRA on the text encoder makes other captions"
+    ours, theirs = run.result.lora.tensors(), plain.result.lora.tensors()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), "captions from the cache are others"
+    # Guided away from the held-out pair's own empty caption, at the model's scale; without, another picture.
+    (row,), (other,) = run.result.pictures, plain.result.pictures
+    assert torch.equal(row.before, other.before) and not torch.equal(row.base, other.base)
+
+    # Another model's text encoder, before anything is made; and Qwen's with FLUX.1.
+    flux_vae = small.small_vae(16)
+    refused(
+        lambda: train(model, vae, text_encoder(), name="no"),
+        "clip", "Qwen-Image-Edit 2509", "qwen_image", "SD1Tokenizer",
+    )  # fmt: skip
+    refused(lambda: train(flux(), flux_vae, clip, name="no"), "conditioning", "FLUX.1", f"{WIDTH} numbers", "got 24")
+
+
+@contextlib.contextmanager
+def patched(clip: Any) -> Iterator[None]:
+    """With a patch on its weights, as a LoRA for the text encoder puts one there."""
+    whole = clip.patcher
+    clip.patcher = whole.clone()
+    name = next(name for name in whole.model.state_dict() if name.endswith("q_proj.weight"))
+    clip.patcher.add_patches({name: (torch.ones_like(whole.model.state_dict()[name]),)})
+    try:
+        yield
+    finally:
+        clip.patcher = whole
+
+
+@check
+def check_a_model_that_nothing_tells_from_another_is_what_it_is_told_to_be() -> None:
+    import tiny.qwen_image_edit_plus as qwen
+
+    def told(title: str = "") -> str:
+        return PACK.denoiser.ComfyDenoiser(model, told=title).edit_model.title
+
+    model = qwen.build()
+    assert told() == "Qwen-Image-Edit 2509" and told("Qwen-Image-Edit") == "Qwen-Image-Edit"
+    refused(lambda: told("FLUX.2 dev"), "edit_model", "Qwen-Image-Edit 2511", "ComfyUI's QwenImage", "got FLUX.2 dev")
+    if hasattr(model.model.diffusion_model, "default_ref_method"):
+        assert told("Qwen-Image-Edit 2511") == "Qwen-Image-Edit 2511"
+    else:
+        refused(lambda: told("Qwen-Image-Edit 2511"), "model", "index_timestep_zero", "update")
+    options = PACK.options.RunOptions.execute
+    values = {"checkpoint_every": 1, "keep": 1, "validate_every": 1, "previews": 1, "preview_steps": 1, "guidance": 1.0}
+    values |= {"preview_guidance": 2.5, "gradient_checkpointing": True, "memory_reserve": 0.0}
+    assert options(**values).args[0].edit_model == "" and options(**values).args[0].preview_cfg == 0.0
+    assert options(**values, edit_model="Qwen-Image-Edit").args[0].edit_model == "Qwen-Image-Edit"
 
 
 # ---------------------------------------------------------------------------- the cancel button
@@ -341,7 +425,7 @@ def cancelled_at(call: int) -> Iterator[list[str]]:
         "_pass": "step",
         "losses": "validation",
         "pictures": "pictures",
-        "_conditioning": "captions",
+        "conditioning": "captions",
     }
 
     def part() -> str:
@@ -601,7 +685,7 @@ def main() -> None:
     folder_paths.set_temp_directory(str(small.SCRATCH / "temp"))
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     modules = {
-        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
+        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "captions": "nodes.comfy.captions", "options": "nodes.training_options", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
         "host": "nodes.comfy.host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",

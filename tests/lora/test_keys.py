@@ -252,7 +252,9 @@ def test_eight_bits_stay_and_other_strengths_do_not_round(tmp_path, dtype):
         for name, alpha in zip(names, alphas):
             state[f"{name}.alpha"] = torch.tensor(float(alpha))
         save_file(state, tmp_path / "in.safetensors")
-        convert_lora.convert_lora(tmp_path / "in.safetensors", tmp_path / "out.safetensors", overwrite=True)
+        convert_lora.convert_lora(
+            tmp_path / "in.safetensors", tmp_path / "out.safetensors", overwrite=True, model="flux_kontext"
+        )
         found = load_file(tmp_path / "out.safetensors")
         layer = "diffusion_model.double_blocks.0.img_attn.qkv"
         down, up = found[f"{layer}.lora_down.weight"], found[f"{layer}.lora_up.weight"]

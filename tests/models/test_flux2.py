@@ -280,6 +280,17 @@ def test_a_folder_that_does_not_fit_together_is_refused(folders, tmp_path, part,
     assert re.search(expected, fault)
 
 
+def test_a_single_file_of_flux1_is_refused(folders, tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "flux1.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, file)
+    (fault,) = ModelFolder(folders["dev"], file).faults()
+    assert "expected FLUX.2 dev's transformer in the original layout" in fault
+    save_file({"double_stream_modulation_img.lin.weight": torch.zeros(1)}, file)
+    assert ModelFolder(folders["dev"], file).faults() == []
+
+
 def test_whole_folders_have_no_fault_and_the_distilled_one_is_told_by_its_index(folders, files, tmp_path):
     assert all(file.faults() == [] for file in files.values())
     folder = shutil.copytree(folders["klein"], tmp_path / "model")

@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "training_config.md").read_text(encoding="utf-8")
 
 
 def test_there_is_one_for_each_size_of_machine():
-    own = {"flux2_24gb", "flux2_80gb"}
+    own = {"flux2_24gb", "flux2_80gb", "qwen_24gb", "qwen_80gb"}
     assert {p.stem for p in CONFIGS} == {"one_24gb", "one_80gb", "eight_gpus_fsdp", "two_nodes", *own}
 
 
@@ -57,7 +57,22 @@ DEV = {
     },
     "text_encoder": {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"hidden_size": 5120}},
 }  # fmt: skip
-LAYOUTS = {"flux2_24gb": (KLEIN_4B, 3.875, (8, 24)), "flux2_80gb": (DEV, 32.2, (32, 80))}
+QWEN_2511 = {
+    "model_index": {"_class_name": "QwenImageEditPlusPipeline"},
+    "transformer": {
+        "_class_name": "QwenImageTransformer2DModel", "in_channels": 64, "out_channels": 16, "patch_size": 2, "num_layers": 60,
+        "num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584, "zero_cond_t": True,
+    },
+    "vae": {"_class_name": "AutoencoderKLQwenImage", "z_dim": 16},
+    "text_encoder": {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_size": 3584},
+}  # fmt: skip
+# Configuration → layout, thousand millions of parameters, tokens of a sample at 1024², GiB by arithmetic.
+LAYOUTS = {
+    "flux2_24gb": (KLEIN_4B, 3.875, 8704, (8, 24)),
+    "flux2_80gb": (DEV, 32.2, 8704, (32, 80)),
+    "qwen_24gb": (QWEN_2511, 20.43, 8448, (14, 20)),
+    "qwen_80gb": (QWEN_2511, 20.43, 8448, (44, 60)),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -66,14 +81,16 @@ def test_a_folder_of_the_published_layout_passes_the_check(name, tmp_path, monke
     pytest.importorskip("diffusers")
     from PIL import Image
 
+    from editloss_core.models import registry
     from editloss_core.models.folder import ModelFolder
     from editloss_core.training.__main__ import main
 
-    find_spec = importlib.util.find_spec
-    there = {"bitsandbytes"}  # for GPUs
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in there else find_spec(name))
-    monkeypatch.setattr(ModelFolder, "faults_on", lambda self, device: [])
-    layout, billions, (least, most) = LAYOUTS[name]
+    own = importlib.util.find_spec  # as on a machine with a GPU, for which bitsandbytes is
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *at: object() if name == "bitsandbytes" else own(name, *at)
+    )
+    monkeypatch.setattr(ModelFolder, "faults_on", lambda files, device: [])
+    layout, billions, tokens, (least, most) = LAYOUTS[name]
     config = (ROOT / "configs" / f"{name}.toml").read_text(encoding="utf-8")
     path = tmp_path / f"{name}.toml"
     path.write_text(config, encoding="utf-8")
@@ -84,8 +101,12 @@ def test_a_folder_of_the_published_layout_passes_the_check(name, tmp_path, monke
         file = "config.json" if where != folder else "model_index.json"
         (where / file).write_text(json.dumps(content), encoding="utf-8")
         (where / "model.safetensors").touch()
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").touch()
+    parts = registry.of_pipeline(layout["model_index"], layout["transformer"]).parts
+    for part in parts.tokenizers:
+        (folder / part).mkdir()
+        (folder / part / "tokenizer.json").touch()
+    for part in parts.processors:
+        (folder / part / "preprocessor_config.json").touch()
     for side, colour in (("before", 90), ("after", 180)):
         (tmp_path / "pairs" / side).mkdir(parents=True)
         for i in range(5):
@@ -95,7 +116,7 @@ def test_a_folder_of_the_published_layout_passes_the_check(name, tmp_path, monke
     said = capsys.readouterr().out
     parameters = int(re.search(r"([\d,]+) parameters in", said)[1].replace(",", ""))
     assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
-    memory = float(re.search(r"about ([\d.]+) GiB with all weights at 8704 tokens", said)[1])
+    memory = float(re.search(rf"about ([\d.]+) GiB with all weights at {tokens} tokens", said)[1])
     assert least < memory < most
 
 

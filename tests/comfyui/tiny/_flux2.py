@@ -37,12 +37,12 @@ FLUX2 = {
 CLIP = {"hidden_size": WIDTH, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
-def build(guidance: bool, file: str = "") -> Any:
+def build(guidance: bool, file: str = "", **changed: Any) -> Any:
     """As the stock loader leaves it: newer ones remember the file."""
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.Flux2(flux_config(**FLUX2, guidance_embed=guidance))
+    config = comfy.supported_models.Flux2(flux_config(**{**FLUX2, **changed}, guidance_embed=guidance))
     config.set_inference_dtype(torch.float32, None)
     base = config.get_model({}, device=torch.device("cpu"))
     randomised(base.diffusion_model)

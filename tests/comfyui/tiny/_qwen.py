@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from driver_model_encoders import randomised
+from driver_model_encoders import randomised, small_vae
 from torch import Tensor
 
 WIDTH = 24  # of the text encoder
@@ -69,6 +69,10 @@ def clip() -> Any:
     from comfy.text_encoders import qwen_image
 
     return text_encoder(qwen_image.QwenImageTokenizer, qwen_image.te(dtype_llama=torch.float32))
+
+
+def vae() -> Any:
+    return small_vae(16, "wan")
 
 
 def plus(clip: Any, caption: str, before: Tensor, *further: Tensor) -> list[Any]:
