@@ -298,7 +298,8 @@ def the_node_trains_it_and_goes_on(case: Case) -> None:
     pairs = PACK.pairs.PairSet.from_images(before, after, masks, CAPTION, further, resolution=80)
     seen: list[list[Any]] = []
     hook = case.denoiser.module.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append([r.shape[-2:] for r in kwargs["ref_latents"] or []]), with_kwargs=True
+        lambda module, args, kwargs: seen.append([r.shape[-2:] for r in kwargs.get("ref_latents") or []]),
+        with_kwargs=True,
     )
     term = PACK.objective.LossTerm("feature_match", "vae", dist="l2", anchor="pred", positive="gt")
     encoder = PACK.encoders.vae_encoder(vae)
