@@ -75,10 +75,11 @@ def vae() -> Any:
     return small_vae(16, "wan")
 
 
-def plus(clip: Any, caption: str, before: Tensor) -> list[Any]:
+def plus(clip: Any, caption: str, before: Tensor, *further: Tensor) -> list[Any]:
     from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 
-    return TextEncodeQwenImageEditPlus.execute(clip, caption, image1=before)[0]
+    pictures = {f"image{number}": picture for number, picture in enumerate((before, *further), 1)}
+    return TextEncodeQwenImageEditPlus.execute(clip, caption, **pictures)[0]
 
 
 def edit(clip: Any, caption: str, before: Tensor) -> list[Any]:
