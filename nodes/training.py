@@ -202,7 +202,7 @@ def make_trainer(
         objective=objective.objective, encoders=objective.encoders, decode=decode,
         validation=watched, validation_conditioning=watching,
         folder=folder,
-        info=_info(model, decode, train, options),
+        info=_info(denoiser, decode, train, options),
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
         preview=Preview(options.preview_guidance, cfg, away),
     )  # fmt: skip
@@ -244,11 +244,13 @@ def _prepared(
     )  # fmt: skip
 
 
-def _info(model, decode: VAEDecoder, train: Prepared, options: TrainingOptions) -> dict[str, Any]:
+def _info(denoiser: ComfyDenoiser, decode: VAEDecoder, train: Prepared, options: TrainingOptions) -> dict[str, Any]:
     """What a run depends on beside its settings and pairs, for resume to tell what changed; it goes into the LoRA's header."""
     decoder = fingerprint(decode.vae.first_stage_model) if train.reads_pictures else ""
+    model = denoiser.model
     return {
         "model": f"{type(model.model).__name__} in {str(model.model_dtype()).removeprefix('torch.')}",
+        "edit_model": denoiser.edit_model.title,
         "guidance": options.guidance,
         "decoder": decoder,
     }
