@@ -69,6 +69,8 @@ def describe(pairs: PairSet) -> str:
     masks = sum(pair.mask is not None for pair in pairs)
     captions = Counter(pair.caption for pair in pairs)
     lines = [f"{len(pairs)} pairs{f' ({pairs.layout})' if pairs.layout else ''}; {masks} with a mask"]
+    further = sum(bool(pair.references) for pair in pairs)
+    lines += [f"- {further} with further references"] if further else []
     lines += [f"- {w}×{h}: {len(members)} pairs" for (h, w), members in pairs.buckets.items()]
     lines += [
         f"- {count} × “{text if len(text) <= 80 else text[:79] + '…'}”" for text, count in captions.most_common(4)
@@ -166,6 +168,11 @@ class MakePairs(io.ComfyNode):
                 io.Mask.Input("mask", optional=True, tooltip="The edit region, white = edited. Open: estimated from the difference."),
                 _upscale_input(),
                 flawed_input(),
+                io.Image.Input(
+                    "before_2", optional=True,
+                    tooltip="A second reference, one for all pairs or one per pair, of any size; for models that look at several "
+                    "(FLUX.2, Qwen-Image-Edit 2509 and 2511, OmniGen2).",
+                ),
             ],
             outputs=[PAIRS_OUTPUT, REPORT_OUTPUT],
             is_output_node=True,
@@ -174,7 +181,7 @@ class MakePairs(io.ComfyNode):
     @classmethod
     @checked()
     def execute(
-        cls, before, after, captions, resolution, mask=None, upscale=False, flawed="leave out"
+        cls, before, after, captions, resolution, mask=None, upscale=False, flawed="leave out", before_2=None
     ) -> io.NodeOutput:
         lines = [line.strip() for line in captions.splitlines() if line.strip()]
         if len(lines) not in (1, len(before)):
@@ -184,8 +191,9 @@ class MakePairs(io.ComfyNode):
             mask = mask[None]
         bar = ProgressBar(len(before))
         pairs = PairSet.from_images(
-            before[..., :3], after[..., :3], mask, lines[0] if len(lines) == 1 else lines, resolution=resolution,
-            upscale=upscale, progress=lambda done, total: bar.update_absolute(done, 2 * total),
+            before[..., :3], after[..., :3], mask, lines[0] if len(lines) == 1 else lines,
+            () if before_2 is None else (before_2[..., :3],), resolution=resolution, upscale=upscale,
+            progress=lambda done, total: bar.update_absolute(done, 2 * total),
         )  # fmt: skip
         return _answer(cls, pairs, flawed, bar)
 

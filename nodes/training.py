@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import negatives, same_words
+from ..editloss_core.models.captions import check_references, negatives, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -180,6 +180,7 @@ def make_trainer(
     """
     denoiser = ComfyDenoiser(model, options.guidance, options.checkpointing, options.edit_model)
     check_text_encoder(clip, denoiser.edit_model)
+    check_references(denoiser.edit_model, [some for some in (pairs, held_out) if some is not None])
     for encoder_name in objective.objective.encoders:
         check_shared(objective.encoders[encoder_name], denoiser.model)
     lora = LoRA(denoiser.module, lora_settings, settings.seed, denoiser.edit_model)

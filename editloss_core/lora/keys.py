@@ -57,10 +57,6 @@ def split(updates: Updates, layers: LayerNames) -> dict[str, Update]:
     Raises:
         ValueError: for a layer that the model does not have, or of a size that it cannot have.
     """
-    if layers.comfyui_alone:
-        raise ValueError(
-            f"lora: {layers.model} is in ComfyUI alone, diffusers has no pipeline that would load this LoRA; it stays as it is"
-        )
     found: dict[str, Update] = {}
     for layer, update in updates.items():
         names = layers.diffusers(layer)

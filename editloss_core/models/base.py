@@ -89,9 +89,11 @@ class Parts:
         decoders: of those that may decode in its place.
         texts: folder → class, of the text encoders.
         tokenizers: folders.
+        processors: those of them that also say how pictures are read.
         text_widths: (text encoder's folder, its key, the transformer's key): numbers of their configs that have to be equal.
         original_key: a tensor by which a single file in the original layout is known.
         index: what model_index.json has to say beside the pipeline, where several models share that.
+        config: the same of the transformer's config.json.
         text_layers: of the text encoder, whose features stand side by side.
         others: what a network with other inputs would be, for the message.
     """
@@ -105,7 +107,9 @@ class Parts:
     text_widths: tuple[tuple[str, str, str], ...]
     original_key: str
     index: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
     text_layers: int = 1
+    processors: tuple[str, ...] = ()
     others: str = ""
 
 
@@ -124,7 +128,6 @@ class LayerNames:
             one, from above.
         outside: the same for layers that are in no block.
         swapped: ComfyUI's layers whose halves diffusers has in the opposite order.
-        comfyui_alone: whether there is no other dialect than ComfyUI's; diffusers' names above are then ComfyUI's own.
         mlp_ratio: rows of a fourth part for each of the first three's, where queries, keys, values and an MLP's input are one.
         shapes: ComfyUI's layer in a block → (inputs, outputs) in a ratio that another model with the same names has not.
         alpha: whether diffusers' loader takes a layer's ``.alpha``; if not, it is multiplied into the matrices.
@@ -135,7 +138,6 @@ class LayerNames:
     outside: Rows = field(default_factory=dict)
     swapped: tuple[str, ...] = ()
     mlp_ratio: int = 4
-    comfyui_alone: bool = False
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     alpha: bool = True
 
@@ -203,6 +205,7 @@ class EditModel:
         names: of its layers in LoRA files.
         diffusers_loads_lora: whether its pipeline has a loader of LoRA files.
         reference_method: ComfyUI's ``reference_latents_method``, None where the network needs none.
+        references: pictures that it looks at for one sample at the most, the before picture among them.
         reads_picture: whether its captions are encoded with the before picture.
         guidance, preview_guidance: what it is told in training and for pictures; None where it is told nothing.
         preview_cfg: scale of classifier-free guidance in the stock workflow, 1 without.
@@ -231,6 +234,7 @@ class EditModel:
     diffusers_loads_lora: bool = True
     text_layer: str = "txt_in"
     reference_method: Optional[str] = None
+    references: int = 1
     reads_picture: bool = False
     guidance: Optional[float] = None
     preview_guidance: Optional[float] = None
@@ -262,10 +266,10 @@ class EditModel:
         """Of one picture ``[B, C, h, w]``."""
         return math.ceil(latents.shape[-2] / self.patch) * math.ceil(latents.shape[-1] / self.patch)
 
-    def sample_tokens(self, height: int, width: int) -> int:
-        """Of a whole sample: the caption's, and those of a picture of this size in pixels and of its reference."""
+    def sample_tokens(self, height: int, width: int, references: int = 1) -> int:
+        """Of a whole sample: the caption's, and those of a picture of this size in pixels and of its references."""
         side = self.downscale * self.patch
-        return self.text_tokens + 2 * (height // side) * (width // side)
+        return self.text_tokens + (1 + references) * (height // side) * (width // side)
 
     def times(self, tokens: int, steps: int) -> Tensor:
         """``[steps + 1]`` noise levels from 1 to 0 of a sampled picture."""
@@ -356,16 +360,17 @@ class EditModel:
 
     # -- captions ---------------------------------------------------------------------------------------------------
 
-    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> Any:
         """What ComfyUI's CLIP is asked to encode.
 
         Args:
             clip: the text encoder.
             before: the before picture ``[H, W, 3]`` where the model :attr:`reads_picture`, else None.
+            further: the other references then, if the pair has any.
         """
         return clip.tokenize(caption)
 
-    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> dict[str, Tensor]:
         """A caption by diffusers' pipeline, as tensors to keep; see :meth:`caption`."""
         raise NotImplementedError
 

@@ -52,7 +52,7 @@ def encode_captions(
     pipeline = load() if todo else None
     for done, (key, asked) in enumerate(todo, 1):
         with torch.no_grad():
-            tensors = model.encode(pipeline, asked.caption, asked.before())
+            tensors = model.encode(pipeline, asked.caption, *asked.pictures())
         if not all(bool(x.isfinite().all()) for x in tensors.values()):
             raise ValueError(
                 f"caption: expected finite embeddings, got NaN or infinity for {asked.caption!r}; a T5 needs bfloat16 or float32"
@@ -77,9 +77,22 @@ class Asked:
     pairs: PairSet
     index: int
 
-    def before(self) -> Optional[Tensor]:
-        """The before picture ``[H, W, 3]`` where the model reads it, else None."""
-        return self.pairs.load_checked(self.index).before if self.content else None
+    def pictures(self) -> tuple[Any, ...]:
+        """The before picture ``[H, W, 3]`` and further references where the model reads them, else None alone."""
+        if not self.content:
+            return (None,)
+        images = self.pairs.load_checked(self.index)
+        return images.before, *images.references
+
+
+def check_references(model: EditModel, sets: Sequence[PairSet]) -> None:
+    """ValueError if a pair has more references than the model looks at."""
+    most, at = max((1 + len(pair.references), pair.name) for pairs in sets for pair in pairs)
+    if most > model.references:
+        raise ValueError(
+            f"pairs: {model.title} looks at {model.references} picture{'s' * (model.references > 1)} for a sample at the most, "
+            f"{at!r} has {most} (before, before_2 …)"
+        )
 
 
 def distinct_captions(model: EditModel, sets: Sequence[Pairs]) -> tuple[list[Asked], list[list[int]]]:
@@ -129,5 +142,5 @@ def _short(caption: str) -> str:
 
 
 def _key(model: EditModel, asked: Asked, fingerprint: str) -> str:
-    seen = [asked.content] if asked.content else []
+    seen = [asked.content, model.parts.pipeline] if asked.content else []  # one text encoder, and another template
     return hash_tensors([], CAPTION_METHOD, fingerprint, str(model.text_tokens), asked.caption, *seen)

@@ -66,16 +66,20 @@ class DiffusersDenoiser:
         """As in :class:`~.base.Denoiser`.
 
         Raises:
-            ValueError: more or less than one reference, a batch that does not fit together, latents with odd sides.
+            ValueError: no reference or more than the model takes, a batch that does not fit together, latents with odd sides.
         """
-        if len(references) != 1:
+        most = self.edit_model.references
+        if not 1 <= len(references) <= most:
+            wanted = "one" if most == 1 else f"1 to {most}"
             raise ValueError(
-                f"references: expected one, as {self.edit_model.parts.pipeline} takes it for a sample, got {len(references)}"
+                f"references: expected {wanted}, as {self.edit_model.parts.pipeline} takes it for a sample, got {len(references)}"
             )
-        if not len(x_t) == len(t) == len(references[0]) == len(conditioning):
+        counts = [len(reference) for reference in references]
+        if {len(x_t), len(t), *counts, len(conditioning)} != {len(x_t)}:
+            found = counts[0] if len(counts) == 1 else counts
             raise ValueError(
                 f"x_t: expected one t, reference and conditioning for each of {len(x_t)} latents, got {len(t)}, "
-                f"{len(references[0])} and {len(conditioning)}"
+                f"{found} and {len(conditioning)}"
             )
         return self.edit_model.velocity(self, x_t, t, references, conditioning).float()
 

@@ -84,6 +84,7 @@ class Flux2(EditModel):
 
     # Sizes, for tokens and memory. A block of width d keeps about 19·d values per token for its backward pass: qkv 3,
     # normalised input 2, attention 1, MLP 6 + 3 + 1, and 3 in the residual and gates.
+    references = 4  # klein's makers say 4, dev takes more
     patch = 1
     downscale = 16
     text_tokens = 512
@@ -101,7 +102,7 @@ class Flux2(EditModel):
 
     # -- captions: text alone, whose coordinates count its tokens; the picture is seen as a reference -----------------
 
-    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> dict[str, Tensor]:
         tokens, _ = pipeline.encode_prompt(caption, max_sequence_length=self.text_tokens)
         return {"tokens": tokens[0].cpu()}
 

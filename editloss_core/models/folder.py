@@ -54,7 +54,7 @@ class ModelFolder:
 
     @cached_property  # read once: every part that is loaded asks for it
     def edit_model(self) -> EditModel:
-        """By model_index.json.
+        """By model_index.json, and the transformer's config.json where models share a pipeline.
 
         Raises:
             ValueError: it is of no known model, or not there.
@@ -64,8 +64,9 @@ class ModelFolder:
             raise ValueError(
                 f"path: expected an edit model in diffusers' layout ({registry.titles()}) in {self.folder}; {index}"
             )
+        config = _json(self.folder / "transformer" / "config.json")
         try:
-            return registry.of_pipeline(index)
+            return registry.of_pipeline(index, {} if isinstance(config, str) else config)
         except ValueError as error:
             raise ValueError(f"path: {error} ({self.folder})") from None
 
@@ -143,6 +144,14 @@ class ModelFolder:
         for part in model.parts.tokenizers:
             if not any((self.folder / part / n).is_file() for n in ("tokenizer.json", "vocab.json", "spiece.model")):
                 faults.append(f"path: {part}: there is no tokenizer in {self.folder / part}")
+        for part in model.parts.processors:
+            if not any(
+                (self.folder / part / n).is_file() for n in ("preprocessor_config.json", "processor_config.json")
+            ):
+                where = self.folder / part
+                faults.append(
+                    f"path: {part}: there is no preprocessor_config.json, for pictures with captions, in {where}"
+                )
         return faults + _misfits(configs, model)
 
     def _faults_of_decoder(self, decoder: Path, model: EditModel) -> list[str]:

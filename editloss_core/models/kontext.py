@@ -127,7 +127,7 @@ class Kontext(EditModel):
 
     # -- captions: text alone; the picture is seen as a reference ----------------------------------------------------
 
-    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> dict[str, Tensor]:
         tokens, pooled, _ = pipeline.encode_prompt(caption, max_sequence_length=self.text_tokens)
         return {"tokens": tokens[0].cpu(), "pooled": pooled[0].cpu()}
 

@@ -41,6 +41,7 @@ class LongCat(EditModel):
         decoders=("AutoencoderKL", "AutoencoderTiny"),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "text_processor"),
+        processors=("text_processor",),
         text_widths=TEXT_WIDTHS,
         original_key="double_blocks.0.img_attn.qkv.weight",
     )
@@ -69,11 +70,11 @@ class LongCat(EditModel):
 
     # -- captions: with the before picture ---------------------------------------------------------------------------
 
-    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> Any:
         """As ComfyUI's Text Encode Qwen Image Edit, which its workflow uses: four times the area that the pipeline takes."""
         return clip.tokenize(caption, images=[seen(before, 1024 * 1024)])
 
-    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
+    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> dict[str, Tensor]:
         module, tokenizer, most = module_of(type(pipeline)), pipeline.tokenizer, pipeline.tokenizer_max_length
         # Letters in quotation marks are tokens of their own. The pipeline's own message for what is too long fails.
         pieces = [list(part) if quoted else [part] for part, quoted in module.split_quotation(caption)]

@@ -45,6 +45,7 @@ class OmniGen2(EditModel):
     diffusers_loads_lora = False
     text_layer = "time_caption_embed.caption_embedder.1"
 
+    references = 5  # it has embeddings of so many
     layers = {"attention": ATTENTION, "attention + MLP": (*ATTENTION, *MLP), "all": ("*",)}
     names = LayerNames(
         model="OmniGen2",
@@ -53,7 +54,6 @@ class OmniGen2(EditModel):
             ("context_refiner", "context_refiner", _same(PLAIN_BLOCK)),
         ),
         outside=_same(OUTSIDE),
-        comfyui_alone=True,
     )
 
     # Nothing is told to it: the stock workflow asks it three times for each step.

@@ -7,6 +7,9 @@ tells the reference that it is at t = 0. Its layers have the same names in Comfy
 In ComfyUI all are one class. 2511 is told by a key in its file, which other people's copies lack, or by the name of its file;
 2509 and the first Edit by that name alone, and what has no such name, or none that is known, is taken for 2509, of which most
 are made.
+
+Where a picture has an odd number of tokens along a side (its pixels are no multiple of 32), diffusers places it one token further
+from the words than ComfyUI does.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ TEMPLATE = (
     "requirements while maintaining consistency with the original input where appropriate.<|im_end|>\n<|im_start|>user\n{}"
     "<|im_end|>\n<|im_start|>assistant\n"
 )
-PICTURE = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>"
+PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 ZERO = "index_timestep_zero"  # 2511's reference method in ComfyUI, and the name of the key in its files
 
 
@@ -82,6 +85,7 @@ class QwenEdit(EditModel):
         decoders=("AutoencoderKLQwenImage",),
         texts={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
         tokenizers=("tokenizer", "processor"),
+        processors=("processor",),
         text_widths=TEXT_WIDTHS,
         original_key="transformer_blocks.0.img_mod.1.weight",
     )
@@ -123,18 +127,18 @@ class QwenEdit(EditModel):
 
     # -- captions: with the before picture ---------------------------------------------------------------------------
 
-    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> Any:
         """As ComfyUI's Text Encode Qwen Image Edit, which leaves the template to the tokenizer."""
         return clip.tokenize(caption, images=[seen(before, self.encoded_area)])
 
-    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor]) -> dict[str, Tensor]:
-        picture = resized(pipeline, before, self.encoded_area)
-        tokens, _ = pipeline.encode_prompt(caption, image=self.pictures(picture))
+    def encode(self, pipeline: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> dict[str, Tensor]:
+        pictures = [resized(pipeline, picture, self.encoded_area) for picture in (before, *further)]
+        tokens, _ = pipeline.encode_prompt(caption, image=self.pictures(pictures))
         return {"tokens": tokens[0].cpu()}
 
-    def pictures(self, picture: Any) -> Any:
+    def pictures(self, pictures: Sequence[Any]) -> Any:
         """As the pipeline's ``encode_prompt`` takes the before picture."""
-        return picture
+        return pictures[0]
 
     def caption(self, tensors: Mapping[str, Tensor]) -> Caption:
         return Caption(tensors["tokens"])
@@ -148,7 +152,7 @@ class QwenEdit(EditModel):
         self, denoiser: Any, x_t: Tensor, t: Tensor, references: Sequence[Tensor], captions: Sequence[Caption]
     ) -> Tensor:
         (height, width), like = x_t.shape[2:], {"device": denoiser.device, "dtype": denoiser.dtype}
-        (reference,), network = references, denoiser.module
+        network = denoiser.module
         lengths = torch.tensor([len(c.tokens) for c in captions], device=denoiser.device)
         longest = int(lengths.max())
         # Like the pipeline, no mask where there is nothing to hide: attention is faster without.
@@ -161,11 +165,12 @@ class QwenEdit(EditModel):
         # The pipeline counts time to 1000 in the model's dtype: rounded there, bf16 gives the numbers that it gives.
         time = (1000 * t.to(denoiser.device)).to(denoiser.dtype) / 1000
         velocity = network(
-            hidden_states=torch.cat([made, pack(reference.to(**like))], 1),
+            hidden_states=torch.cat([made, *(pack(reference.to(**like)) for reference in references)], 1),
             timestep=time,
             encoder_hidden_states=pad_sequence([c.tokens.to(**like) for c in captions], batch_first=True),
             encoder_hidden_states_mask=mask,
-            img_shapes=[[(1, h // PATCH, w // PATCH) for h, w in ((height, width), reference.shape[2:])]] * len(x_t),
+            img_shapes=[[(1, h // PATCH, w // PATCH) for h, w in ((height, width), *(r.shape[2:] for r in references))]]
+            * len(x_t),
             return_dict=False,
         )[0]
         return unpack(velocity[:, : made.shape[1]], height, width)
@@ -200,28 +205,32 @@ class QwenEdit(EditModel):
 
 
 class QwenEditPlus(QwenEdit):
-    """Qwen-Image-Edit 2509, and in diffusers 2511. Their text encoder sees the before picture small, named "Picture 1"."""
+    """Qwen-Image-Edit 2509. Its text encoder sees the before picture small, named "Picture 1"."""
 
     id = "qwen_image_edit_plus"
     title = "Qwen-Image-Edit 2509"
     comfyui_file = ""
-    parts = replace(QwenEdit.parts, pipeline="QwenImageEditPlusPipeline")
+    parts = replace(QwenEdit.parts, pipeline="QwenImageEditPlusPipeline", config={"zero_cond_t": False})
+    references = 3  # that its makers trained it with
     text_tokens = 256  # 384² pixels at 28² a token, and a caption
     encoded_area = 384 * 384
 
-    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor]) -> Any:
+    def tokenize(self, clip: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> Any:
         """As ComfyUI's Text Encode Qwen Image Edit Plus."""
-        return clip.tokenize(PICTURE + caption, images=[seen(before, self.encoded_area)], llama_template=TEMPLATE)
+        pictures = [seen(picture, self.encoded_area) for picture in (before, *further)]
+        named = "".join(PICTURE.format(number) for number in range(1, len(pictures) + 1))
+        return clip.tokenize(named + caption, images=pictures, llama_template=TEMPLATE)
 
-    def pictures(self, picture: Any) -> Any:
-        return [picture]
+    def pictures(self, pictures: Sequence[Any]) -> Any:
+        return pictures
 
 
 class QwenEdit2511(QwenEditPlus):
-    """In diffusers 2509 and 2511 are one: the network's own config tells them apart. ComfyUI has to be told."""
+    """2509's captions; a network that tells its reference that it is at t = 0."""
 
     id = "qwen_image_edit_2511"
     title = "Qwen-Image-Edit 2511"
+    parts = replace(QwenEditPlus.parts, config={"zero_cond_t": True})
     comfyui_file = "2511"
     reference_method = ZERO
 

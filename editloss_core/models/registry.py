@@ -83,13 +83,14 @@ def of_comfyui(base: str, config: Mapping[str, Any] = {}, file: str = "") -> Edi
     return _the(lambda model: model.is_comfyui(base, config, file), found, base)
 
 
-def of_pipeline(index: Mapping[str, Any]) -> EditModel:
-    """By the model_index.json of a folder in diffusers' layout."""
+def of_pipeline(index: Mapping[str, Any], config: Mapping[str, Any] = {}) -> EditModel:  # noqa: B006
+    """By the model_index.json of a folder in diffusers' layout, and the config.json of its transformer."""
     pipeline = index.get("_class_name")
 
     def matches(model: EditModel) -> bool:
-        known = model.parts
-        return known.pipeline == pipeline and all(bool(index.get(k)) == value for k, value in known.index.items())
+        parts = model.parts
+        said = ((index, parts.index), (config, parts.config))
+        return parts.pipeline == pipeline and all(bool(f.get(k)) == v for f, wanted in said for k, v in wanted.items())
 
     return _the(matches, f"a folder of {pipeline}", pipeline)
 

@@ -46,6 +46,8 @@ KINDS = {
     "mask proportions": "masks of other proportions than their pictures",
     "mask empty": "masks without an edit; expected white where the picture changes",
     "too small": "pictures that are too small",
+    "reference alone": "further references without a pair of the same name",
+    "reference gap": "further references whose number does not follow; begin with before_2 and leave none out",
     "no edit": "pairs without a visible edit; is the before picture in both places?",
 }
 
@@ -100,6 +102,7 @@ class Layout:
         description: the layout that was recognised, in words.
         root: the folder that names in messages are relative to.
         before, after, masks, captions: name of the pair without case → file.
+        references: of before_2, before_3 … in this order: the same.
         names: the same, → the name as the after picture has it.
         findings: duplicates.
         notes: what was passed over, and names that cannot be written as they are.
@@ -112,6 +115,7 @@ class Layout:
     after: dict[str, Path] = field(default_factory=dict)
     masks: dict[str, Path] = field(default_factory=dict)
     captions: dict[str, Path] = field(default_factory=dict)
+    references: list[dict[str, Path]] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -129,7 +133,9 @@ class Layout:
 
     def add(self, part: str, entries: Iterable[tuple[str, Path]]) -> None:
         """Enter (name of a pair, file) into one of the tables; what is already taken within the same call is a finding."""
-        table: dict[str, Path] = getattr(self, part)
+        table: dict[str, Path] = (
+            self.references[int(part[7:]) - 2] if part.startswith("before_") else getattr(self, part)
+        )
         rivals: dict[str, list[Path]] = {}
         for name, path in entries:
             self.use(path)
@@ -168,6 +174,7 @@ class Layout:
             parts: where only their folders are looked into, and others named as a whole.
         """
         names = [name for part in parts for name in PART_FOLDERS[part]]
+        names += [f"{name}_{2 + i}" for i in range(len(self.references)) for name in PART_FOLDERS["before"]]
         passed: dict[str, dict[str, None]] = {}
         odd = []
         for path in files:
@@ -299,11 +306,26 @@ def _side_by_side(folder: Path, before: Sequence[Path], after: Sequence[Path]) -
     layout.add("after", _each(pictures_in, after))
     layout.add("before", _each(pictures_in, before))
     layout.add("masks", _each(pictures_in, mask))
+    further = _further(folder)
+    for number, there in enumerate(further, 2):
+        layout.references.append({})
+        layout.add(f"before_{number}", _each(pictures_in, there))
     for places in (after, before, captions):
         layout.add_captions(_each(_texts, places))
-    layout.add_captions(_texts(folder, (*before, *after, *mask, *captions)), strict=False)
+    apart = (*before, *after, *mask, *captions, *chain.from_iterable(further))
+    layout.add_captions(_texts(folder, apart), strict=False)
     layout.account(walk(folder), "pictures outside before/, after/ and mask/", ("before", "after", "mask", "captions"))
     return layout
+
+
+def _further(folder: Path) -> list[list[Path]]:
+    """The folders of before_2, before_3 … (or control_2 …) up to the largest number that is there."""
+    found: dict[int, list[Path]] = {}
+    for path in visible(folder):
+        match = re.fullmatch(f"({'|'.join(PART_FOLDERS['before'])})_([2-9])", path.name.casefold())
+        if match and path.is_dir():
+            found.setdefault(int(match[2]), []).append(path)
+    return [found.get(number, []) for number in range(2, max(found, default=1) + 1)]
 
 
 def _suffixed(folder: Path) -> Layout:

@@ -101,12 +101,14 @@ class PairImages(NamedTuple):
     """Pixels of a pair after the shared resize and crop: float32 in 0…1, ``[H, W, 3]`` and ``[H, W]`` or None.
 
     ``valid`` is 1 where the pictures are, and 0 where a variant shows what lies beyond them; None: they are everywhere.
+    ``references`` are further pictures that the model looks at, each in a size of its own.
     """
 
     before: Tensor
     after: Tensor
     mask: Optional[Tensor]
     valid: Optional[Tensor] = None
+    references: tuple[Tensor, ...] = ()
 
 
 def resample(values: np.ndarray, box: Box, size: tuple[int, int]) -> Tensor:

@@ -65,6 +65,8 @@ class Pair:
         before, after: a file, or a tensor ``[H, W, 3]``.
         caption: the instruction.
         mask: the edit region as a file or a tensor ``[H, W]``, or None.
+        references: further pictures that the model looks at beside the before picture (before_2, before_3 …), each of any size.
+        reference_sizes: theirs, once they were looked at.
         variant: how its pictures are transformed; None: not at all.
     """
 
@@ -73,6 +75,8 @@ class Pair:
     after: Source
     caption: str = ""
     mask: Optional[Source] = None
+    references: tuple[Source, ...] = ()
+    reference_sizes: tuple[Size, ...] = ()
     variant: Optional[Variant] = None
 
     @property
@@ -99,7 +103,8 @@ def find_pairs(
       ``folder/mask``; captions beside the after pictures, beside the before pictures or in ``folder/captions``: the first
       of them that has one.
     * the folders ``before/``, ``after/`` and, if wanted, ``mask/`` (or ``control/``, ``target/``, ``masks/``); captions as .txt beside the after pictures, beside
-      the before pictures, in ``captions/`` or in ``folder``: the first of them that has one.
+      the before pictures, in ``captions/`` or in ``folder``: the first of them that has one. ``before_2/``, ``before_3/`` …
+      up to 9 hold further references of some or all pairs, of any size.
     * one folder with ``x_before.png``, ``x_after.png`` and, if wanted, ``x_mask.png`` or ``mask/x.png``; captions in
       ``x.txt``, ``x_after.txt``, ``x_before.txt`` or ``captions/x.txt``.
 
@@ -142,9 +147,22 @@ def find_pairs(
             findings.append(
                 Finding("no caption", (layout.name(written or after),), "the file is empty" if written else "")
             )
-        pairs.append(Pair(layout.names[key], before, after, caption or default_caption.strip(), layout.masks.get(key)))
+        further = [table[key] for table in layout.references if key in table]
+        if further != [table.get(key) for table in layout.references[: len(further)]]:
+            findings.append(Finding("reference gap", tuple(map(layout.name, further))))
+        pairs.append(
+            Pair(
+                layout.names[key],
+                before,
+                after,
+                caption or default_caption.strip(),
+                layout.masks.get(key),
+                tuple(further),
+            )
+        )
     known = layout.before.keys() | layout.after.keys()
-    for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions)):
+    others = [("reference alone", table) for table in layout.references]
+    for kind, table in (("mask alone", layout.masks), ("caption alone", layout.captions), *others):
         lone = [path for key, path in table.items() if key not in known]
         findings += [Finding(kind, (layout.name(path),), layout.partner(path)) for path in lone]
     partial = [layout.before.get(k) or layout.after[k] for k in known if not (k in layout.before and k in layout.after)]
@@ -161,7 +179,8 @@ def folder_state(folder: Union[str, Path], control_folder: Union[str, Path] = ""
     """
     layout = scan(Path(folder), Path(control_folder) if str(control_folder) else None)
     tables = ("before", "after", "masks", "captions")
-    return digest_state({f"{t}/{layout.name(p)}": p for t in tables for p in getattr(layout, t).values()})
+    found = {f"{t}/{layout.name(p)}": p for t in tables for p in getattr(layout, t).values()}
+    return digest_state(found | {layout.name(p): p for table in layout.references for p in table.values()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +223,7 @@ class PairSet:
         after: Tensor,
         mask: Optional[Tensor] = None,
         captions: Union[str, Sequence[str]] = "",
+        references: Sequence[Tensor] = (),
         *,
         names: Optional[Sequence[str]] = None,
         resolution: int = 1024,
@@ -217,6 +237,7 @@ class PairSet:
             before, after: ``[B, H, W, 3]`` in 0…1; the two may differ in size, not in proportions.
             mask: ``[B, H, W]`` or ``[1, H, W]``, or None.
             captions: one for every pair, or B of them.
+            references: further pictures that the model looks at, ``[B, H, W, 3]`` or ``[1, H, W, 3]`` each, of any size.
             names: B names; "pair 1" and so on if None.
             resolution, upscale, min_size, progress: as in :func:`find_pairs`.
 
@@ -226,7 +247,8 @@ class PairSet:
         """
         _check_settings(resolution, min_size)
         count = len(before) if isinstance(before, Tensor) else 0
-        for name, batch, dims in (("before", before, 4), ("after", after, 4), ("mask", mask, 3)):
+        further = [(f"before_{i}", batch, 4) for i, batch in enumerate(references, 2)]
+        for name, batch, dims in (("before", before, 4), ("after", after, 4), ("mask", mask, 3), *further):
             if name == "mask" and batch is None:
                 continue
             a_batch = isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == dims and batch.numel()
@@ -234,7 +256,7 @@ class PairSet:
                 expected = "pictures [B, H, W, 3]" if dims == 4 else "[B, H, W]"
                 came = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
                 raise ValueError(f"{name}: expected {expected} in 0…1, got {came}")
-            if len(batch) != count and not (name == "mask" and len(batch) == 1):
+            if len(batch) != count and not (name not in ("before", "after") and len(batch) == 1):
                 raise ValueError(f"{name}: expected {count} like before, got {len(batch)}")
         captions = [captions] * count if isinstance(captions, str) else list(captions)
         names = [f"pair {i + 1}" for i in range(count)] if names is None else list(names)
@@ -248,8 +270,16 @@ class PairSet:
         with torch.inference_mode(False):
             before, after = (t.detach().float().cpu().clone() for t in (before, after))
             mask = None if mask is None else mask.detach().float().cpu().clone()
+            references = [t.detach().float().cpu().clone() for t in references]
         pairs = [
-            Pair(name, before[i], after[i], caption.strip(), None if mask is None else mask[min(i, len(mask) - 1)])
+            Pair(
+                name,
+                before[i],
+                after[i],
+                caption.strip(),
+                None if mask is None else mask[min(i, len(mask) - 1)],
+                tuple(t[min(i, len(t) - 1)] for t in references),
+            )  # fmt: skip
             for i, (name, caption) in enumerate(zip(names, captions))
         ]
         return _checked(pairs, findings, None, (), resolution, upscale, min_size, progress)
@@ -276,10 +306,26 @@ class PairSet:
             found.setdefault(target, []).append(index)
         return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
 
+    def reference_targets(self, index: int) -> tuple[Size, ...]:
+        """The size that each further reference of a pair is seen at: about that of training, in its own proportions."""
+        sizes = self.pairs[index].reference_sizes
+        return tuple(bucket_size(size, self.resolution, self.upscale) for size in sizes)
+
+    @cached_property
+    def alike(self) -> tuple[tuple[int, ...], ...]:
+        """The indices of each bucket, parted where pairs have further references of other sizes or another number of them."""
+        found = []
+        for members in self.buckets.values():
+            groups: dict[tuple[Size, ...], list[int]] = {}
+            for index in members:
+                groups.setdefault(self.reference_targets(index), []).append(index)
+            found += [tuple(group) for group in groups.values()]
+        return tuple(found)
+
     def load(self, index: int) -> PairImages:
         """The pixels of a pair at its size, transformed if it is a variant."""
         pair = self.pairs[index]
-        images = load(pair, self.targets[index])
+        images = load(pair, self.targets[index], self.reference_targets(index))
         return pair.variant.apply(images) if pair.variant else images
 
     def load_checked(self, index: int) -> PairImages:
@@ -320,7 +366,7 @@ class PairSet:
             content = look.content if drawn is None else content_of(look.content, drawn)
             changed += [pair.name] if content != contents[index] else []
             sizes[index], contents[index] = look.size, content
-            pairs[index] = replace(pair, variant=drawn)
+            pairs[index] = replace(pair, variant=drawn, reference_sizes=look.references)
         if findings:
             raise self.problems(findings)
         if not moved:
@@ -343,7 +389,8 @@ class PairSet:
 
     def fingerprint(self, index: int) -> str:
         """sha256 over the content of a pair's pictures and what :meth:`load` does to them; the caption is not in it."""
-        return hash_tensors([], self.contents[index], str(self.targets[index]), GEOMETRY)
+        further = [str(self.reference_targets(index))] if self.pairs[index].references else []
+        return hash_tensors([], self.contents[index], str(self.targets[index]), GEOMETRY, *further)
 
     @property
     def digest(self) -> str:
@@ -357,7 +404,7 @@ class PairSet:
         return hash_tensors([], *(f"{p.caption}\0" for p in self.pairs if p.variant is None))
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-        """The batches of one epoch: every pair once, each batch from one bucket, order and company drawn at random.
+        """The batches of one epoch: every pair once, each batch of pairs that are :attr:`alike`, order and company drawn at random.
 
         A variant counts as a pair, and variants of one pair are in different batches where the bucket has at least
         ``batch_size`` pairs. The result depends on nothing but the arguments, the sizes of the buckets and whose variants
@@ -368,7 +415,7 @@ class PairSet:
         digest = hashlib.sha256(f"batches/{seed}/{epoch}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         found = []
-        for members in self.buckets.values():
+        for members in self.alike:
             drawn = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
             order = self._apart(drawn, batch_size)
             found += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -452,8 +499,8 @@ def with_variants(pairs: PairSet, settings: Optional[VariantSettings]) -> PairSe
     return replace(pairs, pairs=tuple(made), sizes=sizes, contents=tuple(contents), variants=settings)
 
 
-def load(pair: Pair, size: Size) -> PairImages:
-    """Before, after and mask of a pair at ``size``, all three through one geometry.
+def load(pair: Pair, size: Size, reference_sizes: Sequence[Size] = ()) -> PairImages:
+    """Before, after and mask of a pair at ``size``, all three through one geometry; further references each at a size of its own.
 
     The after picture is scaled to cover ``size`` and cropped around its centre, or moved by as little as it takes to keep
     the mask inside. Before and mask are cut at the same fractions of their height and width, whatever their own sizes.
@@ -462,15 +509,23 @@ def load(pair: Pair, size: Size) -> PairImages:
         ValueError: a file cannot be read.
     """
     pixels = {part: _pixels(source, part == "mask").values for part, source in _sources(pair).items()}
+    references = [pixels.pop(part) for part in _further(pair)]
     keep = bounding_box(pixels["mask"]) if "mask" in pixels else None
     box = cover(pixels["after"].shape[:2], size, keep)
     with torch.inference_mode(False):
         fitted = {part: resample(values, box, size) for part, values in pixels.items()}
-    return PairImages(fitted["before"], fitted["after"], fitted.get("mask"))
+        seen = tuple(resample(r, cover(r.shape[:2], s), s) for r, s in zip(references, reference_sizes))
+    return PairImages(fitted["before"], fitted["after"], fitted.get("mask"), references=seen)
 
 
 def _sources(pair: Pair) -> dict[str, Source]:
-    return {"before": pair.before, "after": pair.after} | ({} if pair.mask is None else {"mask": pair.mask})
+    mask = {} if pair.mask is None else {"mask": pair.mask}
+    return {"before": pair.before, "after": pair.after, **mask, **_further(pair)}
+
+
+def _further(pair: Pair) -> dict[str, Source]:
+    """The references beside the before picture, as the folders of a set call them."""
+    return {f"before_{number}": source for number, source in enumerate(pair.references, 2)}
 
 
 def _state(pair: Pair) -> str:
@@ -535,6 +590,7 @@ def _checked(
     notes += _notes({pair.name: look for pair, look in zip(pairs, looks) if not look.findings})
     if findings:
         raise PairProblems(findings, _where(folder, description), notes)
+    pairs = [replace(pair, reference_sizes=look.references) for pair, look in zip(pairs, looks)]
     return PairSet(
         tuple(pairs), tuple(look.size for look in looks), tuple(look.content for look in looks), resolution, upscale, folder,
         description, tuple(notes), states={pair.name: look.state for pair, look in zip(pairs, looks) if look.state},
@@ -560,6 +616,11 @@ class _Look(NamedTuple):
         """What both pictures have at least."""
         both = [self.sizes.get(part, (0, 0)) for part in ("before", "after")]
         return min(h for h, _ in both), min(w for _, w in both)
+
+    @property
+    def references(self) -> tuple[Size, ...]:
+        """Sizes of those beside the before picture."""
+        return tuple(size for part, size in self.sizes.items() if part.startswith("before_"))
 
 
 def _notes(looks: Mapping[str, _Look]) -> list[str]:
@@ -603,7 +664,7 @@ def _where(folder: Optional[Path], layout: str) -> str:
 
 
 def _called(pair: Pair, part: str, folder: Optional[Path]) -> str:
-    source = getattr(pair, part)
+    source = _sources(pair).get(part)
     return relative(source, folder) if folder and isinstance(source, Path) else f"{pair.original} {part}"
 
 
@@ -624,8 +685,8 @@ def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> _Look:
     tried = {part: _try_pixels(s, part == "mask", labels[part], findings) for part, s in sources.items()}
     found = {part: picture for part, picture in tried.items() if picture is not None}
     sizes = {part: (p.values.shape[0], p.values.shape[1]) for part, p in found.items()}
-    for part in ("before", "after"):
-        if part in sizes and min(sizes[part]) < min_size:
+    for part in [part for part in sizes if part != "mask"]:
+        if min(sizes[part]) < min_size:
             findings.append(
                 Finding("too small", (labels[part],), f"{times(sizes[part])}, expected at least {min_size} px")
             )
@@ -637,7 +698,7 @@ def _inspect(pair: Pair, folder: Optional[Path], min_size: int) -> _Look:
         findings.append(Finding("no edit", (labels["before"], labels["after"]), "they are the same"))
     if "mask" in sizes:
         top = float(found["mask"].values.max())
-        fits = (same_proportions(sizes["mask"], sizes[p], MASK_PROPORTIONS) for p in sizes if p != "mask")
+        fits = (same_proportions(sizes["mask"], sizes[p], MASK_PROPORTIONS) for p in ("before", "after") if p in sizes)
         if top < 0.5:
             detail = f"its brightest value is {top * 255:.0f} of 255, expected at least 128"
             findings.append(Finding("mask empty", (labels["mask"],), detail))

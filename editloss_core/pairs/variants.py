@@ -107,7 +107,7 @@ class Variant:
         gets the estimated one: the edit has to be known, to stay in view. Where none stands out, any view shows it.
         """
         with torch.inference_mode(False), torch.no_grad():
-            before, after, mask = images.before, images.after, images.mask
+            before, after, mask, references = images.before, images.after, images.mask, images.references
             if mask is None:
                 mask = edit_region(before, after)
             anywhere = mask is None
@@ -115,6 +115,9 @@ class Variant:
                 mask = torch.zeros(before.shape[:2])
             if self.flip:
                 before, after, mask = before.flip(1), after.flip(1), mask.flip(1)
+                references = tuple(
+                    reference.flip(1) for reference in references
+                )  # what is taken from them is mirrored too
             valid = None
             where = self._positions(mask)
             if where is not None:
@@ -130,7 +133,9 @@ class Variant:
                 mask = _sample(mask[None, None], grid, "bilinear")[0, 0] * inside
                 valid = None if bool(inside.all()) else inside.float()
             before, after = self._toned(before), self._toned(after)
-        return images._replace(before=before, after=after, mask=None if anywhere else mask, valid=valid)
+            references = tuple(map(self._toned, references))
+        mask = None if anywhere else mask
+        return images._replace(before=before, after=after, mask=mask, valid=valid, references=references)
 
     def _toned(self, picture: Tensor) -> Tensor:
         contrast, brightness, *colours = self.tone

@@ -112,6 +112,12 @@ class Prepared:
         """Latents of the before pictures ``[B, C, h, w]``, as the model takes them."""
         return torch.stack([self._latents[i]["src"] for i in indices])
 
+    def references(self, indices: Sequence[int]) -> list[Tensor]:
+        """All that the model looks at: :meth:`before`, and as many further pictures ``[B, C, h', w']`` as these pairs have."""
+        further = self.pairs[indices[0]].references
+        names = [f"src_{number}" for number in range(2, len(further) + 2)]
+        return [self.before(indices), *(torch.stack([self._latents[i][name] for i in indices]) for name in names)]
+
     def pixel_masks(self, indices: Sequence[int]) -> Optional[Tensor]:
         """Edit regions ``[B, H, W]``, all ones for a pair without a mask; None if no pair of the batch has one.
 
@@ -328,10 +334,12 @@ class _Work:
         masks = tuple(_as_float(entry.tensors.get("mask")) for entry in found["masks", ""])
         crops = tuple(find_crop(mask, self.pairs.targets[i], self.crop) for i, mask in enumerate(masks))
 
-        def encoded(i: int, images: Tensor) -> Entry:
-            z = self._encode(images, i)
+        def encoded(i: int, images: list[Tensor]) -> Entry:
+            z, *further = (self._encode(some, i) for some in images)
             self._step(2)
-            return Entry({"gt": z[0], "src": z[1]}, {})
+            return Entry(
+                {"gt": z[0], "src": z[1], **{f"src_{number}": one[0] for number, one in enumerate(further, 2)}}, {}
+            )
 
         work(("latents", ""), self._both, encoded)
         for name, encoder in encoders.items():
@@ -387,10 +395,10 @@ class _Work:
 
     # What comes from files and needs no model: read ahead, in threads that change nothing of this object.
 
-    def _both(self, index: int) -> Tensor:
-        """After and before ``[2, H, W, 3]``."""
+    def _both(self, index: int) -> list[Tensor]:
+        """After and before ``[2, H, W, 3]``, and each further reference ``[1, H, W, 3]``."""
         images = self.pairs.load_checked(index)
-        return torch.stack([images.after, images.before])
+        return [torch.stack([images.after, images.before]), *(reference[None] for reference in images.references)]
 
     def _pictures(self, index: int, mask: Optional[Tensor], crop: Optional[Crop]) -> Optional[Tensor]:
         """What an encoder gets of a pair: after, before and overlays ``[2 + K, h, w, 3]`` inside the crop; without one the

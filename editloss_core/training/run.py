@@ -18,7 +18,7 @@ from ..lora.keys import save_both
 from ..lora.lora import LoRA, adapted_sizes
 from ..models.autoencoder import VAEDecoder, vae_decoder_encoder, vae_encoder
 from ..models.base import Preview
-from ..models.captions import encode_captions, negatives, same_words
+from ..models.captions import check_references, encode_captions, negatives, same_words
 from ..models.denoiser import DiffusersDenoiser
 from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
@@ -90,7 +90,8 @@ class Plan:
         parts = {"weights": footprint.weight_bytes(model.dtype, model.quantization)}
         parts |= footprint.lora_bytes(settings.optimizer, bool(settings.ema))
         share = -(-settings.batch_size // processes)
-        tokens = self.files.edit_model.sample_tokens(*largest)
+        further = max(len(pair.references) for pair in self.pairs)
+        tokens = self.files.edit_model.sample_tokens(*largest, 1 + further)
         parts["activations"] = footprint.activation_bytes(tokens, share, model.dtype, model.gradient_checkpointing)
         kept = model.dtype if model.quantization == "none" else model.quantization
         buckets = ", ".join(f"{w}×{h}: {len(members)}" for (h, w), members in self.pairs.buckets.items())
@@ -145,6 +146,7 @@ def plan(config: TrainingConfig, base: Path, progress: Optional[Progress] = None
     sets = together.attempt(lambda: load_pairs(config, base, progress))
     together.raise_if_any()
     assert made is not None and sets is not None
+    check_references(made[0].edit_model, [some for some in sets if some is not None])
     return Plan(config, base, made[0], *sets, *made[1:])
 
 

@@ -198,7 +198,7 @@ class Trainer:
             self._taught = self._pair_weights.nonzero()[:, 0].tolist()
             self.notes += pair_weights.notes(ratios, prepared)
         self.warnings += pair_weights.margin_warnings(terms, prepared)
-        buckets = prepared.pairs.subset(self._taught).buckets.values()
+        buckets = prepared.pairs.subset(self._taught).alike
         self._full = min(
             settings.batch_size, max(map(len, buckets), default=1)
         )  # pairs of a batch that is not cut short
@@ -572,12 +572,12 @@ class Trainer:
     def _judged(self, index: int) -> Judged:
         """The LoRA's output for a pair, and the verdict on it."""
         device, where = self.denoiser.device, f"own failures at step {self.step + 1}"
-        before = self.prepared.before([index])
+        references = self.prepared.references([index])
         generator = generator_for(self.settings.seed, "own failures", self.step, self.prepared.pairs[index].name)
         latents = self.denoiser.edit_model.sample(
             self.denoiser,
-            torch.randn(before.shape, generator=generator).to(device),
-            [before.to(device)],
+            torch.randn(references[0].shape, generator=generator).to(device),
+            [reference.to(device) for reference in references],
             [self.conditioning[index]],
             self.settings.rollout_steps,
             progress=lambda done, total: self._check(),
@@ -636,7 +636,7 @@ class Trainer:
         indices = [batch[i] for i in rows]
         generator = generator_for(settings.seed, "training", number)
         x0 = self.prepared.after(indices).to(device)
-        references = [self.prepared.before(indices).to(device)]
+        references = [reference.to(device) for reference in self.prepared.references(indices)]
         masks, valid = self._regions(indices)
         # Drawn for the whole batch: what a sample gets does not depend on the process that works on it.
         levels = settings.timesteps.draw(len(batch), model.mu(model.tokens(x0)), generator)
@@ -673,7 +673,7 @@ class Trainer:
         generator = generator_for(settings.seed, "rollout", number)
         gone = rollout.draw_step(settings.rollout_steps, generator)
         x0 = self.prepared.after(indices).to(device)
-        references = [self.prepared.before(indices).to(device)]
+        references = [reference.to(device) for reference in self.prepared.references(indices)]
         conditioning = [self.conditioning[i] for i in indices]
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)[rows].to(device)
         masks, valid = self._regions(indices)

@@ -108,7 +108,7 @@ class Validator:
         velocity: dict[float, float] = {}
         terms: dict[str, list[float]] = {}
         x0 = self._to(self.prepared.after([index]))
-        references = [self._to(self.prepared.before([index]))]
+        references = [self._to(reference) for reference in self.prepared.references([index])]
         masks = self.prepared.latent_masks([index])
         masks = None if masks is None else self._to(masks)
         for level in NOISE_LEVELS:
@@ -184,7 +184,7 @@ class Validator:
             latents = model.sample(
                 self.denoiser,
                 self._to(self._noise(index, x0, "picture")),
-                [self._to(self.prepared.before([index]))],
+                [self._to(reference) for reference in self.prepared.references([index])],
                 [self.conditioning[index]],
                 min(self.settings.preview_steps, model.preview_steps or self.settings.preview_steps),
                 self.preview and self.preview.of(index),

@@ -61,7 +61,7 @@ def conditioning(
 
 def _encoded(clip, edit_model: EditModel, asked: Asked) -> list[Any]:
     with torch.no_grad():
-        entries = clip.encode_from_tokens_scheduled(edit_model.tokenize(clip, asked.caption, asked.before()))
+        entries = clip.encode_from_tokens_scheduled(edit_model.tokenize(clip, asked.caption, *asked.pictures()))
     return [[_own(context), {name: _own(value) for name, value in extra.items()}] for context, extra in entries]
 
 

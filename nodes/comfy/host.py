@@ -121,7 +121,8 @@ def step_memory(
     shapes = [train.after([i]).shape for i in range(len(train))]
     channels = shapes[0][1]
     height, width = max((shape[2:] for shape in shapes), key=lambda size: size[0] * size[1])
-    forward = model.model.memory_required([batch_size, channels, 2 * height, width])
+    seen = 2 + max(len(pair.references) for pair in train.pairs)  # the picture and its references
+    forward = model.model.memory_required([batch_size, channels, seen * height, width])
     objective = 0.0
     if decoder is not None:
         windows = [

@@ -68,13 +68,15 @@ class Case:
                 layer.up.copy_(0.05 * torch.randn(layer.up.shape, generator=generator))
         return lora.attach()
 
-    def conditioning(self, prompt: list[Any], reference: Tensor, guidance: float | None) -> list[Any]:
-        """By the stock nodes: Reference Latent, its method, Flux Guidance."""
+    def conditioning(self, prompt: list[Any], *references: Tensor, guidance: float | None) -> list[Any]:
+        """By the stock nodes: Reference Latent, one for each, their method, Flux Guidance."""
         import comfy_extras.nodes_edit_model as edit
         import comfy_extras.nodes_flux as flux
 
-        latent = {"samples": self.model.model.process_latent_out(self.framed(reference))}
-        made = edit.ReferenceLatent.execute(prompt, latent)[0]
+        made = prompt
+        for reference in references:
+            latent = {"samples": self.model.model.process_latent_out(self.framed(reference))}
+            made = edit.ReferenceLatent.execute(made, latent)[0]
         if self.known.reference_method is not None:
             method = flux.FluxKontextMultiReferenceLatentMethod
             made = method.execute(made, self.known.reference_method)[0]
@@ -100,21 +102,45 @@ def it_is_the_one(case: Case) -> None:
 
 
 def velocity_is_that_of_the_stock_sampler(case: Case) -> None:
+    is_the_stock_velocity(case, case.reference)
+
+
+def several_references_are_seen_as_by_the_stock_sampler(case: Case) -> None:
+    """The second of another size; no other than both, in this order, gives the same. More than the model takes are refused."""
+    count = case.known.references
+    one = pictures(64, 96, batch=1)
+    pairs = PACK.pairs.PairSet.from_images(one, 1 - one, None, CAPTION, [one[:, :, :64]] * count, resolution=64)
+    refused(lambda: PACK.captions.check_references(case.known, [pairs]), case.known.title, f"has {count + 1}")
+    PACK.captions.check_references(case.known, [PACK.pairs.PairSet.from_images(one, 1 - one, None, CAPTION)])
+    if count == 1:
+        return
+    other = torch.cat([case.tiny.latents(40 + j, 6, 8) for j in range(2)])
+    both = is_the_stock_velocity(case, case.reference, other)
+    with torch.no_grad():
+        for references in ([case.reference], [other, case.reference], [case.reference, other.flip(-1)]):
+            found = case.denoiser(case.x, case.t, references, case.prompts)
+            assert (found - both).abs().max() > 1e-3 * both.abs().max(), (
+                f"{[list(r.shape) for r in references]}: the same"
+            )
+
+
+def is_the_stock_velocity(case: Case, *references: Tensor) -> Tensor:
     import comfy.sampler_helpers
     import comfy.samplers
 
     with torch.no_grad():
-        ours = case.velocity()
+        ours = case.denoiser(case.x, case.t, references, case.prompts)
         assert ours.dtype == torch.float32 and ours.shape == case.x.shape
         for i, prompt in enumerate(case.prompts):
             x, t = case.framed(case.x[i : i + 1]), case.t[i : i + 1]
-            cond = case.conditioning(prompt, case.reference[i : i + 1], case.known.guidance)
+            cond = case.conditioning(prompt, *(r[i : i + 1] for r in references), guidance=case.known.guidance)
             case.model.pre_run()
             conds = comfy.sampler_helpers.convert_cond(cond)
             conds = comfy.samplers.encode_model_conds(case.model.model.extra_conds, conds, x, CPU, "positive")
             (denoised,) = comfy.samplers.calc_cond_batch(case.model.model, [conds], x, t, case.model.model_options)
             theirs = ((x - denoised) / t).view(1, *ours.shape[1:])
             assert_close(ours[i : i + 1], theirs, 1e-4, f"velocity at t = {LEVELS[i]}")
+    return ours
 
 
 def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
@@ -126,7 +152,7 @@ def previews_are_what_the_stock_sampler_makes(case: Case) -> None:
     preview = PACK.base.Preview(known.preview_guidance, known.preview_cfg, [negative])
     with torch.no_grad():
         ours = known.sample(case.denoiser, noise, [reference], case.prompts[:1], 4, preview)
-        conds = [case.conditioning(p, reference, known.preview_guidance) for p in (case.prompts[0], negative)]
+        conds = [case.conditioning(p, reference, guidance=known.preview_guidance) for p in (case.prompts[0], negative)]
         model = getattr(case.tiny, "sampled", lambda model: model)(case.model)
         guider = getattr(case.tiny, "guider", guider_of)(model, *conds, negative, known.preview_cfg)
         theirs = guider.sample(
@@ -244,11 +270,13 @@ def latents_go_to_a_vae_and_back(case: Case) -> None:
 def captions_are_encoded_as_by_the_stock_node(case: Case) -> None:
     import nodes
 
-    clip, before = case.tiny.clip(), pictures(64, 96, batch=1)
-    stock = getattr(case.tiny, "stock", lambda clip, caption, _: nodes.CLIPTextEncode().encode(clip, caption)[0])
+    clip, seen = case.tiny.clip(), [pictures(64, 96, batch=1)]
+    stock = getattr(case.tiny, "stock", lambda clip, caption, *_: nodes.CLIPTextEncode().encode(clip, caption)[0])
+    if case.known.reads_picture and case.known.references > 1:
+        seen.append(pictures(96, 48, batch=1, seed=4))
     with torch.no_grad():
-        tokens = case.known.tokenize(clip, CAPTION, before[0] if case.known.reads_picture else None)
-        ours, theirs = clip.encode_from_tokens_scheduled(tokens), stock(clip, CAPTION, before)
+        tokens = case.known.tokenize(clip, CAPTION, *(p[0] if case.known.reads_picture else None for p in seen))
+        ours, theirs = clip.encode_from_tokens_scheduled(tokens), stock(clip, CAPTION, *seen)
         assert len(ours) == len(theirs) == 1
         assert_close(ours[0][0], theirs[0][0], 1e-6, "text features")
         tensors = [{k: v for k, v in e[0][1].items() if isinstance(v, Tensor)} for e in (ours, theirs)]
@@ -266,7 +294,12 @@ def the_node_trains_it_and_goes_on(case: Case) -> None:
     before, after = pictures(64, 96, 3, 1), pictures(64, 96, 3, 2)
     masks = torch.zeros(3, 64, 96)
     masks[:, 16:48, 32:64] = 1
-    pairs = PACK.pairs.PairSet.from_images(before, after, masks, CAPTION, resolution=80)
+    further = [pictures(80, 64, 3, 5)] if case.known.references > 1 else []
+    pairs = PACK.pairs.PairSet.from_images(before, after, masks, CAPTION, further, resolution=80)
+    seen: list[list[Any]] = []
+    hook = case.denoiser.module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append([r.shape[-2:] for r in kwargs["ref_latents"] or []]), with_kwargs=True
+    )
     term = PACK.objective.LossTerm("feature_match", "vae", dist="l2", anchor="pred", positive="gt")
     encoder = PACK.encoders.vae_encoder(vae)
     encoder.info = dataclasses.replace(encoder.info, name="vae")
@@ -284,6 +317,10 @@ def the_node_trains_it_and_goes_on(case: Case) -> None:
             ).args[4]  # fmt: skip
 
     run = train(2)
+    hook.remove()
+    asked = {len(shapes) for shapes in seen}
+    assert 1 + len(further) in asked and asked <= {0, 1, 1 + len(further)}, "the self-check sees one, all else all"
+    assert len({shape for shapes in seen for shape in shapes}) == 1 + len(further), "a reference has another's size"
     samples = [s.terms["feature match"] for step in run.result.log.steps for s in step.samples]
     assert len(samples) == 4 and all(s.gradient > 0 for s in samples), "the term has no gradient"
     assert any(layer.up.abs().max() > 0 for layer in run.result.lora.layers), "nothing was learnt"
@@ -317,6 +354,7 @@ KINDS: dict[str, Callable[[Case], None]] = {
     for check in (
         it_is_the_one,
         velocity_is_that_of_the_stock_sampler,
+        several_references_are_seen_as_by_the_stock_sampler,
         previews_are_what_the_stock_sampler_makes,
         noise_levels_are_those_of_the_stock_scheduler,
         the_reference_changes_the_output,
@@ -465,6 +503,7 @@ def main() -> None:
         encoders=importlib.import_module(f"{name}.nodes.comfy.encoders"),
         training=importlib.import_module(f"{name}.nodes.training"),
         sockets=importlib.import_module(f"{name}.nodes.sockets"),
+        captions=importlib.import_module(f"{name}.editloss_core.models.captions"),
         pairs=importlib.import_module(f"{name}.editloss_core.pairs"),
         objective=importlib.import_module(f"{name}.editloss_core.objective"),
     )

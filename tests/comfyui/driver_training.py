@@ -18,7 +18,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +100,9 @@ def _features(model: Any, vae: Any, clip: Any) -> Any:
     return PACK.encoders.diffusion_encoder(model, vae, cond, "double_blocks.1", 0.3, 0)
 
 
-def train(model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = None, **values: Any) -> Any:
+def train(
+    model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = None, preview_cfg: float = 0.0, **values: Any
+) -> Any:
     """The node, as the executor calls it."""
     wired = None
     if encoder is not None:
@@ -110,6 +111,7 @@ def train(model: Any, vae: Any, clip: Any, encoder: Any = None, training: Any = 
     options = PACK.sockets.TrainingOptions(
         training={"preview_steps": 1, "previews": 1, "validate_every": 2, "gradients_every": 1, **(training or {})},
         crop=32,
+        preview_cfg=preview_cfg,
     )
     values = {
         "name": "driver", "steps": 2, "learning_rate": 1e-2, "batch_size": 2, "rank": 2, "alpha": 2.0,
@@ -344,69 +346,69 @@ def recorded_captions(clip: Any) -> Iterator[list[Any]]:
 
 
 @check
-def check_qwen_image_edit_from_pairs_to_a_file() -> None:
-    import comfy.sd
+def check_captions_that_read_pictures_are_kept_and_guide_previews() -> None:
     import tiny.qwen_image_edit_plus as qwen
 
     with torch.inference_mode():
-        model, vae, clip = qwen.build(), small.small_vae(16, "wan"), qwen.clip()
-        encoder = PACK.encoders.ManagedTimm("test_vit", None, random_seed=0)
-    training = {"checkpoint_every": 1, "preview_steps": 2, "gradients_every": 0}
-    values = {"training": training, "steps": 2, "layers": "attention + MLP"}
+        model, vae, clip = qwen.build(), qwen.vae(), qwen.clip()
+    values = {"training": {"preview_steps": 2, "self_check": False}, "steps": 1}
     with recorded_captions(clip) as seen:
-        out = train(model, vae, clip, encoder, name="qwen", **values)
+        run = train(model, vae, clip, name="qwen", **values).args[4]
         assert len(seen) == 4, "one caption with each of three pictures, and the held-out one without words"
-        run, noted = out.args[4], out.ui["text"][0]
-        assert "self-check passed" in noted and "; decoder " in noted, noted
-        resumed = PACK.sockets.ResumePoint(
-            run.name, PACK.folders.run_folder(run.name) / "checkpoints/step_000001.safetensors"
-        )
-        again = train(model, vae, clip, encoder, resume=resumed, **values).args
+        plain = train(model, vae, clip, name="plain", preview_cfg=1.0, **values).args[4]
         assert len(seen) == 4, "captions come from the cache"
-        other = train(model, vae, clip, name="other", pairs=pairs(3, seed=5), **values)
-        assert len(seen) == 8 and other.args[4].name == "other", "other pictures, other captions"
-    assert out.args[1].keys() == again[1].keys() and all(torch.equal(again[1][k], v) for k, v in out.args[1].items())
-
+        train(model, vae, clip, name="other", pairs=pairs(3, seed=5), preview_cfg=1.0, **values)
+        assert len(seen) == 7, "other pictures, other captions"
+        with patched(clip):
+            train(model, vae, clip, name="patched", preview_cfg=1.0, **values)
+        assert len(seen) == 10, "a LoRA on the text encoder makes other captions"
+    ours, theirs = run.result.lora.tensors(), plain.result.lora.tensors()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), "captions from the cache are others"
     # Guided away from the held-out pair's own empty caption, at the model's scale; without, another picture.
-    (row,) = run.result.pictures
-    assert row.lora.shape == row.after.shape and not torch.equal(row.lora, row.base)
-    plain = replace(
-        PACK.sockets.TrainingOptions(training={**training, "previews": 1, "validate_every": 2}),
-        crop=32,
-        preview_cfg=1.0,
-    )
-    with torch.inference_mode(), recorded_captions(clip) as seen:
-        once = PACK.training.Train.execute(
-            model=model, clip=clip, vae=vae, options=plain, name="once", pairs=pairs(3), learning_rate=1e-2, batch_size=2,
-            rank=2, alpha=2.0, layers="attention + MLP", seed=0, hold_out=1, steps=1,
-        ).args[4].result.pictures[0]  # fmt: skip
-    assert not seen and torch.equal(once.before, row.before) and not torch.equal(once.base, row.base)
-
-    # The stock loader with the file does what the model with the LoRA did.
-    path = small.SCRATCH / "qwen_lora.safetensors"
-    run.result.lora.save(path, run.metadata)
-    with torch.inference_mode():
-        loaded, _ = comfy.sd.load_lora_for_models(qwen.build(), None, safetensors.torch.load_file(path), 1.0, 0.0)
-        x, prompt, before = qwen.latents(1, 8, 12), qwen.prompt(3), qwen.latents(2, 8, 12)
-        made = []
-        for some in (loaded, out.args[0], model):
-            denoiser = PACK.denoiser.ComfyDenoiser(some)
-            denoiser.load()
-            made.append(denoiser(x, torch.tensor([0.5]), [before], [prompt]))
-        assert_close(made[0], made[1], 1e-4, "with the file, and behind the node")
-        assert (made[0] - made[2]).abs().max() > 1e-3 * made[2].abs().max(), "the LoRA does nothing"
+    (row,), (other,) = run.result.pictures, plain.result.pictures
+    assert torch.equal(row.before, other.before) and not torch.equal(row.base, other.base)
 
     # Another model's text encoder, before anything is made; and Qwen's with FLUX.1.
     flux_vae = small.small_vae(16)
     refused(
         lambda: train(model, vae, text_encoder(), name="no"),
-        "clip",
-        "Qwen-Image-Edit 2509",
-        "qwen_image",
-        "SD1Tokenizer",
-    )
-    refused(lambda: train(flux(), flux_vae, clip, name="no"), "conditioning", "Flux", f"{WIDTH} numbers", "got 24")
-    assert not (small.SCRATCH / "output/editloss/runs/no").exists()
+        "clip", "Qwen-Image-Edit 2509", "qwen_image", "SD1Tokenizer",
+    )  # fmt: skip
+    refused(lambda: train(flux(), flux_vae, clip, name="no"), "conditioning", "FLUX.1", f"{WIDTH} numbers", "got 24")
+
+
+@contextlib.contextmanager
+def patched(clip: Any) -> Iterator[None]:
+    """With a patch on its weights, as a LoRA for the text encoder puts one there."""
+    whole = clip.patcher
+    clip.patcher = whole.clone()
+    name = next(name for name in whole.model.state_dict() if name.endswith("q_proj.weight"))
+    clip.patcher.add_patches({name: (torch.ones_like(whole.model.state_dict()[name]),)})
+    try:
+        yield
+    finally:
+        clip.patcher = whole
+
+
+@check
+def check_a_model_that_nothing_tells_from_another_is_what_it_is_told_to_be() -> None:
+    import tiny.qwen_image_edit_plus as qwen
+
+    def told(title: str = "") -> str:
+        return PACK.denoiser.ComfyDenoiser(model, told=title).edit_model.title
+
+    model = qwen.build()
+    assert told() == "Qwen-Image-Edit 2509" and told("Qwen-Image-Edit") == "Qwen-Image-Edit"
+    refused(lambda: told("FLUX.2 dev"), "edit_model", "Qwen-Image-Edit 2511", "ComfyUI's QwenImage", "got FLUX.2 dev")
+    if hasattr(model.model.diffusion_model, "default_ref_method"):
+        assert told("Qwen-Image-Edit 2511") == "Qwen-Image-Edit 2511"
+    else:
+        refused(lambda: told("Qwen-Image-Edit 2511"), "model", "index_timestep_zero", "update")
+    options = PACK.options.RunOptions.execute
+    values = {"checkpoint_every": 1, "keep": 1, "validate_every": 1, "previews": 1, "preview_steps": 1, "guidance": 1.0}
+    values |= {"preview_guidance": 2.5, "gradient_checkpointing": True, "memory_reserve": 0.0}
+    assert options(**values).args[0].edit_model == "" and options(**values).args[0].preview_cfg == 0.0
+    assert options(**values, edit_model="Qwen-Image-Edit").args[0].edit_model == "Qwen-Image-Edit"
 
 
 # ---------------------------------------------------------------------------- the cancel button
@@ -683,7 +685,7 @@ def main() -> None:
     folder_paths.set_temp_directory(str(small.SCRATCH / "temp"))
     name = import_pack(pack).__name__.removesuffix(".nodes.comfy.encoders")
     modules = {
-        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "captions": "nodes.comfy.captions", "folders": "nodes.folders", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
+        "encoders": "nodes.comfy.encoders", "decoder": "nodes.comfy.decoder", "loading": "nodes.comfy.loading", "captions": "nodes.comfy.captions", "options": "nodes.training_options", "denoiser": "nodes.comfy.denoiser", "training": "nodes.training",
         "demo": "nodes.demo", "scenes": "editloss_core.demo.scenes", "judge": "editloss_core.demo.judge",
         "host": "nodes.comfy.host", "sockets": "nodes.sockets", "notices": "nodes.notices",
         "objective": "editloss_core.objective", "pairs": "editloss_core.pairs", "prepare": "editloss_core.training.prepare",

@@ -80,7 +80,7 @@ def test_previews_are_sampled_as_the_pipeline_samples_them(pipeline, denoiser):
     captions = [LONGCAT.caption({"tokens": given["encoder_hidden_states"][0]}) for given, _ in steps[:2]]
     noise, reference = (unpack(part, 6, 10) for part in steps[0][0]["hidden_states"].chunk(2, 1))
     mine = LONGCAT.sample(
-        denoiser, noise, [reference], captions[:1], 3, Preview(cfg=LONGCAT.preview_cfg, negative=captions[1])
+        denoiser, noise, [reference], captions[:1], 3, Preview(cfg=LONGCAT.preview_cfg, negatives=captions[1:])
     )
     assert torch.allclose(pack(mine), made, rtol=1e-4, atol=1e-4)
 

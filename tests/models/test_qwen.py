@@ -3,6 +3,8 @@ that see the picture."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,7 +21,7 @@ from editloss_core.models.captions import encode_captions
 from editloss_core.models.denoiser import DiffusersDenoiser
 from editloss_core.models.folder import ModelFolder
 from editloss_core.models.kontext import pack, unpack
-from editloss_core.models.qwen import QWEN_EDIT, QWEN_EDIT_PLUS
+from editloss_core.models.qwen import QWEN_EDIT, QWEN_EDIT_2511, QWEN_EDIT_PLUS
 from editloss_core.pairs import PairSet
 
 CPU = torch.device("cpu")
@@ -66,8 +68,30 @@ def captions_of(model, *lengths):
 
 
 def test_a_folder_is_known_by_its_pipeline_and_nothing_is_wrong_with_it(files, kind):
-    assert files.edit_model is (QWEN_EDIT if kind == "edit" else QWEN_EDIT_PLUS)
+    assert files.edit_model is {"edit": QWEN_EDIT, "2509": QWEN_EDIT_PLUS, "2511": QWEN_EDIT_2511}[kind]
     assert files.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "expected"),
+    [
+        ("processor", None, "path: processor: there is no preprocessor_config.json, for pictures with captions"),
+        ("vae", {"z_dim": 16}, "path: transformer: expected in_channels 64 (2×2 latents of 16 channels), got 16"),
+        ("transformer", {"out_channels": 16}, "path: transformer: expected out_channels 4, got 16"),
+        ("text_encoder", {"text_config": {"hidden_size": 8}}, "expected text_config.hidden_size 24, which the transformer takes, got 8"),
+        ("text_encoder", {"hidden_size": 3584}, "expected hidden_size 24, which the transformer takes, got 3584"),
+        ("text_encoder", {"architectures": ["Qwen3ForCausalLM"]}, "expected a Qwen2_5_VLForConditionalGeneration"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_does_not_fit_together_is_refused(folders, tmp_path, part, changes, expected):
+    folder = shutil.copytree(folders["2509"], tmp_path / "model")
+    if changes is None:
+        (folder / part / "processor_config.json").unlink()
+    else:
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    (said,) = ModelFolder(folder).faults()
+    assert expected in said
 
 
 def test_a_forward_pass_is_the_pipelines(files, model, denoiser):
@@ -99,9 +123,9 @@ def test_2511_tells_its_reference_that_it_is_at_the_end_of_time(folders):
     found = []
     for kind in ("2509", "2511"):  # the same weights
         files = ModelFolder(folders[kind], dtype="fp32")
-        denoiser = DiffusersDenoiser(QWEN_EDIT_PLUS, files.load_transformer(CPU))
+        denoiser = DiffusersDenoiser(files.edit_model, files.load_transformer(CPU))
         with torch.no_grad():
-            found.append(denoiser(x, t, [reference], captions_of(QWEN_EDIT_PLUS, 7)))
+            found.append(denoiser(x, t, [reference], captions_of(files.edit_model, 7)))
     assert (found[0] - found[1]).abs().max() > 1e-2
 
 
@@ -178,7 +202,7 @@ def test_previews_are_sampled_as_the_pipeline_samples_them(files, model, denoise
     assert len(steps) == 6
     captions = [model.caption({"tokens": given["encoder_hidden_states"][0]}) for given, _ in steps[:2]]
     noise, reference = (unpack(part, 6, 10) for part in steps[0][0]["hidden_states"].chunk(2, 1))
-    preview = Preview(cfg=model.preview_cfg, negative=captions[1])
+    preview = Preview(cfg=model.preview_cfg, negatives=captions[1:])
     mine = model.sample(denoiser, noise, [reference], captions[:1], 3, preview)
     assert torch.allclose(pack(mine), made, rtol=1e-4, atol=1e-4)
     plain = model.sample(denoiser, noise, [reference], captions[:1], 3)
@@ -194,7 +218,7 @@ def test_captions_see_the_picture_in_the_size_that_the_pipeline_gives_it(files, 
     assert mine.shape == other.shape and (mine - other).abs().max() > 1e-3
     # Tokens of 28×28 pixels: 512×288 pixels are 18×10 of them, 1376×768 are 49×27.
     words = len(pipeline.tokenizer(pipeline.prompt_template_encode)["input_ids"]) - 64
-    named = model is QWEN_EDIT_PLUS
+    named = model is not QWEN_EDIT
     template = "Picture 1: <|vision_start|><|vision_end|>" if named else ""
     extra = len(pipeline.tokenizer(template + PROMPT)["input_ids"]) - len("{}")
     assert len(mine) - words - extra == (18 * 10 if named else 49 * 27 - 1)

@@ -27,7 +27,7 @@ def test_a_model_says_all_that_is_asked_of_it(model):
     for name in ("mu", "encode", "caption", "velocity", "stock_velocity"):
         said = getattr(type(model), name) is not getattr(EditModel, name)
         assert said or (model.parts is NOT_IN_DIFFUSERS and name != "mu"), name
-    assert (model.parts is NOT_IN_DIFFUSERS) == model.names.comfyui_alone, "without a pipeline there is one dialect"
+    assert model.parts is not NOT_IN_DIFFUSERS or not model.diffusers_loads_lora
     assert (model.preview_cfg == 1.0) or model.guidance is None, "guidance is embedded, or made of two passes"
 
 
@@ -39,8 +39,8 @@ def test_it_is_found_by_the_names_of_its_classes(model):
     theirs = {name: (1, 1) for layer in sizes for name in model.names.diffusers(layer)}
     networks = [registry.of_network(model.comfyui_network, sizes)]
     if model.parts is not NOT_IN_DIFFUSERS:
-        # In diffusers some are one, which their network's own config tells apart.
-        assert registry.of_pipeline({"_class_name": model.parts.pipeline, **model.parts.index}).parts is model.parts
+        index = {"_class_name": model.parts.pipeline, **model.parts.index}
+        assert registry.of_pipeline(index, model.parts.config) is model
         networks.append(registry.of_network(model.parts.transformer, theirs))
     for found in networks:
         assert found.names is model.names and found.layers is model.layers

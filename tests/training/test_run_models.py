@@ -42,7 +42,11 @@ WRITERS = {
     "longcat": write_longcat,
     "flux2_klein": write_flux2,
 }
-EXPECTED = {"qwen_2511": (24, 2, "transformer_"), "longcat": (22, 3, ""), "flux2_klein": (14, 2, "")}  # layers, blocks, names
+EXPECTED = {
+    "qwen_2511": (24, 2, "transformer_"),
+    "longcat": (22, 3, ""),
+    "flux2_klein": (14, 2, ""),
+}  # layers, blocks, names
 
 
 @pytest.fixture(scope="module", params=WRITERS)

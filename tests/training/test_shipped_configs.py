@@ -101,9 +101,12 @@ def test_a_folder_of_the_published_layout_passes_the_check(name, tmp_path, monke
         file = "config.json" if where != folder else "model_index.json"
         (where / file).write_text(json.dumps(content), encoding="utf-8")
         (where / "model.safetensors").touch()
-    for part in registry.of_pipeline(layout["model_index"]).parts.tokenizers:
+    parts = registry.of_pipeline(layout["model_index"], layout["transformer"]).parts
+    for part in parts.tokenizers:
         (folder / part).mkdir()
         (folder / part / "tokenizer.json").touch()
+    for part in parts.processors:
+        (folder / part / "preprocessor_config.json").touch()
     for side, colour in (("before", 90), ("after", 180)):
         (tmp_path / "pairs" / side).mkdir(parents=True)
         for i in range(5):

@@ -12,8 +12,8 @@ and may have
 * ``VARIANTS``: name → another ``build``, of a model of the same id that takes the same prompts and latents;
 * ``clip() -> CLIP``: its text encoder, tiny, with the real tokenizer;
 * ``vae() -> VAE``: of its VAE's class, tiny: with a text encoder as well, the node trains it;
-* ``stock(clip, caption, before) -> CONDITIONING``: what the stock node makes of a caption and a picture ``[1, H, W, 3]``, where
-  it is not CLIP Text Encode;
+* ``stock(clip, caption, before, *further) -> CONDITIONING``: what the stock node makes of a caption and pictures
+  ``[1, H, W, 3]``, where it is not CLIP Text Encode; ``further`` where the model looks at several;
 * ``SCHEDULER``: name of the stock workflow's scheduler, where the model's noise levels are all that it takes;
 * ``guider(model, positive, negative, bare, cfg) -> GUIDER``: the stock workflow's, where it is not CFG Guider or KSampler;
   ``bare`` is the negative without a reference;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from driver_model_encoders import randomised
+from driver_model_encoders import randomised, small_vae
 from torch import Tensor
 
 WIDTH = 24  # of the text encoder
@@ -71,10 +71,15 @@ def clip() -> Any:
     return text_encoder(qwen_image.QwenImageTokenizer, qwen_image.te(dtype_llama=torch.float32))
 
 
-def plus(clip: Any, caption: str, before: Tensor) -> list[Any]:
+def vae() -> Any:
+    return small_vae(16, "wan")
+
+
+def plus(clip: Any, caption: str, before: Tensor, *further: Tensor) -> list[Any]:
     from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 
-    return TextEncodeQwenImageEditPlus.execute(clip, caption, image1=before)[0]
+    pictures = {f"image{number}": picture for number, picture in enumerate((before, *further), 1)}
+    return TextEncodeQwenImageEditPlus.execute(clip, caption, **pictures)[0]
 
 
 def edit(clip: Any, caption: str, before: Tensor) -> list[Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from driver_model_encoders import flux_config, randomised
+from driver_model_encoders import flux_config, randomised, small_vae
 
 from tiny._qwen import CPU, WIDTH, latents, prompt, text_encoder
 from tiny._qwen import edit as stock
 
-__all__ = ["SINCE", "build", "clip", "latents", "prompt", "stock"]
+__all__ = ["SINCE", "build", "clip", "latents", "prompt", "stock", "vae"]
 
 SINCE = "0.16.0"
 
@@ -31,3 +31,7 @@ def clip() -> Any:
     from comfy.text_encoders import longcat_image
 
     return text_encoder(longcat_image.LongCatImageTokenizer, longcat_image.te(dtype_llama=torch.float32))
+
+
+def vae() -> Any:
+    return small_vae(16)

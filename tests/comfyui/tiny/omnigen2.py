@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from driver_model_encoders import randomised
+from driver_model_encoders import randomised, small_vae
 from torch import Tensor
 
 SINCE, SCHEDULER = "0.3.42", "simple"
+vae = small_vae
 TEXT_WIDTH, TOKENS = 32, 5
 CPU = torch.device("cpu")
 

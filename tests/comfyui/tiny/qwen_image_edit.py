@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny._qwen import UNUSED, clip, latents, network, prompt, sampled
+from tiny._qwen import UNUSED, clip, latents, network, prompt, sampled, vae
 from tiny._qwen import edit as stock
 
-__all__ = ["SINCE", "UNUSED", "build", "clip", "latents", "prompt", "sampled", "stock"]
+__all__ = ["SINCE", "UNUSED", "build", "clip", "latents", "prompt", "sampled", "stock", "vae"]
 
 SINCE = "0.3.51"
 

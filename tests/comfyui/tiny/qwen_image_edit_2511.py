@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 from unittest import SkipTest
 
-from tiny._qwen import UNUSED, clip, latents, network, prompt, sampled
+from tiny._qwen import UNUSED, clip, latents, network, prompt, sampled, vae
 from tiny._qwen import plus as stock
 
-__all__ = ["SINCE", "UNUSED", "VARIANTS", "build", "clip", "latents", "prompt", "sampled", "stock"]
+__all__ = ["SINCE", "UNUSED", "VARIANTS", "build", "clip", "latents", "prompt", "sampled", "stock", "vae"]
 
 SINCE = "0.5.0"
 
