@@ -74,7 +74,7 @@ def qwen3() -> Any:
     import comfy.text_encoders.flux as flux
 
     if not hasattr(flux, "KleinTokenizer"):
-        raise SkipTest("this ComfyUI has no text encoder of klein, which came with 0.9")
+        raise SkipTest("this ComfyUI has no text encoder of klein, which came with 0.9.2")
     target = (flux.KleinTokenizer, flux.klein_te(dtype_llama=torch.float32, model_type="qwen3_4b"))
     return _clip(*target, "qwen3_4b", {**CLIP, "num_hidden_layers": 28}, {})
 
