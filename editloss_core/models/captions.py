@@ -106,6 +106,7 @@ def distinct_captions(model: EditModel, sets: Sequence[Pairs]) -> tuple[list[Ask
     for pairs in sets:
         shared.append([])
         for i, pair in enumerate(pairs):
+            assert isinstance(pairs, PairSet)  # an empty tuple has no pair
             asked = Asked(pair.caption, pairs.fingerprint(i) if model.reads_picture else "", pairs, i)
             number = numbers.setdefault((asked.caption, asked.content), len(distinct))
             if number == len(distinct):

@@ -129,7 +129,9 @@ class LongCat(EditModel):
             )
         (_, channels, height, width), like = x.shape, {"device": denoiser.device, "dtype": denoiser.dtype}
 
-        class Pipeline(LongCatImageEditPipeline):
+        stock: Any = LongCatImageEditPipeline
+
+        class Pipeline(stock):  # type: ignore[misc]
             """Its reference comes as latents, its caption encoded: it would take the size of latents for a picture's, and
             count the captions that it was given."""
 

@@ -181,7 +181,7 @@ class QwenEdit(EditModel):
         (height, width), like = x.shape[2:], {"device": denoiser.device, "dtype": denoiser.dtype}
         stock: Any = getattr(diffusers, self.parts.pipeline)
 
-        class Pipeline(stock):  # type: ignore[misc, valid-type]
+        class Pipeline(stock):  # type: ignore[misc]
             """Its reference comes as latents, of which it would take the size for a picture's."""
 
             def _encode_vae_image(self, image: Tensor, generator: Any) -> Tensor:
