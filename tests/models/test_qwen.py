@@ -161,8 +161,12 @@ def test_a_batch_is_its_samples_whatever_the_captions_lengths_and_a_reference_ma
 
 def test_what_does_not_fit_together_is_refused(model, denoiser):
     x, (caption,) = draw(1, 4, 4, 4), captions_of(model, 5)
-    with pytest.raises(ValueError, match=f"expected one, as {model.parts.pipeline} takes it for a sample, got 2"):
-        denoiser(x, torch.rand(1), [x, x], [caption])
+    most = model.references
+    wanted = "one" if most == 1 else f"1 to {most}"
+    with pytest.raises(
+        ValueError, match=f"expected {wanted}, as {model.parts.pipeline} takes it for a sample, got {most + 1}"
+    ):
+        denoiser(x, torch.rand(1), [x] * (most + 1), [caption])
     with pytest.raises(ValueError, match="expected even sides, got 3×4"):
         denoiser(x[:, :, :3], torch.rand(1), [x], [caption])
     with pytest.raises(ValueError, match="before: expected the picture that the caption is encoded with, got none"):

@@ -166,6 +166,9 @@ def test_variants_load_as_their_transform_says():
         expected = pair.variant.apply(plain) if pair.variant else plain
         for part, value in zip(loaded._fields, loaded):
             wanted = getattr(expected, part)
+            if part == "references":
+                assert value == wanted == ()
+                continue
             assert (value is None and wanted is None) or torch.equal(value, wanted), (index, part)
 
 
