@@ -59,8 +59,10 @@ def edit_model_of(model, told: str = "") -> EditModel:
 
 def check_text_encoder(clip, edit_model: EditModel) -> None:
     """ValueError, before anything is encoded, for another model's CLIP."""
-    found = [kind.__name__ for kind in type(clip.tokenizer).__mro__]
-    if edit_model.comfyui_tokenizer and edit_model.comfyui_tokenizer not in found:
+    if not edit_model.comfyui_tokenizer:
+        return
+    found = [kind.__name__ for kind in type(getattr(clip, "tokenizer", clip)).__mro__]  # the demo's has none
+    if edit_model.comfyui_tokenizer not in found:
         raise ValueError(
             f"clip: expected the text encoder of {edit_model.title} (Load CLIP, type {edit_model.comfyui_clip}), got one with a "
             f"{found[0]}"
