@@ -75,7 +75,7 @@ FOUND_BY_SEARCH_WORDS = {
     "heatmap": ({"EvaluateObjective", "DiagnoseOutputs"}, 2),
     "metric learning": ({"Triplet", "Contrastive", "InfoNCE"}, 6),
     "timestep sampling": ({"NoiseOptions"}, 2),
-    "Kontext": ({"TrainKontextLoRA", "SaveLoRA"}, 6),
+    "Kontext": ({"TrainKontextLoRA"}, 6),
     "FLUX.2": ({"TrainKontextLoRA"}, 12),  # 0.33.0 has nodes of its own for it
     "Qwen Image Edit": ({"TrainKontextLoRA"}, 6),
     "Qwen-Image-Edit": ({"TrainKontextLoRA"}, 6),
@@ -168,7 +168,10 @@ def test_workflows_open_whole(path, tab, object_info):
     workflow = json.loads(path.read_text(encoding="utf-8"))
     drop(tab, workflow, path.name)
     check_whole(
-        tab, workflow, object_info, without_files={"UNETLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly"}
+        tab,
+        workflow,
+        object_info,
+        without_files={"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader", "LoraLoaderModelOnly"},
     )
 
 
