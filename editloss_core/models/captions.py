@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Sequence, Union, cast
 
 import torch
 from torch import Tensor
@@ -106,8 +106,8 @@ def distinct_captions(model: EditModel, sets: Sequence[Pairs]) -> tuple[list[Ask
     for pairs in sets:
         shared.append([])
         for i, pair in enumerate(pairs):
-            assert isinstance(pairs, PairSet)  # an empty tuple has no pair
-            asked = Asked(pair.caption, pairs.fingerprint(i) if model.reads_picture else "", pairs, i)
+            own = cast(PairSet, pairs)  # an empty tuple has no pair
+            asked = Asked(pair.caption, own.fingerprint(i) if model.reads_picture else "", own, i)
             number = numbers.setdefault((asked.caption, asked.content), len(distinct))
             if number == len(distinct):
                 distinct.append(asked)

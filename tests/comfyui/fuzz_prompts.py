@@ -432,6 +432,7 @@ SOCKETS = {
 }
 USUAL = {
     "before": "src",
+    "before_2": "src",
     "after": "gt",
     "pred": "pred",
     "output": "pred",
