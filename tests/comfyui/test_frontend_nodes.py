@@ -79,8 +79,8 @@ FOUND_BY_SEARCH_WORDS = {
     "FLUX.2": ({"TrainKontextLoRA"}, 12),  # 0.33.0 has nodes of its own for it
     "Qwen Image Edit": ({"TrainKontextLoRA"}, 6),
     "Qwen-Image-Edit": ({"TrainKontextLoRA"}, 6),
-    "LongCat": ({"TrainKontextLoRA"}, 2),
-    "OmniGen2": ({"TrainKontextLoRA"}, 2),
+    "LongCat": ({"TrainKontextLoRA"}, 12),
+    "OmniGen2": ({"TrainKontextLoRA"}, 12),
     "learning rate": ({"TrainKontextLoRA", "OptimizerOptions"}, 2),
     "dataset": ({"LoadPairs", "MakePairs"}, 15),
     "perceptual": ({"FeatureMatch"}, 2),
