@@ -12,7 +12,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Callable, Iterator, Mapping, Optional, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -252,9 +252,13 @@ class EditModel:
         """Whether a MODEL is one of this model, see :func:`.registry.of_comfyui`."""
         return (
             self.comfyui_model == base
-            and all(config.get(key) == value for key, value in self.comfyui_config.items())
+            and self.has_config(config)
             and re.search(self.comfyui_file, file.lower()) is not None
         )
+
+    def has_config(self, config: Mapping[str, Any]) -> bool:
+        """Whether ComfyUI's network may be this model's by its config."""
+        return all(config.get(key) == value for key, value in self.comfyui_config.items())
 
     # -- noise levels -----------------------------------------------------------------------------------------------
 
@@ -401,3 +405,19 @@ class EditModel:
     def stock_velocity(self, denoiser: Any, x: Tensor, t: Tensor, reference: Tensor, caption: Any) -> Tensor:
         """(x − x') / t, x' being what diffusers' pipeline makes of x in one step from t to 0, for a batch of one pair."""
         raise NotImplementedError
+
+
+class Caption(NamedTuple):
+    """A caption as :class:`CaptionsOfTokens` take it: the text encoder's features ``[T, D]``, and nothing beside them."""
+
+    tokens: Tensor
+
+
+class CaptionsOfTokens(EditModel):
+    """An edit model that takes tokens of a caption and nothing else; its :meth:`encode` gives ``tokens``."""
+
+    def caption(self, tensors: Mapping[str, Tensor]) -> Caption:
+        return Caption(tensors["tokens"])
+
+    def words(self, caption: Caption) -> Tensor:
+        return caption.tokens

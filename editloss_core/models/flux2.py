@@ -8,12 +8,12 @@ that one latent is one token. Facts of diffusers' side are those of ``Flux2Pipel
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from .base import EditModel, LayerNames, Parts
+from .base import Caption, CaptionsOfTokens, LayerNames, Parts
 
 # -- layers ---------------------------------------------------------------------------------------------------------------
 # Patterns over both programs' names. A single block's first layer makes queries, keys, values and the MLP's input, its last
@@ -53,13 +53,7 @@ DEFAULT_STEPS = 50  # of both pipelines, whose schedule depends on it
 REFERENCE = 10  # first coordinate of the first reference's tokens, of the second one 20, and so on; 0 is the picture's
 
 
-class Caption(NamedTuple):
-    """A caption as the model takes it: tokens ``[T, 3·D]``, three of its text encoder's layers side by side."""
-
-    tokens: Tensor
-
-
-class Flux2(EditModel):
+class Flux2(CaptionsOfTokens):
     """What all variants have in common; dev's text encoder and guidance are below."""
 
     comfyui_model = "Flux2"
@@ -100,17 +94,11 @@ class Flux2(EditModel):
         few = 8.73809524e-05 * tokens + 1.89833333
         return few + (many - few) * ((steps or DEFAULT_STEPS) - 10) / 190
 
-    # -- captions: text alone, whose coordinates count its tokens; the picture is seen as a reference -----------------
+    # -- captions: text alone, three of its encoder's layers side by side; the picture is seen as a reference ---------
 
     def encode(self, pipeline: Any, caption: str, before: Optional[Tensor], *further: Tensor) -> dict[str, Tensor]:
         tokens, _ = pipeline.encode_prompt(caption, max_sequence_length=self.text_tokens)
         return {"tokens": tokens[0].cpu()}
-
-    def caption(self, tensors: Mapping[str, Tensor]) -> Caption:
-        return Caption(tensors["tokens"])
-
-    def words(self, caption: Caption) -> Tensor:
-        return caption.tokens
 
     # -- diffusers' network: picture tokens first, the references' after them, told apart by the first coordinate -----
 

@@ -7,14 +7,14 @@ is embedded in it, and a picture's rows and columns are counted from the caption
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-from .base import EditModel, LayerNames, Parts
+from .base import Caption, CaptionsOfTokens, LayerNames, Parts
 from .kontext import ATTENTION, DOUBLE_BLOCK, KONTEXT, MLP, PATCH, SINGLE_BLOCK, pack, position_ids, unpack
-from .qwen import TEXT_WIDTHS, Caption, module_of, resized, seen, sized
+from .qwen import TEXT_WIDTHS, module_of, resized, seen, sized
 
 OUTSIDE = {
     "img_in": ("x_embedder",),
@@ -26,7 +26,7 @@ OUTSIDE = {
 }
 
 
-class LongCat(EditModel):
+class LongCat(CaptionsOfTokens):
     id = "longcat_image_edit"
     title = "LongCat-Image-Edit"
     comfyui_model = "LongCatImage"
@@ -83,12 +83,6 @@ class LongCat(EditModel):
             raise ValueError(f"caption: expected at most {most} tokens, got {words} in {caption!r}")
         tokens, _ = pipeline.encode_prompt(caption, image=resized(pipeline, before, 1024 * 1024, parts=2))
         return {"tokens": tokens[0].cpu()}
-
-    def caption(self, tensors: Mapping[str, Tensor]) -> Caption:
-        return Caption(tensors["tokens"])
-
-    def words(self, caption: Caption) -> Tensor:
-        return caption.tokens
 
     # -- diffusers' network: picture tokens first, the reference's after them, told apart by the first coordinate -----
 

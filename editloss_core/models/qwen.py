@@ -18,14 +18,14 @@ import math
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import EditModel, LayerNames, Parts
+from .base import Caption, CaptionsOfTokens, LayerNames, Parts
 from .kontext import PATCH, pack, unpack
 
 ATTENTION = ("transformer_blocks.*.attn.*",)
@@ -61,13 +61,7 @@ PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 ZERO = "index_timestep_zero"  # 2511's reference method in ComfyUI, and the name of the key in its files
 
 
-class Caption(NamedTuple):
-    """A caption as the model takes it: the text encoder's last states ``[T, D]``, of the before picture and the words."""
-
-    tokens: Tensor
-
-
-class QwenEdit(EditModel):
+class QwenEdit(CaptionsOfTokens):
     """The first Qwen-Image-Edit. Its text encoder sees the before picture in about the area that the network sees."""
 
     id = "qwen_image_edit"
@@ -139,12 +133,6 @@ class QwenEdit(EditModel):
     def pictures(self, pictures: Sequence[Any]) -> Any:
         """As the pipeline's ``encode_prompt`` takes the before picture."""
         return pictures[0]
-
-    def caption(self, tensors: Mapping[str, Tensor]) -> Caption:
-        return Caption(tensors["tokens"])
-
-    def words(self, caption: Caption) -> Tensor:
-        return caption.tokens
 
     # -- diffusers' network: picture tokens first, the reference's after them, told apart by their place in img_shapes --
 

@@ -45,8 +45,7 @@ def edit_model_of(model, told: str = "") -> EditModel:
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
     if told:
-        same = [m for m in registry.MODELS if m.comfyui_model == base]
-        alike = {m.title: m for m in same if all(config.get(k) == value for k, value in m.comfyui_config.items())}
+        alike = {m.title: m for m in registry.MODELS if m.comfyui_model == base and m.has_config(config)}
         if told not in alike:
             raise ValueError(f"edit_model: expected one of {', '.join(alike)} for ComfyUI's {base}, got {told}")
         known = alike[told]
