@@ -209,7 +209,7 @@ def test_check_prints_the_plan_and_trains_nothing(base, capsys):
         ({"validation": ValidationSection(hold_out=4)}, "hold_out: expected 0 to 3"),
         (
             {"model": ModelSection("pairs")},
-            "line 2: model.path: expected an edit model in diffusers' layout (FLUX.1 Kontext)",
+            "line 2: model.path: expected an edit model in diffusers' layout (FLUX.1 Kontext, ",
         ),
         (
             {"model": ModelSection("kontext", dtype="fp32", quantization="nf4")},
