@@ -15,7 +15,7 @@ from ..editloss_core.drawing import grid, sheet
 from ..editloss_core.encoders.vae import VAEEncoder
 from ..editloss_core.lora.lora import LoRA, LoRASettings
 from ..editloss_core.models.base import PRESETS, Preview
-from ..editloss_core.models.captions import check_references, negatives, same_words
+from ..editloss_core.models.captions import Captions, caption_sets, check_references, same_words
 from ..editloss_core.pairs import PairSet, with_variants
 from ..editloss_core.run_report import curves
 from ..editloss_core.runs.checkpoint import CHECKPOINT_FOLDER, checkpoints
@@ -193,20 +193,20 @@ def make_trainer(
 
     cfg = options.preview_cfg or denoiser.edit_model.preview_cfg
     sampled = settings.previews if settings.preview_steps else 0
-    sets = [pairs, held_out or (), negatives(held_out, sampled, cfg)]
-    own, watching, away = conditioning(clip, sets, denoiser, folders.cache_folder())
+    sets = caption_sets(pairs, held_out, settings.caption_dropout, sampled, cfg)
+    captions = Captions(*conditioning(clip, sets, denoiser, folders.cache_folder()))
     train, watched = (_prepared(some, encoder, objective, options, settings) for some in (pairs, held_out))
     host = _host(denoiser, decode, train, objective, settings, options)
     trainer = Trainer(
-        denoiser, lora, train, own, settings,
-        objective=objective.objective, encoders=objective.encoders, decode=decode,
-        validation=watched, validation_conditioning=watching,
+        denoiser, lora, train, captions.own, settings,
+        objective=objective.objective, encoders=objective.encoders, decode=decode, dropped=captions.dropped,
+        validation=watched, validation_conditioning=captions.watched,
         folder=folder,
         info=_info(denoiser, decode, train, options),
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
-        preview=Preview(options.preview_guidance, cfg, away),
+        preview=Preview(options.preview_guidance, cfg, captions.away),
     )  # fmt: skip
-    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, own)})
+    trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, captions.own)})
     return trainer, host
 
 

@@ -201,18 +201,22 @@ class LoRAOptions(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return _schema(
-            "EditLossLoRAOptions", "LoRA Options", "Layers by pattern, and dropout.",
+            "EditLossLoRAOptions", "LoRA Options", "Layers by pattern; dropout of the LoRA's inputs, and of captions.",
             [
                 io.String.Input("layers", default="", tooltip="Presets and patterns, comma-separated, in place of the preset on Train Edit LoRA: double_blocks.*.img_attn.*, or all, -*mod* (a minus takes out). Empty: the preset."),
                 io.Float.Input("dropout", default=0.0, min=0.0, max=0.95, step=0.01, tooltip="Share of the LoRA's inputs that is dropped in training: 0.05 to 0.1 against memorising."),
+            ],
+            [
+                io.Float.Input("caption_dropout", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Share of pairs that are trained with an empty caption: 0.05 to 0.1 where the LoRA will be sampled with CFG, whose negative is one. The before picture stays."),
             ],
         )  # fmt: skip
 
     @classmethod
     @checked()
-    def execute(cls, layers, dropout, options=None) -> io.NodeOutput:
+    def execute(cls, layers, dropout, options=None, caption_dropout=0.0) -> io.NodeOutput:
         chosen = {"layers": layers} if layers.strip() else {}
-        return _answer(cls, _with(options, "lora", dropout=dropout, **chosen))
+        options = _with(options, "lora", dropout=dropout, **chosen)
+        return _answer(cls, _with(options, "training", caption_dropout=caption_dropout))
 
 
 class RunOptions(io.ComfyNode):

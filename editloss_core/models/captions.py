@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence, Union, cast
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union, cast
 
 import torch
 from torch import Tensor
@@ -115,12 +115,40 @@ def distinct_captions(model: EditModel, sets: Sequence[Pairs]) -> tuple[list[Ask
     return distinct, shared
 
 
-def negatives(held_out: Optional[PairSet], count: int, cfg: float) -> Pairs:
-    """The first ``count`` held-out pairs with empty captions, where classifier-free guidance of their pictures wants them."""
-    if held_out is None or cfg == 1.0 or not count:
-        return ()
-    shown = held_out.subset(range(min(count, len(held_out))))
-    return replace(shown, pairs=tuple(replace(pair, caption="") for pair in shown))
+class Captions(NamedTuple):
+    """What a run tells the model, one object per pair of each set of :func:`caption_sets`.
+
+    Attributes:
+        own: of the pairs to train on.
+        dropped: of the same with empty captions, or none.
+        watched: of the held-out pairs.
+        away: what the first of these are guided away from in pictures, or none.
+    """
+
+    own: list[Any]
+    dropped: list[Any]
+    watched: list[Any]
+    away: list[Any]
+
+
+def caption_sets(
+    pairs: PairSet, held_out: Optional[PairSet], dropout: float, sampled: int, cfg: float
+) -> tuple[Pairs, Pairs, Pairs, Pairs]:
+    """The pairs whose captions a run needs, as :class:`Captions` has them.
+
+    Args:
+        dropout: chance of an empty caption in training.
+        sampled: held-out pairs of which pictures are made.
+        cfg: scale of classifier-free guidance in these pictures, 1 = none. Its negative is an empty caption.
+    """
+    away = held_out is not None and cfg != 1.0 and sampled
+    shown = _without_words(held_out.subset(range(min(sampled, len(held_out))))) if away else ()
+    return pairs, _without_words(pairs) if dropout else (), held_out or (), shown
+
+
+def _without_words(pairs: PairSet) -> PairSet:
+    """With empty captions; a model that reads the before picture sees it still."""
+    return replace(pairs, pairs=tuple(replace(pair, caption="") for pair in pairs))
 
 
 def same_words(words: Mapping[str, Tensor]) -> list[str]:

@@ -65,6 +65,7 @@ CALLED_ELSEWHERE: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("lr_warmup_steps", "warmup_steps", "num_warmup_steps"), ("training", "warmup")),
     **dict.fromkeys(("optim", "optimizer_type"), ("training", "optimizer")),
     **dict.fromkeys(("wd", "decay"), ("training", "weight_decay")),
+    **dict.fromkeys(("caption_dropout_rate", "cond_dropout"), ("training", "caption_dropout")),
     **dict.fromkeys(("ema_decay", "use_ema"), ("training", "ema")),
     **dict.fromkeys(("r", "dim", "network_dim", "lora_rank", "linear"), ("lora", "rank")),
     **dict.fromkeys(("network_alpha", "lora_alpha", "linear_alpha"), ("lora", "alpha")),

@@ -18,7 +18,7 @@ from ..lora.keys import save_both
 from ..lora.lora import LoRA, adapted_sizes
 from ..models.autoencoder import VAEDecoder, vae_decoder_encoder, vae_encoder
 from ..models.base import Preview
-from ..models.captions import check_references, encode_captions, negatives, same_words
+from ..models.captions import Captions, caption_sets, check_references, encode_captions, same_words
 from ..models.denoiser import DiffusersDenoiser
 from ..models.folder import DTYPES, ModelFolder, empty_network, free_memory
 from ..models.footprint import Footprint
@@ -292,16 +292,15 @@ def run(plan: Plan, accelerator: Any, say: Say = print) -> TrainingResult:
     vae = plan.files.load_vae(device)
     made = make_encoders(config, plan.base, vae, device)
     with accelerator.main_process_first():  # which fills the cache; the others read it
-        captions, watched_captions, away = _captions(plan, device, main)
+        captions = _captions(plan, device, main)
     free_memory()
     latents = vae_encoder(vae)
     train, watched = (_prepared(some, latents, made, plan, accelerator) for some in (plan.pairs, plan.held_out))
     told = plan.files.edit_model.words
     trainer = make_trainer(
-        plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, train, watched, captions, watched_captions,
-        away,
-    )  # fmt: skip
-    trainer.notes += same_words({pair.caption: told(made) for pair, made in zip(train.pairs, captions)})
+        plan, accelerator, VAEDecoder(plan.files.load_decoder(device) or vae), made, train, watched, captions
+    )
+    trainer.notes += same_words({pair.caption: told(made) for pair, made in zip(train.pairs, captions.own)})
     if plan.checkpoint is not None:
         trainer.resume(plan.checkpoint)
     begun = trainer.step
@@ -350,14 +349,9 @@ def make_trainer(
     made: Mapping[str, Encoder],
     train: Prepared,
     watched: Optional[Prepared],
-    captions: Sequence[Any],
-    watched_captions: Sequence[Any],
-    away: Sequence[Any] = (),
+    captions: Captions,
 ) -> Trainer:
-    """The trainer of a plan, with what was loaded and encoded for it; the transformer is loaded here.
-
-    ``away`` is what the pictures of held-out pairs are guided away from.
-    """
+    """The trainer of a plan, with what was loaded and encoded for it; the transformer is loaded here."""
     config, model = plan.config, plan.config.model
     # Weights that are shared out never are on one device together.
     shared_out = getattr(accelerator, "is_fsdp2", False)
@@ -370,10 +364,10 @@ def make_trainer(
     denoiser.module = place(transformer, accelerator)
     host = ConsoleHost(config.training.steps, accelerator.is_main_process)
     return Trainer(
-        denoiser, lora, train, captions, config.training,
-        objective=config.objective, encoders=made, decode=decode,
-        validation=watched, validation_conditioning=watched_captions,
-        preview=Preview(config.validation.preview_guidance, plan.preview_cfg, away),
+        denoiser, lora, train, captions.own, config.training,
+        objective=config.objective, encoders=made, decode=decode, dropped=captions.dropped,
+        validation=watched, validation_conditioning=captions.watched,
+        preview=Preview(config.validation.preview_guidance, plan.preview_cfg, captions.away),
         folder=plan.folder,
         info={
             "model": f"{edit_model.parts.transformer} in {model.dtype if model.quantization == 'none' else model.quantization}",
@@ -385,16 +379,17 @@ def make_trainer(
     )  # fmt: skip
 
 
-def _captions(plan: Plan, device: torch.device, shown: bool) -> list[list[Any]]:
-    """Of the pairs to train on, of those to watch, and of what the pictures of these are guided away from."""
+def _captions(plan: Plan, device: torch.device, shown: bool) -> Captions:
+    """What the model is told of all pairs of the run."""
     place, files = torch.device("cpu") if plan.config.model.text_device == "cpu" else device, plan.files
     settings = plan.config.training
     sampled = settings.previews if settings.preview_steps else 0
-    sets = [plan.pairs, plan.held_out or (), negatives(plan.held_out, sampled, plan.preview_cfg)]
+    sets = caption_sets(plan.pairs, plan.held_out, settings.caption_dropout, sampled, plan.preview_cfg)
     with ConsoleBar("captions", disable=not shown, delay=1.0) as bar:
-        return encode_captions(
+        made = encode_captions(
             files.edit_model, sets, lambda: files.load_text(place), files.text_fingerprint, plan.cache, bar.update
         )
+    return Captions(*made)
 
 
 def _prepared(

@@ -44,6 +44,8 @@ class TrainingSettings:
         timesteps: how noise levels are drawn.
         velocity_weight: of the velocity loss in the total; 0 trains on the objective alone.
         edit_weight: weight of the edit region in the velocity loss, 1 = like the rest.
+        caption_dropout: chance in 0…1 with which a pair is trained with an empty caption in a pass on its noised after picture; a
+            model whose captions see the before picture sees it still. Rollouts keep their captions.
         objective_every: the objective is evaluated at every N-th step. The others train on velocity alone.
         objective_warmup: steps over which the objective's part, and the regression on rollouts, rise from 0.
         estimate: what the objective acts on. ``"one_step"``: x̂0 of the noised after picture, at the noise level drawn.
@@ -87,6 +89,7 @@ class TrainingSettings:
     timesteps: Timesteps = field(default_factory=Timesteps)
     velocity_weight: float = 1.0
     edit_weight: float = 1.0
+    caption_dropout: float = 0.0
     objective_every: int = 1
     objective_warmup: int = 0
     estimate: str = "one_step"
@@ -124,7 +127,8 @@ class TrainingSettings:
         for name in ("weight_decay", "clip", "velocity_weight", "rollout_regression"):
             check_number(name, getattr(self, name), 0.0)
         check_number("edit_weight", self.edit_weight, 0.0, open_low=True)
-        check_number("pushes_t_max", self.pushes_t_max, 0.0, 1.0)
+        for name in ("caption_dropout", "pushes_t_max"):
+            check_number(name, getattr(self, name), 0.0, 1.0)
         check_number("estimate_cap", self.estimate_cap, 0.0, open_low=True)
         check_option("optimizer", self.optimizer, tuple(OPTIMIZERS))
         check_option("schedule", self.schedule, SCHEDULES)

@@ -94,6 +94,7 @@ class Trainer:
         objective: terms on x̂0, or None for flow matching alone.
         encoders: by the names that the objective's terms use.
         decode: differentiable decoder, for encoders that read pictures and for previews.
+        dropped: the same with empty captions, where ``settings.caption_dropout`` is above 0.
         validation: held-out pairs, with ``validation_conditioning``.
         folder: for checkpoints and the log; None keeps everything in memory.
         info: plain values to keep in checkpoints (which pairs, which model).
@@ -119,6 +120,7 @@ class Trainer:
         objective: Optional[EditObjective] = None,
         encoders: Optional[Mapping[str, Encoder]] = None,
         decode: Optional[Decode] = None,
+        dropped: Sequence[Any] = (),
         validation: Optional[Prepared] = None,
         validation_conditioning: Sequence[Any] = (),
         folder: Optional[Path] = None,
@@ -139,13 +141,15 @@ class Trainer:
         check_batch(settings.batch_size, self.processes.count)
         for name, pairs, given in (
             ("conditioning", prepared, conditioning),
+            ("dropped", prepared if settings.caption_dropout else (), dropped),
             ("validation_conditioning", validation or (), validation_conditioning),
         ):
             if len(pairs) != len(given):
                 raise ValueError(f"{name}: expected one for each of {len(pairs)} pairs, got {len(given)}")
         check_objective(objective, settings)
         objective = objective if objective and objective.terms else None
-        self.denoiser, self.lora, self.prepared, self.conditioning = denoiser, lora, prepared, conditioning
+        self.denoiser, self.lora, self.prepared = denoiser, lora, prepared
+        self.conditioning, self.dropped = conditioning, dropped
         self.settings, self.folder, self.host, self.decode = settings, folder, host or Host(), decode
         self.info = {
             "settings": settings.as_dict(),
@@ -646,7 +650,7 @@ class Trainer:
 
         self._memory.enter("model")
         with self._dropout(number):
-            predicted = self.denoiser(x_t, t, references, [self.conditioning[i] for i in indices])
+            predicted = self.denoiser(x_t, t, references, self._captions(batch, rows, number))
         acts = settings.estimate == "one_step" and every(settings.objective_every, self.step)
         measured = self._measured(self.step)
 
@@ -657,6 +661,14 @@ class Trainer:
             return parts + (self._objective_parts(estimate(x_t, t, output), batch, levels, measured) if acts else [])
 
         return self._learn(predicted, losses, batch, levels, measured)
+
+    def _captions(self, batch: Sequence[int], rows: Sequence[int], number: int) -> list[Any]:
+        """What the denoiser is told of these rows of a batch: the pair's caption, or now and then none."""
+        if not self.settings.caption_dropout:
+            return [self.conditioning[batch[i]] for i in rows]
+        chances = torch.rand(len(batch), generator=generator_for(self.settings.seed, "caption dropout", number))
+        gone = (chances < self.settings.caption_dropout).tolist()
+        return [(self.dropped if gone[i] else self.conditioning)[batch[i]] for i in rows]
 
     def _flow_matching(
         self, output: Tensor, target: Tensor, masks: Optional[Tensor], valid: Optional[Tensor]

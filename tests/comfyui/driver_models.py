@@ -306,8 +306,9 @@ def the_node_trains_it_and_goes_on(case: Case) -> None:
     encoder.info = dataclasses.replace(encoder.info, name="vae")
     wired = PACK.sockets.WiredObjective().with_term(term, encoder)
     options = PACK.sockets.TrainingOptions(
-        training={"preview_steps": 2, "previews": 1, "validate_every": 2, "gradients_every": 1, "checkpoint_every": 1}
-    )
+        training={"preview_steps": 2, "previews": 1, "validate_every": 2, "gradients_every": 1, "checkpoint_every": 1,
+                  "caption_dropout": 0.5}
+    )  # fmt: skip
 
     def train(steps: int, resume: Any = None) -> Any:
         with torch.inference_mode():

@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("diffusers")
 
 import torch
+from PIL import Image
 from small_qwen import as_tensor, called, draw, drawn_picture, smaller, write_qwen
 
 from editloss_core.lora.lora import LoRA, LoRASettings
 from editloss_core.models.autoencoder import VAEDecoder, of_vae, vae_decoder_encoder, vae_encoder
 from editloss_core.models.base import Preview
-from editloss_core.models.captions import encode_captions
+from editloss_core.models.captions import Captions, caption_sets, encode_captions
 from editloss_core.models.denoiser import DiffusersDenoiser
 from editloss_core.models.folder import ModelFolder
 from editloss_core.models.kontext import pack, unpack
@@ -117,6 +118,29 @@ def test_a_forward_pass_is_the_pipelines(files, model, denoiser):
     others += [denoiser(x_t, given["timestep"], [reference.flip(-1)], [caption])]
     others += [denoiser(x_t, given["timestep"], [reference], [caption._replace(tokens=caption.tokens.flip(0))])]
     assert all((other - mine).abs().max() > 1e-3 for other in others)
+
+
+@pytest.mark.parametrize("kind", ["2509", "2511"])
+def test_with_several_references_it_is_the_pipelines_too(files, model, denoiser, kind):
+    """The network gets them one after the other, each at a place of its own, and the caption names them in that order."""
+    first = drawn_picture(HEIGHT, WIDTH)
+    pictures, pipeline = [first, first.transpose(Image.Transpose.FLIP_LEFT_RIGHT)], pipeline_of(files)
+    with smaller(pipeline, WIDTH, HEIGHT):
+        steps, _ = called(pipeline, pictures, PROMPT, height=HEIGHT, width=WIDTH, true_cfg_scale=1.0)
+        seen = [as_tensor(picture) for picture in pictures]
+        caption, other = (
+            model.caption(model.encode(files.load_text(CPU), PROMPT, *order)) for order in (seen, seen[::-1])
+        )
+    given, theirs = steps[0]
+    assert torch.equal(caption.tokens, given["encoder_hidden_states"][0])
+    assert caption.tokens.shape == other.tokens.shape and (caption.tokens - other.tokens).abs().max() > 1e-3
+    encoder = vae_encoder(files.load_vae(CPU))
+    references = [encoder.latents(picture[None]) for picture in seen]
+    x_t = unpack(given["hidden_states"][:, :15], 6, 10)
+    with torch.no_grad():
+        mine, turned = (denoiser(x_t, given["timestep"], order, [caption]) for order in (references, references[::-1]))
+    assert torch.allclose(pack(mine), theirs[:, :15], rtol=1e-5, atol=1e-5)
+    assert (turned - mine).abs().max() > 1e-3
 
 
 def test_in_bfloat16_it_is_the_pipelines_too(folders):
@@ -263,6 +287,18 @@ def test_each_pair_has_its_own_caption_and_the_cache_knows_both(folders, tmp_pat
     assert (first[0].tokens - first[1].tokens).abs().max() > 1e-3
     (again,) = encode_captions(QWEN_EDIT_PLUS, [pairs], load, files.text_fingerprint, tmp_path)
     assert loads == [1] and all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again))
+
+
+def test_a_dropped_caption_keeps_its_picture(folders):
+    files, pairs = ModelFolder(folders["2509"], dtype="fp32"), pairs_of(PROMPT, PROMPT)
+    sets = caption_sets(pairs, pairs, dropout=0.1, sampled=1, cfg=4.0)
+    made = Captions(*encode_captions(QWEN_EDIT_PLUS, sets, lambda: files.load_text(CPU), files.text_fingerprint))
+    assert list(map(len, made)) == [2, 2, 2, 1]
+    assert (made.dropped[0].tokens - made.dropped[1].tokens).abs().max() > 1e-3
+    assert len(made.own[0].tokens) - len(made.dropped[0].tokens) == len(PROMPT), "a token is a letter"
+    assert made.away[0] is made.dropped[0] and made.watched[1] is made.own[1], "encoded once"
+    none = caption_sets(pairs, None, dropout=0.0, sampled=1, cfg=4.0)
+    assert list(map(len, none)) == [2, 0, 0, 0]
 
 
 def test_decoding_is_the_pipelines_with_gradients_beyond_white_and_encoding_too(folders):

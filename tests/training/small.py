@@ -211,7 +211,7 @@ def settings(**changes):
 
 def trainer(
     folder=None, *, prepared=None, objective=ALL, denoiser=None, decode=None, validation=None, lora=None, host=None,
-    width=32, checkpointing=False, resolution=None, with_encoders=None, accelerator=None, cache=None, **changes,
+    width=32, checkpointing=False, resolution=None, with_encoders=None, accelerator=None, cache=None, dropped=(), **changes,
 ):  # fmt: skip
     """A trainer of the small parts; ``changes`` go to the settings, ``lora`` to those of the LoRA."""
     prepared = prepared or prepared_pairs()
@@ -222,7 +222,7 @@ def trainer(
         encoders=encoders() if with_encoders is None else with_encoders, decode=decode or parts()[0].decode,
         validation=validation, validation_conditioning=conditioning(len(validation)) if validation else (),
         folder=folder, resolution=resolution, checkpointing=checkpointing, host=host,
-        accelerator=accelerator, cache=cache,
+        accelerator=accelerator, cache=cache, dropped=dropped,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def config(name, steps=4, resume=""):
         objective=recommended("decoder"),
         training=TrainingSettings(
             steps=steps, batch_size=2, learning_rate=0.03, gradients_every=2, validate_every=2, preview_steps=2, previews=1,
-            checkpoint_every=2,
+            checkpoint_every=2, caption_dropout=0.5,
         ),
         lora=LoRASettings(2, 3.0),
         validation=ValidationSection(validate_every=2, previews=1, preview_steps=2),

@@ -281,6 +281,28 @@ def test_only_the_lora_is_trained():
     assert all(p.grad is None for p in (*made.lora.parameters(), *denoiser.module.parameters()))
 
 
+def test_a_dropped_caption_is_the_pairs_own_empty_one():
+    prepared, empty = prepared_pairs(), [torch.full((2,), float(i)) for i in range(4)]
+
+    def told(**changes):
+        denoiser = Recording()
+        made = trainer(denoiser=denoiser, prepared=prepared, objective=None, steps=40, checkpoint_every=0, **changes)
+        made.run()
+        batches = [made._batch(number) for number in range(40)]
+        return [(i, c) for batch, call in zip(batches, denoiser.calls_made) for i, c in zip(batch, call[3])]
+
+    for i, c in told(caption_dropout=1.0, dropped=empty):
+        assert c is empty[i]
+    own, mixed = told(), told(caption_dropout=0.25, dropped=empty)
+    gone = [c is empty[i] for i, c in mixed]
+    assert all(g or torch.equal(c, kept) for g, (_, c), (_, kept) in zip(gone, mixed, own)), "the rest is as it was"
+    assert 10 <= sum(gone) <= 30 and len(gone) == 80, "a quarter of 80, three standard deviations either way"
+    with pytest.raises(ValueError, match="dropped: expected one for each of 4 pairs, got 0"):
+        trainer(caption_dropout=0.1)
+    with pytest.raises(ValueError, match="dropped: expected one for each of 0 pairs, got 4"):
+        trainer(dropped=empty)
+
+
 # --- a step, by hand --------------------------------------------------------------------------------------------------
 
 GATED = EditObjective(
