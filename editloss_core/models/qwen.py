@@ -6,7 +6,7 @@ tells the reference that it is at t = 0. Its layers have the same names in Comfy
 
 In ComfyUI all are one class. 2511 is told by a key in its file, which other people's copies lack, or by the name of its file;
 2509 and the first Edit by that name alone, and what has no such name, or none that is known, is taken for 2509, of which most
-are made.
+are made. A file that is called Qwen-Image and nothing of an Edit makes pictures of words alone, and is refused.
 
 Where a picture has an odd number of tokens along a side (its pixels are no multiple of 32), diffusers places it one token further
 from the words than ComfyUI does.
@@ -15,6 +15,7 @@ from the words than ComfyUI does.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,6 +59,7 @@ TEMPLATE = (
     "<|im_end|>\n<|im_start|>assistant\n"
 )
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
+OF_WORDS = re.compile(r"qwen[-_ ]?image(?!.*edit)")  # name of a file of Qwen-Image, which has the same network
 ZERO = "index_timestep_zero"  # 2511's reference method in ComfyUI, and the name of the key in its files
 
 
@@ -99,7 +101,8 @@ class QwenEdit(CaptionsOfTokens):
 
     def is_comfyui(self, base: str, config: Mapping[str, Any], file: str) -> bool:
         layered = bool(config.get("use_additional_t_cond"))  # Qwen-Image-Layered, of several pictures at once
-        return not layered and super().is_comfyui(base, config, file)
+        no_edit = OF_WORDS.search(file.lower()) is not None
+        return not (layered or no_edit) and super().is_comfyui(base, config, file)
 
     def mu(self, tokens: int, steps: Optional[int] = None) -> float:
         """A straight line through 0.5 at 256 and 0.9 at 8192 tokens, as in the scheduler's config of the published folders."""

@@ -40,6 +40,9 @@ REFUSED: Mapping[str, str] = {
     "Lumina2": f"of Z-Image, {_SEES}; Lumina 2 has no reference",
     "ZImageOmniPipeline": _SEES,
     "MageFlow": _SEES,
+    "QwenImage": "Qwen-Image makes pictures of words alone, and Layered several at once; if it is a Qwen-Image-Edit by another "
+    "name, say which in edit_model of Run Options",
+    "QwenImagePipeline": "it has no reference; Qwen-Image-Edit's folders are of QwenImageEditPipeline or QwenImageEditPlusPipeline",
     "FluxPipeline": "it has no reference; FLUX.1 Kontext's folder is of FluxKontextPipeline",
 }
 

@@ -133,7 +133,10 @@ def test_what_is_unknown_is_refused_by_name_with_the_list_of_what_is_known(ask, 
 
 
 def test_nothing_that_is_known_is_refused():
-    assert not registry.REFUSED.keys() & {name for m in MODELS for name in (m.comfyui_model, m.parts.pipeline)}
+    refused = registry.REFUSED.keys() & {name for m in MODELS for name in (m.comfyui_model, m.parts.pipeline)}
+    assert refused == {"QwenImage"}, "of which some files are refused"
+    for model in MODELS:
+        assert registry.of_comfyui(model.comfyui_model, model.comfyui_config).comfyui_model == model.comfyui_model
 
 
 def test_a_lora_of_no_known_model_is_refused():
@@ -226,6 +229,7 @@ def test_kleins_are_told_apart_by_the_name_of_their_file(file, found):
         ("Qwen-Image-Edit-Q4_K_M.gguf", "qwen_image_edit"),
         ("qwen_image_edit_2509_fp8_e4m3fn.safetensors", "qwen_image_edit_plus"),
         ("Qwen-Image-Edit-2511-Q4_K_M.gguf", "qwen_image_edit_2511"),
+        ("qwen-image-for-edits.safetensors", "qwen_image_edit_plus"),
         ("my_merge.safetensors", "qwen_image_edit_plus"),
         ("", "qwen_image_edit_plus"),
     ],
@@ -236,5 +240,13 @@ def test_those_of_qwen_are_told_apart_by_the_name_of_their_file_or_by_a_key_in_i
         registry.of_comfyui("QwenImage", {"default_ref_method": "index_timestep_zero"}, file).id
         == "qwen_image_edit_2511"
     )
-    with pytest.raises(ValueError, match="got ComfyUI's QwenImage"):
+    with pytest.raises(ValueError, match="got ComfyUI's QwenImage.*: Qwen-Image makes pictures of words alone"):
         registry.of_comfyui("QwenImage", {"use_additional_t_cond": True, "default_ref_method": "negative_index"}, file)
+
+
+@pytest.mark.parametrize(
+    "file", ["qwen_image_fp8_e4m3fn.safetensors", "qwen_image_2512_bf16.safetensors", "Qwen-Image-Q4_K_M.gguf"]
+)
+def test_a_file_of_qwen_image_that_edits_nothing_is_refused_by_its_name(file):
+    with pytest.raises(ValueError, match=rf"QwenImage of {file}: .*words alone.* say which in edit_model of Run Options"):
+        registry.of_comfyui("QwenImage", {}, file)
