@@ -72,7 +72,8 @@ class TrainingOptions:
         lora: fields of :class:`~…training.lora.LoRASettings`.
         crop: side of the window around the edit that is decoded for encoders of pictures, in pixels; 0 = all of it.
         overlay: how overlay negatives are made.
-        guidance, preview_guidance: what a guidance-distilled model is told in training and for pictures.
+        guidance, preview_guidance: what a guidance-distilled model is told in training and for pictures; 0 for these = the
+            model's own.
         preview_cfg: scale of classifier-free guidance for pictures; 0 = the model's own.
         edit_model: title of the model, where several share a class; empty = by the MODEL's config and file.
         checkpointing: compute blocks again in the backward pass.
@@ -85,7 +86,7 @@ class TrainingOptions:
     crop: int = 512
     overlay: OverlaySettings = OverlaySettings()
     guidance: float = 1.0
-    preview_guidance: float = 2.5
+    preview_guidance: float = 0.0
     preview_cfg: float = 0.0
     edit_model: str = ""
     checkpointing: bool = True

@@ -204,7 +204,7 @@ def make_trainer(
         folder=folder,
         info=_info(denoiser, decode, train, options),
         resolution=pairs.resolution, checkpointing=options.checkpointing, cache=folders.cache_folder(), host=host,
-        preview=Preview(options.preview_guidance, cfg, captions.away),
+        preview=Preview(options.preview_guidance or denoiser.edit_model.preview_guidance, cfg, captions.away),
     )  # fmt: skip
     trainer.notes += same_words({pair.caption: made[0][0] for pair, made in zip(train.pairs, captions.own)})
     return trainer, host

@@ -231,7 +231,7 @@ class RunOptions(io.ComfyNode):
                 io.Int.Input("previews", default=4, min=0, max=64, tooltip="Held-out pairs that are sampled as pictures."),
                 folded(io.Int.Input("preview_steps", default=20, min=0, max=100, tooltip="Sampling steps of these pictures; 0 = none.")),
                 folded(io.Float.Input("guidance", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="What a guidance-distilled model (FLUX.1 Kontext, FLUX.2 dev) is told in training. 1 is usual; the others are told nothing.")),
-                folded(io.Float.Input("preview_guidance", default=2.5, min=0.0, max=100.0, step=0.1, tooltip="The same for previews: 2.5 for FLUX.1 Kontext, 4 for FLUX.2 dev. The others have the CFG of their stock workflow.")),
+                folded(io.Float.Input("preview_guidance", default=0.0, min=0.0, max=100.0, step=0.1, tooltip="The same for previews; 0 = the model's own: 2.5 for FLUX.1 Kontext, 4 for FLUX.2 dev. The others have the CFG of their stock workflow.")),
                 io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Compute blocks again in the backward pass: about a third more time, a fraction of the memory."),
                 io.Float.Input("memory_reserve", default=0.0, min=0.0, max=200.0, step=0.5, tooltip="GiB of the GPU to leave free for a step; weights that do not fit beside them wait in main memory. 0 = by an estimate; raise it when memory runs out."),
             ],

@@ -118,7 +118,7 @@ TABLE: dict[str, Counterparts] = {
     "ExamplePairs": of(example_pairs, "resolution"),
     "ExportTraining": together(TRAINING, of(ModelSection, "quantization")),
     "GateTerms": of(LossTerm, "t_min", "t_max"),
-    "LoRAOptions": of(LoRASettings, "layers", "dropout"),
+    "LoRAOptions": together(of(LoRASettings, "layers", "dropout"), of(TrainingSettings, "caption_dropout")),
     "LoadPairs": together(of(find_pairs, *FROM_A_FOLDER), of(PairsSection, *FROM_A_FOLDER), FLAWED),
     "MakePairs": together(of(PairSet.from_images, "captions", "resolution", "upscale"), FLAWED),
     "NoiseOptions": together(

@@ -76,7 +76,7 @@ class ValidationSection:
         hold_out: pairs that are taken out of the training set; not if there is a folder.
         folder, control_folder: of held-out pairs.
         validate_every, previews, preview_steps: see :class:`~editloss_core.training.settings.TrainingSettings`.
-        preview_guidance: what the model is told for pictures.
+        preview_guidance: what a guidance-distilled model is told for pictures; 0 is the model's own.
         preview_cfg: scale of classifier-free guidance for pictures; 0 is the model's own, 1 none.
     """
 
@@ -86,7 +86,7 @@ class ValidationSection:
     validate_every: int = 250
     previews: int = 4
     preview_steps: int = 20
-    preview_guidance: float = 2.5
+    preview_guidance: float = 0.0
     preview_cfg: float = 0.0
 
 

@@ -367,7 +367,7 @@ def make_trainer(
         denoiser, lora, train, captions.own, config.training,
         objective=config.objective, encoders=made, decode=decode, dropped=captions.dropped,
         validation=watched, validation_conditioning=captions.watched,
-        preview=Preview(config.validation.preview_guidance, plan.preview_cfg, captions.away),
+        preview=Preview(config.validation.preview_guidance or edit_model.preview_guidance, plan.preview_cfg, captions.away),
         folder=plan.folder,
         info={
             "model": f"{edit_model.parts.transformer} in {model.dtype if model.quantization == 'none' else model.quantization}",
