@@ -85,15 +85,21 @@ def sheet(pairs: PairSet, handled: Optional[Handled] = None) -> torch.Tensor:
     flaws = {flaw.name: flaw.kind for flaw in handled.found} if handled else {}
     done = "left out" if handled and handled.left_out else "kept"
     right = [i for i, pair in enumerate(pairs) if pair.name not in flaws][:SHOWN]
+    shown = [i for i, pair in enumerate(pairs) if pair.name in flaws][:SHOWN] + right
+    most = max((len(pairs[i].references) for i in shown), default=0)
+    further = tuple(f"before_{number}" for number in range(2, 2 + most))
     rows, names, notes = [], [], []
-    for index in [i for i, pair in enumerate(pairs) if pair.name in flaws][:SHOWN] + right:
+    for index in shown:
         images, name = pairs.load(index), pairs[index].name
-        mask = torch.full(images.before.shape[:2], 0.5) if images.mask is None else images.mask
-        rows.append((images.before, images.after, mask.unsqueeze(-1).expand(-1, -1, 3)))
+        nothing = torch.full_like(images.before, 0.5)
+        mask = nothing if images.mask is None else images.mask.unsqueeze(-1).expand(-1, -1, 3)
+        missing = [nothing] * (most - len(images.references))
+        rows.append((images.before, *images.references, *missing, images.after, mask))
         kind = flaws.get(name)
         names.append(f"{name}: {done}, {KINDS[kind]}" if kind else name)
-        notes.append([None, {"unedited": "no edit", "overlaid": "overlay"}[kind] if kind else None, None])
-    return grid.grid(rows, ("before", "after", "mask (grey: none)"), names, notes, width=900)
+        said = {"unedited": "no edit", "overlaid": "overlay"}[kind] if kind else None
+        notes.append([None, *[None] * most, said, None])
+    return grid.grid(rows, ("before", *further, "after", "mask (grey: none)"), names, notes, width=900)
 
 
 class LoadPairs(io.ComfyNode):

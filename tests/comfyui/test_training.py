@@ -377,6 +377,24 @@ def test_pairs_from_pictures_in_the_graph(client: Client) -> None:
     assert outputs["show"]["text"] == ["1"] and "1 pairs" in outputs["made"]["text"][0]
 
 
+def test_further_references_of_a_folder_are_shown_beside_the_before_picture(
+    client: Client, comfyui_server: ComfyServer
+) -> None:
+    folder = comfyui_server.input_dir / "two references"
+    names = write_folder(stool_pairs(2), folder)
+    load = graph(load=("EditLossLoadPairs", {"folder": folder.name, "resolution": 128}))
+    (folder / "before_2").mkdir()
+    Image.new("RGB", (64, 96), (255, 0, 0)).save(folder / "before_2" / f"{names[0]}.png")  # the other pair has none
+    outputs = client.run(load).outputs["load"]
+    shown = pixels(client, outputs)
+    assert "- 1 with further references" in outputs["text"][0]
+    quarter = shown.shape[1] // 4
+    red = ((shown[..., 0] > 240) & (shown[..., 1:].amax(-1) < 15)).float()
+    assert [part.mean() > 0.1 for part in red.split(quarter, 1)[:4]] == [False, True, False, False], (
+        "the second of four"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -248,5 +248,7 @@ def test_those_of_qwen_are_told_apart_by_the_name_of_their_file_or_by_a_key_in_i
     "file", ["qwen_image_fp8_e4m3fn.safetensors", "qwen_image_2512_bf16.safetensors", "Qwen-Image-Q4_K_M.gguf"]
 )
 def test_a_file_of_qwen_image_that_edits_nothing_is_refused_by_its_name(file):
-    with pytest.raises(ValueError, match=rf"QwenImage of {file}: .*words alone.* say which in edit_model of Run Options"):
+    with pytest.raises(
+        ValueError, match=rf"QwenImage of {file}: .*words alone.* say which in edit_model of Run Options"
+    ):
         registry.of_comfyui("QwenImage", {}, file)
