@@ -33,6 +33,8 @@ PLAN = {  # (data, variants of each pair) → arms, in the order in which they a
         arms.PLAIN, arms.RECIPE, "regression on rollouts", "only geometry match", "one-step losses × 4", arms.LONGER,
     ),
     ("right", 0): (arms.PLAIN, arms.RECIPE),
+    ("flawed left out", 8): (arms.PLAIN, arms.RECIPE),
+    ("flawed kept", 0): (arms.PLAIN, arms.RECIPE),
 }  # fmt: skip
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
