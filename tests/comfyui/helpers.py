@@ -69,3 +69,11 @@ def run_driver(name: str, scratch: Path) -> dict[str, str]:
     if done.returncode:
         pytest.fail(f"the driver stopped after {len(said)} checks:\n{done.stderr[-3000:]}")
     return {check["name"]: check["error"] for check in said}
+
+
+def check_passed(name: str, results: dict[str, str]) -> None:
+    """Fail with a driver's traceback of a check, or skip with its reason."""
+    assert name in results, "the driver did not run it"
+    if results[name].startswith("skipped: "):
+        pytest.skip(results[name].removeprefix("skipped: "))
+    assert not results[name], results[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 from driver_denoiser import CHECKS
-from helpers import run_driver
+from helpers import check_passed, run_driver
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_comfyui(name: str, results: dict[str, str]) -> None:
-    assert name in results, "the driver did not run it"
-    assert not results[name], results[name]
+    check_passed(name, results)
 
 
 def test_what_only_some_comfyui_have(results: dict[str, str]) -> None:

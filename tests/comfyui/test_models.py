@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from driver_models import CHECKS
-from helpers import run_driver
+from helpers import check_passed, run_driver
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,4 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_comfyui(name: str, results: dict[str, str]) -> None:
-    assert name in results, "the driver did not run it"
-    if results[name].startswith("skipped: "):
-        pytest.skip(results[name].removeprefix("skipped: "))
-    assert not results[name], results[name]
+    check_passed(name, results)

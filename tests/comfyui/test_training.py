@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from driver_training import CHECKS
-from helpers import graph, link, run_driver
+from helpers import check_passed, graph, link, run_driver
 from PIL import Image
 from runner.client import Client, ComfyError, NodeError
 from runner.server import ComfyServer
@@ -101,8 +101,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_comfyui(name: str, results: dict[str, str]) -> None:
-    assert name in results, "the driver did not run it"
-    assert not results[name], results[name]
+    check_passed(name, results)
 
 
 def run_folder(server: ComfyServer, name: str) -> Path:
