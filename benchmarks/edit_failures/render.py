@@ -30,7 +30,7 @@ SIZES = (
 SHADOW = 0.45  # of the light that the darkest shadow takes
 SHADOW_BLUR = 5.0  # pixels of a scene of SIZE
 
-PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12}  # and how many scenes each has
+PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12, "pairs": 60}  # and how many scenes each has
 
 # Meshes by part: none is in two. Without a collection before it a name is one of CC0.
 CC0, BY, KATOR, SCOPIA = "blendswap-cc-0", "blendswap-cc-by", "katorlegaz", "scopia"
@@ -46,6 +46,11 @@ OLD = {
         f"{KATOR}/dining-chair", f"{BY}/classSeat", f"{SCOPIA}/tubular_chair", "deckChair", f"{BY}/chair4", f"{BY}/suitcase",
         f"{SCOPIA}/rattanArmchair", f"{BY}/childChair", f"{BY}/armchair1", "outdoorLamp",
     ),
+    "pairs": (
+        f"{SCOPIA}/chair", f"{SCOPIA}/modern_armchair", f"{KATOR}/mid-century-chair", f"{SCOPIA}/white_kitchen_chair",
+        f"{BY}/chairWithCushion", f"{SCOPIA}/silla_teca", "winchesterArmchair", f"{BY}/armChair2", f"{SCOPIA}/chair4",
+        f"{SCOPIA}/children_chair", f"{SCOPIA}/office_chair", "chair2",
+    ),
 }  # fmt: skip
 NEW = {
     "fit": ("stool", "pianoBench", "barrel"),
@@ -59,6 +64,13 @@ NEW = {
         f"{BY}/backpack",
         "ammoBox",
     ),
+    "pairs": (
+        f"{KATOR}/bar-stool",
+        f"{KATOR}/recycling-bin",
+        f"{SCOPIA}/open-cardboard-box",
+        f"{KATOR}/pedestal-vase-lamp",
+        "cactus",
+    ),
 }
 CLUTTER = {
     "fit": ("plant", "bookcase", "oakTable", "dustbin", "tableFan", "shelves"),
@@ -68,12 +80,17 @@ CLUTTER = {
         f"{SCOPIA}/vase1",
     ),
     "fresh": (f"{BY}/yuccaPlant", f"{BY}/dresserWithDrawers", f"{SCOPIA}/aquarium", f"{KATOR}/full-bookcase", "lamp2", "cupboard"),
+    "pairs": (
+        f"{KATOR}/custom-desk", f"{BY}/spatifilum", f"{SCOPIA}/ficus", "verticalShelves", f"{KATOR}/utility-shelving",
+        "lockedLocker", f"{BY}/biurko3",
+    ),
 }  # fmt: skip
 PHOTOS = {
     "fit": ("coffee", "rocket"),
     "report": ("astronaut", "chelsea"),
     "confirm": ("hubble_deep_field", "immunohistochemistry"),
     "fresh": ("camera", "gravel"),
+    "pairs": ("brick", "grass"),
 }
 HEIGHTS = {
     "barrel": 0.8,
@@ -93,6 +110,15 @@ HEIGHTS = {
     f"{BY}/childChair": 0.7,
     f"{BY}/armchair1": 0.75,
     "outdoorLamp": 1.0,
+    f"{KATOR}/bar-stool": 0.7,
+    f"{KATOR}/recycling-bin": 0.4,
+    f"{SCOPIA}/open-cardboard-box": 0.4,
+    f"{KATOR}/pedestal-vase-lamp": 0.7,
+    f"{SCOPIA}/modern_armchair": 0.75,
+    f"{KATOR}/mid-century-chair": 0.75,
+    "winchesterArmchair": 0.75,
+    f"{BY}/armChair2": 0.8,
+    f"{SCOPIA}/children_chair": 0.7,
 }  # metres
 CLUTTER_HEIGHTS = {
     "plant": 1.0,
@@ -102,6 +128,7 @@ CLUTTER_HEIGHTS = {
     "tableFan": 0.5,
     "speaker2": 0.9,
     f"{SCOPIA}/vase1": 0.5,
+    f"{BY}/spatifilum": 0.6,
 }
 
 
