@@ -1,8 +1,8 @@
 """Rooms with a chair before and a stool after, rendered from meshes, with every layer apart.
 
 The meshes are those of Debian's package sweethome3d-furniture: its public-domain (CC0) part for the parts *fit* and
-*report*, its CC BY 3.0 part for *confirm*, what is left of both for *fresh*. The photographs that hang in some rooms are those of scikit-image that are in the
-public domain or CC0. Floors and walls are made here, from seeds.
+*report*, its CC BY 3.0 part for *confirm*, what is left of both for *fresh*, *pairs* and *unseen*. The photographs that hang in
+some rooms are those of scikit-image that are in the public domain or CC0. Floors and walls are made here, from seeds.
 
     python benchmarks/edit_failures/render.py --out FOLDER
 
@@ -30,7 +30,7 @@ SIZES = (
 SHADOW = 0.45  # of the light that the darkest shadow takes
 SHADOW_BLUR = 5.0  # pixels of a scene of SIZE
 
-PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12, "pairs": 60}  # and how many scenes each has
+PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12, "pairs": 60, "unseen": 40}  # and how many scenes each has
 
 # Meshes by part: none is in two. Without a collection before it a name is one of CC0.
 CC0, BY, KATOR, SCOPIA = "blendswap-cc-0", "blendswap-cc-by", "katorlegaz", "scopia"
@@ -50,6 +50,10 @@ OLD = {
         f"{SCOPIA}/chair", f"{SCOPIA}/modern_armchair", f"{KATOR}/mid-century-chair", f"{SCOPIA}/white_kitchen_chair",
         f"{BY}/chairWithCushion", f"{SCOPIA}/silla_teca", "winchesterArmchair", f"{BY}/armChair2", f"{SCOPIA}/chair4",
         f"{SCOPIA}/children_chair", f"{SCOPIA}/office_chair", "chair2",
+    ),
+    "unseen": (
+        f"{BY}/foldingChair", f"{SCOPIA}/ryokanChair", f"{SCOPIA}/kids_desk_chair", f"{SCOPIA}/armchair1", f"{BY}/chair_deck",
+        f"{SCOPIA}/baby_high_chair", f"{BY}/wheelchair", f"{KATOR}/futon-couch", "babyRockingBed",
     ),
 }  # fmt: skip
 NEW = {
@@ -71,6 +75,7 @@ NEW = {
         f"{KATOR}/pedestal-vase-lamp",
         "cactus",
     ),
+    "unseen": (f"{KATOR}/fire-hydrant", f"{SCOPIA}/old_jar", f"{BY}/gift", "stoneLantern"),
 }
 CLUTTER = {
     "fit": ("plant", "bookcase", "oakTable", "dustbin", "tableFan", "shelves"),
@@ -84,6 +89,7 @@ CLUTTER = {
         f"{KATOR}/custom-desk", f"{BY}/spatifilum", f"{SCOPIA}/ficus", "verticalShelves", f"{KATOR}/utility-shelving",
         "lockedLocker", f"{BY}/biurko3",
     ),
+    "unseen": ("lowerCabinet", f"{BY}/simpleDesk", f"{SCOPIA}/palm", f"{BY}/arbolito", f"{KATOR}/residential-trashcan", "handbag"),
 }  # fmt: skip
 PHOTOS = {
     "fit": ("coffee", "rocket"),
@@ -91,6 +97,7 @@ PHOTOS = {
     "confirm": ("hubble_deep_field", "immunohistochemistry"),
     "fresh": ("camera", "gravel"),
     "pairs": ("brick", "grass"),
+    "unseen": ("retina", "clock"),
 }
 HEIGHTS = {
     "barrel": 0.8,
@@ -119,6 +126,14 @@ HEIGHTS = {
     "winchesterArmchair": 0.75,
     f"{BY}/armChair2": 0.8,
     f"{SCOPIA}/children_chair": 0.7,
+    f"{KATOR}/fire-hydrant": 0.6,
+    f"{SCOPIA}/old_jar": 0.5,
+    f"{BY}/gift": 0.45,
+    "stoneLantern": 0.6,
+    f"{SCOPIA}/ryokanChair": 0.6,
+    f"{SCOPIA}/armchair1": 0.7,
+    f"{BY}/chair_deck": 0.6,
+    f"{KATOR}/futon-couch": 0.7,
 }  # metres
 CLUTTER_HEIGHTS = {
     "plant": 1.0,
@@ -129,6 +144,7 @@ CLUTTER_HEIGHTS = {
     "speaker2": 0.9,
     f"{SCOPIA}/vase1": 0.5,
     f"{BY}/spatifilum": 0.6,
+    "handbag": 0.4,
 }
 
 

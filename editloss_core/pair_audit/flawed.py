@@ -14,11 +14,11 @@ the changed region C is taken, the background's movement and tone taken out, and
   one cuts through it.
 
 A set can be judged where its pairs put the same thing in (median cosine of their histograms) and most of them lay something bare.
-There, a pair that puts the same in is overlaid if (bare + 0.02) / (median + 0.02) < (cut + 0.002)^0.35: 0.11 where nothing is cut,
-0.45 where a tenth of the border is. Where the median is small, the new object hides most of the old one, and a right pair may lay
-nothing bare: there a pair is overlaid only if 4 % of the border is cut, too. A pair that changes next to nothing is unedited.
-Everywhere else (a removal, another colour, an addition, edits of all kinds) no pair is called overlaid, and a note says why;
-without a common edit only pairs that do not change at all are called unedited. What was measured:
+There, a pair that puts the same in is overlaid if (bare + 0.02) / (median + 0.02) < min((cut + 0.002)^0.35, 0.3): 0.11 where nothing
+is cut, 0.3 from 3 % of the border on. Where the median is small, the new object hides most of the old one, and a right pair may lay
+nothing bare: there a pair is overlaid only if 4 % of the border is cut, and the limit ends at 0.4. A pair that changes next to
+nothing is unedited. Everywhere else (a removal, another colour, an addition, edits of all kinds) no pair is called overlaid, and a
+note says why; without a common edit only pairs that do not change at all are called unedited. What was measured:
 ``benchmarks/results/flawed_pairs.md``.
 """
 
@@ -49,7 +49,7 @@ LEAST = 4  # pairs with an edit
 COMMON = 0.6  # median cosine of what pairs put in, from which it is one thing
 SAME = 0.45  # the same of one pair to the others, from which it puts in what they do
 BARES = 0.05  # median share that is laid bare, from which a set takes something away
-LITTLE, CUT, POWER = 0.02, 0.002, 0.35  # of the rule above
+LITTLE, CUT, POWER, HIGHEST, HIGHEST_HIDING = 0.02, 0.002, 0.35, 0.3, 0.4  # of the rule above
 HIDES = 0.12  # median share below which the new object may hide the old one,
 CUTS = 0.04  # and share of the border that must then at least be cut
 NOTHING = 0.05  # of the usual change
@@ -227,8 +227,9 @@ def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str], asked: boo
     if usually < BARES:
         return found, "in most of the pairs next to nothing is taken away"
     cut = np.array([looks[n].cut for n in names])
-    overlaid = same & ((bare + LITTLE) / (usually + LITTLE) < (cut + CUT) ** POWER)
     hides = usually < HIDES
+    limit = np.minimum((cut + CUT) ** POWER, HIGHEST_HIDING if hides else HIGHEST)
+    overlaid = same & ((bare + LITTLE) / (usually + LITTLE) < limit)
     if hides:
         overlaid &= cut >= CUTS
     unedited = {flaw.name for flaw in found}
@@ -239,10 +240,8 @@ def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str], asked: boo
         if names[i] not in unedited | added:
             detail = f"of what changed {bare[i]:.0%} shows the room behind, in the others {usually:.0%}"
             found.append(Flaw(names[i], "overlaid", detail))
-    return (
-        found,
-        "in many pairs the new object hides most of the old one; only plain cases are found" if hides else "",
-    )
+    hiding = "in many pairs the new object hides most of the old one; only plain cases are found"
+    return found, hiding if hides else ""
 
 
 def _alike(put_in: Sequence[Optional[np.ndarray]]) -> np.ndarray:
