@@ -324,7 +324,11 @@ def main() -> None:
         parts["looked at once, after everything was chosen"] = ("unseen",)
     for what, some_parts in parts.items() if args.scenes else ():
         lines += ["", f"## Rendered rooms {what}: a chair becomes another object, 0 to 30 % flawed", ""]
-        lines += ["Each set has one new object, 6 to as many pairs as it was rendered in.", "", HEAD]
+        lines += [
+            "Each set has one new object, 6 to as many pairs as it was rendered in, so that a pair is in many sets.",
+            "",
+            HEAD,
+        ]
         every = {}
         for part in some_parts:
             for name, scenes_of in rendered(args.scenes, part, args.looks).items():
