@@ -1,8 +1,8 @@
 """Rooms with a chair before and a stool after, rendered from meshes, with every layer apart.
 
 The meshes are those of Debian's package sweethome3d-furniture: its public-domain (CC0) part for the parts *fit* and
-*report*, its CC BY 3.0 part for *confirm*, what is left of both for *fresh*. The photographs that hang in some rooms are those of scikit-image that are in the
-public domain or CC0. Floors and walls are made here, from seeds.
+*report*, its CC BY 3.0 part for *confirm*, what is left of both for *fresh*, *pairs* and *unseen*. The photographs that hang in
+some rooms are those of scikit-image that are in the public domain or CC0. Floors and walls are made here, from seeds.
 
     python benchmarks/edit_failures/render.py --out FOLDER
 
@@ -30,7 +30,7 @@ SIZES = (
 SHADOW = 0.45  # of the light that the darkest shadow takes
 SHADOW_BLUR = 5.0  # pixels of a scene of SIZE
 
-PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12}  # and how many scenes each has
+PARTS = {"fit": 24, "report": 32, "confirm": 32, "fresh": 12, "pairs": 60, "unseen": 40}  # and how many scenes each has
 
 # Meshes by part: none is in two. Without a collection before it a name is one of CC0.
 CC0, BY, KATOR, SCOPIA = "blendswap-cc-0", "blendswap-cc-by", "katorlegaz", "scopia"
@@ -46,6 +46,15 @@ OLD = {
         f"{KATOR}/dining-chair", f"{BY}/classSeat", f"{SCOPIA}/tubular_chair", "deckChair", f"{BY}/chair4", f"{BY}/suitcase",
         f"{SCOPIA}/rattanArmchair", f"{BY}/childChair", f"{BY}/armchair1", "outdoorLamp",
     ),
+    "pairs": (
+        f"{SCOPIA}/chair", f"{SCOPIA}/modern_armchair", f"{KATOR}/mid-century-chair", f"{SCOPIA}/white_kitchen_chair",
+        f"{BY}/chairWithCushion", f"{SCOPIA}/silla_teca", "winchesterArmchair", f"{BY}/armChair2", f"{SCOPIA}/chair4",
+        f"{SCOPIA}/children_chair", f"{SCOPIA}/office_chair", "chair2",
+    ),
+    "unseen": (
+        f"{BY}/foldingChair", f"{SCOPIA}/ryokanChair", f"{SCOPIA}/kids_desk_chair", f"{SCOPIA}/armchair1", f"{BY}/chair_deck",
+        f"{SCOPIA}/baby_high_chair", f"{BY}/wheelchair", f"{KATOR}/futon-couch", "babyRockingBed",
+    ),
 }  # fmt: skip
 NEW = {
     "fit": ("stool", "pianoBench", "barrel"),
@@ -59,6 +68,14 @@ NEW = {
         f"{BY}/backpack",
         "ammoBox",
     ),
+    "pairs": (
+        f"{KATOR}/bar-stool",
+        f"{KATOR}/recycling-bin",
+        f"{SCOPIA}/open-cardboard-box",
+        f"{KATOR}/pedestal-vase-lamp",
+        "cactus",
+    ),
+    "unseen": (f"{KATOR}/fire-hydrant", f"{SCOPIA}/old_jar", f"{BY}/gift", "stoneLantern"),
 }
 CLUTTER = {
     "fit": ("plant", "bookcase", "oakTable", "dustbin", "tableFan", "shelves"),
@@ -68,12 +85,19 @@ CLUTTER = {
         f"{SCOPIA}/vase1",
     ),
     "fresh": (f"{BY}/yuccaPlant", f"{BY}/dresserWithDrawers", f"{SCOPIA}/aquarium", f"{KATOR}/full-bookcase", "lamp2", "cupboard"),
+    "pairs": (
+        f"{KATOR}/custom-desk", f"{BY}/spatifilum", f"{SCOPIA}/ficus", "verticalShelves", f"{KATOR}/utility-shelving",
+        "lockedLocker", f"{BY}/biurko3",
+    ),
+    "unseen": ("lowerCabinet", f"{BY}/simpleDesk", f"{SCOPIA}/palm", f"{BY}/arbolito", f"{KATOR}/residential-trashcan", "handbag"),
 }  # fmt: skip
 PHOTOS = {
     "fit": ("coffee", "rocket"),
     "report": ("astronaut", "chelsea"),
     "confirm": ("hubble_deep_field", "immunohistochemistry"),
     "fresh": ("camera", "gravel"),
+    "pairs": ("brick", "grass"),
+    "unseen": ("retina", "clock"),
 }
 HEIGHTS = {
     "barrel": 0.8,
@@ -93,6 +117,23 @@ HEIGHTS = {
     f"{BY}/childChair": 0.7,
     f"{BY}/armchair1": 0.75,
     "outdoorLamp": 1.0,
+    f"{KATOR}/bar-stool": 0.7,
+    f"{KATOR}/recycling-bin": 0.4,
+    f"{SCOPIA}/open-cardboard-box": 0.4,
+    f"{KATOR}/pedestal-vase-lamp": 0.7,
+    f"{SCOPIA}/modern_armchair": 0.75,
+    f"{KATOR}/mid-century-chair": 0.75,
+    "winchesterArmchair": 0.75,
+    f"{BY}/armChair2": 0.8,
+    f"{SCOPIA}/children_chair": 0.7,
+    f"{KATOR}/fire-hydrant": 0.6,
+    f"{SCOPIA}/old_jar": 0.5,
+    f"{BY}/gift": 0.45,
+    "stoneLantern": 0.6,
+    f"{SCOPIA}/ryokanChair": 0.6,
+    f"{SCOPIA}/armchair1": 0.7,
+    f"{BY}/chair_deck": 0.6,
+    f"{KATOR}/futon-couch": 0.7,
 }  # metres
 CLUTTER_HEIGHTS = {
     "plant": 1.0,
@@ -102,6 +143,8 @@ CLUTTER_HEIGHTS = {
     "tableFan": 0.5,
     "speaker2": 0.9,
     f"{SCOPIA}/vase1": 0.5,
+    f"{BY}/spatifilum": 0.6,
+    "handbag": 0.4,
 }
 
 

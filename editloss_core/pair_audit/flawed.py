@@ -3,18 +3,22 @@
 Told from what a set has in common, with pixels alone. Pairs of one target ("… with my stool") are looked at together. Of each
 the changed region C is taken, the background's movement and tone taken out, and
 
-* **taken away**: along the border of C the steps in colour across it, before and after. Where the old object ended and went,
-  the step is gone (after < half of before); where the new one ends, it is new. The share of the border at which a step went is
-  large in a right pair. Where the new object was painted over the old one, only the new one's outline borders on C, and next to
-  nothing went.
-* **left beside**: colours of the before picture in C that are close around C in the after picture, and not farther away. In a right
-  pair the old object went with its colours; in an overlaid one the rest of it stands there.
 * **put in**: the colours of the after picture in C that are not those around it, as a histogram in Oklab.
+* **laid bare**: where the old object stood beside the new one, the room behind it is seen afterwards. Two signs of it: pixels of C
+  that go on what is around C, which they did not before, and stretches of C's border where the step in colour across it went
+  (after < half of before). Where the new object has the room's colours both come up with nothing gone, so each counts with the
+  square of p(its colour | around C) / (p(… | around C) + p(… | put in by the other pairs)). Where the new object was painted over
+  the old one, next to nothing of C is the room behind.
+* **cut**: the share of C's border at which the before picture goes on from inside to outside, and is of the old object there: its
+  colours are common in C before, and beside C, and rare farther away. In a right pair the old object ends within C; an overlaid
+  one cuts through it.
 
-A set can be judged where its pairs put the same thing in (median cosine of their histograms) and most of them take something
-away. There, a pair that puts the same in is overlaid if it takes little away and has more left beside than the others, or, where
-the others are far from that, if it takes next to nothing away. A pair that changes next to nothing is unedited. Everywhere else (a removal, another colour, an addition, edits of all kinds) no pair is called overlaid, and a note says
-why; without a common edit only pairs that do not change at all are called unedited. What was measured:
+A set can be judged where its pairs put the same thing in (median cosine of their histograms) and most of them lay something bare.
+There, a pair that puts the same in is overlaid if (bare + 0.02) / (median + 0.02) < min((cut + 0.002)^0.35, 0.3): 0.11 where nothing
+is cut, 0.3 from 3 % of the border on. Where the median is small, the new object hides most of the old one, and a right pair may lay
+nothing bare: there a pair is overlaid only if 4 % of the border is cut, and the limit ends at 0.4. A pair that changes next to
+nothing is unedited. Everywhere else (a removal, another colour, an addition, edits of all kinds) no pair is called overlaid, and a
+note says why; without a common edit only pairs that do not change at all are called unedited. What was measured:
 ``benchmarks/results/flawed_pairs.md``.
 """
 
@@ -44,18 +48,18 @@ SIZE = 192  # pixels on the long side at which they are compared
 LEAST = 4  # pairs with an edit
 COMMON = 0.6  # median cosine of what pairs put in, from which it is one thing
 SAME = 0.45  # the same of one pair to the others, from which it puts in what they do
-TAKES = 0.2  # median share of the border where something went, from which a set takes something away
-LITTLE, OF_MEDIAN = 0.16, 0.5  # share of the border below which little went: at most, and of the set's median
-LEFT = 0.1  # by which more than the set's median is left beside
-PLAINLY = 0.25  # median share of the border from which the border alone may do
-HARDLY, OF_USUAL = 0.1, 0.4  # share below which next to nothing went: at most, and of the set's median
-CLEAR = 2.0  # by which factor nine tenths of the others must at least lie above that
+BARES = 0.05  # median share that is laid bare, from which a set takes something away
+LITTLE, CUT, POWER, HIGHEST, HIGHEST_HIDING = 0.02, 0.002, 0.35, 0.3, 0.4  # of the rule above
+HIDES = 0.12  # median share below which the new object may hide the old one,
+CUTS = 0.04  # and share of the border that must then at least be cut
 NOTHING = 0.05  # of the usual change
 DRIFT = 0.06  # Oklab: a larger change of the whole picture is an edit,
 TONE = 0.02  # and where the pairs ask for different things, one that is just visible
 MOST = 1 / 3  # of a set that is left out
 BINS = (12, 15, 15)  # of L, a and b
+TOTAL = BINS[0] * BINS[1] * BINS[2]
 CHROMA = 0.36
+FLUSH = 0.06  # Oklab: nearer to its surroundings than this a pixel goes on them
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,19 @@ class Look:
     Attributes:
         changed: share of the picture that changed, 0…1.
         tone: difference in brightness and colour of the rest, in Oklab, ≥ 0.
-        taken: share of the changed region's border where something was taken away, 0…1; None where nothing changed.
+        put_in: what the after picture has in the changed region that is not around it, a unit vector; None where nothing changed.
+        around: the colours around that region, a histogram.
+        bare: the colours where the room behind may be seen, a histogram whose sum is their share, 0…1.
+        cut: share of that region's border that cuts through what stood there before, 0…1.
         everywhere: whether the pictures differ all over though little of them stands out (light, colour, noise).
-        beside: share of the colours close around that region which the old object had and the rest of the room has not, 0…1.
-        put_in: what the after picture has there that is not around it, a unit vector; None where nothing changed.
     """
 
     changed: float
     tone: float
-    taken: Optional[float] = None
     put_in: Optional[np.ndarray] = None
-    beside: float = 0.0
+    around: Optional[np.ndarray] = None
+    bare: Optional[np.ndarray] = None
+    cut: float = 0.0
     everywhere: bool = False
 
 
@@ -116,7 +122,7 @@ class Handled(NamedTuple):
 def find_flawed(
     pairs: PairSet, progress: Optional[Progress] = None, check: Optional[Callable[[], None]] = None
 ) -> Flaws:
-    """The flawed pairs of a set. About 0.13 s a pair of 512² pixels on a busy core; masks are not asked.
+    """The flawed pairs of a set. About 0.13 s a pair of 512² pixels on a core; masks are not asked.
 
     Args:
         pairs: the set, whose pictures are read one by one.
@@ -184,7 +190,7 @@ def flaws(looks: Mapping[str, Look], captions: Mapping[str, str]) -> Flaws:
     groups: dict[str, list[str]] = {}
     for name in looks:
         groups.setdefault(group_of(captions[name]), []).append(name)
-    edited = {g: sum(looks[n].taken is not None for n in names) for g, names in groups.items()}
+    edited = {g: sum(looks[n].put_in is not None for n in names) for g, names in groups.items()}
     rest = [name for g, names in groups.items() if edited[g] < LEAST for name in names]
     judged = {g: names for g, names in groups.items() if edited[g] >= LEAST}
     found: list[Flaw] = []
@@ -201,8 +207,7 @@ def flaws(looks: Mapping[str, Look], captions: Mapping[str, str]) -> Flaws:
 
 def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str], asked: bool) -> tuple[list[Flaw], str]:
     """(flaws, why overlaid pairs cannot be told; empty if they can). ``asked``: whether all ask for the same."""
-    names = [n for n, seen in looks.items() if seen.taken is not None]
-    taken = np.array([looks[n].taken for n in names], float)
+    names = [n for n, seen in looks.items() if seen.put_in is not None]
     usual = float(np.median([looks[n].changed for n in names])) if names else 0.0
     alike = _alike([looks[n].put_in for n in names]) if len(names) >= LEAST else np.zeros(len(names))
     common = len(names) >= LEAST and float(np.median(alike)) >= COMMON
@@ -217,26 +222,26 @@ def _of_group(looks: Mapping[str, Look], captions: Mapping[str, str], asked: boo
     if not common:
         return found, "the pairs do not put one and the same thing in"
     same = alike >= SAME
-    beside = np.array([looks[n].beside for n in names])
-    usually, left = float(np.median(taken[same])), float(np.median(beside[same]))
-    if usually < TAKES:
+    bare = _bare([looks[n] for n in names], same)
+    usually = float(np.median(bare[same]))
+    if usually < BARES:
         return found, "in most of the pairs next to nothing is taken away"
-    overlaid = (taken < min(LITTLE, OF_MEDIAN * usually)) & (beside >= left + LEFT)
-    limit = min(HARDLY, OF_USUAL * usually)
-    few = taken < limit
-    others = taken[same & ~few & ~overlaid]
-    clear = usually >= PLAINLY and len(others) and float(np.quantile(others, 0.1, method="lower")) >= CLEAR * limit
-    overlaid = same & (overlaid | few if clear else overlaid)
+    cut = np.array([looks[n].cut for n in names])
+    hides = usually < HIDES
+    limit = np.minimum((cut + CUT) ** POWER, HIGHEST_HIDING if hides else HIGHEST)
+    overlaid = same & ((bare + LITTLE) / (usually + LITTLE) < limit)
+    if hides:
+        overlaid &= cut >= CUTS
     unedited = {flaw.name for flaw in found}
     added = {n for n in names if adds(captions[n])}
     if 2 * len(added) >= len(names):
         added = set()  # only among replacements is a pair right because its caption adds
     for i in np.flatnonzero(overlaid):
         if names[i] not in unedited | added:
-            detail = f"something was taken away along {taken[i]:.0%} of what changed, in the others {usually:.0%}"
+            detail = f"of what changed {bare[i]:.0%} shows the room behind, in the others {usually:.0%}"
             found.append(Flaw(names[i], "overlaid", detail))
-    unclear = "how much is taken away differs so much from pair to pair that only plain cases are found"
-    return found, "" if clear else unclear
+    hiding = "in many pairs the new object hides most of the old one; only plain cases are found"
+    return found, hiding if hides else ""
 
 
 def _alike(put_in: Sequence[Optional[np.ndarray]]) -> np.ndarray:
@@ -245,6 +250,18 @@ def _alike(put_in: Sequence[Optional[np.ndarray]]) -> np.ndarray:
     cosines = units @ units.T
     others = ~np.eye(len(units), dtype=bool)
     return np.median(cosines[others].reshape(len(units), -1), axis=1)
+
+
+def _bare(looks: Sequence[Look], same: np.ndarray) -> np.ndarray:
+    """Share of each changed region that shows the room behind; the ``same`` pairs tell the new object's colours."""
+    put_in, around, bare = (
+        np.stack([np.asarray(getattr(seen, part), np.float32) for seen in looks])
+        for part in ("put_in", "around", "bare")
+    )
+    new = put_in**2
+    others = new[same].sum(0) - same[:, None] * new
+    others /= others.sum(1, keepdims=True).clip(1e-9)
+    return (bare * (around / (around + others + 1e-12)) ** 2).sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,63 +287,117 @@ def look(before: Tensor, after: Tensor) -> Look:
     if bool(region.all()):
         return Look(share, change.tone)
     was, is_now = (blur(oklab(t[None]), 0.7, 2)[0] for t in (old, new))
-    return Look(share, change.tone, _taken(was, is_now, region), _put_in(is_now, region), _beside(was, is_now, region))
+    solid = region.float()
+    near = (grown_by(solid, max(3, round(0.05 * max(region.shape)))) > 0) & (grown_by(solid, 2) == 0)
+    around, border = _colours(is_now, near), _border(region)
+    return Look(
+        share, change.tone, _put_in(is_now, region, around), around.half().numpy(),
+        _laid_bare(was, is_now, region, border).half().numpy(), _cut(was, is_now, region, border),
+    )  # fmt: skip
 
 
-def _taken(before: Tensor, after: Tensor, region: Tensor) -> float:
-    """Share of the region's border where the step across it is less than half of what it was."""
+class _Border(NamedTuple):
+    """The outermost pixels of a region, and the unit vector inwards at each, ``[n]``."""
+
+    rows: Tensor
+    columns: Tensor
+    down: Tensor
+    right: Tensor
+
+    def at(self, picture: Tensor, *inwards: int) -> Tensor:
+        """``[…, h, w]`` at so many pixels inwards → ``[k, …, n]``."""
+        height, width = picture.shape[-2:]
+        taken = []
+        for k in inwards:
+            y = (self.rows + k * self.down).round().long().clamp(0, height - 1)
+            x = (self.columns + k * self.right).round().long().clamp(0, width - 1)
+            taken.append(picture[..., y, x])
+        return torch.stack(taken)
+
+
+def _border(region: Tensor) -> _Border:
     solid = region.float()
     slopes = torch.gradient(blur(solid[None, None], 2.0, 5)[0, 0])
     length = torch.stack(slopes).norm(dim=0).clamp_min(1e-6)
     border = region & (grown_by(1 - solid, 1) > 0)
     border[0], border[-1], border[:, 0], border[:, -1] = False, False, False, False
     rows, columns = border.nonzero().unbind(1)
-    if not len(rows):
-        return 0.0
-    down, right = ((s / length)[rows, columns] for s in slopes)  # inwards
-    height, width = region.shape
-
-    def at(lab: Tensor, inwards: int) -> Tensor:
-        y = (rows + inwards * down).round().long().clamp(0, height - 1)
-        x = (columns + inwards * right).round().long().clamp(0, width - 1)
-        return lab[:, y, x]
-
-    def step(lab: Tensor) -> Tensor:
-        """The largest squared one between one to three pixels inside and as many outside."""
-        outside = torch.stack([at(lab, -k) for k in (1, 2, 3)])
-        inside = torch.stack([at(lab, k) for k in (1, 2, 3)])
-        return (inside[:, None] - outside[None]).square().sum(2).amax((0, 1))
-
-    return float((step(after) < 0.25 * step(before)).float().mean())
+    down, right = ((s / length)[rows, columns] for s in slopes)
+    return _Border(rows, columns, down, right)
 
 
-def _put_in(after: Tensor, region: Tensor) -> np.ndarray:
+def _put_in(after: Tensor, region: Tensor, around: Tensor) -> np.ndarray:
     """Square root of the histogram of the colours in the region that are rarer around it, as a unit vector (float16)."""
-    solid = region.float()
-    around = (grown_by(solid, max(3, round(0.05 * max(region.shape)))) > 0) & (grown_by(solid, 2) == 0)
-    place, total = _places(after), BINS[0] * BINS[1] * BINS[2]
-    inside, outside = (
-        _smooth(torch.bincount(place[where], minlength=total).float()) / max(1, int(where.sum()))
-        for where in (region, around)
-    )
-    native = (outside / (inside + 1e-9)).clamp_max(1)
-    counts = torch.bincount(place[region], minlength=total).float()
-    root = _smooth(counts * (1 - native)).sqrt()
+    native = (around / (_colours(after, region) + 1e-9)).clamp_max(1)
+    root = _smooth(_counts(after, region) * (1 - native)).sqrt()
     return F.normalize(root, dim=0).half().numpy()
 
 
-def _beside(before: Tensor, after: Tensor, region: Tensor) -> float:
-    """How much of what is close around the region has the region's former colours, beyond what the rest has of them."""
+def _laid_bare(before: Tensor, after: Tensor, region: Tensor, border: _Border) -> Tensor:
+    """Colours of the region's pixels that go on its surroundings and did not before, and of its border where the step across it
+    is less than half of what it was; either counts half."""
+    outside = _filled(after, (grown_by(region.float(), 1) == 0).float())
+    revealed = region & ((after - outside).norm(dim=0) < FLUSH) & ((before - outside).norm(dim=0) > FLUSH)
+    colours = _counts(after, revealed) / region.sum()
+    if not len(border.rows):
+        return 0.5 * colours
+
+    def step(lab: Tensor) -> Tensor:
+        """The largest squared one between one to three pixels inside and as many outside."""
+        inside, out = border.at(lab, 1, 2, 3), border.at(lab, -1, -2, -3)
+        return (inside[:, None] - out[None]).square().sum(2).amax((0, 1))
+
+    went = step(after) < 0.25 * step(before)
+    places = border.at(_places(after), 2)[0, went]
+    return 0.5 * (colours + torch.bincount(places, minlength=TOTAL).float() / len(went))
+
+
+def _filled(lab: Tensor, known: Tensor) -> Tensor:
+    """``[3, h, w]`` with what is not ``known`` made from what is nearest."""
+    filled, have = torch.zeros_like(lab), torch.zeros_like(known, dtype=torch.bool)
+    for sigma in (3, 6, 12):
+        sums, share = (blur(t[None], float(sigma), 2 * sigma)[0] for t in (lab * known, known[None]))
+        filled = torch.where(have, filled, sums / share.clamp_min(1e-4))
+        have |= share[0] > 0.02
+    return filled
+
+
+def _cut(before: Tensor, after: Tensor, region: Tensor, border: _Border) -> float:
+    """Share of the border at which what stood there before goes on outside."""
+    if not len(border.rows):
+        return 0.0
     solid = region.float()
     wide = max(5, round(0.04 * max(region.shape)))
-    close = (grown_by(solid, wide) > 0) & (grown_by(solid, 3) == 0)
-    far = grown_by(solid, wide + 2) == 0
-    shares = []
-    for picture, where in ((before, region), (after, close), (after, far)):
-        counts = torch.bincount(_places(picture)[where], minlength=BINS[0] * BINS[1] * BINS[2]).float()
-        shares.append(_smooth(counts) / counts.sum().clamp_min(1))
-    former, near, rest = shares
-    return float(torch.minimum((former - rest).clamp_min(0), near).sum())
+    beside = (grown_by(solid, wide) > 0) & (grown_by(solid, 3) == 0)
+    former, near, rest = (
+        _colours(picture, where)
+        for picture, where in ((before, region), (after, beside), (after, grown_by(solid, wide + 2) == 0))
+    )
+    old = (former - rest).clamp_min(0)
+    old = old / old.sum().clamp_min(1e-9)
+    parts = torch.stack([rest, old, torch.full_like(old, 1 / TOTAL)])
+    shares = torch.full((3, 1), 1 / 3)
+    for _ in range(40):  # what is beside the region is a mixture of these; expectation and maximisation
+        belongs = shares * parts
+        belongs = belongs / (belongs.sum(0) + 1e-12)
+        shares = (belongs * near).sum(1, keepdim=True)
+        shares = shares / shares.sum().clamp_min(1e-12)
+    of_old = (shares * parts)[1] / ((shares * parts).sum(0) + 1e-12)
+    is_old = of_old[_places(before)]
+    inside, outside = border.at(before, 1, 2, 3).mean(0), border.at(before, -3, -4).mean(0)
+    goes_on = torch.exp(-(inside - outside).square().sum(0) / 0.05**2)
+    both = torch.minimum(border.at(is_old, 1, 2).mean(0), border.at(is_old, -3, -4).mean(0))
+    return float((goes_on * both).mean())
+
+
+def _counts(lab: Tensor, where: Tensor) -> Tensor:
+    return torch.bincount(_places(lab)[where], minlength=TOTAL).float()
+
+
+def _colours(lab: Tensor, where: Tensor) -> Tensor:
+    """Smoothed histogram with a sum of 1."""
+    counts = _counts(lab, where)
+    return _smooth(counts) / counts.sum().clamp_min(1)
 
 
 def _places(lab: Tensor) -> Tensor:

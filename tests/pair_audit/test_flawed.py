@@ -6,17 +6,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from editloss_core.demo.scenes import Example, draw, edit_region, flawed, stool_pairs, write_folder
 from editloss_core.pair_audit.audit import audit
-from editloss_core.pair_audit.flawed import find_flawed, handle
+from editloss_core.pair_audit.flawed import find_flawed, flaws, handle, look
 from editloss_core.pairs import PairSet
 from editloss_core.training.config import ModelSection, PairsSection, RunSection, TrainingConfig, ValidationSection
 from editloss_core.training.config_reader import parse_config
 from editloss_core.training.run import load_pairs
 
+PARTS = Path(__file__).parents[1] / "pictures" / "parts"
 CANNOT = "whether an after picture still shows the old object cannot be told: "
 
 
@@ -46,9 +50,45 @@ def test_both_kinds_are_found_and_no_right_pair(examples: list[Example], masks: 
     assert [(f.name, f.kind) for f in found.found] == list(zip(names(examples)[6:], ("unedited", "overlaid")))
     assert found.notes == () and steps == [(i + 1, 8) for i in range(8)]
     assert re.fullmatch(r"0\.0% of the picture changes, in the others 1\d%", found.found[0].detail)
-    assert re.fullmatch(
-        r"something was taken away along [0-9]% of what changed, in the others [34]\d%", found.found[1].detail
-    )
+    assert re.fullmatch(r"of what changed [0-9]% shows the room behind, in the others [3-6]\d%", found.found[1].detail)
+
+
+@pytest.fixture(scope="module")
+def rendered() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of six rendered rooms: before, after, and the stool painted over the chair."""
+
+    def read(part: str, name: str) -> Tensor:
+        mode = "RGBA" if part in ("old", "new") else "L" if "shadow" in part else "RGB"
+        return torch.from_numpy(np.array(Image.open(PARTS / part / f"{name}.webp").convert(mode))).float() / 255
+
+    def over(picture: Tensor, layer: Tensor) -> Tensor:
+        return picture * (1 - layer[..., 3:]) + layer[..., :3] * layer[..., 3:]
+
+    found = []
+    for path in sorted((PARTS / "plate").glob("*.webp")):
+        plate, old, new, dark, darker = (
+            read(part, path.stem) for part in ("plate", "old", "new", "old_shadow", "new_shadow")
+        )
+        before = over(plate * (1 - dark[..., None]), old)
+        shade = 1 - darker[..., None]
+        found.append((before, over(plate * shade, new), over(before * shade, new)))
+    return found
+
+
+@pytest.mark.slow
+def test_rendered_chairs_that_still_stand_behind_the_stool(rendered: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Each in turn is the flawed one of six; rooms, chairs and light differ, and the stool has the colours of wood and floors. In so
+    few pairs not each is told, but none is taken for another."""
+    right, overlaid = ([look(pair[0], pair[side]) for pair in rendered] for side in (1, 2))
+    names = ["armchair", "bar_stool", "cushion_chair", "oak_chair", "osaka_chair", "thonet"]
+    captions = dict.fromkeys(names, "replace the chair with the stool")
+    assert flaws(dict(zip(names, right)), captions).found == ()
+    told = {}
+    for i, name in enumerate(names):
+        found = flaws(dict(zip(names, [*right[:i], overlaid[i], *right[i + 1 :]])), captions).found
+        told[name] = [(f.name, f.kind) for f in found]
+    assert told["armchair"] == [("armchair", "overlaid")]
+    assert all(found in ([], [(name, "overlaid")]) for name, found in told.items())
 
 
 @pytest.mark.slow
@@ -92,7 +132,7 @@ def test_what_is_done_with_them(examples: list[Example]) -> None:
     assert [p.name for p in out.pairs] == names(examples)[:6] and list(out.left_out) == names(examples)[6:]
     (note,) = out.pairs.notes
     assert note.startswith(f"2 of 8 pairs are flawed, and left out. {examples[6].seed}: nothing was edited (0.0% of")
-    assert f"{examples[7].seed}: the old object is still there (something was taken" in note
+    assert f"{examples[7].seed}: the old object is still there (of what changed" in note
     assert out.pairs.flawed == "leave out"
 
     kept = handle(pairs, "keep")
