@@ -716,14 +716,14 @@ def _ranking(
     elif isinstance(margin, Tensor) and one and margin.ndim == 2:
         margin = margin.squeeze(1)
     assert not isinstance(margin, str)
-    d_neg = d_neg[0] if one else torch.stack(d_neg, 1)
-    return _hinge_loss(d_pos, d_neg, margin, reduction, sample_weights, smooth, neg_agg)
+    of_negatives = d_neg[0] if one else torch.stack(d_neg, 1)
+    return _hinge_loss(d_pos, of_negatives, margin, reduction, sample_weights, smooth, neg_agg)
 
 
 def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
     if weights is None and reduction == "mean" and (agg == "mean" or a.ndim == 2):
         _check_ordinary(a, b)
-        if kind != "cos" and _is_small(a):
+        if kind != "cos" and a.numel() <= SMALL_ELEMENTS and not _is_compiling():
             return _MeanDifference.apply(kind, a, b)
         return _TokenDistances.apply(kind, True, a, b)
     sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
@@ -804,9 +804,10 @@ def _cosine_distances(dot: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, Tens
     return 1.0 - cosine, cosine
 
 
-def _slopes(
-    dist: str, g: Tensor, scalars: Sequence[Tensor], of_anchor: bool, of_references: bool
-) -> Tuple[Optional[Tensor], ...]:
+Slopes = Tuple[Any, ...]  # tensors; None where no gradient needs one
+
+
+def _slopes(dist: str, g: Tensor, scalars: Sequence[Tensor], of_anchor: bool, of_references: bool) -> Slopes:
     """The factors of :func:`_differentiate`, ``[B, ..., 1]`` and ``[R, B, ..., 1]``: own_a, cross_a, own_r, cross_r of a cosine;
     of a difference one, which may be one number.
 
@@ -825,9 +826,8 @@ def _slopes(
             own_r = (g_cosine / torch.threshold(rr, floor, math.inf)).unsqueeze(-1)
             cross_r = (rr / aa_).sqrt_().mul_(g / rr_).unsqueeze(-1)
         return own_a, cross_a, own_r, cross_r
-    if (
-        dist == "euclidean"
-    ):  # the direction diff / ‖diff‖; at and extremely near 0, where float32 has none, it fades to 0
+    if dist == "euclidean":
+        # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
         g = g / scalars[0].clamp_min(1e-18)
     elif dist == "l2":
         g = 2.0 * g
@@ -860,13 +860,13 @@ def _measure(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype
     return _stacked(sums), a.square().sum(-1), _stacked(squares)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: List[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _differentiate(
     dist: str,
-    slopes: Sequence[Optional[Tensor]],
+    slopes: Slopes,
     anchor: Tensor,
     references: Sequence[Tensor],
     needs: Sequence[bool],
@@ -875,7 +875,8 @@ def _differentiate(
     """The gradients that are needed: own · x − cross · y of a cosine for both its vectors, slope · (a − r) or its sign of a
     difference; nothing of references that are not ``used``."""
     dtype, rs, total = _compute_dtype(anchor, *references), _each(references, anchor), None
-    a, parts, wanted = _ready(anchor, dtype), [None] * len(rs), [False] * len(rs)
+    a, wanted = _ready(anchor, dtype), [False] * len(rs)
+    parts: Dict[int, Tensor] = {}
     if any(needs[1:]):
         wanted = [need for r, need in zip(references, needs[1:]) for _ in _each([r], anchor)]
     for i, j in enumerate(range(len(rs)) if used is None else used):
@@ -894,21 +895,20 @@ def _differentiate(
             if needs[0]:
                 total = step.mul_(slope) if total is None else total.addcmul_(step, slope)
     results = [None if total is None else total.to(anchor.dtype)]
-    if not any(needs[1:]):
-        return results + [None] * len(references)
-    rest = iter(torch.zeros_like(r, dtype=dtype) if w and p is None else p for r, w, p in zip(rs, wanted, parts))
+    j = 0
     for x, need in zip(references, needs[1:]):
-        found = [next(rest) for _ in range(x.shape[1])] if x.ndim > anchor.ndim else next(rest)
-        if need:
-            found = torch.stack(found, 1) if isinstance(found, list) else found
-            results.append(found.to(x.dtype))
-        else:
-            results.append(None)
+        count, several = (x.shape[1], True) if x.ndim > anchor.ndim else (1, False)
+        found = [parts[i] if i in parts else torch.zeros_like(a) for i in range(j, j + count)] if need else []
+        results.append((torch.stack(found, 1) if several else found[0]).to(x.dtype) if need else None)
+        j += count
     return results
 
 
 class _MeanDifference(torch.autograd.Function):
-    """The mean over tokens of ‖a − b‖² or Σ|a − b|: of few numbers, where every call counts, one sum over all of them."""
+    """The mean over tokens of ‖a − b‖² or Σ|a − b|: of few numbers, where every call counts, one sum over all of them.
+
+    Saved for backward: a − b, as large as an input.
+    """
 
     @staticmethod
     def forward(ctx: Any, dist: str, a: Tensor, b: Tensor) -> Tensor:
@@ -955,7 +955,7 @@ def _measure_in_blocks(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: t
 
 def _differentiate_in_blocks(
     dist: str,
-    slopes: Sequence[Optional[Tensor]],
+    slopes: Slopes,
     anchor: Tensor,
     references: Sequence[Tensor],
     needs: Sequence[bool],
@@ -967,35 +967,37 @@ def _differentiate_in_blocks(
         for x, need in zip((anchor, *references), needs)
     ]
     a, to_a = _as_rows(anchor), None if results[0] is None else _as_rows(results[0])
-    rs, to_rs = [_as_rows(r) for r in _each(references, anchor)], []
+    rs = [_as_rows(r) for r in _each(references, anchor)]
+    to_rs: List[Optional[Tensor]] = []
     for reference, result in zip(references, results[1:]):
         count = reference.shape[1] if reference.ndim > anchor.ndim else 1
         to_rs += [None] * count if result is None else [_as_rows(x) for x in _each([result], anchor)]
     if used is not None:
-        for j in set(range(len(rs))).difference(used):
-            if to_rs[j] is not None:
-                to_rs[j].zero_()
+        for j, to_r in enumerate(to_rs):
+            if to_r is not None and j not in used:
+                to_r.zero_()
         rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
     shape = (len(rs), *a.shape[:2], 1)
-    own_a, *factors = (
+    # One number, or one of every sample and token, is that of every reference as well.
+    factors: List[Any] = [
         x if x is None else x.expand(shape[:1] + anchor.shape[:-1] + (1,)).reshape(shape) for x in slopes
-    )
+    ]
 
     def write(block: Block, bench: _Bench) -> None:
         x, total = bench.load("anchor", a, block), None
         if to_a is not None and dist == "cos":
-            total = torch.mul(x, _part(own_a[0], block), out=bench.target("total", to_a, block))
+            total = torch.mul(x, _part(factors[0][0], block), out=bench.target("total", to_a, block))
         for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
             r = bench.load("reference", rows, block)
             if dist == "cos":
-                cross_a, own_r, cross_r = factors
+                _, cross_a, own_r, cross_r = factors
                 if total is not None:
                     total.addcmul_(r, _part(cross_a[j], block), value=-1)
                 if to_r is not None:
                     part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
                     bench.store(part.addcmul_(x, _part(cross_r[j], block), value=-1), to_r, block)
                 continue
-            slope = _part(own_a[j], block)
+            slope = _part(factors[0][j], block)
             step = torch.sub(x, r, out=bench.scratch("product", x.shape))
             step = step.sign_() if dist == "l1" else step
             if to_r is not None:
@@ -1005,7 +1007,7 @@ def _differentiate_in_blocks(
                     total = torch.mul(step, slope, out=bench.target("total", to_a, block))
                 else:
                     total.addcmul_(step, slope)
-        if to_a is not None:
+        if to_a is not None and total is not None:
             bench.store(total, to_a, block)
 
     _Blocks([a, *rs], _compute_dtype(anchor, *references)).each(write, backwards=True)
