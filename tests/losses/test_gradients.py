@@ -283,6 +283,17 @@ def test_unused_outputs_and_partial_gradients(pieces):
     torch.testing.assert_close(b.grad, y.grad)
 
 
+@pytest.mark.parametrize("dist", ["cos", "l2"])
+def test_of_stacked_references_one_is_used(pieces, dist):
+    """The others' gradient is 0, and their NaN reaches nobody."""
+    a, stacked = leaves((A, torch.stack([P * torch.nan, N], 1)))
+    losses._distances(a, [stacked], dist)[1].sum().backward()
+    x, y = leaves((A, N))
+    plain_tokens(x, y, dist).sum().backward()
+    torch.testing.assert_close(a.grad, x.grad)
+    torch.testing.assert_close(stacked.grad, torch.stack([torch.zeros_like(N), y.grad], 1))
+
+
 # --- second order ----------------------------------------------------------------------------------------------------
 
 SECOND_ORDER = {
