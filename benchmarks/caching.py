@@ -12,7 +12,6 @@ benchmarks/results/caching.md.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from load import add_switch, busy, told
 from PIL import Image
 from step_tools import machine
 from torch.nn import functional as F
@@ -49,6 +49,7 @@ parser.add_argument(
     "--elsewhere", type=float, default=30.0, help="milliseconds per pair of the encoder that sleeps (default: 30)"
 )
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the encoder")
+add_switch(parser)
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def main() -> None:
         encoders[f"{args.elsewhere:g} ms elsewhere"] = Elsewhere(args.elsewhere / 1000)
     ways = {ONE_BY_ONE: (one_by_one, at_once), BESIDE: (preparing.ahead, preparing.behind)}
     took = {(label, way): [] for label in encoders for way in ways}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, busy(args.load):
         folder = Path(place)
         write_pairs(folder, args.pairs, args.pixels)
         pairs = find_pairs(folder, resolution=args.resolution, default_caption="edit")
@@ -139,17 +140,18 @@ def main() -> None:
                 for way, (preparing.ahead, preparing.behind) in ways.items():
                     cache = folder / "caches" / label / way / str(block)
                     shutil.copytree(ready, cache)
-                    busy = Busy(type(encoder).forward.__get__(encoder), args.device)
-                    encoder.forward, began, used = busy, time.perf_counter(), time.process_time()
+                    work = Busy(type(encoder).forward.__get__(encoder), args.device)
+                    encoder.forward, began, used = work, time.perf_counter(), time.process_time()
                     made[way] = preparing.prepare(part, vae, {encoder.info.name: encoder}, cache, crop=args.crop)
-                    took[label, way].append((time.perf_counter() - began, busy.seconds, time.process_time() - used))
+                    took[label, way].append((time.perf_counter() - began, work.seconds, time.process_time() - used))
                 for i in range(len(part)):
                     a, b = (made[way].embeddings([i]).tensors for way in ways)
                     assert all(torch.equal(a[key], b[key]) for key in a), f"the embeddings of pair {i} differ"
+        load = told(args.load)
     lines = [
         "# Caching the embeddings of pairs",
         "",
-        f"{machine(torch.device(args.device))}, {os.cpu_count()} cores. {args.pairs} pairs of {args.pixels}² files at {args.resolution}², crop {args.crop}², "
+        f"{machine(torch.device(args.device))}, {load}. {args.pairs} pairs of {args.pixels}² files at {args.resolution}², crop {args.crop}², "
         f"in {args.blocks} blocks that take turns.",
         "",
         "| encoder | reading and writing | encoder busy | time | milliseconds a pair | cores in use |",

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 import torch
+from load import add_switch, busy, told
 from step_tools import MIB, Clock, machine, memory, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,6 +62,7 @@ parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--alpha", type=float, default=24.0)
 parser.add_argument("--steps", type=int, default=7, help="steps that are timed, after two that are not (default: 7)")
 parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
+add_switch(parser)
 
 
 class BareDenoiser:
@@ -295,24 +297,26 @@ def main() -> None:
         for adapters in dict.fromkeys(("fp32", dtype))
         for checkpointing in ((True,) if large else (False, True))
     ]
-    for dtype, adapters, checkpointing in tqdm(cases, disable=None):
-        found = compare(args, FLUX if large else SMALL, dtype, DTYPES[adapters], checkpointing)
-        ours, theirs = found.clocks
-        cpu = "–" if device.type == "cuda" else f"{ratio(ours.cpu, theirs.cpu):.2f} ×"
-        parted = max(abs(a - b) / abs(b) for a, b in found.losses)
-        rows.append(
-            f"| {dtype} | {adapters} | {'yes' if checkpointing else 'no'} | {ratio(ours.wall, theirs.wall):.2f} × | {cpu} | "
-            f"{found.peaks[0] / found.peaks[1]:.2f} × | {statistics.median(ours.wall):.2f} s, "
-            f"{found.peaks[0] / MIB:.0f} MiB | {parted:.1g} | {found.gradients:.1g} | {found.drift:.1g} |"
-        )
-        tqdm.write(rows[-1])
+    with busy(args.load):
+        for dtype, adapters, checkpointing in tqdm(cases, disable=None):
+            found = compare(args, FLUX if large else SMALL, dtype, DTYPES[adapters], checkpointing)
+            ours, theirs = found.clocks
+            cpu = "–" if device.type == "cuda" else f"{ratio(ours.cpu, theirs.cpu):.2f} ×"
+            parted = max(abs(a - b) / abs(b) for a, b in found.losses)
+            rows.append(
+                f"| {dtype} | {adapters} | {'yes' if checkpointing else 'no'} | {ratio(ours.wall, theirs.wall):.2f} × | {cpu} | "
+                f"{found.peaks[0] / found.peaks[1]:.2f} × | {statistics.median(ours.wall):.2f} s, "
+                f"{found.peaks[0] / MIB:.0f} MiB | {parted:.1g} | {found.gradients:.1g} | {found.drift:.1g} |"
+            )
+            tqdm.write(rows[-1])
+        load = told(args.load)
     import diffusers
     import peft
 
     lines = [
         f"# A plain LoRA step beside diffusers and peft, {args.size} size",
         "",
-        f"{machine(device)}, diffusers {diffusers.__version__}, peft {peft.__version__}. FluxTransformer2DModel, pictures of "
+        f"{machine(device)}, {load}, diffusers {diffusers.__version__}, peft {peft.__version__}. FluxTransformer2DModel, pictures of "
         f"{args.pixels}² with their reference, batch {args.batch}, rank {args.rank}, attention and MLP layers, AdamW. Medians "
         f"of {args.steps} steps each that take turns. Below 1 is faster, or smaller, than theirs. Peak: what a step holds beside "
         f"the frozen weights. Our LoRA and its optimiser are fp32 always; bf16 ones (add_adapter's) are half as large, and round "

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+from load import add_switch, busy, told
 from PIL import Image
 from step_tools import machine
 from torch import nn
@@ -58,6 +59,7 @@ parser.add_argument("--blocks", type=int, default=4, help="of the transformer (d
 parser.add_argument("--rank", type=int, default=16, help="of the LoRA (default: 16)")
 parser.add_argument("--pixels", type=int, default=96, help="side of the pictures (default: 96)")
 parser.add_argument("--pairs", type=int, default=128, help="that are encoded (default: 128)")
+add_switch(parser)
 parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
 
 
@@ -238,11 +240,12 @@ def main() -> None:
         leave(0)
     torch.set_num_threads(1)
     load = [os.getloadavg()[0]]
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, busy(options.load):
         folder = Path(name)
         found = steps(options, folder)
         load.append(os.getloadavg()[0])
         rates = throughput(options, folder)
+        others = told(options.load)
     load.append(os.getloadavg()[0])
     one, two = ([statistics.median(run["seconds"]) for run in found[n]] for n in (1, 2))
     processor = {n: [run["processor"] for run in found[n]] for n in (1, 2)}
@@ -250,7 +253,7 @@ def main() -> None:
     lines = [
         "# Several processes",
         "",
-        f"{machine(torch.device('cpu'))} per process, {os.cpu_count()} cores; gloo on loopback; `python benchmarks/processes.py`. Load "
+        f"{machine(torch.device('cpu'))} per process; gloo on loopback; `{' '.join(['python benchmarks/processes.py', *sys.argv[1:]])}`; {others}. Load "
         f"average before, between and after the two parts: {', '.join(f'{v:.1f}' for v in load)}. Where it is above the number of "
         "processes that were started, other work ran, and more processes get more of the machine: then the columns of processor time "
         "tell, and those of wall time do not.",

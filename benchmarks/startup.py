@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from load import add_switch, busy, told
 from step_tools import machine
 from tqdm import tqdm
 
@@ -74,6 +75,7 @@ parser.add_argument(
     "--comfyui", default="", help="ComfyUI's folder (default: COMFYUI_PATH; without one, the core alone)"
 )
 parser.add_argument("--repeats", type=int, default=9, help="processes of each (default: 9)")
+add_switch(parser)
 
 
 def measured(code: str, *arguments: str) -> dict:
@@ -92,7 +94,9 @@ def main() -> None:
     codes = [(CORE,), *([(PACK, str(ROOT), comfyui)] if comfyui else [])]
     for code in codes:
         measured(*code)  # to have all files in memory, and compiled
-    runs = [[measured(*code) for code in codes] for _ in tqdm(range(args.repeats), disable=None)]
+    with busy(args.load):
+        runs = [[measured(*code) for code in codes] for _ in tqdm(range(args.repeats), disable=None)]
+        load = told(args.load)
 
     def row(label: str, which: int, name: str, base: str = "") -> str:
         wall, processor = (statistics.median(run[which][name][k] for run in runs) for k in (0, 1))
@@ -102,7 +106,7 @@ def main() -> None:
     lines = [
         "# Start-up",
         "",
-        f"{machine(torch.device('cpu'))}. Medians of {args.repeats} processes. A busy machine stretches the wall time; shares are of "
+        f"{machine(torch.device('cpu'))}; {load}. Medians of {args.repeats} processes. A busy machine stretches the wall time; shares are of "
         "processor time.",
         "",
         "| | seconds | of processor time | share |",

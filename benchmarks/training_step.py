@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import torch
 from in_comfyui import ROOT, start
+from load import add_switch, busy, told
 from step_tools import MIB, machine, memory
 from tqdm import tqdm
 
@@ -67,6 +68,7 @@ parser.add_argument(
 parser.add_argument("--steps", type=int, default=6, help="counted steps of a run (default: 6)")
 parser.add_argument("--rounds", type=int, default=5, help="runs of each (default: 5)")
 parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU (default: 1)")
+add_switch(parser)
 
 
 class Mark(torch.autograd.Function):
@@ -323,31 +325,33 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     head = f"| | step | {' | '.join(COLUMNS)} | peak memory | beside the weights |"
     lines = []
-    for dtype in args.dtypes.split(",") if args.size == "kontext" else ("fp32",):
-        found = cases(args, pack, device, dtype)
-        for _ in tqdm(range(args.rounds), disable=None):
+    with busy(args.load):
+        for dtype in args.dtypes.split(",") if args.size == "kontext" else ("fp32",):
+            found = cases(args, pack, device, dtype)
+            for _ in tqdm(range(args.rounds), disable=None):
+                for case in found.values():
+                    case.run(args.steps, with_memory=False)
             for case in found.values():
-                case.run(args.steps, with_memory=False)
-        for case in found.values():
-            case.run(args.steps, with_memory=True)
-        seconds = statistics.median(found[PLAIN].seconds)
-        lines += [
-            "",
-            f"Weights in {dtype}; a plain step takes {seconds:.3f} s.",
-            "",
-            head,
-            "|" + "---|" * (len(COLUMNS) + 4),
-        ]
-        lines += rows(found)
-        print("\n".join(lines[-6:]), flush=True)
-        del found
+                case.run(args.steps, with_memory=True)
+            seconds = statistics.median(found[PLAIN].seconds)
+            lines += [
+                "",
+                f"Weights in {dtype}; a plain step takes {seconds:.3f} s.",
+                "",
+                head,
+                "|" + "---|" * (len(COLUMNS) + 4),
+            ]
+            lines += rows(found)
+            print("\n".join(lines[-6:]), flush=True)
+            del found
+        load = told(args.load)
     shape = (
         "pictures of 128², decoded whole" if args.size == "demo" else f"pictures of {args.pixels}², crop {args.crop}²"
     )
     title = [
         f"# A training step, {args.size} size",
         "",
-        f"{machine(device)}, batch {args.batch or (6 if args.size == 'demo' else 1)}, rank 16, {shape}. Shares are of the plain "
+        f"{machine(device)}, {load}, batch {args.batch or (6 if args.size == 'demo' else 1)}, rank 16, {shape}. Shares are of the plain "
         f"step's time, medians of {args.rounds} runs of {args.steps} steps that take turns. `backward` is the model's; those of "
         "decoder and encoder are in their own columns, with what they compute again.",
     ]

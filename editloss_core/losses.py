@@ -77,6 +77,7 @@ DISTANCES = ("cos", "l2")
 MATCHES = ("l2", "l1", "cos")
 
 MIN_NORM = 1e-4  # below it a vector has no trustworthy direction: the cosine is clamped and its gradient fades
+SMALL_ELEMENTS = 1 << 18  # up to so many numbers, more calls cost more than memory does, and there are no blocks
 BLOCK_ELEMENTS = 1 << 20  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
 SHARED_ELEMENTS = 1 << 19  # from so many numbers on, the blocks are shared among threads …
 SMALLEST_SHARE = 1 << 18  # … at least so many each, so that there are some blocks for every thread
@@ -470,7 +471,7 @@ def token_distances(anchor: Tensor, references: Sequence[Tensor], dist: str = "c
         came = "an empty one" if isinstance(references, (list, tuple)) else type(references).__name__
         raise ValueError(f"references: expected a list of at least one tensor, got {came}")
     _check_embeddings(anchor=anchor, **{f"references[{i}]": r for i, r in enumerate(references)})
-    return _distances(anchor, references, dist)
+    return list(_distances(anchor, references, dist))
 
 
 def aggregate_tokens(distances: Tensor, agg: str = "mean", weights: Optional[Tensor] = None) -> Tensor:
@@ -561,14 +562,9 @@ def margin_ranking_on_distances(
         raise ValueError(f"margin: expected a number or a tensor, got {margin!r}, which needs embeddings")
     sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
     dtype = _compute_dtype(d_pos, d_neg)
-    d_pos, d_neg = d_pos.to(dtype), d_neg.to(dtype)
     if isinstance(margin, Tensor):
         _check_margin_tensor(margin, d_neg.shape, d_neg.device)
-        margin = margin.to(dtype)
-        if d_neg.ndim == 2 and margin.ndim == 1:
-            margin = margin.unsqueeze(1)
-    excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
-    return _reduce(_aggregate(_hinge(excess, smooth), neg_agg, None), reduction, sample_weights)
+    return _hinge_loss(d_pos.to(dtype), d_neg.to(dtype), margin, reduction, sample_weights, smooth, neg_agg)
 
 
 def contrastive_on_distances(
@@ -656,6 +652,24 @@ def _hinge(x: Tensor, smooth: float) -> Tensor:
     return smooth * F.softplus(x / smooth) if smooth > 1e-30 else x.relu()
 
 
+def _hinge_loss(
+    d_pos: Tensor,
+    d_neg: Tensor,
+    margin: Union[float, Tensor],
+    reduction: str,
+    sample_weights: Optional[Tensor],
+    smooth: float,
+    neg_agg: str,
+) -> Tensor:
+    """:func:`margin_ranking_on_distances` where all is checked and of one dtype."""
+    if isinstance(margin, Tensor):
+        margin = margin.to(d_neg.dtype)
+        if d_neg.ndim == 2 and margin.ndim == 1:
+            margin = margin.unsqueeze(1)
+    excess = (d_pos.unsqueeze(1) if d_neg.ndim == 2 else d_pos) - d_neg + margin
+    return _reduce(_aggregate(_hinge(excess, smooth), neg_agg, None), reduction, sample_weights)
+
+
 def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]) -> Tensor:
     if sample_weights is not None:
         per_sample = per_sample * sample_weights.to(per_sample.dtype)
@@ -694,13 +708,24 @@ def _ranking(
         _check_margin_tensor(margin, torch.Size([anchor.shape[0], count]), anchor.device)
     sample_weights, token_weights = _split_weights(weights, anchor.shape[:-1], anchor.device)
     d_pos, *d_neg = _aggregated_distances(anchor, [positive, *negatives], dist, agg, token_weights)
+    one = len(d_neg) == 1  # as [B]: [B, 1] would take more calls
     if fraction is not None:
         with torch.no_grad():
-            margin = fraction * torch.stack(_aggregated_distances(positive, negatives, dist, agg, token_weights), 1)
-    return margin_ranking_on_distances(d_pos, torch.stack(d_neg, 1), margin, reduction, sample_weights, smooth, neg_agg)
+            reach = _aggregated_distances(positive, negatives, dist, agg, token_weights)
+            margin = fraction * (reach[0] if one else torch.stack(reach, 1))
+    elif isinstance(margin, Tensor) and one and margin.ndim == 2:
+        margin = margin.squeeze(1)
+    assert not isinstance(margin, str)
+    of_negatives = d_neg[0] if one else torch.stack(d_neg, 1)
+    return _hinge_loss(d_pos, of_negatives, margin, reduction, sample_weights, smooth, neg_agg)
 
 
 def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: Optional[Tensor]) -> Tensor:
+    if weights is None and reduction == "mean" and (agg == "mean" or a.ndim == 2):
+        _check_ordinary(a, b)
+        if kind != "cos" and a.numel() <= SMALL_ELEMENTS and not _is_compiling():
+            return _MeanDifference.apply(kind, a, b)
+        return _TokenDistances.apply(kind, True, a, b)
     sample_weights, token_weights = _split_weights(weights, a.shape[:-1], a.device)
     (d,) = _distances(a, [b], kind)
     return _reduce(_aggregate(d, agg, token_weights), reduction, sample_weights)
@@ -711,156 +736,282 @@ def _match(a: Tensor, b: Tensor, kind: str, agg: str, reduction: str, weights: O
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _distances(anchor: Tensor, references: Sequence[Tensor], dist: str) -> List[Tensor]:
+def _distances(anchor: Tensor, references: Sequence[Tensor], dist: str) -> Sequence[Tensor]:
     """:func:`token_distances` of what is checked already; a reference ``[B, K, ..., D]`` stands for K."""
-    if not _is_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in (anchor, *references)):
-        for i, x in enumerate((anchor, *references)):
-            if x.is_inference():
-                name = "anchor" if i == 0 else f"references[{i - 1}]"
-                raise ValueError(
-                    f"{name}: expected an ordinary tensor, got one made under torch.inference_mode(), which backward "
-                    "cannot use; clone it outside inference mode"
-                )
-    return list(_TokenDistances.apply(dist, anchor, *references))
+    _check_ordinary(anchor, *references)
+    return _TokenDistances.apply(dist, False, anchor, *references)
 
 
 class _TokenDistances(torch.autograd.Function):
-    """d_j = dist(anchor, reference_j) per token; a reference ``[B, K, ..., D]`` counts as K of them.
+    """d_j = dist(anchor, reference_j) per token; a reference ``[B, K, ..., D]`` counts as K of them. With ``mean`` the mean of
+    all of these, which many a loss is.
 
     Saved for backward: the inputs themselves and, per token, the squared norms and the distances.
     """
 
     @staticmethod
-    def forward(ctx: Any, dist: str, anchor: Tensor, *references: Tensor) -> Tuple[Tensor, ...]:
-        a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
-        work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
-        cosine = dist == "cos"
-        sums, squares = work.per_token(len(rs)), work.per_token(1 + len(rs)) if cosine else None
-
-        def measure(block: Block, bench: _Bench) -> None:
-            x = bench.load("anchor", a, block)
-            if squares is not None:
-                bench.dot(x, x, squares[0], block)
-            for j, rows in enumerate(rs):
-                r = bench.load("reference", rows, block)
-                if squares is not None:
-                    bench.dot(r, r, squares[1 + j], block)
-                    bench.dot(x, r, sums[j], block)
-                else:
-                    diff = torch.sub(x, r, out=bench.scratch("product", x.shape))
-                    bench.sum(diff.abs_() if dist == "l1" else diff.square_(), sums[j], block)
-
-        work.each(measure)
-        if squares is not None:
-            sums = 1.0 - _cosine(sums, squares[:1], squares[1:])
+    def forward(ctx: Any, dist: str, mean: bool, anchor: Tensor, *references: Tensor) -> Any:
+        measure = _measure if _is_small(anchor) else _measure_in_blocks
+        d, *squares = measure(dist, anchor, _each(references, anchor), _compute_dtype(anchor, *references))
+        if dist == "cos":
+            d, cosine = _cosine_distances(d, *squares)
+            ctx.save_for_backward(anchor, *references, cosine, *squares)
         elif dist == "euclidean":
-            sums = sums.sqrt_()
-        ctx.dist, ctx.inputs = dist, 1 + len(references)
-        scalars = (squares, sums) if cosine else (sums,) if dist == "euclidean" else ()
-        ctx.save_for_backward(anchor, *references, *scalars)
+            ctx.save_for_backward(anchor, *references, d.sqrt_())
+        else:
+            ctx.save_for_backward(anchor, *references)
+        ctx.dist, ctx.inputs, ctx.count = dist, 1 + len(references), d.numel() if mean else 0
         ctx.set_materialize_grads(False)
-        return sums.view(len(rs), *anchor.shape[:-1]).unbind()
+        return d.mean() if mean else d.unbind()
 
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         _refuse_second_order()
         saved = ctx.saved_tensors  # read once: non-reentrant checkpointing allows no second time
-        (anchor, *references), scalars = saved[: ctx.inputs], saved[ctx.inputs :]
-        a, rs = _as_rows(anchor), _rows_of_each(references, anchor.ndim)
-        results = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
-            for x, need in zip((anchor, *references), ctx.needs_input_grad[1:])
-        ]
-        to_a = None if results[0] is None else _as_rows(results[0])
-        to_rs: List[Optional[Tensor]] = []
-        for result, reference in zip(results[1:], references):
-            pieces = _rows_of_each([reference if result is None else result], anchor.ndim)
-            to_rs += pieces if result is not None else [None] * len(pieces)
-        used = [j for j, g in enumerate(grads) if g is not None]
+        (anchor, *references), scalars, needs = saved[: ctx.inputs], saved[ctx.inputs :], ctx.needs_input_grad[2:]
+        given, used = [g for g in grads if g is not None], None
+        if not given:
+            return (None, None, *(torch.zeros_like(x) if need else None for x, need in zip(saved, needs)))
+        if ctx.count:
+            g = given[0] / ctx.count
+        else:
+            g = torch.stack(given)
+            if len(given) < len(grads):
+                used = [j for j, x in enumerate(grads) if x is not None]
+                scalars = [x[used] if x.ndim == anchor.ndim else x for x in scalars]
+        slopes = _slopes(ctx.dist, g, scalars, needs[0], any(needs[1:]))
+        differentiate = _differentiate if _is_small(anchor) else _differentiate_in_blocks
+        return (None, None, *differentiate(ctx.dist, slopes, anchor, references, needs, used))
+
+
+def _is_small(anchor: Tensor) -> bool:
+    """Whether to work in one piece: laying out blocks would take longer than the work, or a compiler makes its own."""
+    return anchor.numel() <= SMALL_ELEMENTS or _is_compiling()
+
+
+def _each(references: Sequence[Tensor], anchor: Tensor) -> List[Tensor]:
+    """All references shaped like the anchor, K views for one that has a dimension more."""
+    return [x for r in references for x in (r.unbind(1) if r.ndim > anchor.ndim else (r,))]
+
+
+# --- per token -------------------------------------------------------------------------------------------------------
+
+
+def _cosine_distances(dot: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, Tensor]:
+    """1 − cos, and cos, from dot products and squared norms; written so that identical vectors give exactly 0 and 1."""
+    aa, rr = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
+    cosine = (dot / aa).mul_((aa / rr).sqrt_()).clamp_(-1.0, 1.0)
+    return 1.0 - cosine, cosine
+
+
+Slopes = Tuple[Any, ...]  # tensors; None where no gradient needs one
+
+
+def _slopes(dist: str, g: Tensor, scalars: Sequence[Tensor], of_anchor: bool, of_references: bool) -> Slopes:
+    """The factors of :func:`_differentiate`, ``[B, ..., 1]`` and ``[R, B, ..., 1]``: own_a, cross_a, own_r, cross_r of a cosine;
+    of a difference one, which may be one number.
+
+    ∂(1 − cos) is linear in the two vectors. Below MIN_NORM the own part vanishes (the clamped norm is a constant) and the
+    cross part fades with ‖x‖ / MIN_NORM.
+    """
+    if dist == "cos":
+        cosine, aa, rr = scalars
+        g_cosine, floor = g * cosine, MIN_NORM**2
+        aa_, rr_ = aa.clamp_min(floor), rr.clamp_min(floor)
+        own_a = cross_a = own_r = cross_r = None
+        if of_anchor:
+            own_a = (g_cosine.sum(0) / torch.threshold(aa, floor, math.inf)).unsqueeze(-1)
+            cross_a = (aa / rr_).sqrt_().mul_(g / aa_).unsqueeze(-1)
+        if of_references:
+            own_r = (g_cosine / torch.threshold(rr, floor, math.inf)).unsqueeze(-1)
+            cross_r = (rr / aa_).sqrt_().mul_(g / rr_).unsqueeze(-1)
+        return own_a, cross_a, own_r, cross_r
+    if dist == "euclidean":
+        # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
+        g = g / scalars[0].clamp_min(1e-18)
+    elif dist == "l2":
+        g = 2.0 * g
+    return (g.unsqueeze(-1) if g.ndim else g,)
+
+
+# --- in one piece ----------------------------------------------------------------------------------------------------
+
+
+def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the computation and, so that sums of equal vectors are equal, with the features side by side."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.stride(-1) == 1 or _is_compiling() else x.contiguous()
+
+
+def _measure(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype) -> Tuple[Tensor, ...]:
+    """Sums over the features: of |a − r| or (a − r)², ``[R, B, ...]``; or of a · r, a · a ``[B, ...]`` and r · r."""
+    a, sums, squares = _ready(anchor, dtype), [], []
+    for r in rs:
+        r = _ready(r, dtype)
+        if dist == "cos":
+            sums.append((a * r).sum(-1))
+            squares.append(r.square().sum(-1))
+        else:
+            step = a - r
+            sums.append((step.abs_() if dist == "l1" else step.square_()).sum(-1))
+    if dist != "cos":
+        return (_stacked(sums),)
+    return _stacked(sums), a.square().sum(-1), _stacked(squares)
+
+
+def _stacked(tensors: List[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _differentiate(
+    dist: str,
+    slopes: Slopes,
+    anchor: Tensor,
+    references: Sequence[Tensor],
+    needs: Sequence[bool],
+    used: Optional[Sequence[int]],
+) -> List[Optional[Tensor]]:
+    """The gradients that are needed: own · x − cross · y of a cosine for both its vectors, slope · (a − r) or its sign of a
+    difference; nothing of references that are not ``used``."""
+    dtype, rs, total = _compute_dtype(anchor, *references), _each(references, anchor), None
+    a, wanted = _ready(anchor, dtype), [False] * len(rs)
+    parts: Dict[int, Tensor] = {}
+    if any(needs[1:]):
+        wanted = [need for r, need in zip(references, needs[1:]) for _ in _each([r], anchor)]
+    for i, j in enumerate(range(len(rs)) if used is None else used):
+        r = _ready(rs[j], dtype)
+        if dist == "cos":
+            own_a, cross_a, own_r, cross_r = slopes
+            if needs[0]:
+                total = (a * own_a if total is None else total).addcmul_(r, cross_a[i], value=-1)
+            if wanted[j]:
+                parts[j] = (r * own_r[i]).addcmul_(a, cross_r[i], value=-1)
+        else:
+            slope = slopes[0] if slopes[0].ndim == 0 else slopes[0][i]
+            step = (a - r).sign_() if dist == "l1" else a - r
+            if wanted[j]:
+                parts[j] = step * -slope
+            if needs[0]:
+                total = step.mul_(slope) if total is None else total.addcmul_(step, slope)
+    results = [None if total is None else total.to(anchor.dtype)]
+    j = 0
+    for x, need in zip(references, needs[1:]):
+        count, several = (x.shape[1], True) if x.ndim > anchor.ndim else (1, False)
+        found = [parts[i] if i in parts else torch.zeros_like(a) for i in range(j, j + count)] if need else []
+        results.append((torch.stack(found, 1) if several else found[0]).to(x.dtype) if need else None)
+        j += count
+    return results
+
+
+class _MeanDifference(torch.autograd.Function):
+    """The mean over tokens of ‖a − b‖² or Σ|a − b|: of few numbers, where every call counts, one sum over all of them.
+
+    Saved for backward: a − b, as large as an input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dist: str, a: Tensor, b: Tensor) -> Tensor:
+        dtype, tokens = _compute_dtype(a, b), a.shape[:-1].numel()
+        step = (a if a.dtype == dtype else a.to(dtype)) - b
+        ctx.save_for_backward(step)
+        ctx.dtypes, ctx.signs, ctx.slope = (a.dtype, b.dtype), dist == "l1", (1.0 if dist == "l1" else 2.0) / tokens
+        return (step.abs() if ctx.signs else step.square()).sum() / tokens
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
+        _refuse_second_order()
+        (step,), (_, need_a, need_b) = ctx.saved_tensors, ctx.needs_input_grad
+        to_a = (step.sign() if ctx.signs else step) * (g * ctx.slope)
+        return None, to_a.to(ctx.dtypes[0]) if need_a else None, (-to_a).to(ctx.dtypes[1]) if need_b else None
+
+
+# --- block by block --------------------------------------------------------------------------------------------------
+
+
+def _measure_in_blocks(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype) -> Tuple[Tensor, ...]:
+    """:func:`_measure`, block by block."""
+    a, rs, shape = _as_rows(anchor), [_as_rows(r) for r in rs], anchor.shape[:-1]
+    work = _Blocks([a, *rs], dtype, dots=dist == "cos")
+    sums, squares = work.per_token(len(rs)), work.per_token(1 + len(rs)) if dist == "cos" else None
+
+    def measure(block: Block, bench: _Bench) -> None:
+        x = bench.load("anchor", a, block)
+        if squares is not None:
+            bench.dot(x, x, squares[0], block)
+        for j, rows in enumerate(rs):
+            r = bench.load("reference", rows, block)
+            if squares is not None:
+                bench.dot(r, r, squares[1 + j], block)
+                bench.dot(x, r, sums[j], block)
+            else:
+                diff = torch.sub(x, r, out=bench.scratch("product", x.shape))
+                bench.sum(diff.abs_() if dist == "l1" else diff.square_(), sums[j], block)
+
+    work.each(measure)
+    sums = sums.view(-1, *shape)
+    return (sums,) if squares is None else (sums, squares[0].view(shape), squares[1:].view(-1, *shape))
+
+
+def _differentiate_in_blocks(
+    dist: str,
+    slopes: Slopes,
+    anchor: Tensor,
+    references: Sequence[Tensor],
+    needs: Sequence[bool],
+    used: Optional[Sequence[int]],
+) -> List[Optional[Tensor]]:
+    """:func:`_differentiate`, block by block, into the gradients themselves."""
+    results = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+        for x, need in zip((anchor, *references), needs)
+    ]
+    a, to_a = _as_rows(anchor), None if results[0] is None else _as_rows(results[0])
+    rs = [_as_rows(r) for r in _each(references, anchor)]
+    to_rs: List[Optional[Tensor]] = []
+    for reference, result in zip(references, results[1:]):
+        count = reference.shape[1] if reference.ndim > anchor.ndim else 1
+        to_rs += [None] * count if result is None else [_as_rows(x) for x in _each([result], anchor)]
+    if used is not None:
         for j, to_r in enumerate(to_rs):
             if to_r is not None and j not in used:
                 to_r.zero_()
-        if to_a is not None and not used:
-            to_a.zero_()
-        if not used:
-            return (None, *results)
-        g = torch.stack([x for x in grads if x is not None]).view(len(used), *a.shape[:2])
-        work = _Blocks([a, *rs], _compute_dtype(anchor, *references))
-        if len(used) < len(rs):
-            rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
-            scalars = [x[[0, *(1 + j for j in used)] if len(x) > len(grads) else used] for x in scalars]
-        if ctx.dist == "cos":
-            squares, distances = scalars
-            slopes = _cosine_slopes(g, 1.0 - distances, squares[:1], squares[1:])
-            _cosine_gradients(work, a, rs, slopes, to_a, to_rs)
-        else:
-            if ctx.dist == "l2":
-                g = 2.0 * g
-            elif ctx.dist == "euclidean":
-                # The direction diff / ‖diff‖; at and extremely near 0, where it does not exist in float32, it fades to 0.
-                g = g / scalars[0].clamp_min(1e-18)
-            _difference_gradients(work, a, rs, g, to_a, to_rs, signs=ctx.dist == "l1")
-        return (None, *results)
-
-
-def _cosine_gradients(
-    work: _Blocks,
-    a: Tensor,
-    rs: Sequence[Tensor],
-    slopes: Tuple[Tensor, ...],
-    to_a: Optional[Tensor],
-    to_rs: Sequence[Optional[Tensor]],
-) -> None:
-    """Write own_a · a + Σ_j cross_a,j · r_j and own_r · r_j + cross_r · a, block by block."""
-    own_a, cross_a, own_r, cross_r = (slope.unsqueeze(-1) for slope in slopes)
-    own = own_a.sum(0)
+        rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
+    shape = (len(rs), *a.shape[:2], 1)
+    # One number, or one of every sample and token, is that of every reference as well.
+    factors: List[Any] = [
+        x if x is None else x.expand(shape[:1] + anchor.shape[:-1] + (1,)).reshape(shape) for x in slopes
+    ]
 
     def write(block: Block, bench: _Bench) -> None:
         x, total = bench.load("anchor", a, block), None
-        if to_a is not None:
-            total = torch.mul(x, _part(own, block), out=bench.target("total", to_a, block))
+        if to_a is not None and dist == "cos":
+            total = torch.mul(x, _part(factors[0][0], block), out=bench.target("total", to_a, block))
         for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
             r = bench.load("reference", rows, block)
-            if total is not None:
-                total.addcmul_(r, _part(cross_a[j], block))
+            if dist == "cos":
+                _, cross_a, own_r, cross_r = factors
+                if total is not None:
+                    total.addcmul_(r, _part(cross_a[j], block), value=-1)
+                if to_r is not None:
+                    part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
+                    bench.store(part.addcmul_(x, _part(cross_r[j], block), value=-1), to_r, block)
+                continue
+            slope = _part(factors[0][j], block)
+            step = torch.sub(x, r, out=bench.scratch("product", x.shape))
+            step = step.sign_() if dist == "l1" else step
             if to_r is not None:
-                part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
-                bench.store(part.addcmul_(x, _part(cross_r[j], block)), to_r, block)
-        if to_a is not None and total is not None:
-            bench.store(total, to_a, block)
-
-    work.each(write, backwards=True)
-
-
-def _difference_gradients(
-    work: _Blocks,
-    a: Tensor,
-    rs: Sequence[Tensor],
-    slopes: Tensor,
-    to_a: Optional[Tensor],
-    to_rs: Sequence[Optional[Tensor]],
-    signs: bool,
-) -> None:
-    """Write Σ_j slope_j · (a − r_j), or its sign, and −slope_j · (a − r_j), block by block."""
-    slopes = slopes.unsqueeze(-1)
-
-    def write(block: Block, bench: _Bench) -> None:
-        x, total = bench.load("anchor", a, block), None
-        for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
-            slope = _part(slopes[j], block)
-            step = torch.sub(x, bench.load("reference", rows, block), out=bench.scratch("product", x.shape))
-            step = step.sign_() if signs else step
+                bench.store(torch.mul(step, -slope, out=bench.target("part", to_r, block)), to_r, block)
             if to_a is not None:
                 if total is None:
                     total = torch.mul(step, slope, out=bench.target("total", to_a, block))
                 else:
                     total.addcmul_(step, slope)
-            if to_r is not None:
-                bench.store(torch.mul(step, -slope, out=bench.target("part", to_r, block)), to_r, block)
         if to_a is not None and total is not None:
             bench.store(total, to_a, block)
 
-    work.each(write, backwards=True)
+    _Blocks([a, *rs], _compute_dtype(anchor, *references)).each(write, backwards=True)
+    return results
 
 
 Block = Tuple[slice, slice]
@@ -868,40 +1019,38 @@ WHOLE: Block = (slice(None), slice(None))
 
 
 def _part(rows: Tensor, block: Block) -> Tensor:
-    """``rows[block]``; to ask for all of them costs more than a small product."""
     return rows if block is WHOLE else rows[block]
 
 
 class _Blocks:
     """The pieces in which several rows ``[B, T, D]`` are worked through, one after the other or by several threads.
 
-    Backward takes the blocks in reverse, because the last of the forward pass may still be in the cache. A compiler does all
-    of this by itself: for it there is one block.
+    Backward takes the blocks in reverse, because the last of the forward pass may still be in the cache.
 
     A few threads each take a whole block, with torch's own threads off, instead of sharing every operation in it: on a busy
     machine torch's threads wait after each operation for the one that was held up, and these only at the end. What comes out
     does not depend on their number.
     """
 
-    def __init__(self, rows: Sequence[Tensor], dtype: torch.dtype):
-        self.rows, self.dtype, self.compiling = rows[0], dtype, _is_compiling()
-        self.threads, self.one_pass, self.blocks = 1, False, [WHOLE]
-        if not self.compiling:
-            on_cpu, shape = self.rows.device.type == "cpu", self.rows.shape
-            batch, tokens, features = shape
-            size, limit = shape.numel(), BLOCK_ELEMENTS * (1 if on_cpu else 16)
-            if on_cpu and size >= SHARED_ELEMENTS and all(type(x) is Tensor for x in rows):
-                self.threads = min(torch.get_num_threads(), MOST_THREADS)
-                if self.threads > 1:
-                    limit = min(limit, max(SMALLEST_SHARE, math.ceil(size / (2 * self.threads))))
-            self.blocks = list(_blocks(batch, tokens, features, limit))
-            pays = on_cpu and size >= ONE_PASS_ELEMENTS and features <= ONE_PASS_FEATURES
-            # A block of several samples is one matrix only where they lie one after the other.
-            of_one = self.rows[self.blocks[0]].shape[0] == 1
-            self.one_pass = pays and (of_one or all(x.is_contiguous() for x in rows))
+    def __init__(self, rows: Sequence[Tensor], dtype: torch.dtype, dots: bool = False):
+        self.rows, self.dtype, self.threads = rows[0], dtype, 1
+        on_cpu, shape = self.rows.device.type == "cpu", self.rows.shape
+        batch, tokens, features = shape
+        size, limit = shape.numel(), BLOCK_ELEMENTS * (1 if on_cpu else 16)
+        if on_cpu and size >= SHARED_ELEMENTS and all(type(x) is Tensor for x in rows):
+            self.threads = min(torch.get_num_threads(), MOST_THREADS)
+            if self.threads > 1:
+                limit = min(limit, max(SMALLEST_SHARE, math.ceil(size / (2 * self.threads))))
+        self.blocks = list(_blocks(batch, tokens, features, limit))
+        pays = dots and on_cpu and size >= ONE_PASS_ELEMENTS and features <= ONE_PASS_FEATURES
+        # A block of several samples is one matrix only where they lie one after the other.
+        self.one_pass = pays and (
+            _part(self.rows, self.blocks[0]).shape[0] == 1 or all(x.is_contiguous() for x in rows)
+        )
         self.diagonals: Dict[int, Tensor] = {}
         if self.one_pass:  # here, since threads cannot share what catches warnings
-            self.diagonals = {n: self._diagonal(n) for n in {self.rows[b].shape[:2].numel() for b in self.blocks}}
+            sizes = {_part(self.rows, block).shape[:2].numel() for block in self.blocks}
+            self.diagonals = {n: self._diagonal(n) for n in sizes}
 
     def per_token(self, count: int) -> Tensor:
         return torch.empty(count, *self.rows.shape[:2], dtype=self.dtype, device=self.rows.device)
@@ -976,13 +1125,11 @@ class _Bench:
     """
 
     def __init__(self, plan: _Blocks):
-        self.plan, self.dtype, self.compiling = plan, plan.dtype, plan.compiling
+        self.plan, self.dtype = plan, plan.dtype
         self.memory: Dict[str, Tensor] = {}
 
-    def scratch(self, name: str, shape: torch.Size) -> Optional[Tensor]:
+    def scratch(self, name: str, shape: torch.Size) -> Tensor:
         """Memory for a block of ``shape`` (no block is larger than the first one)."""
-        if self.compiling:
-            return None
         if name not in self.memory:
             rows = self.plan.rows
             self.memory[name] = torch.empty(
@@ -994,10 +1141,7 @@ class _Bench:
     def load(self, name: str, rows: Tensor, block: Block) -> Tensor:
         """A block in the dtype of the computation with its features side by side: a view if it is so already."""
         x = _part(rows, block)
-        if x.dtype == self.dtype and (self.compiling or x.stride(-1) == 1):
-            return x
-        memory = self.scratch(name, x.shape)
-        return x.to(self.dtype) if memory is None else memory.copy_(x)
+        return x if x.dtype == self.dtype and x.stride(-1) == 1 else self.scratch(name, x.shape).copy_(x)
 
     def dot(self, x: Tensor, y: Tensor, to: Tensor, block: Block) -> None:
         """Σ x·y over the features, into its block of ``to``. One order of adding for all, so that Σ x·y = Σ x·x where y
@@ -1014,18 +1158,15 @@ class _Bench:
 
     def sum(self, products: Tensor, to: Tensor, block: Block) -> None:
         """Over the features, into its block of ``to``."""
-        if self.compiling:
-            to[block] = products.sum(-1)
-        else:
-            torch.sum(products, -1, out=_part(to, block))
+        torch.sum(products, -1, out=_part(to, block))
 
-    def target(self, name: str, rows: Tensor, block: Block) -> Optional[Tensor]:
+    def target(self, name: str, rows: Tensor, block: Block) -> Tensor:
         """Where to compute what :meth:`store` puts into ``rows``: there, if they have the dtype of the computation."""
         x = _part(rows, block)
-        return x if x.dtype == self.dtype and not self.compiling else self.scratch(name, x.shape)
+        return x if x.dtype == self.dtype else self.scratch(name, x.shape)
 
     def store(self, value: Tensor, rows: Tensor, block: Block) -> None:
-        if rows.dtype != self.dtype or self.compiling:
+        if rows.dtype != self.dtype:
             rows[block] = value
 
 
@@ -1054,30 +1195,6 @@ def _refuse_second_order() -> None:
 def _as_rows(x: Tensor) -> Tensor:
     """``[B, ..., D]`` as ``[B, T, D]``; a view unless the token dimensions themselves are permuted."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _rows_of_each(references: Sequence[Tensor], ndim: int) -> List[Tensor]:
-    """All references as rows, K views for one that has a dimension more."""
-    return [_as_rows(x) for r in references for x in (r.unbind(1) if r.ndim > ndim else (r,))]
-
-
-def _cosine(dot: Tensor, aa: Tensor, rr: Tensor) -> Tensor:
-    """Cosine from a dot product and two squared norms; written so that identical vectors give exactly 1."""
-    aa, rr = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
-    return (dot / aa * (aa / rr).sqrt()).clamp(-1.0, 1.0)
-
-
-def _cosine_slopes(g: Tensor, cosine: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
-    """∂(1 − cos) is linear in the two vectors: grad_a = own_a · a + cross_a · r, grad_r = own_r · r + cross_r · a.
-
-    Below MIN_NORM the own part vanishes (the clamped norm is a constant) and the cross part fades with ‖x‖ / MIN_NORM.
-    """
-    floor = MIN_NORM**2
-    inv_a, inv_r = aa.clamp_min(floor).rsqrt(), rr.clamp_min(floor).rsqrt()
-    cross = -g * inv_a * inv_r
-    own_a = torch.where(aa < floor, torch.zeros_like(g), g * cosine * inv_a.square())
-    own_r = torch.where(rr < floor, torch.zeros_like(g), g * cosine * inv_r.square())
-    return own_a, cross * _fade(aa), own_r, cross * _fade(rr)
 
 
 def _fade(squared_norm: Tensor) -> Tensor:
@@ -1245,6 +1362,20 @@ def _add_max_gradients(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _check_ordinary(anchor: Tensor, *references: Tensor) -> None:
+    """None was made in inference mode, where a gradient is wanted."""
+    if _is_compiling() or not torch.is_grad_enabled():
+        return
+    tensors = (anchor, *references)
+    for i, x in enumerate(tensors):
+        if x.is_inference() and any(y.requires_grad for y in tensors):
+            name = "anchor" if i == 0 else f"references[{i - 1}]"
+            raise ValueError(
+                f"{name}: expected an ordinary tensor, got one made under torch.inference_mode(), which backward "
+                "cannot use; clone it outside inference mode"
+            )
+
+
 def _shape(x: Tensor) -> str:
     return str(list(x.shape))
 
@@ -1260,7 +1391,10 @@ _is_compiling: Callable[[], bool] = getattr(
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:  # any() takes twice as long
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _full_precision(device: torch.device) -> ContextManager[Any]:

@@ -15,9 +15,28 @@ def block_elements(request, monkeypatch, dots):
     return request.param
 
 
-@pytest.fixture(params=["in one pass", "in two"])
-def dots(request, monkeypatch):
-    """Both ways to Σ x·y on a CPU, whatever the size."""
+def set_dots(monkeypatch, one_pass):
     from editloss_core import losses
 
-    monkeypatch.setattr(losses, "ONE_PASS_ELEMENTS", 0 if request.param == "in one pass" else 1 << 62)
+    monkeypatch.setattr(losses, "SMALL_ELEMENTS", 0)
+    monkeypatch.setattr(losses, "ONE_PASS_ELEMENTS", 0 if one_pass else 1 << 62)
+
+
+@pytest.fixture(params=["in one pass", "in two"])
+def dots(request, monkeypatch):
+    """Both ways of blocks to Σ x·y on a CPU, whatever the size."""
+    set_dots(monkeypatch, request.param == "in one pass")
+
+
+@pytest.fixture(params=["in one piece", "in blocks"])
+def pieces(request, monkeypatch):
+    """What is small is done in one piece; and as if it were not."""
+    if request.param == "in blocks":
+        set_dots(monkeypatch, one_pass=False)
+
+
+@pytest.fixture(params=["in one piece", "in one pass", "in two"])
+def ways(request, monkeypatch):
+    """The pieces, with both ways of blocks."""
+    if request.param != "in one piece":
+        set_dots(monkeypatch, request.param == "in one pass")

@@ -179,7 +179,7 @@ def test_gradcheck(named_case):
     assert torch.autograd.gradcheck(loss, leaves(inputs))
 
 
-def test_equal_to_autograd_through_the_plain_formula(named_case):
+def test_equal_to_autograd_through_the_plain_formula(named_case, pieces):
     """Value and gradients, with all inputs, one of them, or all but one asking for one; the others get none."""
     loss, plain, inputs = named_case
     count = range(len(inputs))
@@ -261,7 +261,7 @@ def test_blocks(block_elements, dist):
 
 
 @pytest.mark.parametrize("dist", ["cos", "l2"])
-def test_strided_inputs_and_gradients_in_strided_leaves(dist):
+def test_strided_inputs_and_gradients_in_strided_leaves(dist, pieces):
     inputs = [x.movedim(-1, 1).contiguous().movedim(1, -1) for x in embeddings((2, 3, 2, 4), 3)]
     found = [x.detach().requires_grad_() for x in inputs]
     expected = leaves(x.contiguous() for x in inputs)
@@ -271,7 +271,7 @@ def test_strided_inputs_and_gradients_in_strided_leaves(dist):
         torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_unused_outputs_and_partial_gradients():
+def test_unused_outputs_and_partial_gradients(pieces):
     """token_distances with one of two outputs used: the other's reference has gradient 0 or none, not garbage."""
     a, b, c = leaves((A, P, N))
     first, _ = losses.token_distances(a, [b, c])
@@ -281,6 +281,17 @@ def test_unused_outputs_and_partial_gradients():
     plain_tokens(x, y, "cos").sum().backward()
     torch.testing.assert_close(a.grad, x.grad)
     torch.testing.assert_close(b.grad, y.grad)
+
+
+@pytest.mark.parametrize("dist", ["cos", "l2"])
+def test_of_stacked_references_one_is_used(pieces, dist):
+    """The others' gradient is 0, and their NaN reaches nobody."""
+    a, stacked = leaves((A, torch.stack([P * torch.nan, N], 1)))
+    losses._distances(a, [stacked], dist)[1].sum().backward()
+    x, y = leaves((A, N))
+    plain_tokens(x, y, dist).sum().backward()
+    torch.testing.assert_close(a.grad, x.grad)
+    torch.testing.assert_close(stacked.grad, torch.stack([torch.zeros_like(N), y.grad], 1))
 
 
 # --- second order ----------------------------------------------------------------------------------------------------
@@ -334,6 +345,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("dist", ["cos", "l2"])
 def test_gradients_are_allocated_only_for_inputs_that_need_them(monkeypatch, dist):
+    monkeypatch.setattr(losses, "SMALL_ELEMENTS", 0)
     monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 512)
     inputs = embeddings((4, 16, 32), 5, torch.float32)
     for needs in ((True,) + (False,) * 4, (False,) + (True,) * 4, (True, True, False, False, True)):

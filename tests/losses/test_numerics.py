@@ -94,7 +94,7 @@ def evaluate(loss, inputs, dtype):
     return value.detach(), [x.grad for x in leaves if x.grad is not None], leaves
 
 
-pytestmark = pytest.mark.usefixtures("dots")
+pytestmark = pytest.mark.usefixtures("ways")
 
 
 @pytest.mark.slow

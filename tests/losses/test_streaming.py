@@ -201,9 +201,7 @@ def test_compiles_to_one_graph(name):
                 torch.testing.assert_close(found, expected)
 
 
-def test_blocks_are_equal_and_one_for_a_compiler(monkeypatch):
+def test_blocks_are_equal(monkeypatch):
     monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 100)
     sizes = [t.stop - t.start for _, t in losses._blocks(1, 32, 4)]
     assert sizes == [16, 16]
-    monkeypatch.setattr(losses, "_is_compiling", lambda: True)
-    assert len(losses._Blocks([torch.zeros(2, 64, 4)], torch.float32).blocks) == 1

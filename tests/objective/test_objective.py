@@ -483,7 +483,7 @@ def test_no_gradient_work_for_constants(monkeypatch):
     )
     report = objective.evaluate(made, details=True)
     report.total.backward()
-    assert [needs[1] for needs in asked] == [True] and not any(asked[0][2:])
+    assert [needs[2] for needs in asked] == [True] and not any(asked[0][3:])
     for t in report.terms:
         for name, d in t.distances.items():
             assert d.requires_grad == ("pred" in name), name
