@@ -48,8 +48,6 @@ from .measures import (
     Whole,
     above_noise,
     changes,
-    codec_change,
-    codec_tint,
     coefficient,
     coefficients,
     edges,
@@ -57,8 +55,6 @@ from .measures import (
     filled,
     ghost,
     in_palette,
-    is_like,
-    is_tone,
     largest_change,
     length,
     likeness,
@@ -66,7 +62,6 @@ from .measures import (
     norm,
     palette_of,
     progress_of,
-    room_seen,
     shape_errors,
     share_nearer,
     slopes,
@@ -211,15 +206,15 @@ def _judge(s: Tensor, x: Tensor, g: Optional[Tensor], mask: Optional[Tensor], mo
         found = _judge_alone(Whole.of(s, x, g, region, moved), masked)
         flat = _flat(x) and not _flat(s)
     else:
-        tone = not _some(region) or surroundings(region) < LEAST_AROUND or is_tone(s, g, region)
-        if tone and not masked:
-            region = everywhere
         whole = Whole.of(s, x, g, region, moved)
+        tone = not _some(region) or surroundings(region) < LEAST_AROUND or whole.is_tone()
+        if tone and not masked:
+            whole = Whole.of(s, x, g, everywhere, moved)
         assert whole.g is not None
-        if is_like(whole.s, g, whole.g):
+        if whole.is_last(whole.known[0]):
             return _alike(whole)
         found = _judge_tone(whole) if tone else _judge_by(whole)
-        if is_like(whole.raw, g, whole.g) and length(whole.raw - whole.g).sum() < length(whole.raw - whole.s).sum():
+        if whole.is_last(oklab(whole.raw)) and length(whole.raw - whole.g).sum() < length(whole.raw - whole.s).sum():
             found = _as(found, dict.fromkeys(FAILURES, 0.0), ())
         flat = _flat(x) and not _flat(s) and not _flat(g)
     return _of_one_colour(found) if flat else found
@@ -260,7 +255,8 @@ def _some(region: Tensor) -> bool:
 
 
 def _flat(picture: Tensor) -> bool:
-    return float(picture.flatten(2).std(2).max()) < 0.01
+    # a sixteenth of the pixels deviates at most four times as much as all of them
+    return all(float(t.flatten(2).std(2).max()) < line for t, line in ((picture[..., ::4, ::4], 0.04), (picture, 0.01)))
 
 
 def _as(found: Verdict, scores: Mapping[str, Optional[float]], unanswered: Optional[tuple[str, ...]] = None) -> Verdict:
@@ -283,10 +279,10 @@ def _without_old(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _judge_by(whole: Whole) -> Verdict:
     """With the after picture."""
-    crop, full_g = Crop.of(whole), whole.pictures[2]
+    crop = Crop.of(whole)
     s, x, g = crop.s, crop.x, crop.g
-    assert g is not None and whole.g is not None and full_g is not None
-    lab_s, lab_x, lab_g = (blur(oklab(t), 1.0, 3) for t in (s, x, g))
+    assert g is not None
+    lab_s, lab_x, lab_g = (blur(t, 1.0, 3) for t in (crop.known[0], crop.lab_x, crop.known[1]))
     regions = find_regions(lab_s, lab_g, crop.mask)
     changed = crop.mask & (length(lab_g - lab_s) > VISIBLE)
     old, new = regions.old * crop.mask, regions.new * crop.mask
@@ -322,7 +318,7 @@ def _judge_by(whole: Whole) -> Verdict:
         )
     arrived = min(1.0, max(new_there or 0.0, 1 - unchanged) / ARRIVED)
     old_seen, new_seen, new_colours = _seen(crop, g, expected, old, placed)
-    room = room_seen(whole.x, (whole.s, whole.g), whole.mask)
+    room = whole.room_seen(whole.mask)
 
     progress, residual = progress_of(moved, wanted, weight)
     shape_map, shape, outline, in_place = shape_errors(lab_x, lab_g, expected, old, known, crop.mask)
@@ -334,10 +330,10 @@ def _judge_by(whole: Whole) -> Verdict:
         background, background_map = whole.background(also)
         if background is not None:
             break
-    tint = _tint(whole, full_g, whole.g, also)
+    tint = _tint(whole, also)
     around_new = dilate((w > 0.25) | (new > 0.25), round(AFAR * float(new.sum()) ** 0.5)).float() if placed else w
     away, _ = whole.background(crop.in_whole(around_new, whole_size) > 0.25)
-    codec = _codec(background, full_g, whole.g, whole.mask)
+    codec = _codec(background, whole)
     similarity, affine = expected.similarity, expected.affine
     measures = {
         "unchanged": unchanged, "progress": progress, "residual": residual,
@@ -378,7 +374,7 @@ def _seen(
 ) -> tuple[float, Optional[float], Optional[float]]:
     """(likeness to the old object where it stood, to the new one where it was found or belongs): of what they have in edges
     that the room has not; and to the new one in coarse colours, where a bent object is still like itself."""
-    room, x, s = (edges(t, 2.0) for t in (expected.plate, crop.x, crop.s))
+    room, x, s = (edges(t, 2.0) for t in (expected.lab_plate, crop.lab_x, crop.known[0]))
     around = dilate(old > 0.3, 3).float()
     beside = around * (expected.object < 0.1)
     old_seen = max(abs(likeness(x - room, s - room, where)) for where in (around, beside))
@@ -388,9 +384,12 @@ def _seen(
     radius = min(math.ceil(2.5 * sigma), min(crop.x.shape[-2:]) - 1)
     coarse = blur(crop.x - expected.plate, sigma, radius)
     in_edges, in_colours = [], []
-    for picture, mask in ((expected.picture, expected.object), (g, expected.new)):
+    for picture, lab, mask in (
+        (expected.picture, expected.lab_picture, expected.object),
+        (g, crop.known[1], expected.new),
+    ):
         where = dilate(mask > 0.3, 3).float()
-        in_edges.append(likeness(x - room, edges(picture, 2.0) - room, where))
+        in_edges.append(likeness(x - room, edges(lab, 2.0) - room, where))
         in_colours.append(likeness(coarse, blur(picture - expected.plate, sigma, radius), where))
     return old_seen, max(in_edges), max(in_colours)
 
@@ -401,10 +400,10 @@ def _beside(whole: Whole, crop: Crop, new: Tensor) -> float:
     weights = crop.in_whole(new, whole.s.shape[-2:])
     if float(weights.sum()) < SMALLEST:
         return 0.0
-    lab_x, lab_g = (blur(oklab(t), 1.0, 3) for t in (whole.x, whole.g))
+    lab_x, lab_g = (blur(t, 1.0, 3) for t in (whole.lab_x, whole.known[1]))
     similarity, _ = align(lab_x, lab_g, weights, farthest=max(whole.s.shape[-2:]))
-    wanted, where = edges(whole.g, 1.0), (weights > 0.3).float()
-    there, before = (likeness(edges(look_up(t, similarity), 1.0), wanted, where) for t in (whole.x, whole.s))
+    wanted, where = edges(whole.known[1], 1.0), (weights > 0.3).float()
+    there, before = (likeness(edges(oklab(look_up(t, similarity)), 1.0), wanted, where) for t in (whole.x, whole.s))
     return min(_ramp(there, *SEEN), 1 - _ramp(before, *SEEN))  # the room may have one like it
 
 
@@ -430,16 +429,16 @@ ALIKE = "before and after show no visible difference"
 
 def _judge_tone(whole: Whole) -> Verdict:
     """Whether the output is still the before picture, or is near the after picture everywhere."""
-    s, x, g, full_g = whole.s, whole.x, whole.g, whole.pictures[2]
-    assert g is not None and full_g is not None
+    s, x, g = whole.s, whole.x, whole.g
+    assert g is not None
     weight = whole.mask.float()
     moved, wanted, off = (blur(t, 1.0, 3) for t in (x - s, g - s, x - g))
     unchanged = 1 - above_noise(moved, weight, ~whole.mask) / norm(wanted, weight)
     progress, residual = progress_of(moved, wanted, weight)
     whole_picture = torch.zeros_like(whole.mask)
-    away, _ = largest_change(changes(oklab(x), [oklab(g)]), whole_picture)
-    codec = codec_change(full_g, g, whole_picture)
-    room = room_seen(x, (s, g), whole.mask)
+    away, _ = largest_change(changes(whole.lab_x, whole.known[1:]), whole_picture)
+    codec = whole.codec_change(whole_picture)
+    room = whole.room_seen(whole.mask)
     background, background_map = whole.background()
     measures = dict.fromkeys(MEASURES)
     measures |= {"unchanged": unchanged, "progress": progress, "residual": residual, "room seen": room}
@@ -468,8 +467,7 @@ def _judge_tone(whole: Whole) -> Verdict:
 
 def _alike(whole: Whole) -> Verdict:
     """Of a pair whose edit cannot be seen, only whether the output shows the room."""
-    known = [t for t in (whole.s, whole.g) if t is not None]
-    room = room_seen(whole.x, known, torch.zeros_like(whole.mask))
+    room = whole.room_seen(torch.zeros_like(whole.mask))
     scores = {**dict.fromkeys(FAILURES), "unusable": _lost(room)}
     said = f"no edit, overlay, distorted, collateral change: {ALIKE}"
     measures = {**dict.fromkeys(MEASURES), "room seen": room}
@@ -506,12 +504,12 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     slopes_s, slopes_x = (slopes(blur(t, 1.0, 3)) for t in (s, x))
     old_edges = coefficient(slopes_x, slopes_s, core)
     background, background_map = whole.background() if masked else (None, torch.zeros(1, 1, *size))
-    tint = _tint(whole, whole.pictures[0], whole.s) if masked else None
-    codec = _codec(background, whole.pictures[0], whole.s, whole.mask)
+    tint = _tint(whole) if masked else None
+    codec = _codec(background, whole)
     measures = dict.fromkeys(MEASURES)
     measures.update({"unchanged": unchanged})
     if masked:
-        room = room_seen(whole.x, (whole.s,), whole.mask)
+        room = whole.room_seen(whole.mask)
         measures.update(
             {"old edges": old_edges, "background": background, "tint": tint, "codec": codec, "room seen": room}
         )
@@ -651,19 +649,19 @@ def _neither(m: Mapping[str, Optional[float]]) -> Optional[float]:
     return max(_lost(room), min(objects, _ramp(1 - come, *GONE)))
 
 
-def _codec(background: Optional[float], picture: Tensor, small: Tensor, mask: Tensor) -> Optional[float]:
+def _codec(background: Optional[float], whole: Whole) -> Optional[float]:
     over = background is not None and background > LINES["background"][0]
-    return codec_change(picture, small, mask) if over else None
+    return whole.codec_change(whole.mask) if over else None
 
 
-def _tint(whole: Whole, picture: Tensor, small: Tensor, also: Optional[Tensor] = None) -> Optional[float]:
+def _tint(whole: Whole, also: Optional[Tensor] = None) -> Optional[float]:
     """On the line's scale, where that of a codec is never above the line."""
     line = LINES["tint"][0]
     tint = whole.tint(also)
     if tint is None or tint <= line:
         return tint
     mask = whole.mask if also is None else whole.mask | also
-    return tint / max(1.0, (codec_tint(picture, small, mask) or 0.0) / line)
+    return tint / max(1.0, (whole.codec_tint(mask) or 0.0) / line)
 
 
 def _beyond_codec(background: Optional[float], codec: Optional[float]) -> Optional[float]:
@@ -726,7 +724,7 @@ def _check(before: Tensor, output: Tensor, after: Optional[Tensor], mask: Option
         ):
             came = f"{picture.dtype} {list(picture.shape)}" if isinstance(picture, Tensor) else type(picture).__name__
             raise ValueError(f"{name}: expected a picture [H, W, 3] of floats in 0…1, got {came}")
-        if not bool(picture.isfinite().all()):
+        if not all(bool(end.isfinite()) for end in torch.aminmax(picture)):  # NaN is both
             raise ValueError(f"{name}: expected finite values, got NaN or infinity")
         check_proportions(name, picture.shape[:2], before.shape[:2])
     if min(before.shape[:2]) < 16:

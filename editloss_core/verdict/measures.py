@@ -70,14 +70,25 @@ class Whole:
         return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region, small_x)
 
     @cached_property
-    def labs(self) -> tuple[Tensor, list[Tensor]]:
-        """(the output, the pictures that are known) in Oklab."""
-        return oklab(self.x), [oklab(t) for t in (self.s, self.g) if t is not None]
+    def lab_x(self) -> Tensor:
+        """The output in Oklab."""
+        return oklab(self.x)
+
+    @cached_property
+    def known(self) -> list[Tensor]:
+        """The before picture and, where there is one, the after picture in Oklab."""
+        return [oklab(t) for t in (self.s, self.g) if t is not None]
+
+    @cached_property
+    def lab_jpeg(self) -> Tensor:
+        """The last of the known pictures in Oklab, after a round trip through JPEG of quality 50."""
+        s, _, g = self.pictures
+        return oklab(resized(_jpeg(s if g is None else g, 50), self.s.shape[-2:]))
 
     @cached_property
     def changes(self) -> Tensor:
         """:func:`changes` of the output from the pictures that are known."""
-        return changes(*self.labs)
+        return changes(self.lab_x, self.known)
 
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
@@ -85,7 +96,57 @@ class Whole:
 
     def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
         """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
-        return largest_tint(*self.labs, self.mask if also is None else self.mask | also)
+        return largest_tint(self.lab_x, self.known, self.mask if also is None else self.mask | also)
+
+    def codec_change(self, mask: Tensor) -> Optional[float]:
+        """What JPEG does to the last of the known pictures, as :meth:`background` measures it."""
+        return largest_change(changes(self.lab_jpeg, self.known[-1:]), mask)[0]
+
+    def codec_tint(self, mask: Tensor) -> Optional[float]:
+        """The same, as :meth:`tint` measures it."""
+        return largest_tint(self.lab_jpeg, self.known[-1:], mask)
+
+    def is_last(self, lab: Tensor) -> bool:
+        """Whether a picture in Oklab is the last of the known ones up to what a codec does to it: nowhere further from it than
+        JPEG takes it, and a little."""
+        last = self.known[-1]
+        mean = box_mean(length(lab - last), 13)
+        if float(mean.amax()) <= UNSEEN:
+            return True
+        if float(mean.amax()) > VISIBLE * 2:
+            return False
+        return bool((mean <= box_mean(length(self.lab_jpeg - last), 13) + UNSEEN).all())
+
+    def is_tone(self) -> bool:
+        """Whether a pair's edit keeps what is in the picture: a large part has other colours, light or sharpness, but the region
+        has the same edges."""
+        s, g = self.known
+        apart = length(blur(g - s, 1.0, 3)) > JUST_VISIBLE
+        inside = (apart & self.mask).float()
+        if float(inside.mean()) < LARGE and float(apart.float().mean()) < MOST:
+            return False
+        return abs(likeness(edges(s, 2.0), edges(g, 2.0), inside)) >= PLAINLY
+
+    def room_seen(self, mask: Tensor) -> float:
+        """How much the coarse edges of the output outside a mask are those of one of the known pictures, 0 to 1: of noise and of
+        another scene nearly nothing. A picture that was moved or zoomed is laid on the known one first. Where the mask leaves
+        little, the whole picture counts."""
+        outside = (~dilate(mask, 4)).float()
+        if float(outside.mean()) < ENOUGH:
+            outside = torch.ones_like(outside)
+        longest = max(self.x.shape[-2:])
+        scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
+        size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
+        there = {k: [edges(t, k) for t in self.known] for k in scales}
+
+        def of(lab: Tensor) -> float:
+            return max(abs(found) for k in scales for found in local_likeness(edges(lab, k), there[k], outside, size))
+
+        found = of(self.lab_x)
+        if found >= PLAINLY:
+            return found
+        similarity, _ = align(blur(self.lab_x, 1.0, 3), blur(self.known[0], 1.0, 3), outside)
+        return max(found, of(oklab(look_up(self.x, similarity))))
 
 
 def changes(x: Tensor, known: Sequence[Tensor]) -> Tensor:
@@ -230,6 +291,16 @@ class Crop:
         mask = cut(whole.full_mask) > 0.25
         return cls(cut(s), cut(x), None if g is None else cut(g), mask, box, (height, width))
 
+    @cached_property
+    def lab_x(self) -> Tensor:
+        """The output in Oklab."""
+        return oklab(self.x)
+
+    @cached_property
+    def known(self) -> list[Tensor]:
+        """The before picture and, where there is one, the after picture in Oklab."""
+        return [oklab(t) for t in (self.s, self.g) if t is not None]
+
     def in_whole(self, values: Tensor, size: Sequence[int]) -> Tensor:
         """Values of the crop in the whole picture at another size, 0 elsewhere."""
         top, left, bottom, right = self.box
@@ -258,6 +329,14 @@ class Expected:
     moved: Tensor
     similarity: Optional[Alignment]
     affine: Optional[Alignment]
+
+    @cached_property
+    def lab_picture(self) -> Tensor:
+        return oklab(self.picture)
+
+    @cached_property
+    def lab_plate(self) -> Tensor:
+        return oklab(self.plate)
 
     @classmethod
     def of(
@@ -303,7 +382,7 @@ def shape_errors(
 ) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
     the after picture has it); the differences as shares of the object's contrast."""
-    e, b = (blur(oklab(t), 1.0, 3) for t in (expected.picture, expected.plate))
+    e, b = (blur(t, 1.0, 3) for t in (expected.lab_picture, expected.lab_plate))
     w = expected.object
     if expected.similarity is None or float(w.sum()) < 1:
         return tolerant_distance(lab_x, e) / 0.2 * old, None, None, None
@@ -325,21 +404,6 @@ def _apart(a: Tensor, b: Tensor, where: Tensor) -> Optional[float]:
     """1 − intersection over union of two outlines in a region; None where there is nothing."""
     union = float(((a | b) & where).sum())
     return 1 - float((a & b & where).sum()) / union if union else None
-
-
-def codec_change(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
-    """What a round trip through JPEG does to a picture ``[1, 3, H, W]``, as :meth:`Whole.background` measures it."""
-    return largest_change(changes(*_through_jpeg(picture, small, quality)), mask)[0]
-
-
-def codec_tint(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
-    """The same, as :meth:`Whole.tint` measures it."""
-    return largest_tint(*_through_jpeg(picture, small, quality), mask)
-
-
-def _through_jpeg(picture: Tensor, small: Tensor, quality: int) -> tuple[Tensor, list[Tensor]]:
-    """(a picture that went through JPEG, at the size of ``small``, and that) in Oklab."""
-    return oklab(resized(_jpeg(picture, quality), small.shape[-2:])), [oklab(small)]
 
 
 def _jpeg(picture: Tensor, quality: int) -> Tensor:
@@ -378,80 +442,30 @@ def likeness(x: Tensor, y: Tensor, weight: Tensor) -> float:
     return float(together / (squared[0] * squared[1]).sqrt())
 
 
-def local_likeness(x: Tensor, y: Tensor, weight: Tensor, size: int) -> float:
-    """The mean of the cosines of x and y in all neighbourhoods, each counted by what y has there: what was added to x in one place
-    counts for that place alone."""
-    together, in_x, in_y = (box_mean((weight * t).sum(1, keepdim=True), size) for t in (x * y, x.square(), y.square()))
-    cosines = together / (in_x * in_y + 1e-12).sqrt()
-    return float((in_y * cosines).sum() / (in_y.sum() + 1e-9))
+def local_likeness(x: Tensor, known: Sequence[Tensor], weight: Tensor, size: int) -> list[float]:
+    """For each y of the known ones the mean of the cosines of x and y in all neighbourhoods, each counted by what y has there: what
+    was added to x in one place counts for that place alone."""
+
+    def near(t: Tensor) -> Tensor:
+        return box_mean((weight * t).sum(1, keepdim=True), size)
+
+    in_x, found = near(x.square()), []
+    for y in known:
+        in_y = near(y.square())
+        cosines = near(x * y) / (in_x * in_y + 1e-12).sqrt()
+        found.append(float((in_y * cosines).sum() / (in_y.sum() + 1e-9)))
+    return found
 
 
-def edges(x: Tensor, sigma: float) -> Tensor:
+def edges(lab: Tensor, sigma: float) -> Tensor:
     """Slopes of a picture in Oklab that is blurred first."""
-    return _edges(oklab(x), sigma)
-
-
-def _edges(lab: Tensor, sigma: float) -> Tensor:
     return slopes(blur(lab, sigma, min(math.ceil(2 * sigma), min(lab.shape[-2:]) - 1)))
-
-
-def room_seen(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> float:
-    """How much the coarse edges of x outside the mask are those of one of the known pictures, 0 to 1: of noise and of another
-    scene nearly nothing. A picture that was moved or zoomed is laid on the known one first. Where the mask leaves little,
-    the whole picture counts."""
-    outside = (~dilate(mask, 4)).float()
-    if float(outside.mean()) < ENOUGH:
-        outside = torch.ones_like(outside)
-    longest = max(x.shape[-2:])
-    scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
-    size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
-
-    labs = [oklab(t) for t in known]
-    there = {k: [_edges(t, k) for t in labs] for k in scales}
-
-    def of(lab: Tensor) -> float:
-        seen = {k: _edges(lab, k) for k in scales}
-        return max(abs(local_likeness(seen[k], t, outside, size)) for k in scales for t in there[k])
-
-    lab = oklab(x)
-    found = of(lab)
-    if found >= PLAINLY:
-        return found
-    similarity, _ = align(blur(lab, 1.0, 3), blur(labs[0], 1.0, 3), outside)
-    return max(found, of(oklab(look_up(x, similarity))))
 
 
 def surroundings(region: Tensor) -> float:
     """The share of the picture that a mask leaves to compare."""
     size = _fitting(region.shape[-2:], min(WHOLE, max(region.shape[-2:])))
     return 1 - float(dilate(resized(region, size) > 0.25, 8).float().mean())
-
-
-def is_tone(s: Tensor, g: Tensor, region: Tensor) -> bool:
-    """Whether a pair's edit keeps what is in the picture: a large part has other colours, light or sharpness, but the region
-    has the same edges."""
-    size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
-    small_s, small_g, mask = resized(s, size), resized(g, size), resized(region, size) > 0.25
-    apart = length(blur(oklab(small_g) - oklab(small_s), 1.0, 3)) > JUST_VISIBLE
-    inside = (apart & mask).float()
-    if float(inside.mean()) < LARGE and float(apart.float().mean()) < MOST:
-        return False
-    return abs(likeness(edges(small_s, 2.0), edges(small_g, 2.0), inside)) >= PLAINLY
-
-
-def codec_limit(picture: Tensor, small: Tensor) -> Tensor:
-    """The mean Oklab distance in each neighbourhood that JPEG of quality 50 makes of a picture."""
-    changed, (small,) = _through_jpeg(picture, small, 50)
-    return box_mean(length(changed - small), 13)
-
-
-def is_like(x: Tensor, picture: Tensor, small: Tensor) -> bool:
-    """Whether x, at the working size, is the picture up to what a codec does to it: nowhere further from it than JPEG of
-    quality 50 takes it, and a little."""
-    mean = box_mean(length(oklab(x) - oklab(small)), 13)
-    if float(mean.amax()) <= UNSEEN:
-        return True
-    return float(mean.amax()) <= VISIBLE * 2 and bool((mean <= codec_limit(picture, small) + UNSEEN).all())
 
 
 def coefficient(x: Tensor, y: Tensor, weight: Tensor) -> float:
