@@ -42,6 +42,7 @@ from torch import Tensor
 from ..masks import blur, dilate, estimate_mask, oklab
 from .alignment import align, look_up
 from .measures import (
+    GRAIN,
     VISIBLE,
     Crop,
     Expected,
@@ -51,14 +52,16 @@ from .measures import (
     coefficient,
     coefficients,
     edges,
-    explained,
     filled,
     ghost,
+    grain,
     in_palette,
     largest_change,
     length,
+    like_old,
     likeness,
     local_share,
+    mean_apart,
     norm,
     palette_of,
     progress_of,
@@ -92,7 +95,7 @@ MEASURES = {
     "stretch": "ratio of the two main scalings of the object, less 1",
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
-    "like old": "likeness of what is not as expected to the old object, 0 to 1: of edges beside the new one, or of colours",
+    "like old": "how much of what is not as expected is the old object, 0 to 1: in colours, in edges, or as its outline",
     "background": "largest change of a neighbourhood outside the mask, in Oklab",
     "away": "the same farther off than a third of the new object's size from where it is",
     "tint": "largest change of the mean colour of a large neighbourhood there, in Oklab: grain and codecs have none",
@@ -200,6 +203,7 @@ def _judge(s: Tensor, x: Tensor, g: Optional[Tensor], mask: Optional[Tensor], mo
     masked = region is not None
     if region is None:
         region = _estimated(s, x if g is None else g)
+    s, x, g = _without_grain(s, x, g, region, notes)
     if g is None:
         if not _some(region):
             return _without_edit(Whole.of(s, x, g, everywhere))
@@ -213,11 +217,27 @@ def _judge(s: Tensor, x: Tensor, g: Optional[Tensor], mask: Optional[Tensor], mo
         assert whole.g is not None
         if whole.is_last(whole.known[0]):
             return _alike(whole)
-        found = _judge_tone(whole) if tone else _judge_by(whole)
+        found = _judge_tone(whole) if tone else _moved_back(whole, _judge_by(whole))
         if whole.is_last(oklab(whole.raw)) and length(whole.raw - whole.g).sum() < length(whole.raw - whole.s).sum():
             found = _as(found, dict.fromkeys(FAILURES, 0.0), ())
         flat = _flat(x) and not _flat(s) and not _flat(g)
     return _of_one_colour(found) if flat else found
+
+
+def _without_grain(
+    s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor, notes: list[str]
+) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+    """All three smoothed where the output has grain that the others have not: of dithering, or of a film."""
+    outside = region <= 0.5
+    if not bool(outside.any()):
+        outside = torch.ones_like(outside)
+    of_x, *known = (grain(t, outside) for t in (x, s, g) if t is not None)
+    if of_x**2 - max(known) ** 2 <= GRAIN**2:
+        return s, x, g
+    notes.append("The output has grain that the before picture has not; all were smoothed before they were compared.")
+    s, x, g = (None if t is None else blur(t, SMOOTHED, min(5, min(t.shape[-2:]) - 1)) for t in (s, x, g))
+    assert s is not None and x is not None
+    return s, x, g
 
 
 def _planes(picture: Tensor) -> Tensor:
@@ -241,6 +261,9 @@ def _in_palette(
     best = brought[nearer.index(max(nearer))]
     if max(nearer) < 0.5:
         return s, g  # the colours of something else
+    plain, there = (min(mean_apart(x, t) for t in some) for some in (known, best))
+    if there > plain:
+        return s, g  # dithered in another way, which keeps mean colours that the nearest ones do not
     notes.append(f"The output has {len(colours)} colours; before and after were brought to these.")
     return best[0], None if g is None else best[1]
 
@@ -302,10 +325,7 @@ def _judge_by(whole: Whole) -> Verdict:
     old_inside = coefficients(edges_x, (edges_s, edges_e), w)[0] if placed else None
     if old_inside is not None and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
-    like_old = max(
-        abs(likeness(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())),
-        explained(off, towards, old, crop.mask.float() * dilate((old > 0.3) | (w > 0.1) | (new > 0.1), 3)),
-    )
+    likeness_to_old = like_old(x, s, expected, old, crop.mask.float() * known)
     soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
     new_there = None
     if placed:
@@ -321,7 +341,7 @@ def _judge_by(whole: Whole) -> Verdict:
     room = whole.room_seen(whole.mask)
 
     progress, residual = progress_of(moved, wanted, weight)
-    shape_map, shape, outline, in_place = shape_errors(lab_x, lab_g, expected, old, known, crop.mask)
+    shape_map, shape, outline, in_place = shape_errors(lab_s, lab_x, lab_g, expected, old, known, crop.mask)
     whole_size = whole.s.shape[-2:]
     # a bent object may reach beyond the mask
     reach = round(REACH * float(new.sum()) ** 0.5) if placed else 0
@@ -342,7 +362,7 @@ def _judge_by(whole: Whole) -> Verdict:
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if similarity is None else similarity.displacement,
         "resized": None if similarity is None else similarity.scale - 1,
-        "like old": like_old, "background": background, "away": away, "tint": tint, "codec": codec, "old seen": old_seen, "new seen": new_seen,
+        "like old": likeness_to_old, "background": background, "away": away, "tint": tint, "codec": codec, "old seen": old_seen, "new seen": new_seen,
         "new colours": new_colours, "room seen": room,
     }  # fmt: skip
     scores = _scores(measures, arrived)
@@ -367,6 +387,21 @@ def _judge_by(whole: Whole) -> Verdict:
         {k: v[0, 0] for k, v in maps.items()},
         whole.full_mask[0, 0],
     )
+
+
+def _moved_back(whole: Whole, found: Verdict) -> Verdict:
+    """Of a picture that moved as a whole, what became of the edit is asked once more after it was laid back: what moves leaves
+    something of everything."""
+    of_edit = ("overlay", "distorted")
+    if found.verdict not in (*of_edit, "collateral change") or (found.scores["collateral change"] or 0.0) < 0.5:
+        return found
+    laid = whole.laid_back() if any((found.scores[f] or 0.0) >= 0.5 for f in of_edit) else None
+    if laid is None:
+        return found
+    again = _judge_by(laid)
+    around = {name: found.measures[name] for name in ("background", "away", "tint", "codec", "room seen")}
+    scores = {**found.scores, **{f: again.scores[f] for f in of_edit}}
+    return _as(replace(again, measures={**again.measures, **around}), scores)
 
 
 def _seen(
@@ -580,8 +615,9 @@ BESIDE = 3  # pixels around the new object that belong to it
 NO_GHOST = 0.03  # share of the old object's edges
 REACH = 0.12  # of the new object's size, by which it may stand out of the mask
 AFAR = 0.35  # of the same, within which a change of the surroundings may be of a distorted object's making
-LIKE_OLD = 0.36  # likeness below which what looks like an overlay of a distorted object is its distortion
+LIKE_OLD = 0.3  # what is not as expected is a distortion below it, and an overlay from it
 FEWEST, MOST = 24, 256  # colours of a palette
+SMOOTHED = 1.5  # pixels: 4 × 4 thresholds of a dithering add up to nothing
 PRESENT = (0.35, 0.9)  # line and full, as above: share of the old object from which it is there
 ABSENT = (0.2, 0.5)  # share of the new object below which it is not there, and from which it surely is
 ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
@@ -619,6 +655,8 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
         ),
         "unusable": _neither(m),
     }
+    if (scores["distorted"] or 0.0) >= 0.5 and (m["like old"] or 0.0) >= LIKE_OLD:
+        scores["overlay"] = worst_of(scores["overlay"], scores["distorted"])
     if (scores["unusable"] or 0.0) >= 0.5:  # neither object is there, whatever happens to look like one
         scores |= {"no edit": 0.0, "overlay": 0.0}
     return scores
@@ -640,13 +678,13 @@ def _lost(room: float) -> float:
 
 
 def _neither(m: Mapping[str, Optional[float]]) -> Optional[float]:
-    """Neither the room is there, or neither object."""
+    """The room is not there, or neither object; where the new one has come, it is another failure."""
     room, old, new = m["room seen"], m["old seen"], m["new seen"]
     if room is None:
         return None
     objects = 0.0 if old is None or new is None else _ramp(1 - max(old, new), *UNLIKE)
     come = min(m["new there"] or 0.0, m["new colours"] or 0.0)  # however bent it is
-    return max(_lost(room), min(objects, _ramp(1 - come, *GONE)))
+    return min(max(_lost(room), objects), _ramp(1 - come, *GONE))
 
 
 def _codec(background: Optional[float], whole: Whole) -> Optional[float]:
@@ -680,7 +718,7 @@ FIRST = ("unusable", "no edit")
 MEASURED_BY = {
     "overlay": (2.0, ("old left", "old edges", "old inside")),
     "distorted": (1.0, ("shape", "outline", "soft", "stretch")),
-    "collateral change": (0.5, ("background",)),
+    "collateral change": (0.5, ("background", "tint")),
 }
 
 
@@ -688,9 +726,8 @@ def _decide(scores: Mapping[str, Optional[float]], measures: Mapping[str, Option
     failing = [failure for failure in (*FIRST, *MEASURED_BY) if (scores[failure] or 0.0) >= 0.5]
     if not failing:
         return UNDECIDED if None in scores.values() else GOOD
-    like_old = measures["like old"]
-    if "distorted" in failing and "overlay" in failing and like_old is not None and like_old < LIKE_OLD:
-        failing.remove("overlay")
+    if "distorted" in failing and "overlay" in failing and measures["like old"] is not None:
+        failing.remove("distorted" if measures["like old"] >= LIKE_OLD else "overlay")
     away = measures["away"]
     if (
         "distorted" in failing

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import JUST_VISIBLE, blur, box_mean, dilate, oklab, tolerant_distance
-from .alignment import CLOSE, Alignment, align, look_up, warp
+from .alignment import CLOSE, Alignment, align, cost, look_up, warp
 
-WHOLE = 256  # pixels on the long side at which the surroundings are compared
+WHOLE = 256  # pixels on a side at which the surroundings are compared; as many in all where the picture is not square
 CROP = 192  # the same for the crop around the edit
 AROUND = 0.35  # of the mask's long side that the crop takes in on each side
 VISIBLE = 0.04  # Oklab
@@ -33,6 +33,8 @@ LARGE, MOST = (
     0.15,
     0.4,
 )  # shares of the picture, in the region and anywhere, that an edit without an object changes visibly
+MOVED = 0.5  # of the surroundings' cost that is left once a picture that moved is laid back
+GRAIN = 0.02  # of luma, in 0…1, by which an output has more than the known pictures; noise of 0.02 in each channel has 0.015
 PLAINLY = 0.5  # likeness of edges above which nothing has to be laid on anything
 UNSEEN = 0.004  # Oklab, of a neighbourhood: a step of an 8-bit code is about half of it
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
@@ -53,7 +55,7 @@ class Whole:
     @classmethod
     def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor, another_size: bool = False) -> Whole:
         """``another_size``: the output was resized, so that it may show a little more or less than the before picture."""
-        size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
+        size = fitting_pixels(s.shape[-2:], WHOLE, enlarge=False)
         small_s, small_x, small_g = resized(s, size), resized(x, size), None if g is None else resized(g, size)
         mask = resized(region, size) > 0.25
         outside = ~dilate(mask, 4)
@@ -80,10 +82,14 @@ class Whole:
         return [oklab(t) for t in (self.s, self.g) if t is not None]
 
     @cached_property
-    def lab_jpeg(self) -> Tensor:
-        """The last of the known pictures in Oklab, after a round trip through JPEG of quality 50."""
+    def jpeg(self) -> Tensor:
+        """The last of the known pictures after a round trip through JPEG of quality 50."""
         s, _, g = self.pictures
-        return oklab(resized(_jpeg(s if g is None else g, 50), self.s.shape[-2:]))
+        return resized(_jpeg(s if g is None else g, 50), self.s.shape[-2:])
+
+    @cached_property
+    def lab_jpeg(self) -> Tensor:
+        return oklab(self.jpeg)
 
     @cached_property
     def changes(self) -> Tensor:
@@ -96,7 +102,24 @@ class Whole:
 
     def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
         """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
-        return largest_tint(self.lab_x, self.known, self.mask if also is None else self.mask | also)
+        known = [t for t in (self.s, self.g) if t is not None]
+        return largest_tint(self.x, known, self.mask if also is None else self.mask | also)
+
+    def laid_back(self) -> Optional[Whole]:
+        """The same with the output laid on the last of the known pictures, where all of it was moved, zoomed or turned; None where
+        it was not."""
+        outside = (~dilate(self.mask, 4)).float()
+        x, last = (blur(t, 1.0, 3) for t in (self.lab_x, self.known[-1]))
+        if float(outside.mean()) < ENOUGH:
+            return None
+        found, _ = align(x, last, outside)
+        start = Alignment(found.centre, torch.eye(2), torch.zeros(2), found.size)
+        if cost(x, last, outside, found) > MOVED * cost(x, last, outside, start):
+            return None
+        s, full, g = self.pictures
+        full = _laid_on(full, _at_scale(found, s.shape[-1] / self.s.shape[-1]), s)
+        small, raw = (_laid_on(t, found, self.s) for t in (self.x, self.raw))
+        return Whole(self.s, small, self.g, self.mask, (s, full, g), self.full_mask, raw)
 
     def codec_change(self, mask: Tensor) -> Optional[float]:
         """What JPEG does to the last of the known pictures, as :meth:`background` measures it."""
@@ -104,7 +127,7 @@ class Whole:
 
     def codec_tint(self, mask: Tensor) -> Optional[float]:
         """The same, as :meth:`tint` measures it."""
-        return largest_tint(self.lab_jpeg, self.known[-1:], mask)
+        return largest_tint(self.jpeg, [self.s if self.g is None else self.g], mask)
 
     def is_last(self, lab: Tensor) -> bool:
         """Whether a picture in Oklab is the last of the known ones up to what a codec does to it: nowhere further from it than
@@ -167,14 +190,21 @@ def largest_change(d: Tensor, mask: Tensor) -> tuple[Optional[float], Tensor]:
 
 
 def largest_tint(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> Optional[float]:
-    """The same as :func:`largest_change` of mean colours, of pictures in Oklab: noise, dithering and shifts within a neighbourhood add up to nothing."""
+    """The same as :func:`largest_change` of mean colours, of pictures in sRGB, where dithering keeps them: noise, dithering and shifts
+    within a neighbourhood add up to nothing."""
     outside = (~dilate(mask, 8)).float()
     size = 2 * max(6, max(x.shape[-2:]) // 14) + 1  # a seventh of the long side
     share = box_mean(outside, size)
     if float(outside.mean()) < 0.02 or not bool((share > 0.3).any()):
         return None
-    tints = [length(box_mean((x - t) * outside, size)) / share.clamp_min(1e-6) for t in known]
-    return float(torch.stack(tints).amin(0)[share > 0.3].amax())
+
+    def colours(t: Tensor) -> Tensor:
+        return oklab((box_mean(t * outside, size) / share.clamp_min(1e-6))[..., ::2, ::2])
+
+    there = colours(x)
+    tints = torch.stack([length(there - colours(t)) for t in known]).amin(0)
+    counted = tints[share[..., ::2, ::2] > 0.3]
+    return float(counted.amax()) if len(counted) else None
 
 
 def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -257,10 +287,10 @@ def _at_scale(move: Alignment, ratio: float) -> Alignment:
 def _laid_on(x: Tensor, move: Alignment, s: Tensor) -> Tensor:
     """x after the move; the before picture where it shows nothing."""
     height, width = x.shape[-2:]
-    columns, rows = (torch.arange(n).float() for n in (width, height))
-    (fx, fy), (cx, cy), (dx, dy) = move.matrix.diagonal().tolist(), move.centre.tolist(), move.shift.tolist()
-    columns, rows = (columns - cx) * fx + cx + dx, (rows - cy) * fy + cy + dy
-    inside = ((rows > -1) & (rows < height))[:, None] & ((columns > -1) & (columns < width))[None]
+    (cx, cy), (dx, dy), ((xx, xy), (yx, yy)) = move.centre.tolist(), move.shift.tolist(), move.matrix.tolist()
+    rows, columns = torch.arange(height).float()[:, None] - cy, torch.arange(width).float()[None] - cx
+    x_, y = columns * xx + rows * xy + cx + dx, columns * yx + rows * yy + cy + dy
+    inside = (y > -1) & (y < height) & (x_ > -1) & (x_ < width)
     return torch.where(inside, look_up(x, move), s)
 
 
@@ -282,7 +312,7 @@ class Crop:
         top, bottom, left, right = int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
         margin = max(4, round(AROUND * max(bottom - top, right - left)))
         box = max(0, top - margin), max(0, left - margin), min(height, bottom + margin), min(width, right + margin)
-        size = _fitting((box[2] - box[0], box[3] - box[1]), CROP)
+        size = fitting_pixels((box[2] - box[0], box[3] - box[1]), CROP)
 
         def cut(t: Tensor) -> Tensor:
             return resized(t[..., box[0] : box[2], box[1] : box[3]], size)
@@ -378,7 +408,7 @@ def filled(picture: Tensor, known: Tensor) -> Tensor:
 
 
 def shape_errors(
-    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor, mask: Tensor
+    lab_s: Tensor, lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor, mask: Tensor
 ) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
     the after picture has it); the differences as shares of the object's contrast."""
@@ -390,6 +420,9 @@ def shape_errors(
     level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
     # the room shows through and around the object, where it was or moved along: either will do
     d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
+    # what stood there before is the room, or an overlay's to find, where the object has left its place
+    left = (expected.new > 0.3) & (w < 0.5)
+    d = torch.where(left, torch.minimum(d, tolerant_distance(lab_x, lab_s) / level), d)
     near = ((dilate(w > 0.5, 6) > 0) & mask | (w > 0.5)).float() * known  # beyond the mask the room is asked elsewhere
     share = box_mean(near, 15)
     mean = (box_mean(d.square() * near, 15) / share.clamp_min(1e-6)).sqrt()
@@ -464,7 +497,7 @@ def edges(lab: Tensor, sigma: float) -> Tensor:
 
 def surroundings(region: Tensor) -> float:
     """The share of the picture that a mask leaves to compare."""
-    size = _fitting(region.shape[-2:], min(WHOLE, max(region.shape[-2:])))
+    size = fitting_pixels(region.shape[-2:], WHOLE, enlarge=False)
     return 1 - float(dilate(resized(region, size) > 0.25, 8).float().mean())
 
 
@@ -488,11 +521,41 @@ def ghost(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, bool]:
     return float((together / (squared + FAINT)).abs().max()), float(squared.sum()) >= TOLD
 
 
-def explained(x: Tensor, y: Tensor, weight: Tensor, region: Tensor) -> float:
-    """The correlation, 0 to 1, that α · y has with x in a region, where y counts under a weight alone."""
-    alpha = coefficient(x, y, weight * region)
-    gained = (weight * region * (x.square() - (x - alpha * y).square())).sum()
-    return math.sqrt(max(0.0, float(gained / ((region * x.square()).sum() + 1e-3))))
+def like_old(x: Tensor, s: Tensor, expected: Expected, old: Tensor, region: Tensor) -> float:
+    """How much of what is not as expected in a region is the old object, 0 to 1: the largest of
+
+    * the share of it, squared, that is at pixels where a mixture of e and s, the same all over 9 × 9 pixels, explains 70 %, and
+      does so better than the room behind both objects;
+    * twice the share of the squared slopes that the old object's slopes explain, with a factor for each 9 × 9 pixels: of ghosts in
+      other colours, and of edges alone. A share of 0.15 is what any two objects' slopes have;
+    * 0.7 times the likeness of its light to the old object's outline: of a line drawn where that was.
+    """
+    e, plate = expected.picture, expected.plate
+    there, around = (old > 0.3) * region, dilate(old > 0.3, 3) * region
+    off, towards = blur(x - e, 1.0, 3), blur(s - e, 1.0, 3)
+    squared, of_room = (_summed(t.square()) for t in (off, blur(x - plate, 1.0, 3)))
+    share = box_mean(there * _summed(off * towards), 9) / (box_mean(there * _summed(towards.square()), 9) + 1e-4)
+    share = share.clamp(0, 1.1)
+    left = _summed((off - share * towards).square())
+    mixed = there * ((left < 0.3 * squared) & (left <= of_room) & (share > 0.1))
+    in_colours = float((mixed * squared).sum() / ((region * squared).sum() + 1e-3))
+
+    old_edges = slopes(blur(s, 1.0, 3)) - slopes(blur(plate, 1.0, 3))
+    off_edges = slopes(blur(x, 1.0, 3)) - slopes(blur(e, 1.0, 3))
+    share = box_mean(around * _summed(off_edges * old_edges), 9) / (
+        box_mean(around * _summed(old_edges.square()), 9) + 1e-4
+    )
+    gained = around * _summed(off_edges.square() - (off_edges - share.clamp(-1.2, 1.2) * old_edges).square())
+    in_edges = float(gained.sum() / ((region * _summed(off_edges.square())).sum() + 1e-3))
+
+    outline, light = around * length(old_edges), region * off.mean(1, keepdim=True)
+    drawn = (light * outline).sum().abs() / ((light.square().sum() + 1e-3) * outline.square().sum() + 1e-9).sqrt()
+    return max(in_colours, 2 * in_edges, 0.7 * float(drawn))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Over the channels."""
+    return x.sum(1, keepdim=True)
 
 
 def palette_of(picture: Tensor, most: int) -> Optional[Tensor]:
@@ -510,6 +573,11 @@ def share_nearer(x: Tensor, y: Tensor, to: Tensor) -> float:
     before, now = (length(x - t) for t in (to, y))
     differs = before > 2 / 255
     return float((now <= 0.5 * before)[differs].float().mean()) if bool(differs.any()) else 0.0
+
+
+def mean_apart(x: Tensor, y: Tensor) -> float:
+    """The mean difference of the mean colours of 8 × 8 pixels."""
+    return float(F.avg_pool2d(x - y, 8, ceil_mode=True).abs().mean())
 
 
 def in_palette(picture: Tensor, colours: Tensor, dithered: bool) -> Tensor:
@@ -540,12 +608,24 @@ def local_share(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return top / (box_mean((weight * y.square()).sum(1, keepdim=True), 9) + 1e-3) * weight
 
 
+def grain(picture: Tensor, outside: Tensor) -> float:
+    """The fine noise of a picture: the median deviation of its luma from the mean of 3 × 3 pixels, as the deviation of a Gaussian
+    that has it."""
+    luma = (picture * picture.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    fine = (luma[..., 1:-1, 1:-1] - F.avg_pool2d(luma, 3, 1)).abs()[outside[..., 1:-1, 1:-1]]
+    return float(fine.median()) / 0.6745 if len(fine) else 0.0
+
+
 def slopes(x: Tensor) -> Tensor:
     return torch.cat(torch.gradient(x, dim=(2, 3)), 1)
 
 
-def _fitting(size: Sequence[int], longest: int) -> tuple[int, int]:
-    ratio = longest / max(size)
+def fitting_pixels(size: Sequence[int], side: int, enlarge: bool = True) -> tuple[int, int]:
+    """A size of the same proportions, with as many pixels as a square of this side has: by its long side a panorama would lose
+    what a square picture keeps."""
+    ratio = side / math.sqrt(size[0] * size[1])
+    if not enlarge:
+        ratio = min(1.0, ratio)
     return max(8, round(size[0] * ratio)), max(8, round(size[1] * ratio))
 
 

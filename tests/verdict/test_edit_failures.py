@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from editloss_core.verdict.judge import judge
 
 pytest.importorskip("scipy")
 
@@ -180,3 +183,21 @@ def test_shipped_pictures_are_small_and_of_the_report_part():
     assert sizes[0] < 400_000 and sum(sizes) < 1_000_000
     assert all(o["scene"].startswith("report_") for o in OUTCOMES.values())
     assert {o["kind"] for o in OUTCOMES.values()} == set(failures.KINDS)
+
+
+@pytest.mark.parametrize(
+    "construction, verdict",
+    [
+        ("ordered dithering", "good"),
+        ("screened", "overlay"),
+        ("outline of old drawn", "overlay"),
+        ("half wiped away", "overlay"),
+        ("upper half turned", "distorted"),
+        ("one side darkened", "collateral change"),
+        ("picture moved", "collateral change"),
+    ],
+)
+def test_verdicts_that_were_wrong_once(scene, made, construction, verdict):
+    outputs = [i for i in made if i.construction == construction and i.level in ("moderate", "-")]
+    given = [torch.from_numpy(p).float() for p in (scene.before, scene.after, scene.mask)]
+    assert [judge(given[0], torch.from_numpy(i.picture), *given[1:]).verdict for i in outputs] == [verdict]
