@@ -39,6 +39,7 @@ class Item:
 
 HIDDEN = 0.1  # share of the old object that is seen past the new one
 BEHIND = ("old behind new", "multiplied")
+ELSEWHERE = ("displaced", "resized", "displaced, JPEG")
 
 # construction → (kind, severities as slight / moderate / severe, held out)
 TABLE = {
@@ -112,13 +113,15 @@ TABLE = {
 def items(scene: Scene, wanted: Callable[[str, str, int], bool] = lambda kind, level, number: True) -> Iterator[Item]:
     """Outcomes of a scene, each from a seed of its own: those whose kind, level and number are ``wanted``.
 
-    Where the new object hides nearly all of the old one, what lies behind it cannot be seen and is left out.
+    Where the new object hides nearly all of the old one, what lies behind it cannot be seen and is left out. Where it reaches the
+    picture's edge, there is nothing of it to move in from beyond, and a good output of one that stands elsewhere is left out.
     """
     old, new = scene.old[..., 3], scene.new[..., 3]
     hidden = (old * (1 - new)).sum() < HIDDEN * old.sum()
+    cut_off = max(edge.max() for edge in (new[0], new[-1], new[:, 0], new[:, -1])) > 0.5
     number = -1
     for construction, (kind, levels, held_out) in TABLE.items():
-        if hidden and construction in BEHIND:
+        if (hidden and construction in BEHIND) or (cut_off and construction in ELSEWHERE):
             continue
         for level, severities in levels.items():
             for severity in severities:

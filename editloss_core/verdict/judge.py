@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -61,7 +61,6 @@ from .measures import (
     like_old,
     likeness,
     local_share,
-    mean_apart,
     norm,
     palette_of,
     progress_of,
@@ -231,13 +230,17 @@ def _without_grain(
     outside = region <= 0.5
     if not bool(outside.any()):
         outside = torch.ones_like(outside)
-    of_x, *known = (grain(t, outside) for t in (x, s, g) if t is not None)
-    if of_x**2 - max(known) ** 2 <= GRAIN**2:
+    if not _grainier(x, [t for t in (s, g) if t is not None], outside):
         return s, x, g
     notes.append("The output has grain that the before picture has not; all were smoothed before they were compared.")
     s, x, g = (None if t is None else blur(t, SMOOTHED, min(5, min(t.shape[-2:]) - 1)) for t in (s, x, g))
     assert s is not None and x is not None
     return s, x, g
+
+
+def _grainier(x: Tensor, known: Sequence[Tensor], outside: Tensor) -> bool:
+    """Whether x has more grain than the known pictures."""
+    return grain(x, outside) ** 2 - max(grain(t, outside) for t in known) ** 2 > GRAIN**2
 
 
 def _planes(picture: Tensor) -> Tensor:
@@ -261,8 +264,7 @@ def _in_palette(
     best = brought[nearer.index(max(nearer))]
     if max(nearer) < 0.5:
         return s, g  # the colours of something else
-    plain, there = (min(mean_apart(x, t) for t in some) for some in (known, best))
-    if there > plain:
+    if _grainier(x, best, torch.ones_like(x[:, :1]) > 0):
         return s, g  # dithered in another way, which keeps mean colours that the nearest ones do not
     notes.append(f"The output has {len(colours)} colours; before and after were brought to these.")
     return best[0], None if g is None else best[1]
@@ -595,6 +597,7 @@ LINES = {
     "old inside": (0.1, 0.5),
     "old edges, alone": (0.45, 0.9),  # without an after picture, where edges of the room that go on count as well
     "shape": (0.4, 1.0),
+    "ghost": (0.25, 1.0),  # the same of what is surely the old object
     "outline": (0.3, 0.6),
     "soft": (0.22, 0.7),
     "stretch": (0.12, 0.5),
@@ -615,6 +618,7 @@ BESIDE = 3  # pixels around the new object that belong to it
 NO_GHOST = 0.03  # share of the old object's edges
 REACH = 0.12  # of the new object's size, by which it may stand out of the mask
 AFAR = 0.35  # of the same, within which a change of the surroundings may be of a distorted object's making
+SURELY_OLD = 0.5  # the same, from which what differs in the object is the old one, whatever is left of that elsewhere
 LIKE_OLD = 0.3  # what is not as expected is a distortion below it, and an overlay from it
 FEWEST, MOST = 24, 256  # colours of a palette
 SMOOTHED = 1.5  # pixels: 4 × 4 thresholds of a dithering add up to nothing
@@ -655,8 +659,8 @@ def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old 
         ),
         "unusable": _neither(m),
     }
-    if (scores["distorted"] or 0.0) >= 0.5 and (m["like old"] or 0.0) >= LIKE_OLD:
-        scores["overlay"] = worst_of(scores["overlay"], scores["distorted"])
+    if (m["like old"] or 0.0) >= SURELY_OLD:
+        scores["overlay"] = worst(scores["overlay"], ramp("ghost", m["shape"]))
     if (scores["unusable"] or 0.0) >= 0.5:  # neither object is there, whatever happens to look like one
         scores |= {"no edit": 0.0, "overlay": 0.0}
     return scores

@@ -575,11 +575,6 @@ def share_nearer(x: Tensor, y: Tensor, to: Tensor) -> float:
     return float((now <= 0.5 * before)[differs].float().mean()) if bool(differs.any()) else 0.0
 
 
-def mean_apart(x: Tensor, y: Tensor) -> float:
-    """The mean difference of the mean colours of 8 × 8 pixels."""
-    return float(F.avg_pool2d(x - y, 8, ceil_mode=True).abs().mean())
-
-
 def in_palette(picture: Tensor, colours: Tensor, dithered: bool) -> Tensor:
     """A picture ``[1, 3, H, W]`` in these colours: each pixel's nearest one, or its error spread over its neighbours."""
     palette = Image.new("P", (1, 1))
