@@ -87,8 +87,10 @@ def test_copy_and_right_edit_are_exact(scene, made):
         failures._screened,
         failures._grains,
         failures._outline,
-        unseen._beside,
-        unseen._half_wiped,
+        failures._beside,
+        failures._half_wiped,
+        unseen._interlaced,
+        unseen._grey_ghost,
     ],  # fmt: skip
 )
 def test_nothing_left_of_the_old_object_is_the_right_edit(scene, make):
