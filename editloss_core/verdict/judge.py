@@ -234,9 +234,12 @@ def _without_grain(
     if not _grainier(x, [t for t in (s, g) if t is not None], outside):
         return s, x, g
     notes.append("The output has grain that the before picture has not; all were smoothed before they were compared.")
-    s, x, g = (None if t is None else blur(t, SMOOTHED, min(5, min(t.shape[-2:]) - 1)) for t in (s, x, g))
-    assert s is not None and x is not None
-    return s, x, g
+    s, x = (_smoothed(t) for t in (s, x))
+    return s, x, None if g is None else _smoothed(g)
+
+
+def _smoothed(picture: Tensor) -> Tensor:
+    return blur(picture, SMOOTHED, min(5, min(picture.shape[-2:]) - 1))
 
 
 def _grainier(x: Tensor, known: Sequence[Tensor], outside: Tensor) -> bool:
