@@ -6,7 +6,6 @@ runs without gradients, in float32.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -302,13 +301,22 @@ def oklab(image: Tensor) -> Tensor:
 def tolerant_distance(a: Tensor, b: Tensor) -> Tensor:
     """Distance [B, 1, H, W] of two pictures that forgives shifts by one pixel, symmetric in its arguments."""
     height, width = a.shape[-2:]
-
-    def nearest(x: Tensor, y: Tensor) -> Tensor:
-        padded = F.pad(y, (1, 1, 1, 1), mode="replicate")
-        moved = (padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3))
-        return functools.reduce(torch.minimum, ((x - m).square().sum(1, keepdim=True) for m in moved)).sqrt()
-
-    return torch.maximum(nearest(a, b), nearest(b, a))
+    a, b = (F.pad(t, (1, 1, 1, 1), mode="replicate") for t in (a, b))
+    from_a: Tensor | None = None
+    from_b: Tensor | None = None
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            # |a(p) − b(p + d)|² wherever both are; at p + d it is |b(q) − a(q − d)|²
+            top, left = max(0, -dy), max(0, -dx)
+            rows, columns = height + 2 - abs(dy), width + 2 - abs(dx)
+            apart = (a[..., top : top + rows, left : left + columns] - b[..., top + dy : top + dy + rows, left + dx : left + dx + columns])  # fmt: skip
+            apart = apart.square_().sum(1, keepdim=True)
+            at_a = apart[..., 1 - top : 1 - top + height, 1 - left : 1 - left + width]
+            at_b = apart[..., 1 - top - dy : 1 - top - dy + height, 1 - left - dx : 1 - left - dx + width]
+            from_a = at_a if from_a is None else torch.minimum(from_a, at_a)
+            from_b = at_b if from_b is None else torch.minimum(from_b, at_b)
+    assert from_a is not None and from_b is not None
+    return torch.maximum(from_a, from_b).sqrt_()
 
 
 def _otsu(d: Tensor, bins: int = 256) -> float:
@@ -328,14 +336,25 @@ def _otsu(d: Tensor, bins: int = 256) -> float:
 
 def dilate(region: Tensor, radius: int) -> Tensor:
     """Growth of a boolean [B, 1, H, W] by a disc-like octagon of the given radius in pixels."""
-    result = region.to(torch.float32)
     square = radius // 2  # a diamond of the other half; their order makes no difference
-    for size, padding in (((2 * square + 1, 1), (square, 0)), ((1, 2 * square + 1), (0, square))):
-        result = F.max_pool2d(result, size, stride=1, padding=padding)
+    for dim in (-1, -2):
+        reach = 0
+        while reach < square:  # a step of one more than was reached leaves no gap
+            step = min(reach + 1, square - reach)
+            region = _spread(region, dim, step)
+            reach += step
     for _ in range(radius - square):
-        rows = F.max_pool2d(result, (3, 1), stride=1, padding=(1, 0))
-        result = torch.maximum(rows, F.max_pool2d(result, (1, 3), stride=1, padding=(0, 1)))
-    return result > 0.5
+        region = _spread(region, -1, 1).logical_or_(_spread(region, -2, 1))
+    return region
+
+
+def _spread(region: Tensor, dim: int, step: int) -> Tensor:
+    """A boolean region and its copies ``step`` pixels to both sides; ten times as fast as a max pooling of floats."""
+    grown, rest = region.clone(), region.shape[dim] - step
+    if rest > 0:
+        for to, source in ((step, 0), (0, step)):
+            grown.narrow(dim, to, rest).logical_or_(region.narrow(dim, source, rest))
+    return grown
 
 
 def _close(region: Tensor, radius: int) -> Tensor:

@@ -10,119 +10,128 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from failures import Item, box_of, grid, moved, over, palette, size_of, webp, with_new
+from failures import Item, blurred, box_of, grid, jpeg, moved, over, size_of, with_new
 from PIL import Image
 from render import Scene
-from scipy import ndimage
 
 # construction → (kind, severities by level), as in failures.TABLE
 TABLE = {
-    "copy, palette": ("no edit", {"moderate": (64,)}),
-    "ghost beside": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}),
-    "half wiped away": ("overlay", {"slight": (0.15,), "moderate": (0.4,), "severe": (0.7,)}),
-    "waves": ("distorted", {"slight": (0.03,), "moderate": (0.07,), "severe": (0.12,)}),
-    "in two pieces": ("distorted", {"slight": (0.06,), "moderate": (0.15,), "severe": (0.3,)}),
-    "corner lit": ("collateral change", {"slight": (0.15,), "moderate": (0.3,), "severe": (0.5,)}),
-    "region without colour": ("collateral change", {"moderate": (1,)}),
-    "ordered dithering": ("good", {"-": (6,)}),
-    "WebP, three quarters": ("good", {"-": (60,)}),
+    "copy, enlarged again": ("no edit", {"moderate": (0.6,)}),
+    "interlaced": ("overlay", {"slight": (0.2,), "moderate": (0.4,), "severe": (0.6,)}),
+    "grey ghost": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}),
+    "pinched": ("distorted", {"slight": (0.2,), "moderate": (0.45,), "severe": (0.7,)}),
+    "seen twice": ("distorted", {"slight": (0.05,), "moderate": (0.12,), "severe": (0.25,)}),
+    "region out of focus": ("collateral change", {"slight": (0.01,), "moderate": (0.025,), "severe": (0.05,)}),
+    "region mirrored": ("collateral change", {"moderate": (1,)}),
+    "film grain": ("good", {"-": (0.03,)}),
+    "JPEG twice": ("good", {"-": (75,)}),
+    "five bits": ("good", {"-": (32,)}),
 }
 
 
-def items(scene: Scene) -> Iterator[Item]:
-    """Every outcome of a scene, each from a seed of its own."""
-    for number, (construction, (kind, levels)) in enumerate(TABLE.items()):
+def items(scene: Scene, wanted: Callable[[str, str, int], bool] = lambda kind, level, number: True) -> Iterator[Item]:
+    """Outcomes of a scene, each from a seed of its own: those whose kind, level and number are ``wanted``."""
+    number = -1
+    for place, (construction, (kind, levels)) in enumerate(TABLE.items()):
         for level, severities in levels.items():
             for severity in severities:
-                rng = np.random.default_rng([sum(scene.name.encode()), 9001 + number, round(severity * 1000)])
+                number += 1
+                if not wanted(kind, level, number):
+                    continue
+                rng = np.random.default_rng([sum(scene.name.encode()), 19001 + place, round(severity * 1000)])
                 picture = _MAKE[construction](scene, severity, rng).clip(0, 1)
                 yield Item(kind, construction, severity, level, True, picture.astype(np.float32))
 
 
-def _beside(scene: Scene, share: float, rng) -> np.ndarray:
-    """The old object translucent, and not quite where it stood."""
-    by = 0.05 * size_of(scene.old)
-    y, x = grid(scene)
-    layer = moved(scene.old, y, x + rng.choice([-1, 1]) * by)
+def _enlarged(picture: np.ndarray, factor: float) -> np.ndarray:
+    """Saved smaller by this factor, and enlarged again."""
+    height, width = picture.shape[:2]
+    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+    small = image.resize((round(width * factor), round(height * factor)), Image.Resampling.LANCZOS)
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def _interlaced(scene: Scene, share: float, rng) -> np.ndarray:
+    """The old object in front of the new one, in this share of bands of rows."""
+    y, _ = grid(scene)
+    band = max(4, round(0.04 * size_of(scene.old)))
+    layer = scene.old.copy()
+    layer[..., 3] *= (y + rng.integers(band)) % band < share * band
+    return over(scene.after, layer)
+
+
+def _grey_ghost(scene: Scene, share: float, _rng) -> np.ndarray:
+    """The old object without its colours, translucent, in front of the new one."""
+    layer = scene.old.copy()
+    layer[..., :3] = (layer[..., :3] @ np.array([0.299, 0.587, 0.114]))[..., None]
     layer[..., 3] *= share
     return over(scene.after, layer)
 
 
-def _half_wiped(scene: Scene, share: float, rng) -> np.ndarray:
-    """One side of the old object, as much of it as this share, is still there and in front of the new one."""
-    _, x = grid(scene)
-    x = x * rng.choice([-1, 1])
-    layer = scene.old.copy()
-    layer[..., 3] *= x < np.quantile(x[layer[..., 3] > 0.5], share)
-    return over(scene.after, layer)
-
-
-def _waves(scene: Scene, share: float, rng) -> np.ndarray:
-    """Its rows swing to both sides, one and a half times over its height."""
-    top, _, bottom, _ = box_of(scene.new)
+def _pinched(scene: Scene, strength: float, rng) -> np.ndarray:
+    """Drawn together towards its middle, or driven apart from it, the less the farther out."""
+    top, left, bottom, right = box_of(scene.new)
     y, x = grid(scene)
-    swing = np.sin(3 * np.pi * (y - top) / (bottom - top) + rng.uniform(0, np.pi)) * share * size_of(scene.new)
-    return with_new(scene, lambda layer: moved(layer, y, x + swing))
+    y, x = y - (top + bottom) / 2, x - (left + right) / 2
+    near = np.exp(-(y**2 + x**2) / (2 * (0.35 * size_of(scene.new)) ** 2))
+    factor = 1 + rng.choice([-0.7, 1.0]) * strength * near
+    return with_new(scene, lambda layer: moved(layer, y * factor + (top + bottom) / 2, x * factor + (left + right) / 2))
 
 
-def _in_two(scene: Scene, share: float, rng) -> np.ndarray:
-    """The upper half stands to one side of the lower one."""
-    top, _, bottom, _ = box_of(scene.new)
+def _twice(scene: Scene, share: float, rng) -> np.ndarray:
+    """Two exposures of the new object, this share of its size apart."""
     y, x = grid(scene)
-    aside = rng.choice([-1, 1]) * share * size_of(scene.new) * (y < (top + bottom) / 2)
-    return with_new(scene, lambda layer: moved(layer, y, x + aside))
+    aside = rng.choice([-1, 1]) * share * size_of(scene.new)
+    return 0.5 * (scene.after + with_new(scene, lambda layer: moved(layer, y, x + aside)))
 
 
-def _away(scene: Scene) -> np.ndarray:
-    """0 about the edit, 1 farther off."""
-    side = min(scene.plate.shape[:2])
-    return (ndimage.distance_transform_edt(scene.mask < 0.5) / (0.06 * side) - 0.5).clip(0, 1)[..., None]
-
-
-def _lit(scene: Scene, strength: float, rng) -> np.ndarray:
-    """Light from one corner."""
+def _rectangle(scene: Scene, rng) -> np.ndarray:
+    """1 in the largest of 60 random rectangles less the mask."""
     height, width = scene.plate.shape[:2]
-    y, x = grid(scene)
-    far = np.hypot(y / height - rng.integers(2), x / width - rng.integers(2))
-    return scene.after + strength * ((1 - far / 0.7).clip(0, 1)[..., None] * _away(scene)) * (1 - scene.after)
+    best = np.zeros((height, width))
+    for _ in range(60):
+        tall, wide = (rng.uniform(0.25, 0.5, 2) * (height, width)).astype(int)
+        top, left = rng.integers(0, height - tall), rng.integers(0, width - wide)
+        region = np.zeros((height, width))
+        region[top : top + tall, left : left + wide] = scene.mask[top : top + tall, left : left + wide] < 0.5
+        if region.sum() > best.sum():
+            best = region
+    return best
 
 
-def _greyed(scene: Scene, strength: float, _rng) -> np.ndarray:
-    """The upper half has lost its colours."""
-    grey = (scene.after @ np.array([0.299, 0.587, 0.114]))[..., None]
-    y, _ = grid(scene)
-    where = (y < scene.plate.shape[0] / 2)[..., None] * _away(scene) * strength
-    return scene.after * (1 - where) + grey * where
+def _out_of_focus(scene: Scene, share: float, rng) -> np.ndarray:
+    region = _rectangle(scene, rng)[..., None]
+    soft = blurred(scene.after, share * min(scene.plate.shape[:2]))
+    return scene.after * (1 - region) + soft * region
 
 
-def _ordered(picture: np.ndarray, levels: float) -> np.ndarray:
-    """Bayer's 4 × 4 thresholds, so many levels per channel."""
-    bayer = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]) / 16 + 1 / 32
-    height, width = picture.shape[:2]
-    threshold = np.tile(bayer, (height // 4 + 1, width // 4 + 1))[:height, :width, None]
-    return np.floor(picture * (levels - 1) + threshold) / (levels - 1)
+def _mirrored(scene: Scene, _severity, rng) -> np.ndarray:
+    """A rectangle of the room with left and right exchanged."""
+    region = _rectangle(scene, rng)
+    columns = np.nonzero(region.any(0))[0]
+    there = slice(columns.min(), columns.max() + 1)
+    other = scene.after.copy()
+    other[:, there] = scene.plate[:, there][:, ::-1]
+    return np.where(region[..., None] > 0.5, other, scene.after)
 
 
-def _three_quarters(picture: np.ndarray, quality: float) -> np.ndarray:
-    """Saved at three quarters of the size, and enlarged again."""
-    height, width = picture.shape[:2]
-    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
-    small = np.asarray(image.resize((width * 3 // 4, height * 3 // 4), Image.Resampling.LANCZOS), np.float32) / 255
-    large = Image.fromarray((webp(small, quality) * 255).round().astype(np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    return np.asarray(large, np.float32) / 255
+def _grainy(scene: Scene, strength: float, rng) -> np.ndarray:
+    """The grain of a film: of about two pixels, alike in all colours, most in the middle tones."""
+    grain = blurred(rng.standard_normal(scene.plate.shape[:2]), 0.7)
+    middle = 4 * scene.after * (1 - scene.after)
+    return scene.after + strength * (grain / grain.std())[..., None] * (0.3 + 0.7 * middle)
 
 
 _MAKE: dict[str, Callable] = {
-    "copy, palette": lambda s, v, r: palette(s.before, v, True),
-    "ghost beside": _beside,
-    "half wiped away": _half_wiped,
-    "waves": _waves,
-    "in two pieces": _in_two,
-    "corner lit": _lit,
-    "region without colour": _greyed,
-    "ordered dithering": lambda s, v, r: _ordered(s.after, v),
-    "WebP, three quarters": lambda s, v, r: _three_quarters(s.after, v),
+    "copy, enlarged again": lambda s, v, r: _enlarged(s.before, v),
+    "interlaced": _interlaced,
+    "grey ghost": _grey_ghost,
+    "pinched": _pinched,
+    "seen twice": _twice,
+    "region out of focus": _out_of_focus,
+    "region mirrored": _mirrored,
+    "film grain": _grainy,
+    "JPEG twice": lambda s, v, r: jpeg(np.roll(jpeg(np.roll(s.after, 3, 1), v), -3, 1), v),
+    "five bits": lambda s, v, r: np.floor(s.after * (v - 1) + 0.5) / (v - 1),
 }
 assert _MAKE.keys() == TABLE.keys()

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import JUST_VISIBLE, blur, box_mean, dilate, oklab, tolerant_distance
-from .alignment import CLOSE, Alignment, align, look_up, warp
+from .alignment import CLOSE, Alignment, align, cost, look_up, warp
 
-WHOLE = 256  # pixels on the long side at which the surroundings are compared
+WHOLE = 256  # pixels on a side at which the surroundings are compared; as many in all where the picture is not square
 CROP = 192  # the same for the crop around the edit
 AROUND = 0.35  # of the mask's long side that the crop takes in on each side
 VISIBLE = 0.04  # Oklab
@@ -33,6 +33,8 @@ LARGE, MOST = (
     0.15,
     0.4,
 )  # shares of the picture, in the region and anywhere, that an edit without an object changes visibly
+MOVED = 0.5  # of the surroundings' cost that is left once a picture that moved is laid back
+GRAIN = 0.02  # of luma, in 0…1, by which an output has more than the known pictures; noise of 0.02 in each channel has 0.015
 PLAINLY = 0.5  # likeness of edges above which nothing has to be laid on anything
 UNSEEN = 0.004  # Oklab, of a neighbourhood: a step of an 8-bit code is about half of it
 RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a well visible object
@@ -53,7 +55,7 @@ class Whole:
     @classmethod
     def of(cls, s: Tensor, x: Tensor, g: Optional[Tensor], region: Tensor, another_size: bool = False) -> Whole:
         """``another_size``: the output was resized, so that it may show a little more or less than the before picture."""
-        size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
+        size = fitting_pixels(s.shape[-2:], WHOLE, enlarge=False)
         small_s, small_x, small_g = resized(s, size), resized(x, size), None if g is None else resized(g, size)
         mask = resized(region, size) > 0.25
         outside = ~dilate(mask, 4)
@@ -70,14 +72,29 @@ class Whole:
         return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region, small_x)
 
     @cached_property
-    def labs(self) -> tuple[Tensor, list[Tensor]]:
-        """(the output, the pictures that are known) in Oklab."""
-        return oklab(self.x), [oklab(t) for t in (self.s, self.g) if t is not None]
+    def lab_x(self) -> Tensor:
+        """The output in Oklab."""
+        return oklab(self.x)
+
+    @cached_property
+    def known(self) -> list[Tensor]:
+        """The before picture and, where there is one, the after picture in Oklab."""
+        return [oklab(t) for t in (self.s, self.g) if t is not None]
+
+    @cached_property
+    def jpeg(self) -> Tensor:
+        """The last of the known pictures after a round trip through JPEG of quality 50."""
+        s, _, g = self.pictures
+        return resized(_jpeg(s if g is None else g, 50), self.s.shape[-2:])
+
+    @cached_property
+    def lab_jpeg(self) -> Tensor:
+        return oklab(self.jpeg)
 
     @cached_property
     def changes(self) -> Tensor:
         """:func:`changes` of the output from the pictures that are known."""
-        return changes(*self.labs)
+        return changes(self.lab_x, self.known)
 
     def background(self, also: Optional[Tensor] = None) -> tuple[Optional[float], Tensor]:
         """(largest mean change of a neighbourhood outside the mask, the changes); None where there is no outside."""
@@ -85,7 +102,74 @@ class Whole:
 
     def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
         """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
-        return largest_tint(*self.labs, self.mask if also is None else self.mask | also)
+        known = [t for t in (self.s, self.g) if t is not None]
+        return largest_tint(self.x, known, self.mask if also is None else self.mask | also)
+
+    def laid_back(self) -> Optional[Whole]:
+        """The same with the output laid on the last of the known pictures, where all of it was moved, zoomed or turned; None where
+        it was not."""
+        outside = (~dilate(self.mask, 4)).float()
+        x, last = (blur(t, 1.0, 3) for t in (self.lab_x, self.known[-1]))
+        if float(outside.mean()) < ENOUGH:
+            return None
+        found, _ = align(x, last, outside)
+        start = Alignment(found.centre, torch.eye(2), torch.zeros(2), found.size)
+        if cost(x, last, outside, found) > MOVED * cost(x, last, outside, start):
+            return None
+        s, full, g = self.pictures
+        full = _laid_on(full, _at_scale(found, s.shape[-1] / self.s.shape[-1]), s)
+        small, raw = (_laid_on(t, found, self.s) for t in (self.x, self.raw))
+        return Whole(self.s, small, self.g, self.mask, (s, full, g), self.full_mask, raw)
+
+    def codec_change(self, mask: Tensor) -> Optional[float]:
+        """What JPEG does to the last of the known pictures, as :meth:`background` measures it."""
+        return largest_change(changes(self.lab_jpeg, self.known[-1:]), mask)[0]
+
+    def codec_tint(self, mask: Tensor) -> Optional[float]:
+        """The same, as :meth:`tint` measures it."""
+        return largest_tint(self.jpeg, [self.s if self.g is None else self.g], mask)
+
+    def is_last(self, lab: Tensor) -> bool:
+        """Whether a picture in Oklab is the last of the known ones up to what a codec does to it: nowhere further from it than
+        JPEG takes it, and a little."""
+        last = self.known[-1]
+        mean = box_mean(length(lab - last), 13)
+        if float(mean.amax()) <= UNSEEN:
+            return True
+        if float(mean.amax()) > VISIBLE * 2:
+            return False
+        return bool((mean <= box_mean(length(self.lab_jpeg - last), 13) + UNSEEN).all())
+
+    def is_tone(self) -> bool:
+        """Whether a pair's edit keeps what is in the picture: a large part has other colours, light or sharpness, but the region
+        has the same edges."""
+        s, g = self.known
+        apart = length(blur(g - s, 1.0, 3)) > JUST_VISIBLE
+        inside = (apart & self.mask).float()
+        if float(inside.mean()) < LARGE and float(apart.float().mean()) < MOST:
+            return False
+        return abs(likeness(edges(s, 2.0), edges(g, 2.0), inside)) >= PLAINLY
+
+    def room_seen(self, mask: Tensor) -> float:
+        """How much the coarse edges of the output outside a mask are those of one of the known pictures, 0 to 1: of noise and of
+        another scene nearly nothing. A picture that was moved or zoomed is laid on the known one first. Where the mask leaves
+        little, the whole picture counts."""
+        outside = (~dilate(mask, 4)).float()
+        if float(outside.mean()) < ENOUGH:
+            outside = torch.ones_like(outside)
+        longest = max(self.x.shape[-2:])
+        scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
+        size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
+        there = {k: [edges(t, k) for t in self.known] for k in scales}
+
+        def of(lab: Tensor) -> float:
+            return max(abs(found) for k in scales for found in local_likeness(edges(lab, k), there[k], outside, size))
+
+        found = of(self.lab_x)
+        if found >= PLAINLY:
+            return found
+        similarity, _ = align(blur(self.lab_x, 1.0, 3), blur(self.known[0], 1.0, 3), outside)
+        return max(found, of(oklab(look_up(self.x, similarity))))
 
 
 def changes(x: Tensor, known: Sequence[Tensor]) -> Tensor:
@@ -106,14 +190,21 @@ def largest_change(d: Tensor, mask: Tensor) -> tuple[Optional[float], Tensor]:
 
 
 def largest_tint(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> Optional[float]:
-    """The same as :func:`largest_change` of mean colours, of pictures in Oklab: noise, dithering and shifts within a neighbourhood add up to nothing."""
+    """The same as :func:`largest_change` of mean colours, of pictures in sRGB, where dithering keeps them: noise, dithering and shifts
+    within a neighbourhood add up to nothing."""
     outside = (~dilate(mask, 8)).float()
     size = 2 * max(6, max(x.shape[-2:]) // 14) + 1  # a seventh of the long side
     share = box_mean(outside, size)
     if float(outside.mean()) < 0.02 or not bool((share > 0.3).any()):
         return None
-    tints = [length(box_mean((x - t) * outside, size)) / share.clamp_min(1e-6) for t in known]
-    return float(torch.stack(tints).amin(0)[share > 0.3].amax())
+
+    def colours(t: Tensor) -> Tensor:
+        return oklab((box_mean(t * outside, size) / share.clamp_min(1e-6))[..., ::2, ::2])
+
+    there = colours(x)
+    tints = torch.stack([length(there - colours(t)) for t in known]).amin(0)
+    counted = tints[share[..., ::2, ::2] > 0.3]
+    return float(counted.amax()) if len(counted) else None
 
 
 def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -196,10 +287,10 @@ def _at_scale(move: Alignment, ratio: float) -> Alignment:
 def _laid_on(x: Tensor, move: Alignment, s: Tensor) -> Tensor:
     """x after the move; the before picture where it shows nothing."""
     height, width = x.shape[-2:]
-    columns, rows = (torch.arange(n).float() for n in (width, height))
-    (fx, fy), (cx, cy), (dx, dy) = move.matrix.diagonal().tolist(), move.centre.tolist(), move.shift.tolist()
-    columns, rows = (columns - cx) * fx + cx + dx, (rows - cy) * fy + cy + dy
-    inside = ((rows > -1) & (rows < height))[:, None] & ((columns > -1) & (columns < width))[None]
+    (cx, cy), (dx, dy), ((xx, xy), (yx, yy)) = move.centre.tolist(), move.shift.tolist(), move.matrix.tolist()
+    rows, columns = torch.arange(height).float()[:, None] - cy, torch.arange(width).float()[None] - cx
+    x_, y = columns * xx + rows * xy + cx + dx, columns * yx + rows * yy + cy + dy
+    inside = (y > -1) & (y < height) & (x_ > -1) & (x_ < width)
     return torch.where(inside, look_up(x, move), s)
 
 
@@ -221,7 +312,7 @@ class Crop:
         top, bottom, left, right = int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
         margin = max(4, round(AROUND * max(bottom - top, right - left)))
         box = max(0, top - margin), max(0, left - margin), min(height, bottom + margin), min(width, right + margin)
-        size = _fitting((box[2] - box[0], box[3] - box[1]), CROP)
+        size = fitting_pixels((box[2] - box[0], box[3] - box[1]), CROP)
 
         def cut(t: Tensor) -> Tensor:
             return resized(t[..., box[0] : box[2], box[1] : box[3]], size)
@@ -229,6 +320,16 @@ class Crop:
         s, x, g = whole.pictures
         mask = cut(whole.full_mask) > 0.25
         return cls(cut(s), cut(x), None if g is None else cut(g), mask, box, (height, width))
+
+    @cached_property
+    def lab_x(self) -> Tensor:
+        """The output in Oklab."""
+        return oklab(self.x)
+
+    @cached_property
+    def known(self) -> list[Tensor]:
+        """The before picture and, where there is one, the after picture in Oklab."""
+        return [oklab(t) for t in (self.s, self.g) if t is not None]
 
     def in_whole(self, values: Tensor, size: Sequence[int]) -> Tensor:
         """Values of the crop in the whole picture at another size, 0 elsewhere."""
@@ -258,6 +359,14 @@ class Expected:
     moved: Tensor
     similarity: Optional[Alignment]
     affine: Optional[Alignment]
+
+    @cached_property
+    def lab_picture(self) -> Tensor:
+        return oklab(self.picture)
+
+    @cached_property
+    def lab_plate(self) -> Tensor:
+        return oklab(self.plate)
 
     @classmethod
     def of(
@@ -299,11 +408,11 @@ def filled(picture: Tensor, known: Tensor) -> Tensor:
 
 
 def shape_errors(
-    lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor, mask: Tensor
+    lab_s: Tensor, lab_x: Tensor, lab_g: Tensor, expected: Expected, old: Tensor, known: Tensor, mask: Tensor
 ) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
     the after picture has it); the differences as shares of the object's contrast."""
-    e, b = (blur(oklab(t), 1.0, 3) for t in (expected.picture, expected.plate))
+    e, b = (blur(t, 1.0, 3) for t in (expected.lab_picture, expected.lab_plate))
     w = expected.object
     if expected.similarity is None or float(w.sum()) < 1:
         return tolerant_distance(lab_x, e) / 0.2 * old, None, None, None
@@ -311,6 +420,9 @@ def shape_errors(
     level = max(VISIBLE, float(((w * contrast.square()).sum() / w.sum()).sqrt()))
     # the room shows through and around the object, where it was or moved along: either will do
     d = torch.minimum(tolerant_distance(lab_x, e), tolerant_distance(lab_x, expected.moved)) / level
+    # what stood there before is the room, or an overlay's to find, where the object has left its place
+    left = (expected.new > 0.3) & (w < 0.5)
+    d = torch.where(left, torch.minimum(d, tolerant_distance(lab_x, lab_s) / level), d)
     near = ((dilate(w > 0.5, 6) > 0) & mask | (w > 0.5)).float() * known  # beyond the mask the room is asked elsewhere
     share = box_mean(near, 15)
     mean = (box_mean(d.square() * near, 15) / share.clamp_min(1e-6)).sqrt()
@@ -325,21 +437,6 @@ def _apart(a: Tensor, b: Tensor, where: Tensor) -> Optional[float]:
     """1 − intersection over union of two outlines in a region; None where there is nothing."""
     union = float(((a | b) & where).sum())
     return 1 - float((a & b & where).sum()) / union if union else None
-
-
-def codec_change(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
-    """What a round trip through JPEG does to a picture ``[1, 3, H, W]``, as :meth:`Whole.background` measures it."""
-    return largest_change(changes(*_through_jpeg(picture, small, quality)), mask)[0]
-
-
-def codec_tint(picture: Tensor, small: Tensor, mask: Tensor, quality: int = 50) -> Optional[float]:
-    """The same, as :meth:`Whole.tint` measures it."""
-    return largest_tint(*_through_jpeg(picture, small, quality), mask)
-
-
-def _through_jpeg(picture: Tensor, small: Tensor, quality: int) -> tuple[Tensor, list[Tensor]]:
-    """(a picture that went through JPEG, at the size of ``small``, and that) in Oklab."""
-    return oklab(resized(_jpeg(picture, quality), small.shape[-2:])), [oklab(small)]
 
 
 def _jpeg(picture: Tensor, quality: int) -> Tensor:
@@ -378,80 +475,30 @@ def likeness(x: Tensor, y: Tensor, weight: Tensor) -> float:
     return float(together / (squared[0] * squared[1]).sqrt())
 
 
-def local_likeness(x: Tensor, y: Tensor, weight: Tensor, size: int) -> float:
-    """The mean of the cosines of x and y in all neighbourhoods, each counted by what y has there: what was added to x in one place
-    counts for that place alone."""
-    together, in_x, in_y = (box_mean((weight * t).sum(1, keepdim=True), size) for t in (x * y, x.square(), y.square()))
-    cosines = together / (in_x * in_y + 1e-12).sqrt()
-    return float((in_y * cosines).sum() / (in_y.sum() + 1e-9))
+def local_likeness(x: Tensor, known: Sequence[Tensor], weight: Tensor, size: int) -> list[float]:
+    """For each y of the known ones the mean of the cosines of x and y in all neighbourhoods, each counted by what y has there: what
+    was added to x in one place counts for that place alone."""
+
+    def near(t: Tensor) -> Tensor:
+        return box_mean((weight * t).sum(1, keepdim=True), size)
+
+    in_x, found = near(x.square()), []
+    for y in known:
+        in_y = near(y.square())
+        cosines = near(x * y) / (in_x * in_y + 1e-12).sqrt()
+        found.append(float((in_y * cosines).sum() / (in_y.sum() + 1e-9)))
+    return found
 
 
-def edges(x: Tensor, sigma: float) -> Tensor:
+def edges(lab: Tensor, sigma: float) -> Tensor:
     """Slopes of a picture in Oklab that is blurred first."""
-    return _edges(oklab(x), sigma)
-
-
-def _edges(lab: Tensor, sigma: float) -> Tensor:
     return slopes(blur(lab, sigma, min(math.ceil(2 * sigma), min(lab.shape[-2:]) - 1)))
-
-
-def room_seen(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> float:
-    """How much the coarse edges of x outside the mask are those of one of the known pictures, 0 to 1: of noise and of another
-    scene nearly nothing. A picture that was moved or zoomed is laid on the known one first. Where the mask leaves little,
-    the whole picture counts."""
-    outside = (~dilate(mask, 4)).float()
-    if float(outside.mean()) < ENOUGH:
-        outside = torch.ones_like(outside)
-    longest = max(x.shape[-2:])
-    scales = [max(1.0, sigma * longest / WHOLE) for sigma in (3.0, 6.0)]
-    size = 2 * max(3, longest // 14) + 1  # a seventh of the long side
-
-    labs = [oklab(t) for t in known]
-    there = {k: [_edges(t, k) for t in labs] for k in scales}
-
-    def of(lab: Tensor) -> float:
-        seen = {k: _edges(lab, k) for k in scales}
-        return max(abs(local_likeness(seen[k], t, outside, size)) for k in scales for t in there[k])
-
-    lab = oklab(x)
-    found = of(lab)
-    if found >= PLAINLY:
-        return found
-    similarity, _ = align(blur(lab, 1.0, 3), blur(labs[0], 1.0, 3), outside)
-    return max(found, of(oklab(look_up(x, similarity))))
 
 
 def surroundings(region: Tensor) -> float:
     """The share of the picture that a mask leaves to compare."""
-    size = _fitting(region.shape[-2:], min(WHOLE, max(region.shape[-2:])))
+    size = fitting_pixels(region.shape[-2:], WHOLE, enlarge=False)
     return 1 - float(dilate(resized(region, size) > 0.25, 8).float().mean())
-
-
-def is_tone(s: Tensor, g: Tensor, region: Tensor) -> bool:
-    """Whether a pair's edit keeps what is in the picture: a large part has other colours, light or sharpness, but the region
-    has the same edges."""
-    size = _fitting(s.shape[-2:], min(WHOLE, max(s.shape[-2:])))
-    small_s, small_g, mask = resized(s, size), resized(g, size), resized(region, size) > 0.25
-    apart = length(blur(oklab(small_g) - oklab(small_s), 1.0, 3)) > JUST_VISIBLE
-    inside = (apart & mask).float()
-    if float(inside.mean()) < LARGE and float(apart.float().mean()) < MOST:
-        return False
-    return abs(likeness(edges(small_s, 2.0), edges(small_g, 2.0), inside)) >= PLAINLY
-
-
-def codec_limit(picture: Tensor, small: Tensor) -> Tensor:
-    """The mean Oklab distance in each neighbourhood that JPEG of quality 50 makes of a picture."""
-    changed, (small,) = _through_jpeg(picture, small, 50)
-    return box_mean(length(changed - small), 13)
-
-
-def is_like(x: Tensor, picture: Tensor, small: Tensor) -> bool:
-    """Whether x, at the working size, is the picture up to what a codec does to it: nowhere further from it than JPEG of
-    quality 50 takes it, and a little."""
-    mean = box_mean(length(oklab(x) - oklab(small)), 13)
-    if float(mean.amax()) <= UNSEEN:
-        return True
-    return float(mean.amax()) <= VISIBLE * 2 and bool((mean <= codec_limit(picture, small) + UNSEEN).all())
 
 
 def coefficient(x: Tensor, y: Tensor, weight: Tensor) -> float:
@@ -474,11 +521,41 @@ def ghost(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, bool]:
     return float((together / (squared + FAINT)).abs().max()), float(squared.sum()) >= TOLD
 
 
-def explained(x: Tensor, y: Tensor, weight: Tensor, region: Tensor) -> float:
-    """The correlation, 0 to 1, that α · y has with x in a region, where y counts under a weight alone."""
-    alpha = coefficient(x, y, weight * region)
-    gained = (weight * region * (x.square() - (x - alpha * y).square())).sum()
-    return math.sqrt(max(0.0, float(gained / ((region * x.square()).sum() + 1e-3))))
+def like_old(x: Tensor, s: Tensor, expected: Expected, old: Tensor, region: Tensor) -> float:
+    """How much of what is not as expected in a region is the old object, 0 to 1: the largest of
+
+    * the share of it, squared, that is at pixels where a mixture of e and s, the same all over 9 × 9 pixels, explains 70 %, and
+      does so better than the room behind both objects;
+    * twice the share of the squared slopes that the old object's slopes explain, with a factor for each 9 × 9 pixels: of ghosts in
+      other colours, and of edges alone. A share of 0.15 is what any two objects' slopes have;
+    * 0.7 times the likeness of its light to the old object's outline: of a line drawn where that was.
+    """
+    e, plate = expected.picture, expected.plate
+    there, around = (old > 0.3) * region, dilate(old > 0.3, 3) * region
+    off, towards = blur(x - e, 1.0, 3), blur(s - e, 1.0, 3)
+    squared, of_room = (_summed(t.square()) for t in (off, blur(x - plate, 1.0, 3)))
+    share = box_mean(there * _summed(off * towards), 9) / (box_mean(there * _summed(towards.square()), 9) + 1e-4)
+    share = share.clamp(0, 1.1)
+    left = _summed((off - share * towards).square())
+    mixed = there * ((left < 0.3 * squared) & (left <= of_room) & (share > 0.1))
+    in_colours = float((mixed * squared).sum() / ((region * squared).sum() + 1e-3))
+
+    old_edges = slopes(blur(s, 1.0, 3)) - slopes(blur(plate, 1.0, 3))
+    off_edges = slopes(blur(x, 1.0, 3)) - slopes(blur(e, 1.0, 3))
+    share = box_mean(around * _summed(off_edges * old_edges), 9) / (
+        box_mean(around * _summed(old_edges.square()), 9) + 1e-4
+    )
+    gained = around * _summed(off_edges.square() - (off_edges - share.clamp(-1.2, 1.2) * old_edges).square())
+    in_edges = float(gained.sum() / ((region * _summed(off_edges.square())).sum() + 1e-3))
+
+    outline, light = around * length(old_edges), region * off.mean(1, keepdim=True)
+    drawn = (light * outline).sum().abs() / ((light.square().sum() + 1e-3) * outline.square().sum() + 1e-9).sqrt()
+    return max(in_colours, 2 * in_edges, 0.7 * float(drawn))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Over the channels."""
+    return x.sum(1, keepdim=True)
 
 
 def palette_of(picture: Tensor, most: int) -> Optional[Tensor]:
@@ -526,12 +603,24 @@ def local_share(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return top / (box_mean((weight * y.square()).sum(1, keepdim=True), 9) + 1e-3) * weight
 
 
+def grain(picture: Tensor, outside: Tensor) -> float:
+    """The fine noise of a picture: the median deviation of its luma from the mean of 3 × 3 pixels, as the deviation of a Gaussian
+    that has it."""
+    luma = (picture * picture.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    fine = (luma[..., 1:-1, 1:-1] - F.avg_pool2d(luma, 3, 1)).abs()[outside[..., 1:-1, 1:-1]]
+    return float(fine.median()) / 0.6745 if len(fine) else 0.0
+
+
 def slopes(x: Tensor) -> Tensor:
     return torch.cat(torch.gradient(x, dim=(2, 3)), 1)
 
 
-def _fitting(size: Sequence[int], longest: int) -> tuple[int, int]:
-    ratio = longest / max(size)
+def fitting_pixels(size: Sequence[int], side: int, enlarge: bool = True) -> tuple[int, int]:
+    """A size of the same proportions, with as many pixels as a square of this side has: by its long side a panorama would lose
+    what a square picture keeps."""
+    ratio = side / math.sqrt(size[0] * size[1])
+    if not enlarge:
+        ratio = min(1.0, ratio)
     return max(8, round(size[0] * ratio)), max(8, round(size[1] * ratio))
 
 

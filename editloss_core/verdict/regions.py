@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..masks import blur
 
-SIZE = 96  # pixels on the long side at which patches are compared
+SIZE = 96  # pixels on a side at which patches are compared; as many in all where the crop is not square
 RING = 3000  # patches of the surroundings at most
 CHANGED = 0.03  # Oklab; 0.02 is just visible
 NEAR = 0.15  # Oklab distance that a patch from the other end of the picture is put at a disadvantage by
@@ -56,7 +56,7 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
         mask: boolean ``[1, 1, h, w]``; some of it outside.
     """
     height, width = before.shape[-2:]
-    ratio = min(1.0, SIZE / max(height, width))
+    ratio = min(1.0, SIZE / (height * width) ** 0.5)
     size = (max(8, round(height * ratio)), max(8, round(width * ratio)))
     small = [F.interpolate(t, size=size, mode="area") for t in (before, after)]
     inside = F.interpolate(mask.float(), size=size, mode="area") > 0.25

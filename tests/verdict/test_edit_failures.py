@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from editloss_core.verdict.judge import judge
 
 pytest.importorskip("scipy")
 
@@ -84,8 +87,10 @@ def test_copy_and_right_edit_are_exact(scene, made):
         failures._screened,
         failures._grains,
         failures._outline,
-        unseen._beside,
-        unseen._half_wiped,
+        failures._beside,
+        failures._half_wiped,
+        unseen._interlaced,
+        unseen._grey_ghost,
     ],  # fmt: skip
 )
 def test_nothing_left_of_the_old_object_is_the_right_edit(scene, make):
@@ -99,7 +104,12 @@ def test_a_failure_grows_with_its_severity(scene, made):
         for construction, (kind, *_) in table.items():
             some = [i for i in made if i.construction == construction]
             # a piece stands to either side, and the room may be more like it on one of them
-            if kind == "good" or len(some) < 2 or construction in ("copy, JPEG", "in two pieces"):
+            # and a region out of focus is another one for each severity
+            if (
+                kind == "good"
+                or len(some) < 2
+                or construction in ("copy, JPEG", "in two pieces", "region out of focus")
+            ):
                 continue
             distances = [change(i.picture, scene.after, everywhere) for i in some]
             order = [i.severity for i in some]
@@ -155,9 +165,11 @@ def test_an_object_behind_a_larger_one_makes_no_overlay(scene, monkeypatch):
 
 
 def test_no_mesh_or_photograph_is_in_two_parts():
+    """Of those that verdicts see, and of those that flawed pairs are found in."""
     for names in (render.OLD, render.NEW, render.CLUTTER, render.PHOTOS):
-        every = [name for part in render.PARTS for name in names[part]]
-        assert len(every) == len(set(every))
+        for others in (render.FOR_PAIRS, ("newest",)):
+            every = [name for part in render.PARTS if part not in others for name in names[part]]
+            assert len(every) == len(set(every))
 
 
 @pytest.mark.parametrize("name", OUTCOMES)
@@ -180,3 +192,20 @@ def test_shipped_pictures_are_small_and_of_the_report_part():
     assert sizes[0] < 400_000 and sum(sizes) < 1_000_000
     assert all(o["scene"].startswith("report_") for o in OUTCOMES.values())
     assert {o["kind"] for o in OUTCOMES.values()} == set(failures.KINDS)
+
+
+@pytest.mark.parametrize(
+    "construction, verdict",
+    [
+        ("ordered dithering", "good"),
+        ("outline of old drawn", "overlay"),
+        ("half wiped away", "overlay"),
+        ("upper half turned", "distorted"),
+        ("one side darkened", "collateral change"),
+        ("picture moved", "collateral change"),
+    ],
+)
+def test_verdicts_that_were_wrong_once(scene, made, construction, verdict):
+    outputs = [i for i in made if i.construction == construction and i.level in ("moderate", "-")]
+    given = [torch.from_numpy(p).float() for p in (scene.before, scene.after, scene.mask)]
+    assert [judge(given[0], torch.from_numpy(i.picture), *given[1:]).verdict for i in outputs] == [verdict]

@@ -213,8 +213,9 @@ def test_other_proportions_are_named_with_both_sizes(size, wanted):
         (("distorted", "collateral change"), {"shape": 0.6, "background": 0.3}, "collateral change"),
         (("distorted", "collateral change"), {"shape": 1.0, "background": 0.1}, "distorted"),
         # what looks like a ghost is the distortion's; what changed around it, too, if nothing has farther off
-        (("overlay", "distorted"), {"old edges": 0.9, "shape": 0.5, "like old": 0.3}, "distorted"),
-        (("overlay", "distorted"), {"old edges": 0.9, "shape": 0.5, "like old": 0.4}, "overlay"),
+        (("overlay", "distorted"), {"old edges": 0.9, "shape": 0.5, "like old": 0.29}, "distorted"),
+        (("overlay", "distorted"), {"old edges": 0.09, "shape": 1.2, "like old": 0.31}, "overlay"),
+        (("distorted", "collateral change"), {"shape": 0.6, "background": 0.05, "tint": 0.1}, "collateral change"),
         (("overlay",), {"old edges": 0.09, "like old": 0.1}, "overlay"),
         (("distorted", "collateral change"), {"shape": 0.6, "background": 0.3, "away": 0.04}, "distorted"),
         (("distorted", "collateral change"), {"shape": 0.6, "background": 0.3, "away": 0.06}, "collateral change"),
