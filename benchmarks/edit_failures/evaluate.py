@@ -176,10 +176,10 @@ PARTS = {
     "report": "The lines were fitted on this part too.",
     "confirm": "The lines were fitted on this part too, after it had been judged once.",
     "fresh": "Measures were chosen on this part too, after it had been judged once.",
-    "newest": "No mesh or photograph of this part is in another part, and it was judged once, without a look at its pictures: nothing was "
-    "changed after its numbers were seen. Measures and lines were chosen on scenes of the four other parts. Sizes are 256 to 1536 "
-    "pixels, proportions 1:3 to 3:1, and every third scene has two old objects and two new ones. The seconds of a verdict are those of "
-    "a machine that other work shared.",
+    "newest": "No mesh or photograph of this part is in another part that verdicts have seen, and it was judged once, without a "
+    "look at its pictures: nothing was changed after its numbers were seen. Measures and lines were chosen on scenes of the four "
+    "other parts. Sizes are 256 to 1536 pixels, proportions 1:3 to 3:1, and every third scene has two old objects and two new "
+    "ones. The seconds of a verdict are those of a machine that other work shared.",
 }
 
 
