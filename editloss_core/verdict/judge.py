@@ -611,7 +611,7 @@ LINES = {
 ROOM = (0.6, 0.8)  # line and full, as above: 1 − likeness of the surroundings' edges
 UNLIKE = (0.7, 0.9)  # the same of an object's edges, to say that it is not there
 COARSE = 0.1  # of the new object's size, by which its colours are blurred
-GONE = (0.3, 0.6)  # line and full, as above: 1 − the share and the likeness of the new object's colours
+GONE = (0.3, 0.6)  # line and full, as above: 1 − the mean of the new object's share and of the likeness of its colours
 SEEN = (0.5, 0.9)  # likeness of an object's edges from which it is there
 STRANGE = 0.7  # residual above which an output is no mixture of before and after, and colours do not tell what is there
 OWN = (0.1, 0.3)  # line and full, as above: how much more the edges are the old object's than the new one's
@@ -691,7 +691,7 @@ def _neither(m: Mapping[str, Optional[float]]) -> Optional[float]:
     if room is None:
         return None
     objects = 0.0 if old is None or new is None else _ramp(1 - max(old, new), *UNLIKE)
-    come = min(m["new there"] or 0.0, m["new colours"] or 0.0)  # however bent it is
+    come = ((m["new there"] or 0.0) + (m["new colours"] or 0.0)) / 2  # however bent it is
     return min(max(_lost(room), objects), _ramp(1 - come, *GONE))
 
 
