@@ -141,9 +141,10 @@ def caption_sets(
         sampled: held-out pairs of which pictures are made.
         cfg: scale of classifier-free guidance in these pictures, 1 = none. Its negative is an empty caption.
     """
-    away = held_out is not None and cfg != 1.0 and sampled
-    shown = _without_words(held_out.subset(range(min(sampled, len(held_out))))) if away else ()
-    return pairs, _without_words(pairs) if dropout else (), held_out or (), shown
+    away: Pairs = ()
+    if held_out is not None and cfg != 1.0 and sampled:
+        away = _without_words(held_out.subset(range(min(sampled, len(held_out)))))
+    return pairs, _without_words(pairs) if dropout else (), held_out or (), away
 
 
 def _without_words(pairs: PairSet) -> PairSet:
