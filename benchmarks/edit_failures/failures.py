@@ -463,19 +463,25 @@ def _darkened(scene: Scene, strength: float, rng) -> np.ndarray:
     return scene.after * (1 - strength * dark * away)[..., None]
 
 
-def _tinted(scene: Scene, strength: float, rng) -> np.ndarray:
-    """A rectangle of the room is in warmer or colder light: at strength 1 one end of the spectrum has 0.8, the other 1.15."""
+def rectangle(scene: Scene, shares: tuple[float, float], rng) -> np.ndarray:
+    """1 in the largest of 60 random rectangles less the mask; their sides are such shares of the picture's."""
     height, width = scene.plate.shape[:2]
     best = np.zeros((height, width))
     for _ in range(60):
-        tall, wide = (rng.uniform(0.2, 0.45, 2) * (height, width)).astype(int)
+        tall, wide = (rng.uniform(*shares, 2) * (height, width)).astype(int)
         top, left = rng.integers(0, height - tall), rng.integers(0, width - wide)
         region = np.zeros((height, width))
         region[top : top + tall, left : left + wide] = scene.mask[top : top + tall, left : left + wide] < 0.5
         if region.sum() > best.sum():
             best = region
+    return best
+
+
+def _tinted(scene: Scene, strength: float, rng) -> np.ndarray:
+    """A rectangle of the room is in warmer or colder light: at strength 1 one end of the spectrum has 0.8, the other 1.15."""
+    region = rectangle(scene, (0.2, 0.45), rng)
     tint = 1 + strength * np.array([-0.2, 0.0, 0.15])[:: rng.choice([-1, 1])]
-    return scene.after * (1 + (tint - 1) * best[..., None])
+    return scene.after * (1 + (tint - 1) * region[..., None])
 
 
 def palette(picture: np.ndarray, colours: int, dithered: bool) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from failures import Item, blurred, box_of, grid, jpeg, moved, over, size_of, with_new
+from failures import Item, blurred, box_of, grid, jpeg, moved, over, rectangle, size_of, with_new
 from PIL import Image
 from render import Scene
 
@@ -85,29 +85,15 @@ def _twice(scene: Scene, share: float, rng) -> np.ndarray:
     return 0.5 * (scene.after + with_new(scene, lambda layer: moved(layer, y, x + aside)))
 
 
-def _rectangle(scene: Scene, rng) -> np.ndarray:
-    """1 in the largest of 60 random rectangles less the mask."""
-    height, width = scene.plate.shape[:2]
-    best = np.zeros((height, width))
-    for _ in range(60):
-        tall, wide = (rng.uniform(0.25, 0.5, 2) * (height, width)).astype(int)
-        top, left = rng.integers(0, height - tall), rng.integers(0, width - wide)
-        region = np.zeros((height, width))
-        region[top : top + tall, left : left + wide] = scene.mask[top : top + tall, left : left + wide] < 0.5
-        if region.sum() > best.sum():
-            best = region
-    return best
-
-
 def _out_of_focus(scene: Scene, share: float, rng) -> np.ndarray:
-    region = _rectangle(scene, rng)[..., None]
+    region = rectangle(scene, (0.25, 0.5), rng)[..., None]
     soft = blurred(scene.after, share * min(scene.plate.shape[:2]))
     return scene.after * (1 - region) + soft * region
 
 
 def _mirrored(scene: Scene, _severity, rng) -> np.ndarray:
     """A rectangle of the room with left and right exchanged."""
-    region = _rectangle(scene, rng)
+    region = rectangle(scene, (0.25, 0.5), rng)
     columns = np.nonzero(region.any(0))[0]
     there = slice(columns.min(), columns.max() + 1)
     other = scene.after.copy()

@@ -41,13 +41,34 @@ RIDGE = 1.0  # of sums of squared differences in 0…1, about ten pixels of a we
 
 
 @dataclass
-class Whole:
-    """The whole picture at a working size, and the output in the before picture's colours."""
+class AtWorkingSize:
+    """Before, output and, where there is one, after at a working size, and the edit region in them."""
 
     s: Tensor
     x: Tensor
     g: Optional[Tensor]
     mask: Tensor  # boolean
+
+    @property
+    def known_rgb(self) -> list[Tensor]:
+        """The before picture and, where there is one, the after picture."""
+        return [t for t in (self.s, self.g) if t is not None]
+
+    @cached_property
+    def known(self) -> list[Tensor]:
+        """The same in Oklab."""
+        return [oklab(t) for t in self.known_rgb]
+
+    @cached_property
+    def lab_x(self) -> Tensor:
+        """The output in Oklab."""
+        return oklab(self.x)
+
+
+@dataclass
+class Whole(AtWorkingSize):
+    """The whole picture, and the output in the before picture's colours."""
+
     pictures: tuple[Tensor, Tensor, Optional[Tensor]]  # at full size, the output in the before picture's colours
     full_mask: Tensor
     raw: Tensor  # the output in its own colours
@@ -72,16 +93,6 @@ class Whole:
         return cls(small_s, balanced[0], small_g, mask, (s, balanced[1], g), region, small_x)
 
     @cached_property
-    def lab_x(self) -> Tensor:
-        """The output in Oklab."""
-        return oklab(self.x)
-
-    @cached_property
-    def known(self) -> list[Tensor]:
-        """The before picture and, where there is one, the after picture in Oklab."""
-        return [oklab(t) for t in (self.s, self.g) if t is not None]
-
-    @cached_property
     def jpeg(self) -> Tensor:
         """The last of the known pictures after a round trip through JPEG of quality 50."""
         s, _, g = self.pictures
@@ -102,8 +113,7 @@ class Whole:
 
     def tint(self, also: Optional[Tensor] = None) -> Optional[float]:
         """The largest change of the mean colour of a large neighbourhood outside the mask; None where there is no outside."""
-        known = [t for t in (self.s, self.g) if t is not None]
-        return largest_tint(self.x, known, self.mask if also is None else self.mask | also)
+        return largest_tint(self.x, self.known_rgb, self.mask if also is None else self.mask | also)
 
     def laid_back(self) -> Optional[Whole]:
         """The same with the output laid on the last of the known pictures, where all of it was moved, zoomed or turned; None where
@@ -127,7 +137,7 @@ class Whole:
 
     def codec_tint(self, mask: Tensor) -> Optional[float]:
         """The same, as :meth:`tint` measures it."""
-        return largest_tint(self.jpeg, [self.s if self.g is None else self.g], mask)
+        return largest_tint(self.jpeg, self.known_rgb[-1:], mask)
 
     def is_last(self, lab: Tensor) -> bool:
         """Whether a picture in Oklab is the last of the known ones up to what a codec does to it: nowhere further from it than
@@ -295,13 +305,9 @@ def _laid_on(x: Tensor, move: Alignment, s: Tensor) -> Tensor:
 
 
 @dataclass
-class Crop:
-    """The edit and some of its surroundings at a working size."""
+class Crop(AtWorkingSize):
+    """The edit and some of its surroundings."""
 
-    s: Tensor
-    x: Tensor
-    g: Optional[Tensor]
-    mask: Tensor
     box: tuple[int, int, int, int]  # top, left, bottom, right of the whole picture at full size
     full: tuple[int, int]
 
@@ -320,16 +326,6 @@ class Crop:
         s, x, g = whole.pictures
         mask = cut(whole.full_mask) > 0.25
         return cls(cut(s), cut(x), None if g is None else cut(g), mask, box, (height, width))
-
-    @cached_property
-    def lab_x(self) -> Tensor:
-        """The output in Oklab."""
-        return oklab(self.x)
-
-    @cached_property
-    def known(self) -> list[Tensor]:
-        """The before picture and, where there is one, the after picture in Oklab."""
-        return [oklab(t) for t in (self.s, self.g) if t is not None]
 
     def in_whole(self, values: Tensor, size: Sequence[int]) -> Tensor:
         """Values of the crop in the whole picture at another size, 0 elsewhere."""

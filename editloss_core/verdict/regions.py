@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..masks import blur
+from .measures import fitting_pixels
 
 SIZE = 96  # pixels on a side at which patches are compared; as many in all where the crop is not square
 RING = 3000  # patches of the surroundings at most
@@ -55,9 +56,7 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
         before, after: Oklab ``[1, 3, h, w]``.
         mask: boolean ``[1, 1, h, w]``; some of it outside.
     """
-    height, width = before.shape[-2:]
-    ratio = min(1.0, SIZE / (height * width) ** 0.5)
-    size = (max(8, round(height * ratio)), max(8, round(width * ratio)))
+    size = fitting_pixels(before.shape[-2:], SIZE, enlarge=False)
     small = [F.interpolate(t, size=size, mode="area") for t in (before, after)]
     inside = F.interpolate(mask.float(), size=size, mode="area") > 0.25
     difference = blur((small[1] - small[0]).norm(dim=1, keepdim=True), 0.7, 2)
@@ -84,7 +83,7 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
     ]
     top = torch.maximum(*shares).clamp_min(1e-6)
     old, new = ((share / top) * changed for share in shares)
-    old, new = (F.interpolate(t, size=(height, width), mode="bilinear", align_corners=False) for t in (old, new))
+    old, new = (F.interpolate(t, size=before.shape[-2:], mode="bilinear", align_corners=False) for t in (old, new))
     return Regions(*(((t - 0.5) * STEEP + 0.5).clamp(0, 1) for t in (old, new)))
 
 
