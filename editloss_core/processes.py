@@ -93,6 +93,15 @@ class Processes:
         each = -(-total // self.count)
         return [i if i < total else 0 for i in range(self.rank * each, (self.rank + 1) * each)]
 
+    def turns(self, total: int) -> list[tuple[slice, list[int]]]:
+        """A batch one sample of each process at a time: (which of one's own rows, the places of all in the batch).
+
+        The samples of a turn are a batch to every method here. Where there is one less than processes, what is computed for the
+        row that fills the last place is dropped, as ever.
+        """
+        each = -(-total // self.count)
+        return [(slice(k, k + 1), list(range(k, total, each))) for k in range(each)]
+
     def whole(self, own: Tensor, total: int) -> Tensor:
         """``[total, …]``: the whole batch, made of what each process has ``[rows, …]`` of it.
 

@@ -74,7 +74,7 @@ def preference(base: type) -> type:
                 reference = self.denoiser(x_t, levels, references, conditioning)
             masks, valid = self._regions(batch + batch)
 
-            def losses(output: Tensor) -> list:
+            def losses(output: Tensor, *whole: object) -> list:
                 error = self._flow_matching(output, twice - both, masks, valid)
                 base = self._flow_matching(reference, twice - both, masks, valid)
                 won, lost = (error - base).chunk(2)
@@ -85,7 +85,7 @@ def preference(base: type) -> type:
                     from_core.Part("preference", chosen, chosen),
                 ]
 
-            return self._learn(predicted, losses, batch, t, False)
+            return self._learn(predicted, losses, batch, t, measured=False, acts=False)
 
     return Preference
 

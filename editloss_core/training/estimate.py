@@ -31,8 +31,11 @@ class EstimateObjective:
     """Evaluates an objective on estimates of prepared pairs.
 
     Embeddings of gt, src and overlay come from the preparation and are constants. An encoder that reads the model's
-    latents gets x̂0 as it is; for the others the pair's crop of x̂0 is decoded once, and shared. Decoder and encoders are
-    checkpointed: they keep little but their inputs until the backward pass.
+    latents gets x̂0 as it is; for the others the pair's crop of x̂0 is decoded once, and shared.
+
+    Of several samples, decoder and encoders are checkpointed: they keep little but their inputs, and the backward pass computes
+    them again. Of a single one, decoder and the last encoder keep what they computed. A backward pass after each sample
+    therefore takes a third less time, in the memory of one sample; who calls does it wherever :meth:`apart` says so.
 
     Args:
         objective: terms whose anchor is ``pred``.
@@ -68,7 +71,7 @@ class EstimateObjective:
         missing = [name for name in objective.encoders if name not in encoders]
         if missing:
             raise ValueError(f"objective: its terms read {missing[0]!r}, which is not among the encoders")
-        pictures = [name for name in self.encoders if not prepared.reads_latents(name)]
+        pictures = self._of_pictures(objective)
         if pictures and decode is None:
             raise ValueError(f"objective: {pictures[0]!r} reads pictures; connect a VAE that decodes the estimate")
         self.decodes = bool(pictures)
@@ -95,22 +98,25 @@ class EstimateObjective:
             sample_weights: ``[B]``, see :meth:`EditObjective.evaluate`.
             details: see there.
             once: the backward pass follows at once, and only once: the encoder that it meets first is not checkpointed, since
-                all that it would free is computed again before anything else is.
+                all that it would free is computed again before anything else is. With a single sample it never is.
         """
         counting = self.objective.at(t)
         if not counting.terms:
             return None
         batch, rows = len(indices), self.processes.rows(len(indices))
         own = [indices[i] for i in rows]
-        pictures = [name for name in counting.encoders if not self.prepared.reads_latents(name)]
-        pixels = self._decode(gradient_where(counting.counts(t, pictures)[rows], x0), own) if pictures else None
-        # Those of pictures are the larger ones, and come last.
+        pictures = self._of_pictures(counting)
+        # Those of pictures are the larger ones, and come last: the backward pass is through with them and the decoder before it
+        # computes any of the others again.
         order = sorted(counting.encoders, key=pictures.__contains__)
+        single, pixels = len(x0) == 1, None
         preds = {}
         for name in order:
             encoder, counts = self.encoders[name], counting.counts(t, (name,))[rows]
-            keep = once and name == order[-1]
+            keep = (once or single) and name == order[-1]
             if name in pictures:
+                if pixels is None:
+                    pixels = self._decode(gradient_where(counting.counts(t, pictures)[rows], x0), own, single)
                 pred = self._run(encoder, gradient_where(counts, pixels), keep)
             else:
                 z = self.prepared.vae.unscaled(gradient_where(counts, x0))
@@ -128,6 +134,15 @@ class EstimateObjective:
             whole = {name: self.processes.whole(preds[name], batch) for name in EditObjective(across).encoders}
             found += self._evaluate(across, whole, indices, t, sample_weights, details).terms
         return ObjectiveReport.of(found, counting.terms)
+
+    def apart(self, t: Tensor) -> bool:
+        """Whether samples of these noise levels are best evaluated and differentiated one after the other: something is decoded,
+        and no term compares them."""
+        counting = self.objective.at(t)
+        return bool(self._of_pictures(counting)) and not any(term.across_batch for term in counting.terms)
+
+    def _of_pictures(self, objective: EditObjective) -> list[str]:
+        return [name for name in objective.encoders if not self.prepared.reads_latents(name)]
 
     def _evaluate(
         self,
@@ -171,9 +186,9 @@ class EstimateObjective:
         z = self.prepared.after([index]).to(self.device)
         parts: list[tuple[str, Callable[[Tensor], Tensor], Tensor]] = []
         if pictures:
-            parts.append(("decoder", lambda z: self._decode(z, [index]), z))
+            parts.append(("decoder", lambda z: self._decode(z, [index], True), z))
             with torch.no_grad():  # far from 0 and 1, where encoders clamp and let gradients pass
-                pixels = 0.3 + 0.4 * self._decode(z, [index])
+                pixels = 0.3 + 0.4 * self._decode(z, [index], True)
         for name in taught:
             encoder = self.encoders[name]
             if name in pictures:
@@ -193,15 +208,15 @@ class EstimateObjective:
         whole.objective = EditObjective(tuple(replace(term, t_min=0.0, t_max=1.0) for term in terms))
         return whole
 
-    def _decode(self, x0: Tensor, indices: Sequence[int]) -> Tensor:
-        """Pictures of the pairs' crops ``[B, H, W, 3]``."""
+    def _decode(self, x0: Tensor, indices: Sequence[int], keep: bool) -> Tensor:
+        """Pictures of the pairs' crops ``[B, H, W, 3]``; ``keep``: not to be decoded again in the backward pass."""
         parts, factor = [], self.prepared.downscale
         for z, index in zip(x0, indices):
             crop = self.prepared.crops[index]
             rows = _with_halo(crop.top // factor, crop.height // factor, z.shape[1])
             columns = _with_halo(crop.left // factor, crop.width // factor, z.shape[2])
             window = z[None, :, rows[0] : rows[1], columns[0] : columns[1]]
-            pixels = self._run(self.decode, window, getattr(self.decode, "checkpointing", False))
+            pixels = self._run(self.decode, window, keep or getattr(self.decode, "checkpointing", False))
             expected = [1, factor * window.shape[2], factor * window.shape[3], 3]
             if list(pixels.shape) != expected:
                 raise ValueError(

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Optional, Sequence, TypeVar
 
@@ -641,12 +642,11 @@ class Trainer:
         generator = generator_for(settings.seed, "training", number)
         x0 = self.prepared.after(indices).to(device)
         references = [reference.to(device) for reference in self.prepared.references(indices)]
-        masks, valid = self._regions(indices)
         # Drawn for the whole batch: what a sample gets does not depend on the process that works on it.
         levels = settings.timesteps.draw(len(batch), model.mu(model.tokens(x0)), generator)
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)
         t, noise = levels[rows].to(device), noise[rows].to(device)
-        x_t = add_noise(x0, noise, t)
+        x_t, target = add_noise(x0, noise, t), noise - x0
 
         self._memory.enter("model")
         with self._dropout(number):
@@ -654,13 +654,15 @@ class Trainer:
         acts = settings.estimate == "one_step" and every(settings.objective_every, self.step)
         measured = self._measured(self.step)
 
-        def losses(output: Tensor) -> list[Part]:
-            velocity = self._flow_matching(output, noise - x0, masks, valid)
-            velocity = self.processes.whole(velocity, len(batch))
+        def losses(output: Tensor, own: slice, pairs: Sequence[int], levels: Tensor) -> list[Part]:
+            velocity = self._flow_matching(output, target[own], *self._regions(indices[own]))
+            velocity = self.processes.whole(velocity, len(pairs))
             parts = [Part(VELOCITY, velocity, settings.velocity_weight * velocity)]
-            return parts + (self._objective_parts(estimate(x_t, t, output), batch, levels, measured) if acts else [])
+            if acts:
+                parts += self._objective_parts(estimate(x_t[own], t[own], output), pairs, levels, measured)
+            return parts
 
-        return self._learn(predicted, losses, batch, levels, measured)
+        return self._learn(predicted, losses, batch, levels, measured, acts)
 
     def _captions(self, batch: Sequence[int], rows: Sequence[int], number: int) -> list[Any]:
         """What the denoiser is told of these rows of a batch: the pair's caption, or now and then none."""
@@ -673,7 +675,7 @@ class Trainer:
     def _flow_matching(
         self, output: Tensor, target: Tensor, masks: Optional[Tensor], valid: Optional[Tensor]
     ) -> Tensor:
-        """The velocity loss ``[rows]``; experiments put others in its place."""
+        """The velocity loss ``[rows]``, of some of the batch's at a time; experiments put others in its place."""
         return velocity_loss(output, target, masks, self.settings.edit_weight, valid)
 
     def _rollout(self, number: int) -> tuple[float, list[Sample]]:
@@ -688,7 +690,6 @@ class Trainer:
         references = [reference.to(device) for reference in self.prepared.references(indices)]
         conditioning = [self.conditioning[i] for i in indices]
         noise = torch.randn((len(batch), *x0.shape[1:]), generator=generator)[rows].to(device)
-        masks, valid = self._regions(indices)
         self._memory.enter("rollout")
         with self._rollout_weights():
             level, x_t = rollout.state(
@@ -700,16 +701,17 @@ class Trainer:
             predicted = self.denoiser(x_t, t, references, conditioning)
         measured = self._measured(self.step // settings.objective_every)
 
-        def losses(output: Tensor) -> list[Part]:
-            x0_hat, parts = estimate(x_t, t, output), []
+        def losses(output: Tensor, own: slice, pairs: Sequence[int], levels: Tensor) -> list[Part]:
+            x0_hat, parts = estimate(x_t[own], t[own], output), []
             if settings.rollout_regression:
-                error = velocity_loss(x0_hat, x0, masks, settings.edit_weight, valid)
-                error = self.processes.whole(error, len(batch)) * estimate_weights(levels, "inverse_square").to(device)
+                masks, valid = self._regions(indices[own])
+                error = velocity_loss(x0_hat, x0[own], masks, settings.edit_weight, valid)
+                error = self.processes.whole(error, len(pairs)) * estimate_weights(levels, "inverse_square").to(device)
                 scale = settings.ramp(self.step)
                 parts = [Part(rollout.REGRESSION, error, settings.rollout_regression * error, scale=scale)]
-            return parts + self._objective_parts(x0_hat, batch, levels, measured)
+            return parts + self._objective_parts(x0_hat, pairs, levels, measured)
 
-        return self._learn(predicted, losses, batch, levels, measured)
+        return self._learn(predicted, losses, batch, levels, measured, True)
 
     def _regions(self, indices: Sequence[int]) -> tuple[Optional[Tensor], Optional[Tensor]]:
         """(the edit where it counts more, what counts at all), as :func:`velocity_loss` takes them."""
@@ -717,14 +719,14 @@ class Trainer:
         valid, device = self.prepared.latent_valid(indices), self.denoiser.device
         return None if masks is None else masks.to(device), None if valid is None else valid.to(device)
 
-    def _objective_parts(self, x0_hat: Tensor, batch: Sequence[int], levels: Tensor, measured: bool) -> list[Part]:
+    def _objective_parts(self, x0_hat: Tensor, pairs: Sequence[int], levels: Tensor, measured: bool) -> list[Part]:
         """The objective on estimates, where it counts at these noise levels."""
         if self.objective is None:
             return []
         settings = self.settings
         self._memory.enter("objective")
         weights = estimate_weights(levels.to(x0_hat.device), settings.estimate_weighting, settings.estimate_cap)
-        report = self.objective(x0_hat, batch, levels, weights, once=not measured)
+        report = self.objective(x0_hat, pairs, levels, weights, once=not measured)
         return [] if report is None else parts_of(report, self._scale)
 
     def _scale(self, term: str) -> float:
@@ -755,60 +757,99 @@ class Trainer:
     def _learn(
         self,
         predicted: Tensor,
-        losses: Callable[[Tensor], list[Part]],
+        losses: Callable[[Tensor, slice, Sequence[int], Tensor], list[Part]],
         batch: Sequence[int],
         levels: Tensor,
         measured: bool,
+        acts: bool,
     ) -> tuple[float, list[Sample]]:
         """The backward pass of a call of the model: (mean total of the batch, what to log of it).
 
         The losses are differentiated to the model's output first, so that decoder and encoders are gone before the
-        backward pass of the model begins.
+        backward pass of the model begins; and where the objective says so, sample by sample, so that those of one are gone before
+        the next one's begin.
 
         Args:
             predicted: v̂ of this process' samples.
-            losses: v̂ as a leaf → the parts, of the whole batch.
+            losses: v̂ of some of them as a leaf, which of them, the pairs that all processes look at with it, and their noise
+                levels → the parts, of these pairs.
             batch: indices of the pairs.
             levels: ``[B]`` noise levels, on the CPU.
             measured: whether part by part.
+            acts: whether the objective is among the losses.
         """
-        output = predicted.detach().requires_grad_(True)
-
-        def weighted() -> list[Part]:
-            return self._weighted(losses(output), batch)
-
-        parts = weighted()
-        if not parts:
-            return 0.0, []
+        turns = [(slice(None), list(range(len(batch))))]
+        if acts and self.objective is not None and self.objective.apart(levels):
+            turns = self.processes.turns(len(batch))
         names = [self.prepared.pairs[i].name for i in batch]
-        where = f"step {self.step + 1}"
-        check_losses(parts, names, levels, where)
+        gradient, total = torch.zeros_like(predicted), 0.0
+        norms: dict[str, list[float]] = {}
+        samples: dict[int, Sample] = {}  # by their places in the batch
 
-        gradient, norms = output_gradient(parts, output, measured)
-        found = self.processes.whole(torch.cat([norms, finite_rows(gradient)[:, None]], 1), len(batch))
-        found = found.tolist()  # a wait for the device
-        finite = [bool(row.pop()) for row in found]
-        if not all(finite):
-            blame(weighted(), output, finite, names, levels, where, self.processes)
+        def weighted(output: Tensor, own: slice, places: list[int]) -> list[Part]:
+            pairs = [batch[k] for k in places]
+            return self._weighted(losses(output, own, pairs, levels[places]), pairs)
+
+        for own, places in turns:
+            output = predicted.detach()[own].requires_grad_(True)
+            again = partial(weighted, output, own, places)
+            parts = again()
+            if not parts:
+                continue
+            called, at = [names[k] for k in places], levels[places]
+            found, rows = self._output_gradient(parts, output, measured, called, at, again)
+            gradient[own] = found * (len(places) / len(batch))
+            values = _table(parts).tolist()
+            total += sum(sum(column[1]) for column in values) / len(batch)
+            for i, place in enumerate(places):
+                terms = {}
+                for part, columns, norm in zip(parts, values, rows[i]):
+                    raw, added, opened, counts = (column[i] for column in columns)
+                    if norm is not None:
+                        norms.setdefault(part.name, []).append(norm)
+                    if counts:  # else outside the gate: of no weight, and so of no word in means over noise levels
+                        opened = None if part.open is None else opened
+                        terms[part.name] = TermSample(raw, added, opened, None if norm is None else part.scale * norm)
+                samples[place] = Sample(names[place], levels[place].item(), terms)
+        if not samples:
+            return 0.0, []
         self._memory.enter("backward")
         # The gradient is of the batch's mean: that of fewer pairs, of a size that few have, counts for less, or each of them would
         # count for more than a pair of the others.
         predicted.backward(gradient / (self.settings.accumulation * self._full / len(batch)))
 
-        if self.shares is not None and measured:
-            for k, part in enumerate(parts):
-                self.shares.measured(part.name, [row[k] for row in found])
-        values = _table(parts).tolist()
-        samples = []
-        for i, (name, level) in enumerate(zip(names, levels.tolist())):
-            terms = {}
-            for k, part in enumerate(parts):
-                raw, weighted, opened, counts = (column[i] for column in values[k])
-                if counts:  # else outside the gate: of no weight, and so of no word in means over noise levels
-                    opened = None if part.open is None else opened
-                    terms[part.name] = TermSample(raw, weighted, opened, part.scale * found[i][k] if measured else None)
-            samples.append(Sample(name, level, terms))
-        return sum(sum(row[1]) for row in values) / len(batch), samples
+        if self.shares is not None:
+            for name, values_of_part in norms.items():
+                self.shares.measured(name, values_of_part)
+        return total, [samples[place] for place in sorted(samples)]
+
+    def _output_gradient(
+        self,
+        parts: Sequence[Part],
+        output: Tensor,
+        measured: bool,
+        names: Sequence[str],
+        levels: Tensor,
+        again: Callable[[], list[Part]],
+    ) -> tuple[Tensor, list[list[Optional[float]]]]:
+        """(d total / d v̂, the norm of each part's for each pair, None if not measured); NonFinite if something is not finite.
+
+        Args:
+            parts: of some pairs, with their graphs.
+            output: v̂ of those of them that this process works on, a leaf.
+            measured: whether part by part.
+            names, levels: of the pairs.
+            again: makes the parts anew.
+        """
+        where = f"step {self.step + 1}"
+        check_losses(parts, names, levels, where)
+        gradient, norms = output_gradient(parts, output, measured)
+        found = self.processes.whole(torch.cat([norms, finite_rows(gradient)[:, None]], 1), len(names))
+        rows = found.tolist()  # a wait for the device
+        finite = [bool(row.pop()) for row in rows]
+        if not all(finite):
+            blame(again(), output, finite, names, levels, where, self.processes)
+        return gradient, rows if measured else [[None] * len(parts) for _ in rows]
 
     def _weighted(self, parts: list[Part], batch: Sequence[int]) -> list[Part]:
         """Parts with the weights of their pairs."""

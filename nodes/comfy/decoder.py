@@ -6,11 +6,12 @@ import contextlib
 from typing import Callable
 
 import torch
-from torch import Tensor
+from comfy.taesd.taesd import TAESD, Block
+from torch import Tensor, nn
 
 from .encoders import check_vae
 from .frames import decode, downscale, memory_to_decode
-from .gradients import checkpointed, differentiable, usable
+from .gradients import checkpointed, differentiable, replaced_forwards, usable
 from .loading import load_for_call
 from .offers import static_vae
 
@@ -35,17 +36,22 @@ class VAEDecoder:
     Args:
         vae: ComfyUI VAE; one in TAESD's layout is a small, fast decoder.
         from_model: from the model's latents to the VAE's, ``ComfyDenoiser.from_model``.
-        checkpointing: compute the decoder's blocks again in the backward pass.
+
+    Attributes:
+        checkpointing: whether the decoder's blocks are computed again in the backward pass. One in TAESD's layout has too little
+            to keep.
 
     Raises:
         ValueError: for a VAE of audio or video or without weights; when called, for latents of other channels.
     """
 
-    def __init__(self, vae, from_model: Callable[[Tensor], Tensor] = lambda z: z, checkpointing: bool = True):
+    def __init__(self, vae, from_model: Callable[[Tensor], Tensor] = lambda z: z):
         check_vae(vae)
         vae = static_vae(vae)
-        self.vae, self.from_model, self.checkpointing = vae, from_model, checkpointing
+        self.vae, self.from_model = vae, from_model
+        self.checkpointing = not isinstance(vae.first_stage_model, TAESD)
         vae.first_stage_model.requires_grad_(False)
+        self._idle = idle_blocks(vae.first_stage_model)
         zero, half = (float(vae.process_output(torch.tensor(v))) for v in (0.0, 0.5))
         self._offset, self._slope = zero, 2 * (half - zero)  # of what process_output does before it clamps
 
@@ -73,6 +79,7 @@ class VAEDecoder:
         training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with contextlib.ExitStack() as stack:
             stack.enter_context(differentiable(net))
+            stack.enter_context(replaced_forwards(self._idle))
             if training and self.checkpointing:
                 stack.enter_context(checkpointed(getattr(net, "decoder", net)))
             z = self.from_model(usable(latents, vae.device)).to(vae.vae_dtype)
@@ -82,3 +89,19 @@ class VAEDecoder:
             unclamped = self._offset + self._slope * decoded
             pictures = unclamped + (pictures - unclamped).detach()
         return pictures.movedim(1, -1)
+
+
+def idle_blocks(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """The blocks in TAESD's layout whose last convolution is all zeros, each with the little that it does.
+
+    The demo's autoencoder is trained without the blocks that cost most, and ComfyUI's class has them all: of its decoder's
+    arithmetic, they are three fifths.
+    """
+    return {
+        block: block.fuse.forward
+        for block in net.modules()
+        if isinstance(block, Block)
+        and isinstance(block.skip, nn.Identity)
+        and getattr(block, "pool", None) is None
+        and not any(p.any() for p in block.conv[-1].parameters())
+    }

@@ -1109,12 +1109,13 @@ def check_model_without_reference_latents_is_refused() -> None:
 # ---------------------------------------------------------------------------- decoding
 
 
-def _decode(kind: str, channels: int, inference: bool, checkpointing: bool) -> None:
+def _decode(kind: str, channels: int, inference: bool) -> None:
     with loaded(inference):
         vae = small_vae(channels, kind)
         z = torch.randn(2, channels, 5, 7, generator=torch.Generator().manual_seed(2))
     model, films = small_flux().model, kind == "wan"
-    decoder = PACK.decoder.VAEDecoder(vae, model.process_latent_out, checkpointing)
+    decoder = PACK.decoder.VAEDecoder(vae, model.process_latent_out)
+    assert decoder.checkpointing == (kind != "taesd")
     with loaded(inference):
         latents = model.process_latent_out(z)
         theirs = vae.decode(latents.unsqueeze(2) if films else latents).clone()
@@ -1146,10 +1147,8 @@ def _decode(kind: str, channels: int, inference: bool, checkpointing: bool) -> N
 
 for _kind, _channels in (("taesd", 16), ("taesd", 4), ("kl", 4), ("wan", 16)):
     for _inference in (False, True):
-        for _checkpointing in (False, True):
-            _name = f"decode_{_kind}{_channels}{'_checkpointed' if _checkpointing else ''}"
-            _name += "_loaded_in_inference_mode" if _inference else ""
-            CHECKS[_name] = lambda k=_kind, c=_channels, i=_inference, p=_checkpointing: _decode(k, c, i, p)
+        _name = f"decode_{_kind}{_channels}{'_loaded_in_inference_mode' if _inference else ''}"
+        CHECKS[_name] = lambda k=_kind, c=_channels, i=_inference: _decode(k, c, i)
 
 
 @check
@@ -1179,6 +1178,33 @@ def check_decode_lets_gradients_through_the_clamp() -> None:
     assert pictures.max() <= 1 and (pictures == 1).float().mean() > 0.9
     pictures.sum().backward()
     assert z.grad.abs().max() > 1e-3
+
+
+@check
+def check_blocks_of_zeros_are_not_computed() -> None:
+    """The demo's decoder has three; pictures and gradients are what they are with them."""
+    vae, count = PACK.small.small_vae(), 0
+    net, decoder = vae.first_stage_model, PACK.decoder.VAEDecoder(vae)
+    z = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(4))
+
+    def counted(module: Any, given: Any, made: Any) -> None:
+        nonlocal count
+        count += 1
+
+    for module in net.taesd_decoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(counted)
+    found = []
+    for run, convolutions in ((decoder, 5 + 7 * 3), (lambda z: net.decode(z).movedim(1, -1) / 2 + 0.5, 5 + 10 * 3)):
+        x, count = z.clone().requires_grad_(), 0
+        pictures = run(x)
+        assert count == convolutions, f"{count} convolutions"
+        weights = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(5))
+        found.append((pictures.detach().clamp(0, 1), torch.autograd.grad((pictures * weights).sum(), x)[0]))
+    (ours, gradient), (theirs, wanted) = found
+    assert torch.equal(ours, theirs) and gradient.abs().max() > 0.1
+    assert_close(gradient, wanted, 1e-5, "gradient")
+    assert not PACK.decoder.idle_blocks(small_vae(16).first_stage_model)
 
 
 @check

@@ -55,6 +55,8 @@ from editloss_core.training.trainer import Trainer
 CHECKS = {}
 NCE = LossTerm("info_nce", PATCHES, name="in batch", weight=0.3)
 GATED = replace(NO_EDIT, name="gated", t_min=0.3, t_max=0.7)
+APART = EditObjective((NO_EDIT, replace(GATED, name="low", encoder=PATCHES, t_min=0.0), LossTerm(
+    "overlay_avoidance", PATCHES, name="overlay", weight=0.7, t_min=0.5)))  # fmt: skip
 EVERYTHING = EditObjective((NO_EDIT, NCE, GATED, LossTerm("overlay_avoidance", PATCHES, name="overlay", weight=0.7)))
 RUN = {"steps": 6, "batch_size": 3, "accumulation": 2, "ema": 0.9, "schedule": "cosine", "objective": EVERYTHING,
        "checkpoint_every": 2, "validate_every": 3, "estimate_weighting": "inverse_square", "preview_steps": 2,
@@ -223,6 +225,18 @@ def a_run_ends_as_in_one_process(accelerator, folder):
     everyone = Processes(accelerator).gather([weights(result.lora)])
     assert all(torch.equal(everyone[0][name], everyone[rank][name]) for name in everyone[0]), "the same to the last bit"
     assert any("batch_size 3" in note for note in made.notes)
+
+
+@check
+def sample_by_sample_a_run_ends_as_in_one_process(accelerator, folder):
+    """No term looks across the batch: each process differentiates one sample at a time, of three pairs one has two."""
+    changes = {"objective": APART, "steps": 4, "validate_every": 0, "accumulation": 1}
+    lone = make(**changes)
+    assert lone.objective.apart(torch.ones(3)) and not make().objective.apart(torch.ones(3))
+    made = make(accelerator, **changes)
+    same_run(made.run(), lone.run())
+    read = {frozenset({"low", "overlay"} & set(s.terms)) for step in lone.log.steps for s in step.samples}
+    assert len(read) > 1, "gates differ from sample to sample"
 
 
 @check

@@ -16,6 +16,7 @@ from small import (
     encoders,
     prepared_pairs,
     trainer,
+    weights,
 )
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -181,8 +182,47 @@ def test_the_decoder_is_gone_before_the_backward_pass_of_the_model(measured):
 
     own = {**encoders(), PATCHES: Given()}
     trainer(denoiser=Asking(), with_encoders=own, decode=decoder, steps=2, gradients_every=measured).run()
-    assert len(storages) >= 2 * 2 * 2 * 3  # steps, samples, forward and again, layers
+    assert len(storages) >= 2 * 2 * 3  # steps, samples, layers
     assert alive["before the model"] == [0, 0] and alive["in the decoder"] >= 2
+
+
+@pytest.mark.parametrize("measured", [0, 1], ids=["plain step", "measured step"])
+def test_sample_by_sample_a_run_is_what_it_is_batch_by_batch(measured, monkeypatch):
+    """Gates, weights of noise levels and pair weights included; and each sample is decoded once."""
+    terms = EditObjective((NO_EDIT, replace(GEOMETRY, t_max=0.6), replace(OVERLAY, t_min=0.4)))
+    found, counts = [], []
+    for apart in (True, False):
+        if not apart:
+            monkeypatch.setattr(EstimateObjective, "apart", lambda *_: False)
+        decoder, calls = WideDecoder().requires_grad_(False), []
+        made = trainer(
+            objective=terms, decode=lambda z, d=decoder, c=calls: c.append(len(z)) or d(z), steps=3, batch_size=3,
+            accumulation=2, gradients_every=measured, estimate_weighting="inverse_square", pair_weights="reach", clip=0.0,
+        )  # fmt: skip
+        found.append((made.run(), weights(made.lora)))
+        counts.append(calls)
+    (one, mine), (other, theirs) = found
+    assert len({frozenset(s.terms) for step in one.log.steps for s in step.samples}) > 1
+    for a, b in zip(one.log.steps, other.log.steps):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5) and a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
+        for x, y in zip(a.samples, b.samples):
+            assert (x.pair, x.t, list(x.terms)) == (y.pair, y.t, list(y.terms))
+            for name in x.terms:
+                said, expected = (
+                    [
+                        v.terms[name].raw,
+                        v.terms[name].weighted,
+                        v.terms[name].open or 0.0,
+                        v.terms[name].gradient or 0.0,
+                    ]
+                    for v in (x, y)
+                )
+                assert said == pytest.approx(expected, rel=1e-4, abs=1e-6)
+                assert (x.terms[name].gradient is not None) == bool(measured)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-6)
+    samples = sum(len(step.samples) for step in one.log.steps)
+    assert len(counts[0]) == samples < len(counts[1])
 
 
 def test_only_one_sample_s_decoding_is_in_memory():
