@@ -6,7 +6,7 @@
 The steps are those of :class:`Trainer` itself on ComfyUI's Flux, with no objective, with the recommended mix on VAE latents
 (three task losses), on features of the VAE's decoder, and with those on latents and an image encoder on a decoded crop. kontext has random weights, which cost what real
 ones do: FLUX.1's transformer and autoencoder, and DINOv2-L. They take turns, several runs each, and each run's first
-two steps are not counted. Encoders and decoder are checkpointed, so that their backward pass computes them once more.
+two steps are not counted. What a decoder or an encoder computes again in its backward pass (a large decoder its blocks) counts there.
 Writes benchmarks/results/training_step_SIZE.md.
 """
 

@@ -105,10 +105,10 @@ def step_memory(
       gradient checkpointing (one block with its gradients, and every block's input), eight times without;
     * that of the objective, when the model holds what it will need (once the estimate with checkpointing, else eight times)
       and either the decoder or one encoder is computed again: three times ComfyUI's estimate for decoding one crop, for
-      the blocks of the decoder are checkpointed (its estimate is of the large VAE; TAEF1 takes less); eight times its
-      estimate for a diffusion model; and for other encoders, of which it has none, twice their weights per picture. A
-      vision transformer keeps about 17 · width · tokens · depth values and has 12 · width² · depth weights: 0.4 times
-      its weights for ViT-L/14 at 224 pixels, 2.5 times for DINOv2 ViT-B/14 at 518.
+      the blocks of the decoder are checkpointed (its estimate is of the large VAE; what TAEF1 keeps beside an encoder is a
+      fraction of it); eight times its estimate for a diffusion model; and for other encoders, of which it has none, twice
+      their weights per picture. A vision transformer keeps about 17 · width · tokens · depth values and has
+      12 · width² · depth weights: 0.4 times its weights for ViT-L/14 at 224 pixels, 2.5 times for DINOv2 ViT-B/14 at 518.
 
     The factors three, eight and two are not measured.
 
