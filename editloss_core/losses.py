@@ -752,14 +752,8 @@ class _TokenDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dist: str, mean: bool, anchor: Tensor, *references: Tensor) -> Any:
         measure = _measure if _is_small(anchor) else _measure_in_blocks
-        d, *squares = measure(dist, anchor, _each(references, anchor), _compute_dtype(anchor, *references))
-        if dist == "cos":
-            d, cosine = _cosine_distances(d, *squares)
-            ctx.save_for_backward(anchor, *references, cosine, *squares)
-        elif dist == "euclidean":
-            ctx.save_for_backward(anchor, *references, d.sqrt_())
-        else:
-            ctx.save_for_backward(anchor, *references)
+        d, *kept = measure(dist, anchor, _each(references, anchor), _compute_dtype(anchor, *references))
+        ctx.save_for_backward(anchor, *references, *(kept if dist != "euclidean" else [d]))
         ctx.dist, ctx.inputs, ctx.count = dist, 1 + len(references), d.numel() if mean else 0
         ctx.set_materialize_grads(False)
         return d.mean() if mean else d.unbind()
@@ -779,9 +773,8 @@ class _TokenDistances(torch.autograd.Function):
             if len(given) < len(grads):
                 used = [j for j, x in enumerate(grads) if x is not None]
                 scalars = [x[used] if x.ndim == anchor.ndim else x for x in scalars]
-        slopes = _slopes(ctx.dist, g, scalars, needs[0], any(needs[1:]))
         differentiate = _differentiate if _is_small(anchor) else _differentiate_in_blocks
-        return (None, None, *differentiate(ctx.dist, slopes, anchor, references, needs, used))
+        return (None, None, *differentiate(ctx.dist, g, scalars, anchor, references, needs, used))
 
 
 def _is_small(anchor: Tensor) -> bool:
@@ -797,11 +790,11 @@ def _each(references: Sequence[Tensor], anchor: Tensor) -> List[Tensor]:
 # --- per token -------------------------------------------------------------------------------------------------------
 
 
-def _cosine_distances(dot: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, Tensor]:
-    """1 − cos, and cos, from dot products and squared norms; written so that identical vectors give exactly 0 and 1."""
-    aa, rr = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
-    cosine = (dot / aa).mul_((aa / rr).sqrt_()).clamp_(-1.0, 1.0)
-    return 1.0 - cosine, cosine
+def _cosine_distances(dot: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
+    """1 − cos, cos and the squared norms, from these and dot products; so that identical vectors give exactly 0 and 1."""
+    aa_, rr_ = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
+    cosine = (dot / aa_).mul_((aa_ / rr_).sqrt_()).clamp_(-1.0, 1.0)
+    return 1.0 - cosine, cosine, aa, rr
 
 
 Slopes = Tuple[Any, ...]  # tensors; None where no gradient needs one
@@ -845,7 +838,7 @@ def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _measure(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype) -> Tuple[Tensor, ...]:
-    """Sums over the features: of |a − r| or (a − r)², ``[R, B, ...]``; or of a · r, a · a ``[B, ...]`` and r · r."""
+    """Distances ``[R, B, ...]``; and of a cosine what backward needs: cos, a · a ``[B, ...]`` and r · r."""
     a, sums, squares = _ready(anchor, dtype), [], []
     for r in rs:
         r = _ready(r, dtype)
@@ -855,9 +848,9 @@ def _measure(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype
         else:
             step = a - r
             sums.append((step.abs_() if dist == "l1" else step.square_()).sum(-1))
-    if dist != "cos":
-        return (_stacked(sums),)
-    return _stacked(sums), a.square().sum(-1), _stacked(squares)
+    if dist == "cos":
+        return _cosine_distances(_stacked(sums), a.square().sum(-1), _stacked(squares))
+    return (_stacked(sums).sqrt_() if dist == "euclidean" else _stacked(sums),)
 
 
 def _stacked(tensors: List[Tensor]) -> Tensor:
@@ -866,7 +859,8 @@ def _stacked(tensors: List[Tensor]) -> Tensor:
 
 def _differentiate(
     dist: str,
-    slopes: Slopes,
+    g: Tensor,
+    scalars: Sequence[Tensor],
     anchor: Tensor,
     references: Sequence[Tensor],
     needs: Sequence[bool],
@@ -875,6 +869,7 @@ def _differentiate(
     """The gradients that are needed: own · x − cross · y of a cosine for both its vectors, slope · (a − r) or its sign of a
     difference; nothing of references that are not ``used``."""
     dtype, rs, total = _compute_dtype(anchor, *references), _each(references, anchor), None
+    slopes = _slopes(dist, g, scalars, needs[0], any(needs[1:]))
     a, wanted = _ready(anchor, dtype), [False] * len(rs)
     parts: Dict[int, Tensor] = {}
     if any(needs[1:]):
@@ -930,32 +925,39 @@ class _MeanDifference(torch.autograd.Function):
 
 
 def _measure_in_blocks(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype) -> Tuple[Tensor, ...]:
-    """:func:`_measure`, block by block."""
+    """:func:`_measure`, block by block, with the scalars of the tokens: one thread's work is less than calling others to it."""
     a, rs, shape = _as_rows(anchor), [_as_rows(r) for r in rs], anchor.shape[:-1]
     work = _Blocks([a, *rs], dtype, dots=dist == "cos")
-    sums, squares = work.per_token(len(rs)), work.per_token(1 + len(rs)) if dist == "cos" else None
+    d, kept = work.per_token(len(rs)), [work.per_token(n) for n in (len(rs), 1, len(rs))] if dist == "cos" else []
 
     def measure(block: Block, bench: _Bench) -> None:
-        x = bench.load("anchor", a, block)
-        if squares is not None:
-            bench.dot(x, x, squares[0], block)
+        x, every = bench.load("anchor", a, block), (slice(None), *block)
+        if dist == "cos":
+            cosine, (aa,), rr = kept
+            bench.dot(x, x, aa, block)
+            for j, rows in enumerate(rs):
+                r = bench.load("reference", rows, block)
+                bench.dot(r, r, rr[j], block)
+                bench.dot(x, r, cosine[j], block)
+            d[every], cosine[every], *_ = _cosine_distances(cosine[every], aa[block], rr[every])
+            return
         for j, rows in enumerate(rs):
-            r = bench.load("reference", rows, block)
-            if squares is not None:
-                bench.dot(r, r, squares[1 + j], block)
-                bench.dot(x, r, sums[j], block)
-            else:
-                diff = torch.sub(x, r, out=bench.scratch("product", x.shape))
-                bench.sum(diff.abs_() if dist == "l1" else diff.square_(), sums[j], block)
+            diff = torch.sub(x, bench.load("reference", rows, block), out=bench.scratch("product", x.shape))
+            bench.sum(diff.abs_() if dist == "l1" else diff.square_(), d[j], block)
+        if dist == "euclidean":
+            d[every].sqrt_()
 
     work.each(measure)
-    sums = sums.view(-1, *shape)
-    return (sums,) if squares is None else (sums, squares[0].view(shape), squares[1:].view(-1, *shape))
+    if dist != "cos":
+        return (d.view(-1, *shape),)
+    cosine, (aa,), rr = kept
+    return d.view(-1, *shape), cosine.view(-1, *shape), aa.view(shape), rr.view(-1, *shape)
 
 
 def _differentiate_in_blocks(
     dist: str,
-    slopes: Slopes,
+    g: Tensor,
+    scalars: Sequence[Tensor],
     anchor: Tensor,
     references: Sequence[Tensor],
     needs: Sequence[bool],
@@ -977,36 +979,37 @@ def _differentiate_in_blocks(
             if to_r is not None and j not in used:
                 to_r.zero_()
         rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
-    shape = (len(rs), *a.shape[:2], 1)
-    # One number, or one of every sample and token, is that of every reference as well.
-    factors: List[Any] = [
-        x if x is None else x.expand(shape[:1] + anchor.shape[:-1] + (1,)).reshape(shape) for x in slopes
-    ]
+    g, *scalars = (x if x.ndim == 0 else x.reshape(-1, *a.shape[:2]) for x in (g, *scalars))
+    if dist == "cos":
+        scalars[1] = scalars[1][0]
 
     def write(block: Block, bench: _Bench) -> None:
+        every = (..., *block)
+        slopes = _slopes(dist, g[every] if g.ndim else g, [x[every] for x in scalars], to_a is not None, any(needs[1:]))
         x, total = bench.load("anchor", a, block), None
         if to_a is not None and dist == "cos":
-            total = torch.mul(x, _part(factors[0][0], block), out=bench.target("total", to_a, block))
+            total = torch.mul(x, slopes[0], out=bench.target("total", to_a, block))
         for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
             r = bench.load("reference", rows, block)
             if dist == "cos":
-                _, cross_a, own_r, cross_r = factors
+                _, cross_a, own_r, cross_r = slopes
                 if total is not None:
-                    total.addcmul_(r, _part(cross_a[j], block), value=-1)
+                    total.addcmul_(r, cross_a[j], value=-1)
                 if to_r is not None:
-                    part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
-                    bench.store(part.addcmul_(x, _part(cross_r[j], block), value=-1), to_r, block)
+                    part = torch.mul(r, own_r[j], out=bench.target("product", to_r, block))
+                    bench.store(part.addcmul_(x, cross_r[j], value=-1), to_r, block)
                 continue
-            slope = _part(factors[0][j], block)
-            step = torch.sub(x, r, out=bench.scratch("product", x.shape))
+            slope = slopes[0][j] if slopes[0].ndim else slopes[0]
+            home = to_a if total is None else None  # the first difference is where the gradient is to be
+            out = bench.scratch("product", x.shape) if home is None else bench.target("total", home, block)
+            step = torch.sub(x, r, out=out)
             step = step.sign_() if dist == "l1" else step
             if to_r is not None:
                 bench.store(torch.mul(step, -slope, out=bench.target("part", to_r, block)), to_r, block)
-            if to_a is not None:
-                if total is None:
-                    total = torch.mul(step, slope, out=bench.target("total", to_a, block))
-                else:
-                    total.addcmul_(step, slope)
+            if home is not None:
+                total = step.mul_(slope)
+            elif total is not None:
+                total.addcmul_(step, slope)
         if to_a is not None and total is not None:
             bench.store(total, to_a, block)
 
