@@ -37,8 +37,10 @@ was expected. Derivatives of second order are refused with an error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
+import mmap
 import os
 import threading
 import warnings
@@ -82,6 +84,7 @@ BLOCK_ELEMENTS = 1 << 20  # numbers per block on a CPU: large enough to hide Pyt
 SHARED_ELEMENTS = 1 << 19  # from so many numbers on, the blocks are shared among threads …
 SMALLEST_SHARE = 1 << 18  # … at least so many each, so that there are some blocks for every thread
 MOST_THREADS = 8  # more would wait for Python
+LARGE_BYTES = 1 << 21  # from so many bytes on, memory is asked for in large pages
 ONE_PASS_ELEMENTS = 1 << 19  # from so many numbers on, Σ x·y in one pass is the faster way …
 ONE_PASS_FEATURES = 1 << 11  # … and up to so many features it is as exact: a longer sum is better made of sums
 TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
@@ -964,10 +967,7 @@ def _differentiate_in_blocks(
     used: Optional[Sequence[int]],
 ) -> List[Optional[Tensor]]:
     """:func:`_differentiate`, block by block, into the gradients themselves."""
-    results = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
-        for x, need in zip((anchor, *references), needs)
-    ]
+    results = [_large(x.shape, x.dtype, x.device) if need else None for x, need in zip((anchor, *references), needs)]
     a, to_a = _as_rows(anchor), None if results[0] is None else _as_rows(results[0])
     rs = [_as_rows(r) for r in _each(references, anchor)]
     to_rs: List[Optional[Tensor]] = []
@@ -1023,6 +1023,31 @@ WHOLE: Block = (slice(None), slice(None))
 
 def _part(rows: Tensor, block: Block) -> Tensor:
     return rows if block is WHOLE else rows[block]
+
+
+def _large(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """New memory, on Linux in pages of 2 MiB instead of 4 KiB where there are some: at its first use each page is a call to the
+    system, and those for a gradient in small pages take longer than all its numbers do. NumPy asks the same for its arrays.
+    """
+    x = torch.empty(shape, dtype=dtype, device=device)
+    advise, size = _madvise(), x.numel() * x.element_size()
+    if advise is not None and device.type == "cpu" and type(x) is Tensor and size >= LARGE_BYTES:
+        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(start, (x.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    return x
+
+
+@functools.cache
+def _madvise() -> Optional[Callable[[int, int, int], int]]:
+    """The system's call, which may refuse; None where there is none."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return call
 
 
 class _Blocks:
@@ -1135,9 +1160,7 @@ class _Bench:
         """Memory for a block of ``shape`` (no block is larger than the first one)."""
         if name not in self.memory:
             rows = self.plan.rows
-            self.memory[name] = torch.empty(
-                _part(rows, self.plan.blocks[0]).shape, dtype=self.dtype, device=rows.device
-            )
+            self.memory[name] = _large(_part(rows, self.plan.blocks[0]).shape, self.dtype, rows.device)
         memory = self.memory[name]
         return memory if memory.shape == shape else memory[: shape[0], : shape[1]]
 
