@@ -130,31 +130,97 @@ TASKS = {
 COMPILED = {"plain, cos, compiled": "plain, cos", "objective, compiled": "objective", "three functions, compiled": "three functions"}  # fmt: skip
 
 
-def plain_no_edit(pred, gt, src):
+def plain_hinge(pred, gt, src):
     return F.relu(plain_cosine(pred, gt) - plain_cosine(pred, src) + MARGIN).mean()
 
 
-# Name → plainly written, and the public function, of three batches of vectors.
+def plain_hinges(pred, gt, negatives):
+    return F.relu(plain_cosine(pred, gt)[:, None] - plain_cosine(pred[:, None], negatives) + MARGIN).mean()
+
+
+def plain_contrastive(a, b):
+    d = (a - b).norm(dim=-1)
+    return (0.5 * SAME * d.square() + 0.5 * (1 - SAME) * F.relu(1 - d).square()).mean()
+
+
+def plain_own_negatives(a, p, negatives):
+    scores = torch.cat([plain_cosine(a, p)[:, None], plain_cosine(a[:, None], negatives)], 1)
+    return F.cross_entropy(scores / -0.07, FIRST)
+
+
+def plain_bank(a, p, bank):
+    a, p, bank = (F.normalize(x, dim=-1) for x in (a, p, bank))
+    return F.cross_entropy(torch.cat([(a * p).sum(-1, keepdim=True), a @ bank.T], 1) / 0.07, FIRST)
+
+
+SAME, FIRST = torch.tensor([1.0, 0.0] * 4), torch.zeros(8, dtype=torch.long)
+
+# Name → plainly written, and the public function, of three batches of vectors and of one of four negatives to each.
 FEW = {
-    "loss_no_edit_identity": (plain_no_edit, lambda p, g, s: losses.loss_no_edit_identity(p, g, s, margin=MARGIN)),
+    "loss_no_edit_identity": (
+        lambda p, g, s, n: plain_hinge(p, g, s),
+        lambda p, g, s, n: losses.loss_no_edit_identity(p, g, s, margin=MARGIN),
+    ),
     "loss_no_edit_identity, margin auto": (
-        lambda p, g, s: F.relu(plain_cosine(p, g) - plain_cosine(p, s) + 0.5 * plain_cosine(g, s)).mean(),
-        lambda p, g, s: losses.loss_no_edit_identity(p, g, s, margin="auto"),
+        lambda p, g, s, n: F.relu(plain_cosine(p, g) - plain_cosine(p, s) + 0.5 * plain_cosine(g, s)).mean(),
+        lambda p, g, s, n: losses.loss_no_edit_identity(p, g, s, margin="auto"),
     ),
     "loss_geometry_match, l2": (
-        lambda p, g, s: (p - g).square().sum(-1).mean(),
-        lambda p, g, s: losses.loss_geometry_match(p, g),
+        lambda p, g, s, n: (p - g).square().sum(-1).mean(),
+        lambda p, g, s, n: losses.loss_geometry_match(p, g),
     ),
     "loss_geometry_match, l1": (
-        lambda p, g, s: (p - g).abs().sum(-1).mean(),
-        lambda p, g, s: losses.loss_geometry_match(p, g, kind="l1"),
+        lambda p, g, s, n: (p - g).abs().sum(-1).mean(),
+        lambda p, g, s, n: losses.loss_geometry_match(p, g, kind="l1"),
     ),
     "loss_geometry_match, cos": (
-        lambda p, g, s: plain_cosine(p, g).mean(),
-        lambda p, g, s: losses.loss_geometry_match(p, g, kind="cos"),
+        lambda p, g, s, n: plain_cosine(p, g).mean(),
+        lambda p, g, s, n: losses.loss_geometry_match(p, g, kind="cos"),
     ),
-    "loss_overlay_avoidance": (plain_no_edit, lambda p, g, o: losses.loss_overlay_avoidance(p, g, o, margin=MARGIN)),
-    "info_nce_loss": (lambda p, g, s: plain_info_nce(p, g), lambda p, g, s: losses.info_nce_loss(p, g)),
+    "loss_overlay_avoidance": (
+        lambda p, g, s, n: plain_hinge(p, g, s),
+        lambda p, g, s, n: losses.loss_overlay_avoidance(p, g, s, margin=MARGIN),
+    ),
+    "loss_overlay_avoidance, 4 overlays": (
+        lambda p, g, s, n: plain_hinges(p, g, n),
+        lambda p, g, s, n: losses.loss_overlay_avoidance(p, g, n, margin=MARGIN),
+    ),
+    "triplet_margin_loss": (
+        lambda p, g, s, n: plain_hinge(p, g, s),
+        lambda p, g, s, n: losses.triplet_margin_loss(p, g, s, margin=MARGIN),
+    ),
+    "multi_negative_ranking_loss, 4 negatives": (
+        lambda p, g, s, n: plain_hinges(p, g, n),
+        lambda p, g, s, n: losses.multi_negative_ranking_loss(p, g, n, margin=MARGIN),
+    ),
+    "contrastive_pair_loss": (
+        lambda p, g, s, n: plain_contrastive(p, g),
+        lambda p, g, s, n: losses.contrastive_pair_loss(p, g, SAME),
+    ),
+    "info_nce_loss, the batch": (
+        lambda p, g, s, n: plain_info_nce(p, g),
+        lambda p, g, s, n: losses.info_nce_loss(p, g),
+    ),
+    "info_nce_loss, a bank of 8": (
+        lambda p, g, s, n: plain_bank(p, g, s),
+        lambda p, g, s, n: losses.info_nce_loss(p, g, s),
+    ),
+    "info_nce_loss, 4 negatives": (
+        lambda p, g, s, n: plain_own_negatives(p, g, n),
+        lambda p, g, s, n: losses.info_nce_loss(p, g, n),
+    ),
+    "margin_ranking_on_distances": (
+        lambda p, g, s, n: F.relu(p[:, 0] - g[:, 0] + MARGIN).mean(),
+        lambda p, g, s, n: losses.margin_ranking_on_distances(p[:, 0], g[:, 0], MARGIN),
+    ),
+    "contrastive_on_distances": (
+        lambda p, g, s, n: (0.5 * SAME * p[:, 0].square() + 0.5 * (1 - SAME) * F.relu(1 - p[:, 0]).square()).mean(),
+        lambda p, g, s, n: losses.contrastive_on_distances(p[:, 0], SAME),
+    ),
+    "info_nce_on_distances": (
+        lambda p, g, s, n: F.cross_entropy(torch.cat([p[:, :1], g[:, :4]], 1) / -0.07, FIRST),
+        lambda p, g, s, n: losses.info_nce_on_distances(p[:, 0], g[:, :4]),
+    ),
 }
 
 
@@ -329,7 +395,7 @@ def tasks(args) -> list[str]:
 
 
 def few(args) -> list[str]:
-    inputs = embeddings(3, (8, 512))
+    inputs = [*embeddings(3, (8, 512)), embeddings(1, (8, 4, 512))[0]]
     inputs[0].requires_grad_()
     rows = []
     for name, pair in FEW.items():
