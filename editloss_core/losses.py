@@ -83,6 +83,7 @@ SMALL_ELEMENTS = 1 << 18  # up to so many numbers, more calls cost more than mem
 BLOCK_ELEMENTS = 1 << 20  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
 SHARED_ELEMENTS = 1 << 19  # from so many numbers on, the blocks are shared among threads …
 SMALLEST_SHARE = 1 << 18  # … at least so many each, so that there are some blocks for every thread
+LEAST_FEW_TEMPERATURE = 1 / 32  # from it on, exp of a difference of two cosines over it is far from what overflows
 MOST_THREADS = 8  # more would wait for Python
 LARGE_BYTES = 1 << 21  # from so many bytes on, memory is asked for in large pages
 ONE_PASS_ELEMENTS = 1 << 19  # from so many numbers on, Σ x·y in one pass is the faster way …
@@ -305,8 +306,13 @@ def contrastive_pair_loss(
     _check_number("margin", margin, minimum=0.0)
     _check_labels(y, z1.shape[0], z1.device)
     sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
-    (d,) = _distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
-    return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
+    if z1.ndim == 2 and dist == "l2" and z1.numel() <= SMALL_ELEMENTS and not _is_compiling():
+        _check_ordinary(z1, z2)
+        dtype = _compute_dtype(z1, z2)
+        d = torch.linalg.vector_norm((z1 if z1.dtype == dtype else z1.to(dtype)) - z2, dim=-1)  # in the fewest calls
+    else:
+        (d,) = _distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
+    return _contrastive(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
 
 
 def triplet_margin_loss(
@@ -425,8 +431,13 @@ def info_nce_loss(
     if bank is None:
         assert negatives is not None
         references = [positive, *_negative_list("negatives", negatives, anchor)]
-        d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
-        return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
+        distances = _aggregated_distances(anchor, references, "cos", agg, token_weights)
+        return _own_info_nce([torch.stack(distances, 1)], temperature, reduction, sample_weights)
+    few = max(anchor.numel(), bank.numel(), len(anchor) * len(bank)) <= SMALL_ELEMENTS
+    if few and anchor.ndim == 2 and temperature >= LEAST_FEW_TEMPERATURE and not _is_compiling():
+        _check_ordinary(anchor, positive, bank)
+        losses = _VectorInfoNCE.apply(1.0 / temperature, anchor, positive, None if negatives is None else bank)
+        return _reduce(losses, reduction, sample_weights)
     # What is used twice below must not have its two gradients rounded to half precision before they are added.
     dtype = _compute_dtype(anchor, positive, bank)
     anchor, positive = anchor.to(dtype), positive.to(dtype)
@@ -567,7 +578,8 @@ def margin_ranking_on_distances(
     dtype = _compute_dtype(d_pos, d_neg)
     if isinstance(margin, Tensor):
         _check_margin_tensor(margin, d_neg.shape, d_neg.device)
-    return _hinge_loss(d_pos.to(dtype), d_neg.to(dtype), margin, reduction, sample_weights, smooth, neg_agg)
+    d_pos, d_neg = (d if d.dtype == dtype else d.to(dtype) for d in (d_pos, d_neg))
+    return _hinge_loss(d_pos, d_neg, margin, reduction, sample_weights, smooth, neg_agg)
 
 
 def contrastive_on_distances(
@@ -589,11 +601,7 @@ def contrastive_on_distances(
     _check_number("margin", margin, minimum=0.0)
     sample_weights, _ = _split_weights(weights, distance.shape, distance.device)
     _check_labels(y, distance.shape[0], distance.device)
-    distance = distance.to(_compute_dtype(distance))
-    y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
-    pull = y * distance.square()
-    push = (1.0 - y) * (margin - distance).clamp_min(0.0).square()
-    return _reduce(0.5 * (pull + push), reduction, sample_weights)
+    return _contrastive(distance.to(_compute_dtype(distance)), y, margin, reduction, sample_weights)
 
 
 def info_nce_on_distances(
@@ -622,11 +630,10 @@ def info_nce_on_distances(
         raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
     _check_same_device(d_pos=d_pos, d_neg=d_neg)
     sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
+    columns = [d if d.ndim == 2 else d.unsqueeze(1) for d in (d_pos, d_neg)]
     dtype = _compute_dtype(d_pos, d_neg)
-    d_neg = d_neg.reshape(len(d_pos), -1)
-    logits = torch.cat([d_pos.unsqueeze(1).to(dtype), d_neg.to(dtype)], 1) / -temperature
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+    columns = [d if d.dtype == dtype else d.to(dtype) for d in columns]
+    return _own_info_nce(columns, temperature, reduction, sample_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,6 +686,43 @@ def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]
     if reduction == "none":
         return per_sample
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _contrastive(
+    distance: Tensor, y: Union[Tensor, float], margin: float, reduction: str, sample_weights: Optional[Tensor]
+) -> Tensor:
+    """:func:`contrastive_on_distances` where all is checked and in the dtype of the computation."""
+    if not isinstance(y, Tensor) or y.dtype != distance.dtype:
+        y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
+    return _reduce(_Contrastive.apply(margin, distance, y), reduction, sample_weights)
+
+
+class _Contrastive(torch.autograd.Function):
+    """½ · y · d² + ½ · (1 − y) · max(0, margin − d)²."""
+
+    @staticmethod
+    def forward(ctx: Any, margin: float, d: Tensor, y: Tensor) -> Tensor:
+        short = (margin - d).clamp_min_(0.0)
+        ctx.save_for_backward(d, y, short)
+        return torch.lerp(short.square(), d.square(), y).mul_(0.5)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
+        _refuse_second_order()
+        (d, y, short), (_, need_d, need_y) = ctx.saved_tensors, ctx.needs_input_grad
+        to_y = (0.5 * g * (d.square() - short.square())).sum_to_size(y.shape) if need_y else None
+        return None, g * torch.lerp(-short, d, y) if need_d else None, to_y
+
+
+def _own_info_nce(
+    distances: List[Tensor], temperature: float, reduction: str, sample_weights: Optional[Tensor]
+) -> Tensor:
+    """:func:`info_nce_on_distances` where all is checked and of one dtype: that to the positive first, all ``[B, n]``."""
+    logits = torch.cat(distances, 1) / -temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    if sample_weights is None:
+        return F.cross_entropy(logits, target, reduction=reduction)
+    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
 
 
 def _aggregated_distances(
@@ -920,8 +964,10 @@ class _MeanDifference(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
         _refuse_second_order()
         (step,), (_, need_a, need_b) = ctx.saved_tensors, ctx.needs_input_grad
-        to_a = (step.sign() if ctx.signs else step) * (g * ctx.slope)
-        return None, to_a.to(ctx.dtypes[0]) if need_a else None, (-to_a).to(ctx.dtypes[1]) if need_b else None
+        slope = g * ctx.slope
+        to_a = step.sign().mul_(slope) if ctx.signs else step * slope
+        to_b = (-to_a).to(ctx.dtypes[1]) if need_b else None
+        return None, (to_a if to_a.dtype == ctx.dtypes[0] else to_a.to(ctx.dtypes[0])) if need_a else None, to_b
 
 
 # --- block by block --------------------------------------------------------------------------------------------------
@@ -1223,10 +1269,6 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _fade(squared_norm: Tensor) -> Tensor:
-    return (squared_norm.sqrt() / MIN_NORM).clamp_max(1.0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # InfoNCE against a bank, a few anchors at a time
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1256,25 +1298,80 @@ def _bank_parts(
     return scale, a, n.flatten(1), None, positive_scores
 
 
+def _unit_vectors(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """x / max(‖x‖, MIN_NORM) over the last dimension, and ‖x‖."""
+    norm = x.square().sum(-1, keepdim=True).sqrt_()
+    return x / norm.clamp_min(MIN_NORM), norm
+
+
+def _through_unit_vectors(unit: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the vectors from that of the unit vectors; below MIN_NORM it fades."""
+    along = (grad * unit).sum(-1, keepdim=True).mul_(norm >= MIN_NORM)
+    scale = norm.clamp_max(MIN_NORM) / (norm.clamp_min(MIN_NORM) * MIN_NORM)
+    return torch.addcmul(grad, unit, along, value=-1).mul_(scale)
+
+
 class _UnitVectors(torch.autograd.Function):
     """x / max(‖x‖, MIN_NORM) over the last dimension, with the gradient fading below MIN_NORM."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        squared = x.square().sum(-1, keepdim=True)
-        unit = x * squared.clamp_min(MIN_NORM**2).rsqrt()
-        ctx.save_for_backward(unit, squared)
+        unit, norm = _unit_vectors(x)
+        ctx.save_for_backward(unit, norm)
         return unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         _refuse_second_order()
-        unit, squared = ctx.saved_tensors
-        floor = MIN_NORM**2
-        along = (grad * unit).sum(-1, keepdim=True)
-        along = torch.where(squared < floor, torch.zeros_like(along), along)
-        scale = squared.clamp_min(floor).rsqrt() * _fade(squared)
-        return (grad * scale).addcmul_(unit, -along * scale)
+        unit, norm = ctx.saved_tensors
+        return _through_unit_vectors(unit, norm, grad)
+
+
+class _VectorInfoNCE(torch.autograd.Function):
+    """log(1 + Σ_j exp(scale · (a_i·n_j − a_i·p_i))) of few vectors ``[B, D]``, all of them made unit vectors, against a bank
+    ``[N, D]``, or against the other positives.
+
+    Saved for backward: the unit vectors, the exponentials and their sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, anchor: Tensor, positive: Tensor, bank: Optional[Tensor]) -> Tensor:
+        given = [anchor, positive] if bank is None else [anchor, positive, bank]
+        units, norms = _unit_vectors(torch.cat(given).to(_compute_dtype(*given)))
+        batch = len(anchor)
+        a, p, n = units[:batch], units[batch : 2 * batch], units[batch:] if bank is None else units[2 * batch :]
+        with _full_precision(anchor.device):
+            powers = torch.addmm((a * p).sum(1, keepdim=True), a, n.t(), beta=-scale, alpha=scale).exp_()
+        if bank is None:
+            powers.fill_diagonal_(0.0)
+        total = powers.sum(1, keepdim=True)
+        ctx.save_for_backward(powers, total, units, norms)
+        ctx.scale, ctx.dtypes, ctx.in_batch = scale, [x.dtype for x in given], bank is None
+        return total.log1p().squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
+        _refuse_second_order()
+        (powers, total, units, norms), needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        batch = len(powers)
+        parts = [slice(0, batch), slice(batch, 2 * batch), slice(2 * batch, None)]
+        a, p, n = units[parts[0]], units[parts[1]], units[parts[1] if ctx.in_batch else parts[2]]
+        factor, scale = g.unsqueeze(1) / (total + 1.0), ctx.scale
+        slopes, own = powers * factor, total * -factor  # of the scores, and of the positive's
+        grads: List[Optional[Tensor]] = [None] * 3
+        with _full_precision(g.device):
+            if needs[0]:
+                grads[0] = torch.addmm(p * own, slopes, n, beta=scale, alpha=scale)
+            if needs[1] and ctx.in_batch:
+                grads[1] = torch.addmm(a * own, slopes.t(), a, beta=scale, alpha=scale)
+            elif needs[1]:
+                grads[1] = a * own * scale
+            if needs[2]:
+                grads[2] = torch.mm(slopes.t(), a) * scale
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                grads[i] = _through_unit_vectors(units[parts[i]], norms[parts[i]], grad).to(ctx.dtypes[i])
+        return (None, *grads)
 
 
 class _BankInfoNCE(torch.autograd.Function):
@@ -1426,8 +1523,17 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _full_precision(device: torch.device) -> ContextManager[Any]:
     """Autocast off: inside it a matrix product would be rounded to half precision."""
     try:
-        return torch.autocast(device.type, enabled=False)
+        if not _is_compiling() and not torch.is_autocast_enabled(
+            device.type
+        ):  # to ask is a tenth of the context's time
+            return contextlib.nullcontext()
+    except TypeError:  # torch before 2.4 cannot be asked
+        pass
     except RuntimeError:  # a device type without autocast
+        return contextlib.nullcontext()
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except RuntimeError:
         return contextlib.nullcontext()
 
 
@@ -1516,7 +1622,7 @@ def _check_labels(y: Union[Tensor, float], batch: int, device: torch.device) -> 
             raise ValueError(f"y: expected real labels in 0…1, got {y.dtype}")
         if y.device != device:
             raise ValueError(f"y: expected device {device} like the embeddings, got {y.device}")
-        outside = _on_cpu(y) and bool(((y < 0) | (y > 1)).any())
+        outside = y.dtype != torch.bool and _on_cpu(y) and (y.amin().item() < 0 or y.amax().item() > 1)
     elif isinstance(y, (bool, int, float)):
         outside = not 0 <= y <= 1
     else:
@@ -1535,7 +1641,7 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
             if negatives.numel() == 0 or negatives.shape[:1] + negatives.shape[2:] != anchor.shape:
                 listed = ", ".join(map(str, expected))
                 raise ValueError(f"{name}: expected shape [{listed}] with K >= 1, got {_shape(negatives)}")
-            items = list(negatives.unbind(1))
+            items = [negatives]
         elif negatives.ndim == anchor.ndim:
             items = [negatives]
         else:
@@ -1547,10 +1653,13 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
         raise ValueError(f"{name}: expected a tensor or a list of tensors, got {type(negatives).__name__}")
     if not items:
         raise ValueError(f"{name}: expected at least one negative, got an empty list")
+    if isinstance(negatives, Tensor) and negatives.ndim > anchor.ndim:  # its shape is checked already
+        _check_same_device(**{"the anchor": anchor, name: negatives})
+        return items
     named: Dict[str, Tensor] = {"the anchor": anchor}
     named.update({name if len(items) == 1 else f"{name}[{i}]": x for i, x in enumerate(items)})
     _check_embeddings(**named)
-    return [negatives] if isinstance(negatives, Tensor) else items
+    return items
 
 
 def _shared_bank(negatives: Negatives, anchor: Tensor) -> Optional[Tensor]:
