@@ -4,13 +4,16 @@
     python benchmarks/losses.py                    # writes benchmarks/results/losses.md
     python benchmarks/losses.py --only peers,tasks --rounds 3
     python benchmarks/losses.py --large            # also InfoNCE at 65,536 x 256
-    python benchmarks/losses.py --only tasks --rounds 20 --load 2
+    python benchmarks/losses.py --only few,tasks --rounds 20 --threads 2 --out benchmarks/results/losses_two_threads.md
+    python benchmarks/losses.py --only tasks --rounds 20 --threads 2 --load 2 --out benchmarks/results/losses_load_2.md
+    python benchmarks/losses.py --only tasks --rounds 20 --threads 2 --load 4 --out benchmarks/results/losses_load_4.md
 
 Every round runs all candidates once, one after the other, so that what disturbs the machine disturbs all of them; a row
-shows the fastest round, and with --load N, where N other programs keep the machine busy, the median and the worst round as
-well. Memory is the peak of the resident set above its size before the call, each in a process of its
-own (Linux). Errors are against float64 on the same (rounded) tensors: of the loss, relative; of the gradient of the
-prediction, the largest difference relative to the largest number.
+shows the fastest round. With --load N, N other programs keep the machine busy, and of the task losses the objective and the
+three functions are timed, in fp32, beside their plain compositions: the median round, and how many times as long plain
+PyTorch takes in the same round, in the median and in the worst of the rounds. Memory is the peak of the resident set above
+its size before the call, each in a process of its own (Linux). Errors are against float64 on the same (rounded) tensors: of
+the loss, relative; of the gradient of the prediction, the largest difference relative to the largest number.
 """
 
 from __future__ import annotations
@@ -130,31 +133,97 @@ TASKS = {
 COMPILED = {"plain, cos, compiled": "plain, cos", "objective, compiled": "objective", "three functions, compiled": "three functions"}  # fmt: skip
 
 
-def plain_no_edit(pred, gt, src):
+def plain_hinge(pred, gt, src):
     return F.relu(plain_cosine(pred, gt) - plain_cosine(pred, src) + MARGIN).mean()
 
 
-# Name → plainly written, and the public function, of three batches of vectors.
+def plain_hinges(pred, gt, negatives):
+    return F.relu(plain_cosine(pred, gt)[:, None] - plain_cosine(pred[:, None], negatives) + MARGIN).mean()
+
+
+def plain_contrastive(a, b):
+    d = (a - b).norm(dim=-1)
+    return (0.5 * SAME * d.square() + 0.5 * (1 - SAME) * F.relu(1 - d).square()).mean()
+
+
+def plain_own_negatives(a, p, negatives):
+    scores = torch.cat([plain_cosine(a, p)[:, None], plain_cosine(a[:, None], negatives)], 1)
+    return F.cross_entropy(scores / -0.07, FIRST)
+
+
+def plain_bank(a, p, bank):
+    a, p, bank = (F.normalize(x, dim=-1) for x in (a, p, bank))
+    return F.cross_entropy(torch.cat([(a * p).sum(-1, keepdim=True), a @ bank.T], 1) / 0.07, FIRST)
+
+
+SAME, FIRST = torch.tensor([1.0, 0.0] * 4), torch.zeros(8, dtype=torch.long)
+
+# Name → plainly written, and the public function, of three batches of vectors and of one of four negatives to each.
 FEW = {
-    "loss_no_edit_identity": (plain_no_edit, lambda p, g, s: losses.loss_no_edit_identity(p, g, s, margin=MARGIN)),
+    "loss_no_edit_identity": (
+        lambda p, g, s, n: plain_hinge(p, g, s),
+        lambda p, g, s, n: losses.loss_no_edit_identity(p, g, s, margin=MARGIN),
+    ),
     "loss_no_edit_identity, margin auto": (
-        lambda p, g, s: F.relu(plain_cosine(p, g) - plain_cosine(p, s) + 0.5 * plain_cosine(g, s)).mean(),
-        lambda p, g, s: losses.loss_no_edit_identity(p, g, s, margin="auto"),
+        lambda p, g, s, n: F.relu(plain_cosine(p, g) - plain_cosine(p, s) + 0.5 * plain_cosine(g, s)).mean(),
+        lambda p, g, s, n: losses.loss_no_edit_identity(p, g, s, margin="auto"),
     ),
     "loss_geometry_match, l2": (
-        lambda p, g, s: (p - g).square().sum(-1).mean(),
-        lambda p, g, s: losses.loss_geometry_match(p, g),
+        lambda p, g, s, n: (p - g).square().sum(-1).mean(),
+        lambda p, g, s, n: losses.loss_geometry_match(p, g),
     ),
     "loss_geometry_match, l1": (
-        lambda p, g, s: (p - g).abs().sum(-1).mean(),
-        lambda p, g, s: losses.loss_geometry_match(p, g, kind="l1"),
+        lambda p, g, s, n: (p - g).abs().sum(-1).mean(),
+        lambda p, g, s, n: losses.loss_geometry_match(p, g, kind="l1"),
     ),
     "loss_geometry_match, cos": (
-        lambda p, g, s: plain_cosine(p, g).mean(),
-        lambda p, g, s: losses.loss_geometry_match(p, g, kind="cos"),
+        lambda p, g, s, n: plain_cosine(p, g).mean(),
+        lambda p, g, s, n: losses.loss_geometry_match(p, g, kind="cos"),
     ),
-    "loss_overlay_avoidance": (plain_no_edit, lambda p, g, o: losses.loss_overlay_avoidance(p, g, o, margin=MARGIN)),
-    "info_nce_loss": (lambda p, g, s: plain_info_nce(p, g), lambda p, g, s: losses.info_nce_loss(p, g)),
+    "loss_overlay_avoidance": (
+        lambda p, g, s, n: plain_hinge(p, g, s),
+        lambda p, g, s, n: losses.loss_overlay_avoidance(p, g, s, margin=MARGIN),
+    ),
+    "loss_overlay_avoidance, 4 overlays": (
+        lambda p, g, s, n: plain_hinges(p, g, n),
+        lambda p, g, s, n: losses.loss_overlay_avoidance(p, g, n, margin=MARGIN),
+    ),
+    "triplet_margin_loss": (
+        lambda p, g, s, n: plain_hinge(p, g, s),
+        lambda p, g, s, n: losses.triplet_margin_loss(p, g, s, margin=MARGIN),
+    ),
+    "multi_negative_ranking_loss, 4 negatives": (
+        lambda p, g, s, n: plain_hinges(p, g, n),
+        lambda p, g, s, n: losses.multi_negative_ranking_loss(p, g, n, margin=MARGIN),
+    ),
+    "contrastive_pair_loss": (
+        lambda p, g, s, n: plain_contrastive(p, g),
+        lambda p, g, s, n: losses.contrastive_pair_loss(p, g, SAME),
+    ),
+    "info_nce_loss, the batch": (
+        lambda p, g, s, n: plain_info_nce(p, g),
+        lambda p, g, s, n: losses.info_nce_loss(p, g),
+    ),
+    "info_nce_loss, a bank of 8": (
+        lambda p, g, s, n: plain_bank(p, g, s),
+        lambda p, g, s, n: losses.info_nce_loss(p, g, s),
+    ),
+    "info_nce_loss, 4 negatives": (
+        lambda p, g, s, n: plain_own_negatives(p, g, n),
+        lambda p, g, s, n: losses.info_nce_loss(p, g, n),
+    ),
+    "margin_ranking_on_distances": (
+        lambda p, g, s, n: F.relu(p[:, 0] - g[:, 0] + MARGIN).mean(),
+        lambda p, g, s, n: losses.margin_ranking_on_distances(p[:, 0], g[:, 0], MARGIN),
+    ),
+    "contrastive_on_distances": (
+        lambda p, g, s, n: (0.5 * SAME * p[:, 0].square() + 0.5 * (1 - SAME) * F.relu(1 - p[:, 0]).square()).mean(),
+        lambda p, g, s, n: losses.contrastive_on_distances(p[:, 0], SAME),
+    ),
+    "info_nce_on_distances": (
+        lambda p, g, s, n: F.cross_entropy(torch.cat([p[:, :1], g[:, :4]], 1) / -0.07, FIRST),
+        lambda p, g, s, n: losses.info_nce_on_distances(p[:, 0], g[:, :4]),
+    ),
 }
 
 
@@ -285,6 +354,8 @@ def table(head: str, rows: list[str]) -> list[str]:
 
 def tasks(args) -> list[str]:
     shape = tuple(int(n) for n in args.shape.split(","))
+    if args.load:
+        return tasks_under_load(args, shape)
     lines = [f"## The three task losses, forward and backward, 4 × {list(shape)}", ""]
     lines += [
         "Margins 0.25, weights 1, 0.5, 0.7, every hinge open, gradient for the prediction alone. The objective matches "
@@ -319,17 +390,43 @@ def tasks(args) -> list[str]:
                 cells = [f"{base / took:.1f} ×", f"{own / took:.1f} ×", f"{peak['mib'] / size:.1f}" if peak else "–"]
                 cells += [f"{e:.0e}" for e in off]
             row = [name, f"{1e3 * took:.1f} ms", f"{took / times['bound']:.1f} ×", *cells]
-            if args.load:
-                row += under_load(every[name], every[f"plain, {geometry}"])
             rows.append("| " + " | ".join(row) + " |")
             print(dtype, rows[-1], flush=True)
         head = "| {} | fastest | of the bound | plain takes | torch's own takes | memory | error: loss | gradient |"
-        lines += table(head.format(dtype) + (LOADED if args.load else ""), rows)
+        lines += table(head.format(dtype), rows)
     return lines
 
 
+def tasks_under_load(args, shape) -> list[str]:
+    lines = [f"## The three task losses while others run, forward and backward, 4 × {list(shape)}, fp32", ""]
+    lines += [f"Of {args.rounds} rounds; the ratios are of the same round.", ""]
+    inputs, rows = embeddings(4, shape), []
+    inputs[0].requires_grad_()
+    bases = {
+        "plain, cos": "plain, cos",
+        "objective": "plain, cos",
+        "plain, l2": "plain, l2",
+        "three functions": "plain, l2",
+    }
+    found: dict[str, list[float]] = {name: [] for name in bases}
+    for _ in range(1 + args.rounds):  # the first does not count; torch's timer would call each three times a round
+        for name, times in found.items():
+            began = clock()()
+            step(TASKS[name], inputs)
+            times.append(clock()() - began)
+    found = {name: times[1:] for name, times in found.items()}
+    for name, base in bases.items():
+        ratios = [theirs / ours for ours, theirs in zip(found[name], found[base])]
+        row = [name, *(f"{1e3 * take(found[name]):.0f} ms" for take in (min, median, max))]
+        row += ["–", "–"] if name == base else [f"{median(ratios):.1f} ×", f"{min(ratios):.1f} ×"]
+        rows.append(f"| {' | '.join(row)} |")
+        print(rows[-1], flush=True)
+    head = "| | fastest | median | slowest | plain takes, in the median round | in the round that is worst for it |"
+    return lines + table(head, rows)
+
+
 def few(args) -> list[str]:
-    inputs = embeddings(3, (8, 512))
+    inputs = [*embeddings(3, (8, 512)), embeddings(1, (8, 4, 512))[0]]
     inputs[0].requires_grad_()
     rows = []
     for name, pair in FEW.items():
@@ -346,15 +443,6 @@ def few(args) -> list[str]:
     lines = ["## A batch of 8 vectors of 512 features, forward and backward, checks included, fp32", ""]
     lines += ["Gradient for the prediction alone; the fastest of the rounds of 200 calls, and the median of the rounds' ratios.", ""]  # fmt: skip
     return lines + table("| | plain | the function | of plain |", rows)
-
-
-LOADED = " median round | plain takes, in the median round | in the round that is worst for it |"
-
-
-def under_load(own: list[float], plain: list[float]) -> list[str]:
-    """How long a round takes, and by what factor plain PyTorch takes longer in the same rounds."""
-    ratios = [theirs / ours for ours, theirs in zip(own, plain)]
-    return [f"{1e3 * median(own):.0f} ms", f"{median(ratios):.1f} ×", f"{min(ratios):.1f} ×"]
 
 
 def ranking(args) -> list[str]:

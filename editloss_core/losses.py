@@ -37,8 +37,10 @@ was expected. Derivatives of second order are refused with an error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
+import mmap
 import os
 import threading
 import warnings
@@ -81,7 +83,9 @@ SMALL_ELEMENTS = 1 << 18  # up to so many numbers, more calls cost more than mem
 BLOCK_ELEMENTS = 1 << 20  # numbers per block on a CPU: large enough to hide Python, small enough to stay in the cache
 SHARED_ELEMENTS = 1 << 19  # from so many numbers on, the blocks are shared among threads …
 SMALLEST_SHARE = 1 << 18  # … at least so many each, so that there are some blocks for every thread
+LEAST_FEW_TEMPERATURE = 1 / 32  # from it on, exp of a difference of two cosines over it is far from what overflows
 MOST_THREADS = 8  # more would wait for Python
+LARGE_BYTES = 1 << 21  # from so many bytes on, memory is asked for in large pages
 ONE_PASS_ELEMENTS = 1 << 19  # from so many numbers on, Σ x·y in one pass is the faster way …
 ONE_PASS_FEATURES = 1 << 11  # … and up to so many features it is as exact: a longer sum is better made of sums
 TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
@@ -302,8 +306,13 @@ def contrastive_pair_loss(
     _check_number("margin", margin, minimum=0.0)
     _check_labels(y, z1.shape[0], z1.device)
     sample_weights, token_weights = _split_weights(weights, z1.shape[:-1], z1.device)
-    (d,) = _distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
-    return contrastive_on_distances(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
+    if z1.ndim == 2 and dist == "l2" and z1.numel() <= SMALL_ELEMENTS and not _is_compiling():
+        _check_ordinary(z1, z2)
+        dtype = _compute_dtype(z1, z2)
+        d = torch.linalg.vector_norm((z1 if z1.dtype == dtype else z1.to(dtype)) - z2, dim=-1)  # in the fewest calls
+    else:
+        (d,) = _distances(z1, [z2], "euclidean" if dist == "l2" else "cos")
+    return _contrastive(_aggregate(d, agg, token_weights), y, margin, reduction, sample_weights)
 
 
 def triplet_margin_loss(
@@ -422,8 +431,13 @@ def info_nce_loss(
     if bank is None:
         assert negatives is not None
         references = [positive, *_negative_list("negatives", negatives, anchor)]
-        d_pos, *d_neg = _aggregated_distances(anchor, references, "cos", agg, token_weights)
-        return info_nce_on_distances(d_pos, torch.stack(d_neg, 1), temperature, reduction, sample_weights)
+        distances = _aggregated_distances(anchor, references, "cos", agg, token_weights)
+        return _own_info_nce([torch.stack(distances, 1)], temperature, reduction, sample_weights)
+    few = max(anchor.numel(), bank.numel(), len(anchor) * len(bank)) <= SMALL_ELEMENTS
+    if few and anchor.ndim == 2 and temperature >= LEAST_FEW_TEMPERATURE and not _is_compiling():
+        _check_ordinary(anchor, positive, bank)
+        losses = _VectorInfoNCE.apply(1.0 / temperature, anchor, positive, None if negatives is None else bank)
+        return _reduce(losses, reduction, sample_weights)
     # What is used twice below must not have its two gradients rounded to half precision before they are added.
     dtype = _compute_dtype(anchor, positive, bank)
     anchor, positive = anchor.to(dtype), positive.to(dtype)
@@ -564,7 +578,8 @@ def margin_ranking_on_distances(
     dtype = _compute_dtype(d_pos, d_neg)
     if isinstance(margin, Tensor):
         _check_margin_tensor(margin, d_neg.shape, d_neg.device)
-    return _hinge_loss(d_pos.to(dtype), d_neg.to(dtype), margin, reduction, sample_weights, smooth, neg_agg)
+    d_pos, d_neg = (d if d.dtype == dtype else d.to(dtype) for d in (d_pos, d_neg))
+    return _hinge_loss(d_pos, d_neg, margin, reduction, sample_weights, smooth, neg_agg)
 
 
 def contrastive_on_distances(
@@ -586,11 +601,7 @@ def contrastive_on_distances(
     _check_number("margin", margin, minimum=0.0)
     sample_weights, _ = _split_weights(weights, distance.shape, distance.device)
     _check_labels(y, distance.shape[0], distance.device)
-    distance = distance.to(_compute_dtype(distance))
-    y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
-    pull = y * distance.square()
-    push = (1.0 - y) * (margin - distance).clamp_min(0.0).square()
-    return _reduce(0.5 * (pull + push), reduction, sample_weights)
+    return _contrastive(distance.to(_compute_dtype(distance)), y, margin, reduction, sample_weights)
 
 
 def info_nce_on_distances(
@@ -619,11 +630,10 @@ def info_nce_on_distances(
         raise ValueError(f"d_neg: expected a batch of {d_pos.shape[0]} like d_pos, got shape {_shape(d_neg)}")
     _check_same_device(d_pos=d_pos, d_neg=d_neg)
     sample_weights, _ = _split_weights(weights, d_pos.shape, d_pos.device)
+    columns = [d if d.ndim == 2 else d.unsqueeze(1) for d in (d_pos, d_neg)]
     dtype = _compute_dtype(d_pos, d_neg)
-    d_neg = d_neg.reshape(len(d_pos), -1)
-    logits = torch.cat([d_pos.unsqueeze(1).to(dtype), d_neg.to(dtype)], 1) / -temperature
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
+    columns = [d if d.dtype == dtype else d.to(dtype) for d in columns]
+    return _own_info_nce(columns, temperature, reduction, sample_weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -676,6 +686,43 @@ def _reduce(per_sample: Tensor, reduction: str, sample_weights: Optional[Tensor]
     if reduction == "none":
         return per_sample
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
+
+
+def _contrastive(
+    distance: Tensor, y: Union[Tensor, float], margin: float, reduction: str, sample_weights: Optional[Tensor]
+) -> Tensor:
+    """:func:`contrastive_on_distances` where all is checked and in the dtype of the computation."""
+    if not isinstance(y, Tensor) or y.dtype != distance.dtype:
+        y = torch.as_tensor(y, dtype=distance.dtype, device=distance.device)
+    return _reduce(_Contrastive.apply(margin, distance, y), reduction, sample_weights)
+
+
+class _Contrastive(torch.autograd.Function):
+    """½ · y · d² + ½ · (1 − y) · max(0, margin − d)²."""
+
+    @staticmethod
+    def forward(ctx: Any, margin: float, d: Tensor, y: Tensor) -> Tensor:
+        short = (margin - d).clamp_min_(0.0)
+        ctx.save_for_backward(d, y, short)
+        return torch.lerp(short.square(), d.square(), y).mul_(0.5)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
+        _refuse_second_order()
+        (d, y, short), (_, need_d, need_y) = ctx.saved_tensors, ctx.needs_input_grad
+        to_y = (0.5 * g * (d.square() - short.square())).sum_to_size(y.shape) if need_y else None
+        return None, g * torch.lerp(-short, d, y) if need_d else None, to_y
+
+
+def _own_info_nce(
+    distances: List[Tensor], temperature: float, reduction: str, sample_weights: Optional[Tensor]
+) -> Tensor:
+    """:func:`info_nce_on_distances` where all is checked and of one dtype: that to the positive first, all ``[B, n]``."""
+    logits = torch.cat(distances, 1) / -temperature
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    if sample_weights is None:
+        return F.cross_entropy(logits, target, reduction=reduction)
+    return _reduce(F.cross_entropy(logits, target, reduction="none"), reduction, sample_weights)
 
 
 def _aggregated_distances(
@@ -752,14 +799,8 @@ class _TokenDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dist: str, mean: bool, anchor: Tensor, *references: Tensor) -> Any:
         measure = _measure if _is_small(anchor) else _measure_in_blocks
-        d, *squares = measure(dist, anchor, _each(references, anchor), _compute_dtype(anchor, *references))
-        if dist == "cos":
-            d, cosine = _cosine_distances(d, *squares)
-            ctx.save_for_backward(anchor, *references, cosine, *squares)
-        elif dist == "euclidean":
-            ctx.save_for_backward(anchor, *references, d.sqrt_())
-        else:
-            ctx.save_for_backward(anchor, *references)
+        d, *kept = measure(dist, anchor, _each(references, anchor), _compute_dtype(anchor, *references))
+        ctx.save_for_backward(anchor, *references, *(kept if dist != "euclidean" else [d]))
         ctx.dist, ctx.inputs, ctx.count = dist, 1 + len(references), d.numel() if mean else 0
         ctx.set_materialize_grads(False)
         return d.mean() if mean else d.unbind()
@@ -779,9 +820,8 @@ class _TokenDistances(torch.autograd.Function):
             if len(given) < len(grads):
                 used = [j for j, x in enumerate(grads) if x is not None]
                 scalars = [x[used] if x.ndim == anchor.ndim else x for x in scalars]
-        slopes = _slopes(ctx.dist, g, scalars, needs[0], any(needs[1:]))
         differentiate = _differentiate if _is_small(anchor) else _differentiate_in_blocks
-        return (None, None, *differentiate(ctx.dist, slopes, anchor, references, needs, used))
+        return (None, None, *differentiate(ctx.dist, g, scalars, anchor, references, needs, used))
 
 
 def _is_small(anchor: Tensor) -> bool:
@@ -797,11 +837,11 @@ def _each(references: Sequence[Tensor], anchor: Tensor) -> List[Tensor]:
 # --- per token -------------------------------------------------------------------------------------------------------
 
 
-def _cosine_distances(dot: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, Tensor]:
-    """1 − cos, and cos, from dot products and squared norms; written so that identical vectors give exactly 0 and 1."""
-    aa, rr = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
-    cosine = (dot / aa).mul_((aa / rr).sqrt_()).clamp_(-1.0, 1.0)
-    return 1.0 - cosine, cosine
+def _cosine_distances(dot: Tensor, aa: Tensor, rr: Tensor) -> Tuple[Tensor, ...]:
+    """1 − cos, cos and the squared norms, from these and dot products; so that identical vectors give exactly 0 and 1."""
+    aa_, rr_ = aa.clamp_min(MIN_NORM**2), rr.clamp_min(MIN_NORM**2)
+    cosine = (dot / aa_).mul_((aa_ / rr_).sqrt_()).clamp_(-1.0, 1.0)
+    return 1.0 - cosine, cosine, aa, rr
 
 
 Slopes = Tuple[Any, ...]  # tensors; None where no gradient needs one
@@ -845,7 +885,7 @@ def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _measure(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype) -> Tuple[Tensor, ...]:
-    """Sums over the features: of |a − r| or (a − r)², ``[R, B, ...]``; or of a · r, a · a ``[B, ...]`` and r · r."""
+    """Distances ``[R, B, ...]``; and of a cosine what backward needs: cos, a · a ``[B, ...]`` and r · r."""
     a, sums, squares = _ready(anchor, dtype), [], []
     for r in rs:
         r = _ready(r, dtype)
@@ -855,9 +895,9 @@ def _measure(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype
         else:
             step = a - r
             sums.append((step.abs_() if dist == "l1" else step.square_()).sum(-1))
-    if dist != "cos":
-        return (_stacked(sums),)
-    return _stacked(sums), a.square().sum(-1), _stacked(squares)
+    if dist == "cos":
+        return _cosine_distances(_stacked(sums), a.square().sum(-1), _stacked(squares))
+    return (_stacked(sums).sqrt_() if dist == "euclidean" else _stacked(sums),)
 
 
 def _stacked(tensors: List[Tensor]) -> Tensor:
@@ -866,7 +906,8 @@ def _stacked(tensors: List[Tensor]) -> Tensor:
 
 def _differentiate(
     dist: str,
-    slopes: Slopes,
+    g: Tensor,
+    scalars: Sequence[Tensor],
     anchor: Tensor,
     references: Sequence[Tensor],
     needs: Sequence[bool],
@@ -875,6 +916,7 @@ def _differentiate(
     """The gradients that are needed: own · x − cross · y of a cosine for both its vectors, slope · (a − r) or its sign of a
     difference; nothing of references that are not ``used``."""
     dtype, rs, total = _compute_dtype(anchor, *references), _each(references, anchor), None
+    slopes = _slopes(dist, g, scalars, needs[0], any(needs[1:]))
     a, wanted = _ready(anchor, dtype), [False] * len(rs)
     parts: Dict[int, Tensor] = {}
     if any(needs[1:]):
@@ -922,50 +964,56 @@ class _MeanDifference(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
         _refuse_second_order()
         (step,), (_, need_a, need_b) = ctx.saved_tensors, ctx.needs_input_grad
-        to_a = (step.sign() if ctx.signs else step) * (g * ctx.slope)
-        return None, to_a.to(ctx.dtypes[0]) if need_a else None, (-to_a).to(ctx.dtypes[1]) if need_b else None
+        slope = g * ctx.slope
+        to_a = step.sign().mul_(slope) if ctx.signs else step * slope
+        to_b = (-to_a).to(ctx.dtypes[1]) if need_b else None
+        return None, (to_a if to_a.dtype == ctx.dtypes[0] else to_a.to(ctx.dtypes[0])) if need_a else None, to_b
 
 
 # --- block by block --------------------------------------------------------------------------------------------------
 
 
 def _measure_in_blocks(dist: str, anchor: Tensor, rs: Sequence[Tensor], dtype: torch.dtype) -> Tuple[Tensor, ...]:
-    """:func:`_measure`, block by block."""
+    """:func:`_measure`, block by block, with the scalars of the tokens: one thread's work is less than calling others to it."""
     a, rs, shape = _as_rows(anchor), [_as_rows(r) for r in rs], anchor.shape[:-1]
     work = _Blocks([a, *rs], dtype, dots=dist == "cos")
-    sums, squares = work.per_token(len(rs)), work.per_token(1 + len(rs)) if dist == "cos" else None
+    d, kept = work.per_token(len(rs)), [work.per_token(n) for n in (len(rs), 1, len(rs))] if dist == "cos" else []
 
     def measure(block: Block, bench: _Bench) -> None:
-        x = bench.load("anchor", a, block)
-        if squares is not None:
-            bench.dot(x, x, squares[0], block)
+        x, every = bench.load("anchor", a, block), (slice(None), *block)
+        if dist == "cos":
+            cosine, (aa,), rr = kept
+            bench.dot(x, x, aa, block)
+            for j, rows in enumerate(rs):
+                r = bench.load("reference", rows, block)
+                bench.dot(r, r, rr[j], block)
+                bench.dot(x, r, cosine[j], block)
+            d[every], cosine[every], *_ = _cosine_distances(cosine[every], aa[block], rr[every])
+            return
         for j, rows in enumerate(rs):
-            r = bench.load("reference", rows, block)
-            if squares is not None:
-                bench.dot(r, r, squares[1 + j], block)
-                bench.dot(x, r, sums[j], block)
-            else:
-                diff = torch.sub(x, r, out=bench.scratch("product", x.shape))
-                bench.sum(diff.abs_() if dist == "l1" else diff.square_(), sums[j], block)
+            diff = torch.sub(x, bench.load("reference", rows, block), out=bench.scratch("product", x.shape))
+            bench.sum(diff.abs_() if dist == "l1" else diff.square_(), d[j], block)
+        if dist == "euclidean":
+            d[every].sqrt_()
 
     work.each(measure)
-    sums = sums.view(-1, *shape)
-    return (sums,) if squares is None else (sums, squares[0].view(shape), squares[1:].view(-1, *shape))
+    if dist != "cos":
+        return (d.view(-1, *shape),)
+    cosine, (aa,), rr = kept
+    return d.view(-1, *shape), cosine.view(-1, *shape), aa.view(shape), rr.view(-1, *shape)
 
 
 def _differentiate_in_blocks(
     dist: str,
-    slopes: Slopes,
+    g: Tensor,
+    scalars: Sequence[Tensor],
     anchor: Tensor,
     references: Sequence[Tensor],
     needs: Sequence[bool],
     used: Optional[Sequence[int]],
 ) -> List[Optional[Tensor]]:
     """:func:`_differentiate`, block by block, into the gradients themselves."""
-    results = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
-        for x, need in zip((anchor, *references), needs)
-    ]
+    results = [_large(x.shape, x.dtype, x.device) if need else None for x, need in zip((anchor, *references), needs)]
     a, to_a = _as_rows(anchor), None if results[0] is None else _as_rows(results[0])
     rs = [_as_rows(r) for r in _each(references, anchor)]
     to_rs: List[Optional[Tensor]] = []
@@ -977,36 +1025,37 @@ def _differentiate_in_blocks(
             if to_r is not None and j not in used:
                 to_r.zero_()
         rs, to_rs = [rs[j] for j in used], [to_rs[j] for j in used]
-    shape = (len(rs), *a.shape[:2], 1)
-    # One number, or one of every sample and token, is that of every reference as well.
-    factors: List[Any] = [
-        x if x is None else x.expand(shape[:1] + anchor.shape[:-1] + (1,)).reshape(shape) for x in slopes
-    ]
+    g, *scalars = (x if x.ndim == 0 else x.reshape(-1, *a.shape[:2]) for x in (g, *scalars))
+    if dist == "cos":
+        scalars[1] = scalars[1][0]
 
     def write(block: Block, bench: _Bench) -> None:
+        every = (..., *block)
+        slopes = _slopes(dist, g[every] if g.ndim else g, [x[every] for x in scalars], to_a is not None, any(needs[1:]))
         x, total = bench.load("anchor", a, block), None
         if to_a is not None and dist == "cos":
-            total = torch.mul(x, _part(factors[0][0], block), out=bench.target("total", to_a, block))
+            total = torch.mul(x, slopes[0], out=bench.target("total", to_a, block))
         for j, (rows, to_r) in enumerate(zip(rs, to_rs)):
             r = bench.load("reference", rows, block)
             if dist == "cos":
-                _, cross_a, own_r, cross_r = factors
+                _, cross_a, own_r, cross_r = slopes
                 if total is not None:
-                    total.addcmul_(r, _part(cross_a[j], block), value=-1)
+                    total.addcmul_(r, cross_a[j], value=-1)
                 if to_r is not None:
-                    part = torch.mul(r, _part(own_r[j], block), out=bench.target("product", to_r, block))
-                    bench.store(part.addcmul_(x, _part(cross_r[j], block), value=-1), to_r, block)
+                    part = torch.mul(r, own_r[j], out=bench.target("product", to_r, block))
+                    bench.store(part.addcmul_(x, cross_r[j], value=-1), to_r, block)
                 continue
-            slope = _part(factors[0][j], block)
-            step = torch.sub(x, r, out=bench.scratch("product", x.shape))
+            slope = slopes[0][j] if slopes[0].ndim else slopes[0]
+            home = to_a if total is None else None  # the first difference is where the gradient is to be
+            out = bench.scratch("product", x.shape) if home is None else bench.target("total", home, block)
+            step = torch.sub(x, r, out=out)
             step = step.sign_() if dist == "l1" else step
             if to_r is not None:
                 bench.store(torch.mul(step, -slope, out=bench.target("part", to_r, block)), to_r, block)
-            if to_a is not None:
-                if total is None:
-                    total = torch.mul(step, slope, out=bench.target("total", to_a, block))
-                else:
-                    total.addcmul_(step, slope)
+            if home is not None:
+                total = step.mul_(slope)
+            elif total is not None:
+                total.addcmul_(step, slope)
         if to_a is not None and total is not None:
             bench.store(total, to_a, block)
 
@@ -1020,6 +1069,31 @@ WHOLE: Block = (slice(None), slice(None))
 
 def _part(rows: Tensor, block: Block) -> Tensor:
     return rows if block is WHOLE else rows[block]
+
+
+def _large(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """New memory, on Linux in pages of 2 MiB instead of 4 KiB where there are some: at its first use each page is a call to the
+    system, and those for a gradient in small pages take longer than all its numbers do. NumPy asks the same for its arrays.
+    """
+    x = torch.empty(shape, dtype=dtype, device=device)
+    advise, size = _madvise(), x.numel() * x.element_size()
+    if advise is not None and device.type == "cpu" and type(x) is Tensor and size >= LARGE_BYTES:
+        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(start, (x.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    return x
+
+
+@functools.cache
+def _madvise() -> Optional[Callable[[int, int, int], int]]:
+    """The system's call, which may refuse; None where there is none."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return call
 
 
 class _Blocks:
@@ -1132,9 +1206,7 @@ class _Bench:
         """Memory for a block of ``shape`` (no block is larger than the first one)."""
         if name not in self.memory:
             rows = self.plan.rows
-            self.memory[name] = torch.empty(
-                _part(rows, self.plan.blocks[0]).shape, dtype=self.dtype, device=rows.device
-            )
+            self.memory[name] = _large(_part(rows, self.plan.blocks[0]).shape, self.dtype, rows.device)
         memory = self.memory[name]
         return memory if memory.shape == shape else memory[: shape[0], : shape[1]]
 
@@ -1197,10 +1269,6 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _fade(squared_norm: Tensor) -> Tensor:
-    return (squared_norm.sqrt() / MIN_NORM).clamp_max(1.0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # InfoNCE against a bank, a few anchors at a time
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1230,25 +1298,80 @@ def _bank_parts(
     return scale, a, n.flatten(1), None, positive_scores
 
 
+def _unit_vectors(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """x / max(‖x‖, MIN_NORM) over the last dimension, and ‖x‖."""
+    norm = x.square().sum(-1, keepdim=True).sqrt_()
+    return x / norm.clamp_min(MIN_NORM), norm
+
+
+def _through_unit_vectors(unit: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the vectors from that of the unit vectors; below MIN_NORM it fades."""
+    along = (grad * unit).sum(-1, keepdim=True).mul_(norm >= MIN_NORM)
+    scale = norm.clamp_max(MIN_NORM) / (norm.clamp_min(MIN_NORM) * MIN_NORM)
+    return torch.addcmul(grad, unit, along, value=-1).mul_(scale)
+
+
 class _UnitVectors(torch.autograd.Function):
     """x / max(‖x‖, MIN_NORM) over the last dimension, with the gradient fading below MIN_NORM."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        squared = x.square().sum(-1, keepdim=True)
-        unit = x * squared.clamp_min(MIN_NORM**2).rsqrt()
-        ctx.save_for_backward(unit, squared)
+        unit, norm = _unit_vectors(x)
+        ctx.save_for_backward(unit, norm)
         return unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         _refuse_second_order()
-        unit, squared = ctx.saved_tensors
-        floor = MIN_NORM**2
-        along = (grad * unit).sum(-1, keepdim=True)
-        along = torch.where(squared < floor, torch.zeros_like(along), along)
-        scale = squared.clamp_min(floor).rsqrt() * _fade(squared)
-        return (grad * scale).addcmul_(unit, -along * scale)
+        unit, norm = ctx.saved_tensors
+        return _through_unit_vectors(unit, norm, grad)
+
+
+class _VectorInfoNCE(torch.autograd.Function):
+    """log(1 + Σ_j exp(scale · (a_i·n_j − a_i·p_i))) of few vectors ``[B, D]``, all of them made unit vectors, against a bank
+    ``[N, D]``, or against the other positives.
+
+    Saved for backward: the unit vectors, the exponentials and their sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, anchor: Tensor, positive: Tensor, bank: Optional[Tensor]) -> Tensor:
+        given = [anchor, positive] if bank is None else [anchor, positive, bank]
+        units, norms = _unit_vectors(torch.cat(given).to(_compute_dtype(*given)))
+        batch = len(anchor)
+        a, p, n = units[:batch], units[batch : 2 * batch], units[batch:] if bank is None else units[2 * batch :]
+        with _full_precision(anchor.device):
+            powers = torch.addmm((a * p).sum(1, keepdim=True), a, n.t(), beta=-scale, alpha=scale).exp_()
+        if bank is None:
+            powers.fill_diagonal_(0.0)
+        total = powers.sum(1, keepdim=True)
+        ctx.save_for_backward(powers, total, units, norms)
+        ctx.scale, ctx.dtypes, ctx.in_batch = scale, [x.dtype for x in given], bank is None
+        return total.log1p().squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tuple[Optional[Tensor], ...]:
+        _refuse_second_order()
+        (powers, total, units, norms), needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        batch = len(powers)
+        parts = [slice(0, batch), slice(batch, 2 * batch), slice(2 * batch, None)]
+        a, p, n = units[parts[0]], units[parts[1]], units[parts[1] if ctx.in_batch else parts[2]]
+        factor, scale = g.unsqueeze(1) / (total + 1.0), ctx.scale
+        slopes, own = powers * factor, total * -factor  # of the scores, and of the positive's
+        grads: List[Optional[Tensor]] = [None] * 3
+        with _full_precision(g.device):
+            if needs[0]:
+                grads[0] = torch.addmm(p * own, slopes, n, beta=scale, alpha=scale)
+            if needs[1] and ctx.in_batch:
+                grads[1] = torch.addmm(a * own, slopes.t(), a, beta=scale, alpha=scale)
+            elif needs[1]:
+                grads[1] = a * own * scale
+            if needs[2]:
+                grads[2] = torch.mm(slopes.t(), a) * scale
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                grads[i] = _through_unit_vectors(units[parts[i]], norms[parts[i]], grad).to(ctx.dtypes[i])
+        return (None, *grads)
 
 
 class _BankInfoNCE(torch.autograd.Function):
@@ -1400,8 +1523,17 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _full_precision(device: torch.device) -> ContextManager[Any]:
     """Autocast off: inside it a matrix product would be rounded to half precision."""
     try:
-        return torch.autocast(device.type, enabled=False)
+        if not _is_compiling() and not torch.is_autocast_enabled(
+            device.type
+        ):  # to ask is a tenth of the context's time
+            return contextlib.nullcontext()
+    except TypeError:  # torch before 2.4 cannot be asked
+        pass
     except RuntimeError:  # a device type without autocast
+        return contextlib.nullcontext()
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except RuntimeError:
         return contextlib.nullcontext()
 
 
@@ -1490,7 +1622,7 @@ def _check_labels(y: Union[Tensor, float], batch: int, device: torch.device) -> 
             raise ValueError(f"y: expected real labels in 0…1, got {y.dtype}")
         if y.device != device:
             raise ValueError(f"y: expected device {device} like the embeddings, got {y.device}")
-        outside = _on_cpu(y) and bool(((y < 0) | (y > 1)).any())
+        outside = y.dtype != torch.bool and _on_cpu(y) and (y.amin().item() < 0 or y.amax().item() > 1)
     elif isinstance(y, (bool, int, float)):
         outside = not 0 <= y <= 1
     else:
@@ -1509,7 +1641,7 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
             if negatives.numel() == 0 or negatives.shape[:1] + negatives.shape[2:] != anchor.shape:
                 listed = ", ".join(map(str, expected))
                 raise ValueError(f"{name}: expected shape [{listed}] with K >= 1, got {_shape(negatives)}")
-            items = list(negatives.unbind(1))
+            items = [negatives]
         elif negatives.ndim == anchor.ndim:
             items = [negatives]
         else:
@@ -1521,10 +1653,13 @@ def _negative_list(name: str, negatives: Negatives, anchor: Tensor) -> List[Tens
         raise ValueError(f"{name}: expected a tensor or a list of tensors, got {type(negatives).__name__}")
     if not items:
         raise ValueError(f"{name}: expected at least one negative, got an empty list")
+    if isinstance(negatives, Tensor) and negatives.ndim > anchor.ndim:  # its shape is checked already
+        _check_same_device(**{"the anchor": anchor, name: negatives})
+        return items
     named: Dict[str, Tensor] = {"the anchor": anchor}
     named.update({name if len(items) == 1 else f"{name}[{i}]": x for i, x in enumerate(items)})
     _check_embeddings(**named)
-    return [negatives] if isinstance(negatives, Tensor) else items
+    return items
 
 
 def _shared_bank(negatives: Negatives, anchor: Tensor) -> Optional[Tensor]:

@@ -436,3 +436,16 @@ def test_losses_inside_a_checkpoint(function, use_reentrant):
     checkpoint(function, a, b, c, use_reentrant=use_reentrant).backward()
     for x, e in zip((a, b), expected):
         torch.testing.assert_close(x.grad, e)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4)], ids=["vectors", "tokens"])
+def test_soft_labels_have_the_gradient_of_the_formula(shape):
+    """½ (d² − max(0, margin − d)²), for a label per sample and for one that all share."""
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    for y in (torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)):
+        y.requires_grad_()
+        contrastive_pair_loss(a, b, y, margin=1.2, reduction="sum").backward()
+        d = (a - b).norm(dim=-1).reshape(3, -1).mean(1)
+        expected = (0.5 * (d.square() - (1.2 - d).relu().square())).sum_to_size(y.shape)
+        torch.testing.assert_close(y.grad, expected)

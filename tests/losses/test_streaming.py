@@ -48,6 +48,7 @@ def full_logits(a, p, negatives=None, temperature=0.07, agg="mean", weights=None
 @pytest.fixture(params=[(1, 1), (7, 2), (30, 3), (1 << 22, 256)])
 def tiles(request, monkeypatch):
     """One anchor at a time, some that do not divide the batch, all at once."""
+    monkeypatch.setattr(losses, "SMALL_ELEMENTS", 0)
     monkeypatch.setattr(losses, "TILE_ELEMENTS", request.param[0])
     monkeypatch.setattr(losses, "BANK_ROWS", request.param[1])
 
@@ -90,6 +91,32 @@ def test_factors_per_sample_and_their_gradient(tiles):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("bank", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_few_vectors_are_as_many(monkeypatch, dtype, bank, temperature):
+    """In fewer calls, with the gradients of whichever inputs need one, also below the norm where they fade."""
+    vectors = [x.to(dtype) for x in embeddings((6, 8), 3)]
+    vectors[0][1], vectors[1][2], vectors[0][3] = 0.0, 0.0, vectors[0][3] * 1e-6
+    vectors = [*vectors[:2], vectors[2][:5]] if bank else vectors[:2]
+    for needs in itertools.product((False, True), repeat=len(vectors)):
+        if not any(needs):
+            continue
+        results = []
+        for small in (losses.SMALL_ELEMENTS, 0):
+            with monkeypatch.context() as patched:
+                patched.setattr(losses, "SMALL_ELEMENTS", small)
+                leaves = [x.clone().requires_grad_(need) for x, need in zip(vectors, needs)]
+                loss = info_nce_loss(*leaves, temperature=temperature, weights=torch.linspace(0, 2, 6))
+                loss.backward()
+                results.append([loss, *(x.grad for x in leaves if x.requires_grad)])
+        for found, expected in zip(*results):
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(
+                found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4 * expected.abs().max().item()
+            )
+
+
 def test_backward_twice_through_a_kept_graph():
     a, p = (x.requires_grad_() for x in embeddings((6, 4), 2))
     loss = info_nce_loss(a, p)
@@ -99,6 +126,7 @@ def test_backward_twice_through_a_kept_graph():
 
 
 def test_without_a_graph_no_gradient_is_made(monkeypatch):
+    monkeypatch.setattr(losses, "SMALL_ELEMENTS", 0)
     asked, original = [], losses._bank_info_nce
     monkeypatch.setattr(losses, "_bank_info_nce", lambda *args: asked.append(any(args[-1])) or original(*args))
     a, p = (x.requires_grad_() for x in embeddings((6, 4), 2))
@@ -114,6 +142,7 @@ def test_without_a_graph_no_gradient_is_made(monkeypatch):
 @pytest.mark.parametrize("shape", [(16,), (4, 8)], ids=["vectors", "tokens"])
 @pytest.mark.parametrize("agg", ["mean", "max"])
 def test_memory_of_info_nce_grows_linearly(monkeypatch, shape, agg, reduction):
+    monkeypatch.setattr(losses, "SMALL_ELEMENTS", 0)
     monkeypatch.setattr(losses, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(losses, "BANK_ROWS", 2)
     peaks = []
