@@ -224,14 +224,14 @@ def test_other_proportions_are_named_with_both_sizes(size, wanted):
     ],
 )
 def test_the_failure_that_is_furthest_over_its_line_wins(over, measures, wins):
-    from editloss_core.verdict.judge import MEASURES, _decide
+    from editloss_core.verdict.judge import MEASURES
+    from editloss_core.verdict.scores import decide
 
     scores = {failure: 0.9 if failure in over else 0.1 for failure in FAILURES}
     known = {**dict.fromkeys(MEASURES), **measures}
-    assert _decide(scores, known) == wins
+    assert decide(scores, known) == wins
     assert (
-        _decide({**scores, "distorted": None}, known) == ("undecided" if wins == "good" else wins)
-        or "distorted" in over
+        decide({**scores, "distorted": None}, known) == ("undecided" if wins == "good" else wins) or "distorted" in over
     )
 
 
