@@ -53,6 +53,7 @@ from .measures import (
     coefficient,
     coefficients,
     edges,
+    edges_lost,
     filled,
     ghost,
     grain,
@@ -82,6 +83,7 @@ SEEN = (0.5, 0.9)  # likeness of an object's edges from which it is there
 NO_SURROUNDINGS = "collateral change: the mask leaves no surroundings to compare"
 LEAST_AROUND = 0.02  # share of the picture outside the mask
 SMALLEST = 16  # pixels of a mask
+AT_THE_EDGE = 4  # pixels around the new object within which its edges are
 BESIDE = 3  # pixels around the new object that belong to it
 NO_GHOST = 0.03  # share of the old object's edges
 REACH = 0.12  # of the new object's size, by which it may stand out of the mask
@@ -102,6 +104,7 @@ MEASURES = {
     "outline": "1 − intersection over union of the object's outline with the after picture's, aligned",
     "outline in place": "the same before the alignment: a displaced object has much here and little above",
     "soft": "1 − share of the strength of the after picture's edges that the object has, by that of its surroundings",
+    "edges lost": "1 − share of the after picture's fine edges that the object has in their places, by that of its surroundings",
     "stretch": "ratio of the two main scalings of the object, less 1",
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
@@ -342,7 +345,10 @@ def _judge_by(whole: Whole) -> Verdict:
     if old_inside is not None and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     likeness_to_old = like_old(x, s, expected, old, crop.mask.float() * known)
-    soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
+    outside = ~dilate(crop.mask, 4)
+    soft = softness(edges_x, edges_e, w, outside) if placed else None
+    near = (dilate(w > 0.5, AT_THE_EDGE) & crop.mask | (w > 0.5)) * known
+    lost_edges = edges_lost(crop.known[0], crop.lab_x, oklab(e), near, outside) if placed else None
     new_there = None
     if placed:
         # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.
@@ -374,7 +380,7 @@ def _judge_by(whole: Whole) -> Verdict:
     measures = {
         "unchanged": unchanged, "progress": progress, "residual": residual,
         "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
-        "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft,
+        "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft, "edges lost": lost_edges,
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if similarity is None else similarity.displacement,
         "resized": None if similarity is None else similarity.scale - 1,

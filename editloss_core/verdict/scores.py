@@ -22,8 +22,9 @@ LINES = {
     "ghost": (0.25, 1.0),  # the same of what is surely the old object
     "outline": (0.3, 0.6),
     "soft": (0.22, 0.7),
+    "edges lost": (0.07, 0.4),
     "stretch": (0.12, 0.5),
-    "background": (0.05, 0.3),
+    "background": (0.035, 0.3),
     "tint": (0.02, 0.15),
 }
 ROOM = (0.6, 0.8)  # line and full, as above: 1 − likeness of the surroundings' edges
@@ -31,7 +32,9 @@ UNLIKE = (0.7, 0.9)  # the same of an object's edges, to say that it is not ther
 GONE = (0.3, 0.6)  # line and full, as above: 1 − the mean of the new object's share and of the likeness of its colours
 STRANGE = 0.7  # residual above which an output is no mixture of before and after, and colours do not tell what is there
 OWN = (0.1, 0.3)  # line and full, as above: how much more the edges are the old object's than the new one's
-SURELY_OLD = 0.5  # of "like old", from which what differs in the object is the old one, whatever is left of that elsewhere
+SURELY_OLD = (
+    0.6  # of "like old", from which what differs in the object is the old one, whatever is left of that elsewhere
+)
 LIKE_OLD = 0.3  # of the same: what is not as expected is a distortion below it, and an overlay from it
 PRESENT = (0.35, 0.9)  # line and full, as above: share of the old object from which it is there
 ABSENT = (0.2, 0.5)  # share of the new object below which it is not there, and from which it surely is
@@ -62,6 +65,7 @@ def scores_of(m: Mapping[str, Optional[float]], arrived: float, edges: str = "ol
             on_line("shape", m["shape"]),
             on_line("outline", m["outline"]),
             on_line("soft", m["soft"]),
+            on_line("edges lost", m["edges lost"]),
             on_line("stretch", m["stretch"]),
         ),
         "collateral change": worst_of(
@@ -115,7 +119,7 @@ def beyond_codec(background: Optional[float], codec: Optional[float]) -> Optiona
 FIRST = ("unusable", "no edit")
 MEASURED_BY = {
     "overlay": (2.0, ("old left", "old edges", "old inside")),
-    "distorted": (1.0, ("shape", "outline", "soft", "stretch")),
+    "distorted": (1.0, ("shape", "outline", "soft", "edges lost", "stretch")),
     "collateral change": (0.5, ("background", "tint")),
 }
 
