@@ -363,7 +363,7 @@ class Renderer:
             actor = actors.GetNextActor()
             mesh = self.pv.wrap(actor.GetMapper().GetInput()).copy()
             mesh.clear_point_data() if actor.GetTexture() is None else None
-            if mesh.n_points:
+            if mesh.GetNumberOfPolys():  # else points or lines alone, which have no sides to be lit
                 pieces.append((mesh, actor.GetProperty(), actor.GetTexture()))
         low = np.min([p[0].points.min(0) for p in pieces], 0)
         high = np.max([p[0].points.max(0) for p in pieces], 0)
