@@ -66,6 +66,7 @@ from .measures import (
     norm,
     palette_of,
     progress_of,
+    resized,
     shape_errors,
     share_nearer,
     slopes,
@@ -90,6 +91,7 @@ REACH = 0.12  # of the new object's size, by which it may stand out of the mask
 AFAR = 0.35  # of the same, within which a change of the surroundings may be of a distorted object's making
 FEWEST, MOST = 24, 256  # colours of a palette
 SMOOTHED = 1.5  # pixels: 4 × 4 thresholds of a dithering add up to nothing
+FEWER = 0.9  # of the before picture's pixels: an output of fewer is compared at its own sharpness
 ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
 
 MEASURES = {
@@ -179,7 +181,7 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
 
     Without an after picture: no edit, collateral change, whether the old object's edges are still there, and whether the room
     is. Without a mask it is estimated from before and after; without both, nothing but no edit can be answered. Pictures of
-    another size are brought to that of the before picture.
+    another size are brought to that of the before picture; of an output with fewer pixels, the others lose what it cannot show.
 
     Args:
         before, output, after: ``[H, W, 3]``, floating, in 0…1, of the before picture's proportions within two per cent.
@@ -199,6 +201,8 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     size, notes = before.shape[:2], list[str]()
     s, x = _planes(before), fitting("output", _planes(output), size, notes)
     g = None if after is None else fitting("after", _planes(after), size, notes)
+    if x.shape[-2:].numel() * FEWER > output.shape[:2].numel():  # what it cannot show is no fault of the edit
+        s, g = (None if t is None else resized(resized(t, output.shape[:2]), size) for t in (s, g))
     s, g = _in_palette(_planes(output), s, x, g, notes)
     found = _judge(s, x, g, mask, output.shape[:2] != size, notes)
     return replace(found, notes=tuple(notes))
