@@ -10,22 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from failures import Item, blurred, box_of, grid, jpeg, moved, over, rectangle, size_of, with_new
+from failures import Item, blurred, box_of, grid, jpeg, moved, over, rectangle, size_of, webp, with_new
 from PIL import Image
 from render import Scene
 
 # construction → (kind, severities by level), as in failures.TABLE
 TABLE = {
-    "copy, enlarged again": ("no edit", {"moderate": (0.6,)}),
-    "interlaced": ("overlay", {"slight": (0.2,), "moderate": (0.4,), "severe": (0.6,)}),
-    "grey ghost": ("overlay", {"slight": (0.25,), "moderate": (0.5,), "severe": (0.75,)}),
-    "pinched": ("distorted", {"slight": (0.2,), "moderate": (0.45,), "severe": (0.7,)}),
-    "seen twice": ("distorted", {"slight": (0.05,), "moderate": (0.12,), "severe": (0.25,)}),
-    "region out of focus": ("collateral change", {"slight": (0.01,), "moderate": (0.025,), "severe": (0.05,)}),
-    "region mirrored": ("collateral change", {"moderate": (1,)}),
-    "film grain": ("good", {"-": (0.03,)}),
-    "JPEG twice": ("good", {"-": (75,)}),
-    "five bits": ("good", {"-": (32,)}),
+    "copy, sharpened and saved": ("no edit", {"moderate": (0.6,)}),
+    "old in squares": ("overlay", {"slight": (0.2,), "moderate": (0.4,), "severe": (0.6,)}),
+    "old fading upwards": ("overlay", {"slight": (0.3,), "moderate": (0.6,), "severe": (0.9,)}),
+    "bulged at the feet": ("distorted", {"slight": (0.15,), "moderate": (0.35,), "severe": (0.6,)}),
+    "rows out of step": ("distorted", {"slight": (0.02,), "moderate": (0.05,), "severe": (0.1,)}),
+    "smeared": ("distorted", {"slight": (0.04,), "moderate": (0.1,), "severe": (0.2,)}),
+    "region noisy": ("collateral change", {"slight": (0.04,), "moderate": (0.1,), "severe": (0.2,)}),
+    "region of other contrast": ("collateral change", {"slight": (0.2,), "moderate": (0.4,), "severe": (0.7,)}),
+    "blotches": ("collateral change", {"slight": (0.04,), "moderate": (0.1,), "severe": (0.2,)}),
+    "seven tenths of the size": ("good", {"-": (0.7,)}),
+    "WebP after JPEG": ("good", {"-": (70,)}),
+    "cooler and lighter": ("good", {"-": (0.04,)}),
+    "vignette": ("good", {"-": (0.05,)}),
 }
 
 
@@ -38,86 +41,104 @@ def items(scene: Scene, wanted: Callable[[str, str, int], bool] = lambda kind, l
                 number += 1
                 if not wanted(kind, level, number):
                     continue
-                rng = np.random.default_rng([sum(scene.name.encode()), 19001 + place, round(severity * 1000)])
+                rng = np.random.default_rng([sum(scene.name.encode()), 23003 + place, round(severity * 1000)])
                 picture = _MAKE[construction](scene, severity, rng).clip(0, 1)
                 yield Item(kind, construction, severity, level, True, picture.astype(np.float32))
 
 
-def _enlarged(picture: np.ndarray, factor: float) -> np.ndarray:
-    """Saved smaller by this factor, and enlarged again."""
+def _squares(scene: Scene, share: float, rng) -> np.ndarray:
+    """The old object in front of the new one, in this share of squares of an eighth of its size."""
+    height, width = scene.plate.shape[:2]
+    side = max(4, round(size_of(scene.old) / 8))
+    there = rng.random((height // side + 1, width // side + 1)) < share
+    layer = scene.old.copy()
+    layer[..., 3] *= np.kron(there, np.ones((side, side)))[:height, :width]
+    return over(scene.after, layer)
+
+
+def _fading(scene: Scene, share: float, _rng) -> np.ndarray:
+    """The old object in front of the new one, this much of it at its foot and nothing at its top."""
+    top, _, bottom, _ = box_of(scene.old)
+    y, _ = grid(scene)
+    layer = scene.old.copy()
+    layer[..., 3] *= share * ((y - top) / (bottom - top)).clip(0, 1)
+    return over(scene.after, layer)
+
+
+def _bulged(scene: Scene, share: float, _rng) -> np.ndarray:
+    """Wider by this share at the foot, as wide as it was from the middle on."""
+    top, left, bottom, right = box_of(scene.new)
+    y, x = grid(scene)
+    low = (2 * (y - top) / (bottom - top) - 1).clip(0, 1) ** 2
+    middle = (left + right) / 2
+    return with_new(scene, lambda layer: moved(layer, y, (x - middle) / (1 + share * low) + middle))
+
+
+def _out_of_step(scene: Scene, share: float, rng) -> np.ndarray:
+    """Bands of its rows, a tenth of its height each, to one side or the other by this share of its size at most."""
+    top, _, bottom, _ = box_of(scene.new)
+    y, x = grid(scene)
+    aside = rng.uniform(-1, 1, 12) * share * size_of(scene.new)
+    band = (10 * (y - top) / (bottom - top)).clip(0, 11).astype(int)
+    return with_new(scene, lambda layer: moved(layer, y, x + aside[band]))
+
+
+def _smeared(scene: Scene, share: float, _rng) -> np.ndarray:
+    """As a camera has it that moves along: the mean of nine exposures over this share of the object's size."""
+    y, x = grid(scene)
+    steps = np.linspace(-0.5, 0.5, 9) * share * size_of(scene.new)
+    return np.mean([with_new(scene, lambda layer, by=by: moved(layer, y, x + by)) for by in steps], 0)
+
+
+def _noisy(scene: Scene, strength: float, rng) -> np.ndarray:
+    region = rectangle(scene, (0.25, 0.5), rng)[..., None]
+    return scene.after + region * strength * rng.standard_normal(scene.after.shape)
+
+
+def _other_contrast(scene: Scene, strength: float, rng) -> np.ndarray:
+    """A rectangle of the room with less contrast about its mean colour."""
+    region = rectangle(scene, (0.25, 0.5), rng)[..., None]
+    mean = (scene.after * region).sum((0, 1)) / max(1.0, region.sum())
+    return scene.after + region * strength * (mean - scene.after)
+
+
+def _blotches(scene: Scene, strength: float, rng) -> np.ndarray:
+    """Soft stains of all colours on the room, about a tenth of the picture wide; none about the edit."""
+    side = min(scene.plate.shape[:2])
+    stains = np.stack([blurred(rng.standard_normal(scene.plate.shape[:2]), 0.05 * side) for _ in range(3)], -1)
+    clear = 1 - blurred((blurred(scene.mask, 0.02 * side) > 0.01).astype(np.float32), 0.01 * side)
+    return scene.after + strength * stains / stains.std() * clear[..., None]
+
+
+def _smaller(picture: np.ndarray, factor: float) -> np.ndarray:
+    """Saved at this share of its size, and enlarged again by a better filter."""
     height, width = picture.shape[:2]
     image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
     small = image.resize((round(width * factor), round(height * factor)), Image.Resampling.LANCZOS)
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    return np.asarray(small.resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
 
 
-def _interlaced(scene: Scene, share: float, rng) -> np.ndarray:
-    """The old object in front of the new one, in this share of bands of rows."""
-    y, _ = grid(scene)
-    band = max(4, round(0.04 * size_of(scene.old)))
-    layer = scene.old.copy()
-    layer[..., 3] *= (y + rng.integers(band)) % band < share * band
-    return over(scene.after, layer)
-
-
-def _grey_ghost(scene: Scene, share: float, _rng) -> np.ndarray:
-    """The old object without its colours, translucent, in front of the new one."""
-    layer = scene.old.copy()
-    layer[..., :3] = (layer[..., :3] @ np.array([0.299, 0.587, 0.114]))[..., None]
-    layer[..., 3] *= share
-    return over(scene.after, layer)
-
-
-def _pinched(scene: Scene, strength: float, rng) -> np.ndarray:
-    """Drawn together towards its middle, or driven apart from it, the less the farther out."""
-    top, left, bottom, right = box_of(scene.new)
+def _vignette(scene: Scene, strength: float, _rng) -> np.ndarray:
+    """Darker by this share in the corners, as a lens has it."""
+    height, width = scene.plate.shape[:2]
     y, x = grid(scene)
-    y, x = y - (top + bottom) / 2, x - (left + right) / 2
-    near = np.exp(-(y**2 + x**2) / (2 * (0.35 * size_of(scene.new)) ** 2))
-    factor = 1 + rng.choice([-0.7, 1.0]) * strength * near
-    return with_new(scene, lambda layer: moved(layer, y * factor + (top + bottom) / 2, x * factor + (left + right) / 2))
-
-
-def _twice(scene: Scene, share: float, rng) -> np.ndarray:
-    """Two exposures of the new object, this share of its size apart."""
-    y, x = grid(scene)
-    aside = rng.choice([-1, 1]) * share * size_of(scene.new)
-    return 0.5 * (scene.after + with_new(scene, lambda layer: moved(layer, y, x + aside)))
-
-
-def _out_of_focus(scene: Scene, share: float, rng) -> np.ndarray:
-    region = rectangle(scene, (0.25, 0.5), rng)[..., None]
-    soft = blurred(scene.after, share * min(scene.plate.shape[:2]))
-    return scene.after * (1 - region) + soft * region
-
-
-def _mirrored(scene: Scene, _severity, rng) -> np.ndarray:
-    """A rectangle of the room with left and right exchanged."""
-    region = rectangle(scene, (0.25, 0.5), rng)
-    columns = np.nonzero(region.any(0))[0]
-    there = slice(columns.min(), columns.max() + 1)
-    other = scene.after.copy()
-    other[:, there] = scene.plate[:, there][:, ::-1]
-    return np.where(region[..., None] > 0.5, other, scene.after)
-
-
-def _grainy(scene: Scene, strength: float, rng) -> np.ndarray:
-    """The grain of a film: of about two pixels, alike in all colours, most in the middle tones."""
-    grain = blurred(rng.standard_normal(scene.plate.shape[:2]), 0.7)
-    middle = 4 * scene.after * (1 - scene.after)
-    return scene.after + strength * (grain / grain.std())[..., None] * (0.3 + 0.7 * middle)
+    far = ((2 * y / height - 1) ** 2 + (2 * x / width - 1) ** 2) / 2
+    return scene.after * (1 - strength * far)[..., None]
 
 
 _MAKE: dict[str, Callable] = {
-    "copy, enlarged again": lambda s, v, r: _enlarged(s.before, v),
-    "interlaced": _interlaced,
-    "grey ghost": _grey_ghost,
-    "pinched": _pinched,
-    "seen twice": _twice,
-    "region out of focus": _out_of_focus,
-    "region mirrored": _mirrored,
-    "film grain": _grainy,
-    "JPEG twice": lambda s, v, r: jpeg(np.roll(jpeg(np.roll(s.after, 3, 1), v), -3, 1), v),
-    "five bits": lambda s, v, r: np.floor(s.after * (v - 1) + 0.5) / (v - 1),
+    "copy, sharpened and saved": lambda s, v, r: jpeg(s.before + v * (s.before - blurred(s.before, 1.0)), 80),
+    "old in squares": _squares,
+    "old fading upwards": _fading,
+    "bulged at the feet": _bulged,
+    "rows out of step": _out_of_step,
+    "smeared": _smeared,
+    "region noisy": _noisy,
+    "region of other contrast": _other_contrast,
+    "blotches": _blotches,
+    "seven tenths of the size": lambda s, v, r: _smaller(s.after, v),
+    "WebP after JPEG": lambda s, v, r: webp(jpeg(s.after, 85), v),
+    "cooler and lighter": lambda s, v, r: s.after * (1 + v * np.array([-1.0, 0.2, 1.0])) + 0.5 * v,
+    "vignette": _vignette,
 }
 assert _MAKE.keys() == TABLE.keys()

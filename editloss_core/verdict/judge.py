@@ -53,6 +53,7 @@ from .measures import (
     coefficient,
     coefficients,
     edges,
+    edges_lost,
     filled,
     ghost,
     grain,
@@ -65,6 +66,7 @@ from .measures import (
     norm,
     palette_of,
     progress_of,
+    resized,
     shape_errors,
     share_nearer,
     slopes,
@@ -72,13 +74,25 @@ from .measures import (
     surroundings,
 )
 from .regions import find_regions
+from .scores import FAILURES, GOOD, LINES, UNDECIDED, VERDICTS, beyond_codec, decide, lost, ramp, scores_of
 from .sizes import check_proportions, fitting
 
 __all__ = ["FAILURES", "GOOD", "MEASURES", "UNDECIDED", "VERDICTS", "Verdict", "judge"]
 
-GOOD, UNDECIDED = "good", "undecided"
-FAILURES = ("no edit", "overlay", "distorted", "collateral change", "unusable")
-VERDICTS = (GOOD, *FAILURES, UNDECIDED)
+COARSE = 0.1  # of the new object's size, by which its colours are blurred
+SEEN = (0.5, 0.9)  # likeness of an object's edges from which it is there
+NO_SURROUNDINGS = "collateral change: the mask leaves no surroundings to compare"
+LEAST_AROUND = 0.02  # share of the picture outside the mask
+SMALLEST = 16  # pixels of a mask
+AT_THE_EDGE = 4  # pixels around the new object within which its edges are
+BESIDE = 3  # pixels around the new object that belong to it
+NO_GHOST = 0.03  # share of the old object's edges
+REACH = 0.12  # of the new object's size, by which it may stand out of the mask
+AFAR = 0.35  # of the same, within which a change of the surroundings may be of a distorted object's making
+FEWEST, MOST = 24, 256  # colours of a palette
+SMOOTHED = 1.5  # pixels: 4 × 4 thresholds of a dithering add up to nothing
+FEWER = 0.9  # of the before picture's pixels: an output of fewer is compared at its own sharpness
+ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
 
 MEASURES = {
     "unchanged": "1 − ‖x − s‖ / ‖g − s‖ where s and g differ: 1 for a copy of the before picture",
@@ -92,6 +106,7 @@ MEASURES = {
     "outline": "1 − intersection over union of the object's outline with the after picture's, aligned",
     "outline in place": "the same before the alignment: a displaced object has much here and little above",
     "soft": "1 − share of the strength of the after picture's edges that the object has, by that of its surroundings",
+    "edges lost": "1 − share of the after picture's fine edges that the object has in their places, by that of its surroundings",
     "stretch": "ratio of the two main scalings of the object, less 1",
     "displaced": "shift of the object as a share of its size",
     "resized": "scale of the object, less 1",
@@ -166,7 +181,7 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
 
     Without an after picture: no edit, collateral change, whether the old object's edges are still there, and whether the room
     is. Without a mask it is estimated from before and after; without both, nothing but no edit can be answered. Pictures of
-    another size are brought to that of the before picture.
+    another size are brought to that of the before picture; of an output with fewer pixels, the others lose what it cannot show.
 
     Args:
         before, output, after: ``[H, W, 3]``, floating, in 0…1, of the before picture's proportions within two per cent.
@@ -186,6 +201,8 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     size, notes = before.shape[:2], list[str]()
     s, x = _planes(before), fitting("output", _planes(output), size, notes)
     g = None if after is None else fitting("after", _planes(after), size, notes)
+    if x.shape[-2:].numel() * FEWER > output.shape[:2].numel():  # what it cannot show is no fault of the edit
+        s, g = (None if t is None else resized(resized(t, output.shape[:2]), size) for t in (s, g))
     s, g = _in_palette(_planes(output), s, x, g, notes)
     found = _judge(s, x, g, mask, output.shape[:2] != size, notes)
     return replace(found, notes=tuple(notes))
@@ -291,7 +308,7 @@ def _flat(picture: Tensor) -> bool:
 def _as(found: Verdict, scores: Mapping[str, Optional[float]], unanswered: Optional[tuple[str, ...]] = None) -> Verdict:
     """The same with other scores."""
     said = found.unanswered if unanswered is None else unanswered
-    return replace(found, verdict=_decide(scores, found.measures), scores=scores, unanswered=said)
+    return replace(found, verdict=decide(scores, found.measures), scores=scores, unanswered=said)
 
 
 def _of_one_colour(found: Verdict) -> Verdict:
@@ -332,7 +349,10 @@ def _judge_by(whole: Whole) -> Verdict:
     if old_inside is not None and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
     likeness_to_old = like_old(x, s, expected, old, crop.mask.float() * known)
-    soft = softness(edges_x, edges_e, w, ~dilate(crop.mask, 4)) if placed else None
+    outside = ~dilate(crop.mask, 4)
+    soft = softness(edges_x, edges_e, w, outside) if placed else None
+    near = (dilate(w > 0.5, AT_THE_EDGE) & crop.mask | (w > 0.5)) * known
+    lost_edges = edges_lost(crop.known[0], crop.lab_x, oklab(e), near, outside) if placed else None
     new_there = None
     if placed:
         # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.
@@ -364,14 +384,14 @@ def _judge_by(whole: Whole) -> Verdict:
     measures = {
         "unchanged": unchanged, "progress": progress, "residual": residual,
         "old left": old_left, "old edges": old_edges, "old inside": old_inside, "new there": new_there,
-        "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft,
+        "shape": shape, "outline": outline, "outline in place": in_place, "soft": soft, "edges lost": lost_edges,
         "stretch": None if affine is None else affine.stretch - 1,
         "displaced": None if similarity is None else similarity.displacement,
         "resized": None if similarity is None else similarity.scale - 1,
         "like old": likeness_to_old, "background": background, "away": away, "tint": tint, "codec": codec, "old seen": old_seen, "new seen": new_seen,
         "new colours": new_colours, "room seen": room,
     }  # fmt: skip
-    scores = _scores(measures, arrived)
+    scores = scores_of(measures, arrived)
     if placed and (scores["no edit"] or 0.0) >= 0.5 and max(background or 0.0, 0.5 * residual) > LINES["background"][0]:
         beside = _beside(whole, crop, new)
         scores["overlay"] = max(scores["overlay"] or 0.0, beside)
@@ -386,7 +406,7 @@ def _judge_by(whole: Whole) -> Verdict:
     }  # fmt: skip
     unanswered = () if background is not None else (NO_SURROUNDINGS,)
     return Verdict(
-        _decide(scores, measures),
+        decide(scores, measures),
         scores,
         measures,
         unanswered,
@@ -445,7 +465,7 @@ def _beside(whole: Whole, crop: Crop, new: Tensor) -> float:
     similarity, _ = align(lab_x, lab_g, weights, farthest=max(whole.s.shape[-2:]))
     wanted, where = edges(whole.known[1], 1.0), (weights > 0.3).float()
     there, before = (likeness(edges(oklab(look_up(t, similarity)), 1.0), wanted, where) for t in (whole.x, whole.s))
-    return min(_ramp(there, *SEEN), 1 - _ramp(before, *SEEN))  # the room may have one like it
+    return min(ramp(there, *SEEN), 1 - ramp(before, *SEEN))  # the room may have one like it
 
 
 def _old_there(m: Mapping[str, Optional[float]], scores: Mapping[str, Optional[float]]) -> float:
@@ -453,8 +473,23 @@ def _old_there(m: Mapping[str, Optional[float]], scores: Mapping[str, Optional[f
     it, where the map would show what happens to look like it."""
     if (scores["unusable"] or 0.0) >= 0.5:
         return 0.0
-    shares = (_ramp(m[name] or 0.0, *LINES[name]) for name in ("old left", "old edges", "old inside"))
+    shares = (ramp(m[name] or 0.0, *LINES[name]) for name in ("old left", "old edges", "old inside"))
     return min(1.0, max(0.0, 4 * max(*shares, scores["no edit"] or 0.0) - 1))
+
+
+def _codec(background: Optional[float], whole: Whole) -> Optional[float]:
+    over = background is not None and background > LINES["background"][0]
+    return whole.codec_change(whole.mask) if over else None
+
+
+def _tint(whole: Whole, also: Optional[Tensor] = None) -> Optional[float]:
+    """On the line's scale, where that of a codec is never above the line."""
+    line = LINES["tint"][0]
+    tint = whole.tint(also)
+    if tint is None or tint <= line:
+        return tint
+    mask = whole.mask if also is None else whole.mask | also
+    return tint / max(1.0, (whole.codec_tint(mask) or 0.0) / line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,34 +520,34 @@ def _judge_tone(whole: Whole) -> Verdict:
     measures |= {"unchanged": unchanged, "progress": progress, "residual": residual, "room seen": room}
     measures |= {"background": background, "codec": codec}
     scores: dict[str, Optional[float]] = dict.fromkeys(FAILURES)
-    scores |= {"no edit": _ramp(unchanged, *LINES["unchanged"]), "unusable": _lost(room)}
+    scores |= {"no edit": ramp(unchanged, *LINES["unchanged"]), "unusable": lost(room)}
     unanswered: tuple[str, ...] = ()
     near = norm(off, weight) <= (1 - LINES["unchanged"][0]) * norm(wanted, weight)
-    changed = _beyond_codec(away, codec)
+    changed = beyond_codec(away, codec)
     if near and changed is not None and changed <= LINES["background"][0]:
         scores |= dict.fromkeys(("overlay", "distorted", "collateral change"), 0.0)
     else:
         asked = ["overlay", "distorted"]
-        beyond = _beyond_codec(background, codec)
+        beyond = beyond_codec(background, codec)
         if beyond is None:
             asked.append("collateral change")
         else:
-            scores["collateral change"] = _ramp(beyond, *LINES["background"])
+            scores["collateral change"] = ramp(beyond, *LINES["background"])
         unanswered = (f"{', '.join(asked)}: {TONE}",)
     unchanged_map = weight * (1 - length(moved) / length(wanted).clamp_min(0.02)).clamp(0, 1)
     maps = {"unchanged": unchanged_map[0, 0]}
     if background is not None:
         maps["background"] = (background_map / 0.2).clamp(0, 1)[0, 0]
-    return Verdict(_decide(scores, measures), scores, measures, unanswered, maps, whole.full_mask[0, 0])
+    return Verdict(decide(scores, measures), scores, measures, unanswered, maps, whole.full_mask[0, 0])
 
 
 def _alike(whole: Whole) -> Verdict:
     """Of a pair whose edit cannot be seen, only whether the output shows the room."""
     room = whole.room_seen(torch.zeros_like(whole.mask))
-    scores = {**dict.fromkeys(FAILURES), "unusable": _lost(room)}
+    scores = {**dict.fromkeys(FAILURES), "unusable": lost(room)}
     said = f"no edit, overlay, distorted, collateral change: {ALIKE}"
     measures = {**dict.fromkeys(MEASURES), "room seen": room}
-    return Verdict(_decide(scores, measures), scores, measures, (said,), {}, whole.full_mask[0, 0])
+    return Verdict(decide(scores, measures), scores, measures, (said,), {}, whole.full_mask[0, 0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,7 +589,7 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
         measures.update(
             {"old edges": old_edges, "background": background, "tint": tint, "codec": codec, "room seen": room}
         )
-    scores = _scores(measures, min(1.0, (1 - unchanged) / ARRIVED), "old edges, alone")
+    scores = scores_of(measures, min(1.0, (1 - unchanged) / ARRIVED), "old edges, alone")
     unanswered = [WITHOUT_AFTER]
     if not masked:
         unanswered.append(WITHOUT_BOTH)
@@ -572,7 +607,7 @@ def _judge_alone(whole: Whole, masked: bool) -> Verdict:
     if not masked:
         maps = {}
     return Verdict(
-        _decide(scores, measures),
+        decide(scores, measures),
         scores,
         measures,
         tuple(unanswered),
@@ -587,168 +622,6 @@ def _without_edit(whole: Whole) -> Verdict:
     measures = {**dict.fromkeys(MEASURES), "unchanged": 1.0}
     said = (WITHOUT_AFTER, "overlay, collateral change: the output shows no visible difference from the before picture")
     return Verdict("no edit", scores, measures, said, {}, whole.full_mask[0, 0])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From measures to scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-# measure → (line, full): the score is 0.5 on the line and 1 at full
-LINES = {
-    "unchanged": (0.8, 1.0),
-    "old left": (0.15, 0.6),
-    "old edges": (0.08, 0.4),
-    "old inside": (0.1, 0.5),
-    "old edges, alone": (0.45, 0.9),  # without an after picture, where edges of the room that go on count as well
-    "shape": (0.4, 1.0),
-    "ghost": (0.25, 1.0),  # the same of what is surely the old object
-    "outline": (0.3, 0.6),
-    "soft": (0.22, 0.7),
-    "stretch": (0.12, 0.5),
-    "background": (0.05, 0.3),
-    "tint": (0.02, 0.15),
-}
-ROOM = (0.6, 0.8)  # line and full, as above: 1 − likeness of the surroundings' edges
-UNLIKE = (0.7, 0.9)  # the same of an object's edges, to say that it is not there
-COARSE = 0.1  # of the new object's size, by which its colours are blurred
-GONE = (0.3, 0.6)  # line and full, as above: 1 − the mean of the new object's share and of the likeness of its colours
-SEEN = (0.5, 0.9)  # likeness of an object's edges from which it is there
-STRANGE = 0.7  # residual above which an output is no mixture of before and after, and colours do not tell what is there
-OWN = (0.1, 0.3)  # line and full, as above: how much more the edges are the old object's than the new one's
-NO_SURROUNDINGS = "collateral change: the mask leaves no surroundings to compare"
-LEAST_AROUND = 0.02  # share of the picture outside the mask
-SMALLEST = 16  # pixels of a mask
-BESIDE = 3  # pixels around the new object that belong to it
-NO_GHOST = 0.03  # share of the old object's edges
-REACH = 0.12  # of the new object's size, by which it may stand out of the mask
-AFAR = 0.35  # of the same, within which a change of the surroundings may be of a distorted object's making
-SURELY_OLD = 0.5  # the same, from which what differs in the object is the old one, whatever is left of that elsewhere
-LIKE_OLD = 0.3  # what is not as expected is a distortion below it, and an overlay from it
-FEWEST, MOST = 24, 256  # colours of a palette
-SMOOTHED = 1.5  # pixels: 4 × 4 thresholds of a dithering add up to nothing
-PRESENT = (0.35, 0.9)  # line and full, as above: share of the old object from which it is there
-ABSENT = (0.2, 0.5)  # share of the new object below which it is not there, and from which it surely is
-ARRIVED = 0.3  # share of the new object, or of any change, from which it can be an overlay or distorted
-
-
-def _ramp(value: float, line: float, full: float) -> float:
-    """0 at 0 and below, 0.5 on the line, 1 at full and above; straight between them."""
-    return min(1.0, 0.5 * max(0.0, value) / line if value <= line else 0.5 + 0.5 * (value - line) / (full - line))
-
-
-def _scores(m: Mapping[str, Optional[float]], arrived: float, edges: str = "old edges") -> dict[str, Optional[float]]:
-    def ramp(name: str, value: Optional[float]) -> Optional[float]:
-        return None if value is None else _ramp(value, *LINES[name])
-
-    def worst_of(*values: Optional[float]) -> Optional[float]:
-        return max((v for v in values if v is not None), default=None)
-
-    def worst(*values: Optional[float]) -> Optional[float]:
-        found = worst_of(*values)
-        return None if found is None else arrived * found
-
-    scores = {
-        "no edit": max(ramp("unchanged", m["unchanged"]) or 0.0, _redrawn(m)),
-        "overlay": worst(
-            ramp("old left", m["old left"]), ramp(edges, m["old edges"]), ramp("old inside", m["old inside"])
-        ),
-        "distorted": worst(
-            ramp("shape", m["shape"]),
-            ramp("outline", m["outline"]),
-            ramp("soft", m["soft"]),
-            ramp("stretch", m["stretch"]),
-        ),
-        "collateral change": worst_of(
-            ramp("background", _beyond_codec(m["background"], m["codec"])), ramp("tint", m["tint"])
-        ),
-        "unusable": _neither(m),
-    }
-    if (m["like old"] or 0.0) >= SURELY_OLD:
-        scores["overlay"] = worst(scores["overlay"], ramp("ghost", m["shape"]))
-    if (scores["unusable"] or 0.0) >= 0.5:  # neither object is there, whatever happens to look like one
-        scores |= {"no edit": 0.0, "overlay": 0.0}
-    return scores
-
-
-def _redrawn(m: Mapping[str, Optional[float]]) -> float:
-    """The old object is there, if not pixel by pixel, and the new one is not."""
-    left, ghost, new = m["old left"], m["old edges"], m["new there"]
-    if left is None or ghost is None or new is None:
-        return 0.0
-    absent = 1 - _ramp(new, *ABSENT)
-    if (m["residual"] or 0.0) > STRANGE:  # in colours of its own
-        absent = max(absent, _ramp((m["old seen"] or 0.0) - (m["new seen"] or 0.0), *OWN))
-    return min(_ramp(max(left, ghost), *PRESENT), absent)
-
-
-def _lost(room: float) -> float:
-    return _ramp(1 - room, *ROOM)
-
-
-def _neither(m: Mapping[str, Optional[float]]) -> Optional[float]:
-    """The room is not there, or neither object; where the new one has come, it is another failure."""
-    room, old, new = m["room seen"], m["old seen"], m["new seen"]
-    if room is None:
-        return None
-    objects = 0.0 if old is None or new is None else _ramp(1 - max(old, new), *UNLIKE)
-    come = ((m["new there"] or 0.0) + (m["new colours"] or 0.0)) / 2  # however bent it is
-    return min(max(_lost(room), objects), _ramp(1 - come, *GONE))
-
-
-def _codec(background: Optional[float], whole: Whole) -> Optional[float]:
-    over = background is not None and background > LINES["background"][0]
-    return whole.codec_change(whole.mask) if over else None
-
-
-def _tint(whole: Whole, also: Optional[Tensor] = None) -> Optional[float]:
-    """On the line's scale, where that of a codec is never above the line."""
-    line = LINES["tint"][0]
-    tint = whole.tint(also)
-    if tint is None or tint <= line:
-        return tint
-    mask = whole.mask if also is None else whole.mask | also
-    return tint / max(1.0, (whole.codec_tint(mask) or 0.0) / line)
-
-
-def _beyond_codec(background: Optional[float], codec: Optional[float]) -> Optional[float]:
-    """The change on the line's scale, where that of a codec is never above the line."""
-    if background is None or codec is None:
-        return background
-    return background / max(1.0, codec / LINES["background"][0])
-
-
-# Which verdict wins where several scores are over the line. The first two leave no room for others. Between overlay and distorted it
-# is what the rest is like that decides; between one of them and a change of the surroundings, which is the furthest over its line, in
-# lines: an overlay counts twice, a change of the surroundings half. On 738 outputs of six scenes of the part *fit*, when these counts
-# decided all three, 88.3 % of the verdicts were right so, 86.7 % by a fixed order, 84.6 % by the highest score.
-FIRST = ("unusable", "no edit")
-MEASURED_BY = {
-    "overlay": (2.0, ("old left", "old edges", "old inside")),
-    "distorted": (1.0, ("shape", "outline", "soft", "stretch")),
-    "collateral change": (0.5, ("background", "tint")),
-}
-
-
-def _decide(scores: Mapping[str, Optional[float]], measures: Mapping[str, Optional[float]]) -> str:
-    failing = [failure for failure in (*FIRST, *MEASURED_BY) if (scores[failure] or 0.0) >= 0.5]
-    if not failing:
-        return UNDECIDED if None in scores.values() else GOOD
-    if "distorted" in failing and "overlay" in failing and measures["like old"] is not None:
-        failing.remove("distorted" if measures["like old"] >= LIKE_OLD else "overlay")
-    away = measures["away"]
-    if (
-        "distorted" in failing
-        and "collateral change" in failing
-        and away is not None
-        and away <= LINES["background"][0]
-    ):
-        failing.remove("collateral change")
-    return failing[0] if failing[0] in FIRST else max(failing, key=lambda failure: _lines_over(failure, measures))
-
-
-def _lines_over(failure: str, measures: Mapping[str, Optional[float]]) -> float:
-    factor, names = MEASURED_BY[failure]
-    return factor * max((measures[name] or 0.0) / LINES[name][0] for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ LARGEST_SCALE = 0.025  # of an axis of an output of another size: its proportion
 STAYED = 0.015  # of the object's size, and of its scale
 NOISIEST = 0.003  # squared difference in 0…1, three channels together; JPEG at quality 35 has about a tenth of it
 FAINT, TOLD = 0.3, 1.0  # sums of squared slopes per pixel: a ridge; what an outline of a hundred pixels has
+FINE = 1.0  # pixels of the working size, by which a picture is blurred whose fine edges are asked for
 FEW = 1e-2  # sum of squared slopes in Oklab, about that of a pixel
 ENOUGH = 0.2  # share of the picture outside the mask by which the room is told
 LARGE, MOST = (
@@ -592,6 +593,23 @@ def softness(edges_x: Tensor, edges_e: Tensor, w: Tensor, outside: Tensor) -> fl
         return math.sqrt(float((there + 1e-2) / (wanted + 1e-2)))
 
     return 1 - kept(w) / min(1.0, max(0.5, kept(outside.float())))
+
+
+def edges_lost(lab_s: Tensor, lab_x: Tensor, lab_e: Tensor, region: Tensor, outside: Tensor) -> float:
+    """1 − the least-squares share of the expected object's fine edges that the output has, where the share of the before picture's
+    that its surroundings have is 1: all that bends, moves or takes away a part of the object takes edges from their places.
+
+    Args:
+        lab_s, lab_x, lab_e: before picture, output and what is expected, Oklab.
+        region: where its edges are compared, some pixels around it.
+        outside: the surroundings.
+    """
+    s, x, e = (edges(lab, FINE) for lab in (lab_s, lab_x, lab_e))
+
+    def there(y: Tensor, weight: Tensor) -> float:
+        return float(((weight * x * y).sum() + FEW) / ((weight * y.square()).sum() + FEW))
+
+    return 1 - there(e, region.float()) / min(1.0, max(0.5, there(s, outside.float())))
 
 
 def local_share(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

@@ -89,8 +89,10 @@ def test_copy_and_right_edit_are_exact(scene, made):
         failures._outline,
         failures._beside,
         failures._half_wiped,
-        unseen._interlaced,
-        unseen._grey_ghost,
+        failures._interlaced,
+        failures._grey_ghost,
+        unseen._squares,
+        unseen._fading,
     ],  # fmt: skip
 )
 def test_nothing_left_of_the_old_object_is_the_right_edit(scene, make):

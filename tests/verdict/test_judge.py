@@ -314,8 +314,8 @@ def test_judging_takes_one_thread_and_gives_the_others_back(monkeypatch):
     from editloss_core.verdict import judge as module
 
     example, mask = pair(0)
-    used, decide = [], module._decide
-    monkeypatch.setattr(module, "_decide", lambda *given: used.append(torch.get_num_threads()) or decide(*given))
+    used, decide = [], module.decide
+    monkeypatch.setattr(module, "decide", lambda *given: used.append(torch.get_num_threads()) or decide(*given))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
