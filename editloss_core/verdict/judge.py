@@ -261,7 +261,8 @@ def _smoothed(picture: Tensor) -> Tensor:
 
 def _grainier(x: Tensor, known: Sequence[Tensor], outside: Tensor) -> bool:
     """Whether x has more grain than the known pictures."""
-    return grain(x, outside) ** 2 - max(grain(t, outside) for t in known) ** 2 > GRAIN**2
+    own = grain(x, outside) ** 2
+    return own > GRAIN**2 and own - max(grain(t, outside) for t in known) ** 2 > GRAIN**2
 
 
 def _planes(picture: Tensor) -> Tensor:
