@@ -37,10 +37,8 @@ was expected. Derivatives of second order are refused with an error.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
-import mmap
 import os
 import threading
 import warnings
@@ -85,7 +83,7 @@ SHARED_ELEMENTS = 1 << 19  # from so many numbers on, the blocks are shared amon
 SMALLEST_SHARE = 1 << 18  # … at least so many each, so that there are some blocks for every thread
 LEAST_FEW_TEMPERATURE = 1 / 32  # from it on, exp of a difference of two cosines over it is far from what overflows
 MOST_THREADS = 8  # more would wait for Python
-LARGE_BYTES = 1 << 21  # from so many bytes on, memory is asked for in large pages
+LARGE_BYTES = 1 << 22  # from so many bytes on, NumPy asks for large pages
 ONE_PASS_ELEMENTS = 1 << 19  # from so many numbers on, Σ x·y in one pass is the faster way …
 ONE_PASS_FEATURES = 1 << 11  # … and up to so many features it is as exact: a longer sum is better made of sums
 TILE_ELEMENTS = 1 << 22  # scores of anchors against a bank that exist at one time …
@@ -1072,28 +1070,23 @@ def _part(rows: Tensor, block: Block) -> Tensor:
 
 
 def _large(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """New memory, on Linux in pages of 2 MiB instead of 4 KiB where there are some: at its first use each page is a call to the
-    system, and those for a gradient in small pages take longer than all its numbers do. NumPy asks the same for its arrays.
+    """New memory; of NumPy if torch has one, which on Linux asks for pages of 2 MiB instead of 4 KiB for its arrays: at its first use
+    each page is a call to the system, and those for a gradient in small pages take longer than all its numbers do.
     """
-    x = torch.empty(shape, dtype=dtype, device=device)
-    advise, size = _madvise(), x.numel() * x.element_size()
-    if advise is not None and device.type == "cpu" and type(x) is Tensor and size >= LARGE_BYTES:
-        start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(start, (x.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-    return x
+    x = torch.empty(shape, dtype=dtype, device=device)  # takes nothing until it is written to
+    size, array = x.numel() * x.element_size(), _numpys_array()
+    if array is None or device.type != "cpu" or type(x) is not Tensor or size < LARGE_BYTES:
+        return x
+    return torch.from_numpy(array(size, "uint8")).view(dtype).view(x.shape)
 
 
 @functools.cache
-def _madvise() -> Optional[Callable[[int, int, int], int]]:
-    """The system's call, which may refuse; None where there is none."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
+def _numpys_array() -> Optional[Callable[[int, str], Any]]:
+    """NumPy's class of arrays, whose call makes one that is not filled; None where torch works without it."""
     try:
-        call = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
+        return type(torch.empty(0).numpy())
+    except RuntimeError:
         return None
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return call
 
 
 class _Blocks:

@@ -202,7 +202,8 @@ def judge(before: Tensor, output: Tensor, after: Optional[Tensor] = None, mask: 
     s, x = _planes(before), fitting("output", _planes(output), size, notes)
     g = None if after is None else fitting("after", _planes(after), size, notes)
     if x.shape[-2:].numel() * FEWER > output.shape[:2].numel():  # what it cannot show is no fault of the edit
-        s, g = (None if t is None else resized(resized(t, output.shape[:2]), size) for t in (s, g))
+        s = resized(resized(s, output.shape[:2]), size)
+        g = None if g is None else resized(resized(g, output.shape[:2]), size)
     s, g = _in_palette(_planes(output), s, x, g, notes)
     found = _judge(s, x, g, mask, output.shape[:2] != size, notes)
     return replace(found, notes=tuple(notes))
