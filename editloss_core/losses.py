@@ -1516,17 +1516,12 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _full_precision(device: torch.device) -> ContextManager[Any]:
     """Autocast off: inside it a matrix product would be rounded to half precision."""
     try:
-        if not _is_compiling() and not torch.is_autocast_enabled(
-            device.type
-        ):  # to ask is a tenth of the context's time
-            return contextlib.nullcontext()
-    except TypeError:  # torch before 2.4 cannot be asked
-        pass
+        try:
+            on = _is_compiling() or torch.is_autocast_enabled(device.type)  # to ask is a tenth of the context's time
+        except TypeError:  # torch before 2.4 cannot be asked
+            on = True
+        return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
     except RuntimeError:  # a device type without autocast
-        return contextlib.nullcontext()
-    try:
-        return torch.autocast(device.type, enabled=False)
-    except RuntimeError:
         return contextlib.nullcontext()
 
 

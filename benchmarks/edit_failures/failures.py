@@ -420,13 +420,17 @@ def _chroma_halved(picture: np.ndarray) -> np.ndarray:
     return grey[..., None] + blurred(picture - grey[..., None], 1.0)
 
 
-def _grains(scene: Scene, share: float, rng) -> np.ndarray:
-    """The old object in front of the new one, in this share of squares of about six pixels."""
+def in_squares(scene: Scene, share: float, rng, side: int) -> np.ndarray:
+    """The old object in front of the new one, in this share of squares of so many pixels."""
     height, width = scene.plate.shape[:2]
-    coarse = rng.random((height // 6 + 1, width // 6 + 1)) < share
+    coarse = rng.random((height // side + 1, width // side + 1)) < share
     layer = scene.old.copy()
-    layer[..., 3] *= np.kron(coarse, np.ones((6, 6)))[:height, :width]
+    layer[..., 3] *= np.kron(coarse, np.ones((side, side)))[:height, :width]
     return over(scene.after, layer)
+
+
+def _grains(scene: Scene, share: float, rng) -> np.ndarray:
+    return in_squares(scene, share, rng, 6)
 
 
 def _soft_ghost(scene: Scene, share: float, _rng) -> np.ndarray:
@@ -578,12 +582,12 @@ def _three_quarters(picture: np.ndarray, quality: float) -> np.ndarray:
     return np.asarray(large, np.float32) / 255
 
 
-def _enlarged(picture: np.ndarray, factor: float) -> np.ndarray:
+def enlarged(picture: np.ndarray, factor: float, by: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
     """Saved smaller by this factor, and enlarged again."""
     height, width = picture.shape[:2]
     image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
     small = image.resize((round(width * factor), round(height * factor)), Image.Resampling.LANCZOS)
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) / 255
+    return np.asarray(small.resize((width, height), by), np.float32) / 255
 
 
 def _interlaced(scene: Scene, share: float, rng) -> np.ndarray:
@@ -708,7 +712,7 @@ _MAKE: dict[str, Callable] = {
     "region without colour": _greyed,
     "ordered dithering": lambda s, v, r: _ordered(s.after, v),
     "WebP, three quarters": lambda s, v, r: _three_quarters(s.after, v),
-    "copy, enlarged again": lambda s, v, r: _enlarged(s.before, v),
+    "copy, enlarged again": lambda s, v, r: enlarged(s.before, v),
     "interlaced": _interlaced,
     "grey ghost": _grey_ghost,
     "pinched": _pinched,

@@ -10,7 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from failures import Item, blurred, box_of, grid, jpeg, moved, over, rectangle, size_of, webp, with_new
+from failures import (
+    Item,
+    blurred,
+    box_of,
+    enlarged,
+    grid,
+    in_squares,
+    jpeg,
+    moved,
+    over,
+    rectangle,
+    size_of,
+    webp,
+    with_new,
+)
 from PIL import Image
 from render import Scene
 
@@ -47,13 +61,7 @@ def items(scene: Scene, wanted: Callable[[str, str, int], bool] = lambda kind, l
 
 
 def _squares(scene: Scene, share: float, rng) -> np.ndarray:
-    """The old object in front of the new one, in this share of squares of an eighth of its size."""
-    height, width = scene.plate.shape[:2]
-    side = max(4, round(size_of(scene.old) / 8))
-    there = rng.random((height // side + 1, width // side + 1)) < share
-    layer = scene.old.copy()
-    layer[..., 3] *= np.kron(there, np.ones((side, side)))[:height, :width]
-    return over(scene.after, layer)
+    return in_squares(scene, share, rng, max(4, round(size_of(scene.old) / 8)))
 
 
 def _fading(scene: Scene, share: float, _rng) -> np.ndarray:
@@ -110,14 +118,6 @@ def _blotches(scene: Scene, strength: float, rng) -> np.ndarray:
     return scene.after + strength * stains / stains.std() * clear[..., None]
 
 
-def _smaller(picture: np.ndarray, factor: float) -> np.ndarray:
-    """Saved at this share of its size, and enlarged again by a better filter."""
-    height, width = picture.shape[:2]
-    image = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
-    small = image.resize((round(width * factor), round(height * factor)), Image.Resampling.LANCZOS)
-    return np.asarray(small.resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
-
-
 def _vignette(scene: Scene, strength: float, _rng) -> np.ndarray:
     """Darker by this share in the corners, as a lens has it."""
     height, width = scene.plate.shape[:2]
@@ -136,7 +136,7 @@ _MAKE: dict[str, Callable] = {
     "region noisy": _noisy,
     "region of other contrast": _other_contrast,
     "blotches": _blotches,
-    "seven tenths of the size": lambda s, v, r: _smaller(s.after, v),
+    "seven tenths of the size": lambda s, v, r: enlarged(s.after, v, Image.Resampling.LANCZOS),
     "WebP after JPEG": lambda s, v, r: webp(jpeg(s.after, 85), v),
     "cooler and lighter": lambda s, v, r: s.after * (1 + v * np.array([-1.0, 0.2, 1.0])) + 0.5 * v,
     "vignette": _vignette,

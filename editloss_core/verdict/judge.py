@@ -354,7 +354,7 @@ def _judge_by(whole: Whole) -> Verdict:
     outside = ~dilate(crop.mask, 4)
     soft = softness(edges_x, edges_e, w, outside) if placed else None
     near = (dilate(w > 0.5, AT_THE_EDGE) & crop.mask | (w > 0.5)) * known
-    lost_edges = edges_lost(crop.known[0], crop.lab_x, oklab(e), near, outside) if placed else None
+    lost_edges = edges_lost(crop.known[0], crop.lab_x, expected.lab_picture, near, outside) if placed else None
     new_there = None
     if placed:
         # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.

@@ -61,13 +61,7 @@ def scores_of(m: Mapping[str, Optional[float]], arrived: float, edges: str = "ol
         "overlay": worst(
             on_line("old left", m["old left"]), on_line(edges, m["old edges"]), on_line("old inside", m["old inside"])
         ),
-        "distorted": worst(
-            on_line("shape", m["shape"]),
-            on_line("outline", m["outline"]),
-            on_line("soft", m["soft"]),
-            on_line("edges lost", m["edges lost"]),
-            on_line("stretch", m["stretch"]),
-        ),
+        "distorted": worst(*(on_line(name, m[name]) for name in MEASURED_BY["distorted"][1])),
         "collateral change": worst_of(
             on_line("background", beyond_codec(m["background"], m["codec"])), on_line("tint", m["tint"])
         ),
