@@ -87,7 +87,7 @@ By `benchmarks/diagnose_folder.py`: {given.count} outputs of {given.side} × {gi
 | | seconds | over reading | a picture |
 |---|---|---|---|
 | reading and decoding the {len(files)} files alone | {least:.1f} | 1 | |
-| `python -m editloss_core.verdict`: verdicts, maps, CSV and sheet, start-up included | {best:.1f} | {best / least:.1f} | {best / given.count:.2f} |
+| `python -m editloss_core.verdict`: verdicts, CSV and sheet, start-up included | {best:.1f} | {best / least:.1f} | {best / given.count:.2f} |
 
 Every run: {", ".join(f"{t:.1f}" for t in ours)} s.
 """

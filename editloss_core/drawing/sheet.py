@@ -6,6 +6,7 @@ import textwrap
 import unicodedata
 from typing import TYPE_CHECKING, Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,9 +83,7 @@ def pixels(figure: Figure) -> Tensor:
     use_families(figure)
     with quiet():
         canvas.draw()
-    buffer = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    columns, lines = canvas.get_width_height()
-    return buffer.view(lines, columns, 4)[..., :3].float() / 255.0
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32)).div_(255.0)
 
 
 def cell(text: str) -> str:

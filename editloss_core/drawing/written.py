@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ..files import replacing
 
+COMPRESSION = 3  # of PNG: a third of the time of Pillow's 6, for files 5 to 10 % larger
+
 
 def save(picture: Tensor, path: Path) -> None:
     """Write ``[H, W, 3]`` in 0…1 as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy()).save(temporary, format="PNG")
+        Image.fromarray(picture.clamp(0, 1).mul_(255).round_().byte().numpy()).save(
+            temporary, format="PNG", compress_level=COMPRESSION
+        )
 
 
 def write_report(folder: Path, name: str, text: str, values: Mapping[str, Any], picture: Tensor) -> list[Path]:

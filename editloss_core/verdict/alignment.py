@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur
+from ..masks import blur, mean_pool
 
 SCALES = (0.8, 0.9, 1.0, 1.12, 1.25)
 FARTHEST = 0.5  # of the object's size, by which it is looked for in any direction
@@ -119,19 +119,19 @@ def _sampled(picture: Tensor, places: Tensor) -> Tensor:
 
 def _search(x: Tensor, g: Tensor, weights: Tensor, start: Alignment, farthest: float) -> Alignment:
     """The best whole-pixel shift at the best of a few scales, at half the resolution."""
-    half = [F.avg_pool2d(blur(t, 1.0, 2), 2) for t in (x, g)]
-    w = F.avg_pool2d(weights, 2)
+    half = [mean_pool(blur(t, 1.0, 2), 2, 2) for t in (x, g)]
+    w = mean_pool(weights, 2, 2)
     small = Alignment(start.centre / 2 - 0.25, start.matrix, start.shift, start.size / 2)
     height, width = w.shape[-2:]
     reach = max(1, min(int(farthest * small.size), height // 2, width // 2))
     best = (math.inf, start)
+    found = _spectrum(torch.cat([half[0].square().sum(1, keepdim=True), half[0]], 1), reach)
     for scale in SCALES:
         grown = Alignment(small.centre, torch.eye(2) * scale, small.shift, small.size)
-        weight, template = warp(w, grown), warp(half[1], grown)
+        weight, template = warp(torch.cat([w, half[1]], 1), grown).split([1, 3], 1)
         total = weight.sum().clamp_min(1e-6)
         # Σ w (x − g)² = Σ w x² − 2 Σ w g x + Σ w g², all as correlations
-        squared = half[0].square().sum(1, keepdim=True)
-        costs = _correlate(squared, weight, reach) - 2 * _correlate(half[0], weight * template, reach)
+        costs = _correlate(found, torch.cat([weight, -2 * weight * template], 1), reach)
         costs = ((costs + (weight * template.square()).sum()) / total).clamp_min(0)
         offsets = torch.arange(-reach, reach + 1).float()
         shift = (offsets[:, None].square() + offsets[None].square()).sqrt() / small.size
@@ -144,38 +144,44 @@ def _search(x: Tensor, g: Tensor, weights: Tensor, start: Alignment, farthest: f
     return best[1]
 
 
-def _correlate(x: Tensor, template: Tensor, reach: int) -> Tensor:
-    """Σ_q template(q) x(q + shift) for shifts up to ``reach``, summed over channels: ``[2 reach + 1, 2 reach + 1]``."""
-    height, width = x.shape[-2:]
+def _spectrum(x: Tensor, reach: int) -> tuple[Tensor, torch.Size]:
+    """Of a picture with ``reach`` pixels more on each side, and its size."""
     padded = F.pad(x, (reach, reach, reach, reach), mode="replicate")
-    size = padded.shape[-2:]
-    spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(template, s=size).conj()
-    return torch.fft.irfft2(spectrum.sum(1), s=size)[0, : 2 * reach + 1, : 2 * reach + 1]
+    return torch.fft.rfft2(padded), padded.shape[-2:]
+
+
+def _correlate(found: tuple[Tensor, torch.Size], template: Tensor, reach: int) -> Tensor:
+    """Σ_q template(q) x(q + shift) for shifts up to ``reach``, summed over channels: ``[2 reach + 1, 2 reach + 1]``.
+
+    Args:
+        found: the :func:`_spectrum` of x.
+    """
+    spectrum, size = found
+    product = spectrum * torch.fft.rfft2(template, s=size).conj()
+    return torch.fft.irfft2(product.sum(1), s=size)[0, : 2 * reach + 1, : 2 * reach + 1]
 
 
 def _refine(x: Tensor, g: Tensor, weights: Tensor, found: Alignment, affine: bool) -> Alignment:
+    """Gauss–Newton steps from ``found``. The equations Σ r JᵀJ · move = −Σ r Jᵀ(x − g) have J = ∇x · ∂(A q)/∂move, and the second
+    factor is linear in the place q = (u, v): all that is summed over pixels are products of slopes, and their moments in u and v."""
     height, width = x.shape[-2:]
     inside = weights.flatten() > 0.05
     offsets = (_grid(height, width) - found.centre)[inside]
-    w, target = weights.flatten()[inside], g.flatten(2)[0].T[inside]
+    w, target = weights.flatten()[inside], g[0].flatten(1)[:, inside]
     size = max(found.size, 1.0)
     u, v = (offsets / size).unbind(1)
-    zero, one = torch.zeros_like(u), torch.ones_like(u)
-    moves_x = [one, zero, u, v, zero, zero] if affine else [one, zero, u, -v]
-    moves_y = [zero, one, zero, zero, u, v] if affine else [zero, one, v, u]
+    moments = torch.stack([torch.ones_like(u), u, v, u * u, u * v, v * v], 1)
     slopes = (torch.gradient(x, dim=3)[0], torch.gradient(x, dim=2)[0])
     stacked = torch.cat([x, *slopes], 1)
-    basis_x, basis_y = torch.stack(moves_x, 1), torch.stack(moves_y, 1)
     best = found
     for _ in range(STEPS):
-        values = _sampled(stacked, offsets @ best.matrix.T + best.centre + best.shift).T
-        residual = values[:, :3] - target
-        robust = w / (1 + residual.square().sum(1) / OUTLIER**2)
-        jacobian = values[:, 3:6, None] * basis_x[:, None] + values[:, 6:9, None] * basis_y[:, None]
-        weighted = jacobian * robust[:, None, None]
-        gram = torch.einsum("ncp,ncq->pq", weighted, jacobian)
+        values, across, down = _sampled(stacked, offsets @ best.matrix.T + best.centre + best.shift).split(3)
+        residual = values - target
+        robust = w / (1 + residual.square().sum(0) / OUTLIER**2)
+        products = [across * across, across * down, down * down, across * residual, down * residual]
+        gram, towards = _normal(torch.stack([p.sum(0) for p in products]) * robust @ moments, affine)
         gram = gram + torch.eye(len(gram)) * (1e-3 * gram.diagonal().mean() + 1e-9)
-        move = -torch.linalg.solve(gram, torch.einsum("ncp,nc->p", weighted, residual))
+        move = -torch.linalg.solve(gram, towards)
         move = move.clamp(-0.1 * size, 0.1 * size)
         turn = torch.stack([move[2], move[3], move[4], move[5]] if affine else [move[2], -move[3], move[3], move[2]])
         best = Alignment(best.centre, best.matrix + turn.view(2, 2) / size, best.shift + move[:2], best.size)
@@ -183,3 +189,25 @@ def _refine(x: Tensor, g: Tensor, weights: Tensor, found: Alignment, affine: boo
             break
     lost = not bool(best.matrix.isfinite().all()) or not 0.5 < best.scale < 2 or float(best.shift.norm()) > 2 * size
     return found if lost else best
+
+
+# Of the moves, in the order of `_refine`: which share of them is along x and along y, as coefficients of 1, u and v.
+AFFINE = torch.tensor(
+    [
+        [[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1]],
+    ]
+).float()
+SIMILAR = torch.tensor(
+    [[[1, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, -1]], [[0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]]]
+).float()
+
+
+def _normal(sums: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
+    """(Σ r JᵀJ, Σ r Jᵀ(x − g)) from the moments 1, u, v, u², uv, v² ``[5, 6]`` of r times xx, xy, yy of the slopes, and of r
+    times the slopes and the residual."""
+    basis = AFFINE if affine else SIMILAR
+    seconds = sums[:3, [0, 1, 2, 1, 3, 4, 2, 4, 5]].view(3, 3, 3)  # of products of two of 1, u, v
+    along = seconds[[0, 1, 1, 2]].view(2, 2, 3, 3)
+    gram = torch.einsum("ipa,ijab,jqb->pq", basis, along, basis)
+    return gram, torch.einsum("ipa,ia->p", basis, sums[3:, :3])

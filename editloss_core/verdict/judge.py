@@ -45,6 +45,7 @@ from .alignment import align, look_up
 from .measures import (
     GRAIN,
     VISIBLE,
+    Against,
     Crop,
     Expected,
     Whole,
@@ -236,7 +237,7 @@ def _judge(s: Tensor, x: Tensor, g: Optional[Tensor], mask: Optional[Tensor], mo
         if whole.is_last(whole.known[0]):
             return _alike(whole)
         found = _judge_tone(whole) if tone else _moved_back(whole, _judge_by(whole))
-        if whole.is_last(oklab(whole.raw)) and length(whole.raw - whole.g).sum() < length(whole.raw - whole.s).sum():
+        if length(whole.raw - whole.g).sum() < length(whole.raw - whole.s).sum() and whole.is_last(oklab(whole.raw)):
             found = _as(found, dict.fromkeys(FAILURES, 0.0), ())
         flat = _flat(x) and not _flat(s) and not _flat(g)
     return _of_one_colour(found) if flat else found
@@ -343,14 +344,15 @@ def _judge_by(whole: Whole) -> Verdict:
     weight = changed.float()
     moved, wanted = blur(x - s, 1.0, 3), blur(g - s, 1.0, 3)
     unchanged = 1 - above_noise(moved, weight, ~crop.mask) / norm(wanted, weight)
-    towards, off = blur(s - e, 1.0, 3), blur(x - e, 1.0, 3)
+    against = Against.of(s, x, e)
+    off, towards = against.off, against.towards
     old_left = coefficient(off, towards, old * (1 - w) * known)
-    edges_s, edges_x, edges_e = (slopes(blur(t, 1.0, 3)) for t in (s, x, e))
+    edges_s, edges_x, edges_e = against.slopes_s, against.slopes_x, against.slopes_e
     old_edges, told = ghost(edges_x - edges_e, edges_s - edges_e, old * known * (~dilate(w > 0.1, BESIDE)).float())
     old_inside = coefficients(edges_x, (edges_s, edges_e), w)[0] if placed else None
     if old_inside is not None and told and old_edges < NO_GHOST:
         old_inside = 0.5 * old_inside  # where it stood alone it is gone: a distortion may look like it inside
-    likeness_to_old = like_old(x, s, expected, old, crop.mask.float() * known)
+    likeness_to_old = like_old(x, expected, against, old, crop.mask.float() * known)
     outside = ~dilate(crop.mask, 4)
     soft = softness(edges_x, edges_e, w, outside) if placed else None
     near = (dilate(w > 0.5, AT_THE_EDGE) & crop.mask | (w > 0.5)) * known
@@ -358,7 +360,7 @@ def _judge_by(whole: Whole) -> Verdict:
     new_there = None
     if placed:
         # In its own place as well, where the search may have taken the old object for it; a thin one shows in its edges.
-        edges_g = slopes(blur(g, 1.0, 3))
+        edges_g = edges_e if expected.in_place else slopes(blur(g, 1.0, 3))
         new_there = max(
             coefficient(x - s, e - s, w),
             coefficient(x - s, g - s, new),
@@ -447,10 +449,8 @@ def _seen(
     radius = min(math.ceil(2.5 * sigma), min(crop.x.shape[-2:]) - 1)
     coarse = blur(crop.x - expected.plate, sigma, radius)
     in_edges, in_colours = [], []
-    for picture, lab, mask in (
-        (expected.picture, expected.lab_picture, expected.object),
-        (g, crop.known[1], expected.new),
-    ):
+    places = [(expected.picture, expected.lab_picture, expected.object), (g, crop.known[1], expected.new)]
+    for picture, lab, mask in places[1:] if expected.in_place else places:
         where = dilate(mask > 0.3, 3).float()
         in_edges.append(likeness(x - room, edges(lab, 2.0) - room, where))
         in_colours.append(likeness(coarse, blur(picture - expected.plate, sigma, radius), where))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import JUST_VISIBLE, blur, box_mean, dilate, oklab, tolerant_distance
+from ..masks import JUST_VISIBLE, blur, box_mean, dilate, mean_pool, oklab, tolerant_distance
 from .alignment import CLOSE, Alignment, align, cost, look_up, warp
 
 WHOLE = 256  # pixels on a side at which the surroundings are compared; as many in all where the picture is not square
@@ -210,11 +210,12 @@ def largest_tint(x: Tensor, known: Sequence[Tensor], mask: Tensor) -> Optional[f
         return None
 
     def colours(t: Tensor) -> Tensor:
-        return oklab((box_mean(t * outside, size) / share.clamp_min(1e-6))[..., ::2, ::2])
+        return oklab(box_mean(t * outside, size, 2) / some.clamp_min(1e-6))
 
+    some = share[..., ::2, ::2]
     there = colours(x)
     tints = torch.stack([length(there - colours(t)) for t in known]).amin(0)
-    counted = tints[share[..., ::2, ::2] > 0.3]
+    counted = tints[some > 0.3]
     return float(counted.amax()) if len(counted) else None
 
 
@@ -228,16 +229,16 @@ def _colour_balance(x: Tensor, s: Tensor, outside: Tensor) -> tuple[Tensor, Tens
         return one, zero, 0.0
     where = outside[0, 0]
     gains, offsets = [], []
-    for a, b in zip(x[0, :, where], s[0, :, where]):
-        weight, factor, shift = torch.ones_like(a), 1.0, 0.0
+    for a, b in zip(x[0, :, where].double(), s[0, :, where].double()):
+        moments = torch.stack([torch.ones_like(a), a, b, a * a, a * b])
+        weight, factor, shift = moments[0], 1.0, 0.0
         for _ in range(5):
-            total = weight.sum()
-            mean_a, mean_b = (weight * a).sum() / total, (weight * b).sum() / total
-            spread = (weight * (a - mean_a).square()).sum() / total
-            together = (weight * (a - mean_a) * (b - mean_b)).sum() / total
-            factor = float(((together + 1e-3) / (spread + 1e-3)).clamp(0.75, 1.33))
-            shift = float((mean_b - factor * mean_a).clamp(-0.15, 0.15))
-            weight = 1 / (1 + ((b - factor * a - shift) / 0.03).square())
+            total, *sums = (moments @ weight).tolist()
+            mean_a, mean_b, squared, product = (value / total for value in sums)
+            spread, together = squared - mean_a**2, product - mean_a * mean_b
+            factor = min(max((together + 1e-3) / (spread + 1e-3), 0.75), 1.33)
+            shift = min(max(mean_b - factor * mean_a, -0.15), 0.15)
+            weight = (b - factor * a).sub_(shift).div_(0.03).square_().add_(1).reciprocal_()
         gains.append(factor)
         offsets.append(shift)
     gain, offset = (torch.tensor(t).view(1, 3, 1, 1) for t in (gains, offsets))
@@ -257,15 +258,16 @@ def _small_move(x: Tensor, s: Tensor, outside: Tensor, scaled: bool) -> Optional
         return None
     centre = torch.tensor([(width - 1) / 2, (height - 1) / 2])
     y, x_ = where.nonzero().float().unbind(1)
+    index = where.flatten().nonzero()[:, 0]
     u, v = ((t - c) / longest for t, c in ((x_, centre[0]), (y, centre[1])))
     move = Alignment(centre, torch.eye(2), torch.zeros(2), 1.0)
     for sigma in (4.0, 2.0, 1.0) if scaled else (1.0,):
         radius = min(math.ceil(3 * sigma), min(height, width) - 1)
-        near_s, near_x = blur(s, sigma, radius), blur(x, sigma, radius)
+        near_s, near_x = _at(blur(s, sigma, radius), index), blur(x, sigma, radius)
         for _ in range(6):
             looked = look_up(near_x, move)
-            slopes_x, slopes_y = (torch.gradient(looked, dim=d)[0][0, :, where] for d in (3, 2))
-            off = (looked - near_s)[0, :, where].flatten()
+            slopes_x, slopes_y = (_at(torch.gradient(looked, dim=d)[0], index) for d in (3, 2))
+            off = (_at(looked, index) - near_s).flatten()
             weight = 1 / (1 + (off / 0.05).square())
             rows = [slopes_x, slopes_y, *((slopes_x * u * longest, slopes_y * v * longest) if scaled else ())]
             jacobian = torch.stack([row.flatten() for row in rows])
@@ -281,6 +283,11 @@ def _small_move(x: Tensor, s: Tensor, outside: Tensor, scaled: bool) -> Optional
     corner = (move.matrix - torch.eye(2)).diagonal() * centre
     least = float(move.shift.norm() + corner.norm())
     return move if least >= LEAST_SHIFT and _is_small(move, longest, 1.0) else None
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """The values ``[channels, n]`` of the pixels of these numbers."""
+    return x[0].flatten(1).index_select(1, index)
 
 
 def _is_small(move: Alignment, longest: int, times: float) -> bool:
@@ -344,22 +351,22 @@ class Expected:
 
     Attributes:
         picture, plate: with the object and without it, sRGB.
+        lab_picture: the first in Oklab.
         moved: Oklab of the whole after picture moved like the object.
+        in_place: whether the object is where the after picture has it, so that this is the picture.
         object: soft mask of the object where it was found.
         new: the same in the after picture.
     """
 
     picture: Tensor
     plate: Tensor
+    lab_picture: Tensor
     object: Tensor
     new: Tensor
     moved: Tensor
+    in_place: bool
     similarity: Optional[Alignment]
     affine: Optional[Alignment]
-
-    @cached_property
-    def lab_picture(self) -> Tensor:
-        return oklab(self.picture)
 
     @cached_property
     def lab_plate(self) -> Tensor:
@@ -371,16 +378,40 @@ class Expected:
     ) -> Expected:
         """``g``: the after picture in the crop; Oklab of the output and of it; the two objects, and whether one is new."""
         if not placed:
-            return cls(g, _plate(crop, g, old, new), torch.zeros_like(new), new, lab_g, None, None)
+            plate = _plate(crop, g, old, new)
+            return cls(g, plate, crop.known[1], torch.zeros_like(new), new, lab_g, True, None, None)
         similarity, affine = align(lab_x, lab_g, new)
         if similarity.displacement < STAYED and abs(similarity.scale - 1) < STAYED:
-            return cls(g, _plate(crop, g, old, new), new, new, warp(lab_g, similarity), similarity, affine)
+            plate, moved = _plate(crop, g, old, new), warp(lab_g, similarity)
+            return cls(g, plate, crop.known[1], new, new, moved, True, similarity, affine)
         # What stayed where it was while the object moved is not the object.
         stay, move = (length(t - lab_g) for t in (lab_x, look_up(lab_x, similarity)))
         new = new * (1 - F.avg_pool2d(((stay < VISIBLE) & (move > VISIBLE)).float(), 3, 1, 1))
         plate = _plate(crop, g, old, new)
         moved, there, lab = warp(torch.cat([g, new, lab_g], 1), similarity).split([3, 1, 3], 1)
-        return cls(there * moved + (1 - there) * plate, plate, there, new, lab, similarity, affine)
+        picture = there * moved + (1 - there) * plate
+        return cls(picture, plate, oklab(picture), there, new, lab, False, similarity, affine)
+
+
+@dataclass(frozen=True)
+class Against:
+    """The output and the before picture beside what is expected, all blurred by a pixel: what several measures read.
+
+    Attributes:
+        off, towards: what the output, and the before picture, has more than what is expected.
+        slopes_s, slopes_x, slopes_e: of the before picture, the output and what is expected.
+    """
+
+    off: Tensor
+    towards: Tensor
+    slopes_s: Tensor
+    slopes_x: Tensor
+    slopes_e: Tensor
+
+    @classmethod
+    def of(cls, s: Tensor, x: Tensor, e: Tensor) -> Against:
+        off, towards = (blur(t - e, 1.0, 3) for t in (x, s))
+        return cls(off, towards, *(slopes(blur(t, 1.0, 3)) for t in (s, x, e)))
 
 
 def _plate(crop: Crop, g: Tensor, old: Tensor, new: Tensor) -> Tensor:
@@ -396,12 +427,18 @@ def filled(picture: Tensor, known: Tensor) -> Tensor:
     if min(picture.shape[-2:]) < 4:
         return (picture * known).sum((2, 3), keepdim=True) / known.sum().clamp_min(1e-6) + 0 * picture
     size = picture.shape[-2:]
-    share = F.avg_pool2d(known, 2, ceil_mode=True)
-    small = F.avg_pool2d(picture * known, 2, ceil_mode=True) / share.clamp_min(1e-6)
+    share = _halved(known)
+    small = _halved(picture * known) / share.clamp_min(1e-6)
     coarse = F.interpolate(
         filled(small, share.clamp_max(1).ceil() * share), size=size, mode="bilinear", align_corners=False
     )
     return known * picture + (1 - known) * coarse
+
+
+def _halved(x: Tensor) -> Tensor:
+    if x.shape[-2] % 2 or x.shape[-1] % 2:
+        return F.avg_pool2d(x, 2, ceil_mode=True)
+    return mean_pool(x, 2, 2)
 
 
 def shape_errors(
@@ -409,8 +446,8 @@ def shape_errors(
 ) -> tuple[Tensor, Optional[float], Optional[float], Optional[float]]:
     """(map, what differs in the worst part of the object, 1 − IoU of the outlines with the object where it was found, and where
     the after picture has it); the differences as shares of the object's contrast."""
-    e, b = (blur(t, 1.0, 3) for t in (expected.lab_picture, expected.lab_plate))
-    w = expected.object
+    e = lab_g if expected.in_place else blur(expected.lab_picture, 1.0, 3)
+    b, w = blur(expected.lab_plate, 1.0, 3), expected.object
     if expected.similarity is None or float(w.sum()) < 1:
         return tolerant_distance(lab_x, e) / 0.2 * old, None, None, None
     contrast = length(e - b)
@@ -518,7 +555,7 @@ def ghost(x: Tensor, y: Tensor, weight: Tensor) -> tuple[float, bool]:
     return float((together / (squared + FAINT)).abs().max()), float(squared.sum()) >= TOLD
 
 
-def like_old(x: Tensor, s: Tensor, expected: Expected, old: Tensor, region: Tensor) -> float:
+def like_old(x: Tensor, expected: Expected, against: Against, old: Tensor, region: Tensor) -> float:
     """How much of what is not as expected in a region is the old object, 0 to 1: the largest of
 
     * the share of it, squared, that is at pixels where a mixture of e and s, the same all over 9 × 9 pixels, explains 70 %, and
@@ -527,9 +564,8 @@ def like_old(x: Tensor, s: Tensor, expected: Expected, old: Tensor, region: Tens
       other colours, and of edges alone. A share of 0.15 is what any two objects' slopes have;
     * 0.7 times the likeness of its light to the old object's outline: of a line drawn where that was.
     """
-    e, plate = expected.picture, expected.plate
+    plate, off, towards = expected.plate, against.off, against.towards
     there, around = (old > 0.3) * region, dilate(old > 0.3, 3) * region
-    off, towards = blur(x - e, 1.0, 3), blur(s - e, 1.0, 3)
     squared, of_room = (_summed(t.square()) for t in (off, blur(x - plate, 1.0, 3)))
     share = box_mean(there * _summed(off * towards), 9) / (box_mean(there * _summed(towards.square()), 9) + 1e-4)
     share = share.clamp(0, 1.1)
@@ -537,8 +573,7 @@ def like_old(x: Tensor, s: Tensor, expected: Expected, old: Tensor, region: Tens
     mixed = there * ((left < 0.3 * squared) & (left <= of_room) & (share > 0.1))
     in_colours = float((mixed * squared).sum() / ((region * squared).sum() + 1e-3))
 
-    old_edges = slopes(blur(s, 1.0, 3)) - slopes(blur(plate, 1.0, 3))
-    off_edges = slopes(blur(x, 1.0, 3)) - slopes(blur(e, 1.0, 3))
+    old_edges, off_edges = against.slopes_s - slopes(blur(plate, 1.0, 3)), against.slopes_x - against.slopes_e
     share = box_mean(around * _summed(off_edges * old_edges), 9) / (
         box_mean(around * _summed(old_edges.square()), 9) + 1e-4
     )
@@ -621,7 +656,7 @@ def grain(picture: Tensor, outside: Tensor) -> float:
     """The fine noise of a picture: the median deviation of its luma from the mean of 3 × 3 pixels, as the deviation of a Gaussian
     that has it."""
     luma = (picture * picture.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    fine = (luma[..., 1:-1, 1:-1] - F.avg_pool2d(luma, 3, 1)).abs()[outside[..., 1:-1, 1:-1]]
+    fine = (luma[..., 1:-1, 1:-1] - mean_pool(luma, 3, 1)).abs()[outside[..., 1:-1, 1:-1]]
     return float(fine.median()) / 0.6745 if len(fine) else 0.0
 
 
@@ -643,7 +678,7 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
         return x
     ratio = x.shape[-2] // size[0]
     if (ratio * size[0], ratio * size[1]) == tuple(x.shape[-2:]):
-        return F.avg_pool2d(x, ratio)  # the same, faster
+        return mean_pool(x, ratio, ratio)  # the same, faster
     if size[0] <= x.shape[-2] and size[1] <= x.shape[-1]:
         return F.interpolate(x, size=size, mode="area")
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -29,6 +29,7 @@ FAILURE_OF = {"unchanged": "no edit", "old object": "overlay", "shape": "distort
 PICTURES = ("before", "after", "output")
 MOST_ROWS = 40
 OUTLINE = "#1565c0"  # of the edit mask
+SHADES = 256  # of a map
 HIGHEST = 8000  # pixels; beyond it viewers and browsers give up on a picture
 
 
@@ -47,10 +48,11 @@ def heat(picture: Tensor, values: Tensor) -> Tensor:
 
     values = values.float().clamp(0, 1)[None, None]
     values = F.interpolate(values, size=picture.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-    colours = torch.from_numpy(colormaps["YlOrRd"](0.15 + 0.75 * values.numpy())[..., :3]).float()
+    shades = colormaps["YlOrRd"](np.linspace(0.15, 0.9, SHADES))[:, :3].astype(np.float32)
+    colours = torch.from_numpy(shades.take((values * (SHADES - 1)).round().byte().numpy(), axis=0))
     opacity = 0.9 * values.sqrt()[..., None]
     grey = 0.35 + 0.5 * picture.float().mean(-1, keepdim=True)
-    return (1 - opacity) * grey + opacity * colours
+    return torch.lerp(grey, colours, opacity)
 
 
 def _name_of(item: Item) -> Optional[str]:
@@ -126,6 +128,7 @@ class VerdictSheet(Sheet):
         self.pixels_per_inch = width / self.WIDTH
         self.outlines: list[np.ndarray] = []
         self._outlined: Optional[tuple[Optional[Tensor], list[np.ndarray]]] = None
+        self._reduced: Optional[tuple[Tensor, Tensor]] = None
 
     @staticmethod
     def full(item: Item) -> bool:
@@ -228,23 +231,25 @@ class VerdictSheet(Sheet):
         for k, failure in enumerate(FAILURES):
             score, y = finite(verdict.scores.get(failure)), top + (k + 0.5) * self.BAR
             failed = score is not None and score >= 0.5
-            style = {"fontsize": 8, "weight": "bold" if failed else "normal"}
-            self.write(self.LEFT, y, failure, color=MUTED if score is None else INK, **style)
-            self.write(left + length + 0.08, y, "–" if score is None else f"{score:.2f}", **style)
-            place: dict[str, Any] = {"left": left, "height": 0.66 * self.BAR}
-            self.canvas.barh(
-                y, length, color="white" if score is None else "#eef1f4", edgecolor=LINE, linewidth=0.5, **place
-            )
+            font = {"fontsize": 8, "weight": "bold" if failed else "normal"}
+            self.write(self.LEFT, y, failure, color=MUTED if score is None else INK, **font)
+            self.write(left + length + 0.08, y, "–" if score is None else f"{score:.2f}", **font)
+            self.bar(left, y, length, facecolor="white" if score is None else "#eef1f4", edgecolor=LINE, linewidth=0.5)
             if score is not None:
-                self.canvas.barh(
-                    y, length * score, color=VERDICT_COLORS[failure], alpha=1.0 if failed else 0.45, **place
-                )
+                style = {"facecolor": VERDICT_COLORS[failure], "alpha": 1.0 if failed else 0.45, "linewidth": 0}
+                self.bar(left, y, length * score, **style)
             toward = signal.toward.get(failure) if signal else None
             if toward is not None:
                 x = left + length * min(max(toward, 0.0), 1.0)
                 self.canvas.plot(x, y, "D", color=INK, markersize=4, markeredgecolor="white", zorder=3)
         half, ends = left + length / 2, (top, top + len(FAILURES) * self.BAR)
         self.canvas.plot([half, half], ends, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+
+    def bar(self, left: float, y: float, length: float, **style: Any) -> None:
+        from matplotlib.patches import Rectangle
+
+        height = 0.66 * self.BAR
+        self.canvas.add_patch(Rectangle((left, y - height / 2), length, height, **style))
 
     def draw_cell(self, item: Item, name: str, left: float, top: float) -> None:
         verdict, source = item.verdict, item.pictures.get(name if name in PICTURES else "output")
@@ -263,12 +268,14 @@ class VerdictSheet(Sheet):
         self.picture(picture, left, top, width, height)
 
     def reduced(self, picture: Tensor, height: float, width: float) -> Tensor:
-        """In 0…1, with the pixels that the sheet has for it."""
-        pixels = [max(1, round(side * self.pixels_per_inch)) for side in (height, width)]
-        picture = picture.float().permute(2, 0, 1)[None] / 255
-        if pixels[0] < picture.shape[-2]:
-            picture = F.interpolate(picture, size=pixels, mode="area")
-        return picture[0].permute(1, 2, 0)
+        """In 0…1, with the pixels that the sheet has for it; the last one is kept for the maps that are laid over it."""
+        if self._reduced is None or self._reduced[0] is not picture:
+            pixels = [max(1, round(side * self.pixels_per_inch)) for side in (height, width)]
+            planes = picture.float().permute(2, 0, 1)[None] / 255
+            if pixels[0] < planes.shape[-2]:
+                planes = F.interpolate(planes, size=pixels, mode="area")
+            self._reduced = picture, planes[0].permute(1, 2, 0)
+        return self._reduced[1]
 
     def outline(self, mask: Optional[Tensor]) -> list[np.ndarray]:
         """Lines ``[n, 2]`` around a mask, in shares of its width and height; the last mask's are kept for the next map."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..masks import blur
+from ..masks import blur, mean_pool
 from .measures import fitting_pixels
 
 SIZE = 96  # pixels on a side at which patches are compared; as many in all where the crop is not square
@@ -17,6 +17,7 @@ CHANGED = 0.03  # Oklab; 0.02 is just visible
 NEAR = 0.15  # Oklab distance that a patch from the other end of the picture is put at a disadvantage by
 RIVAL = 0.05  # how much an unlikely patch in the other picture speaks for this one being background
 STEEP = 3.0  # slope of a mask's edge: shares from one third to two thirds
+AT_A_TIME = 64  # patches: what a core keeps beside it; twice as fast as 2,048
 NOISE = (
     4.0  # a patch is an object's where its squared distance exceeds this many times what is usual in the surroundings
 )
@@ -77,7 +78,7 @@ def find_regions(before: Tensor, after: Tensor, mask: Tensor) -> Regions:
     for p in patches:
         cost = torch.zeros(p.shape[0])
         cost[where] = _nearest(p[where], known)
-        costs.append(F.avg_pool2d(F.pad(cost.view(1, 1, *size), (1, 1, 1, 1), mode="replicate"), 3, 1))
+        costs.append(mean_pool(F.pad(cost.view(1, 1, *size), (1, 1, 1, 1), mode="replicate"), 3, 1))
     shares = [
         cost / (cost + NOISE * usual) * cost / (cost + RIVAL * other + 1e-9) for cost, other in (costs, costs[::-1])
     ]
@@ -97,8 +98,9 @@ def _patches(picture: Tensor) -> Tensor:
 
 def _nearest(patches: Tensor, known: Tensor) -> Tensor:
     """Squared distance to the nearest of the known patches: ‖p‖² + min (‖k‖² − 2 p · k)."""
-    squared = known.square().sum(1)
-    nearest = torch.cat([torch.addmm(squared, part, known.T, alpha=-2).amin(1) for part in patches.split(2048)])
+    squared, columns = known.square().sum(1), known.T.contiguous()
+    parts = patches.split(AT_A_TIME)
+    nearest = torch.cat([torch.addmm(squared, part, columns, alpha=-2).amin(1) for part in parts])
     return (nearest + patches.square().sum(1)).clamp_min(0)
 
 
