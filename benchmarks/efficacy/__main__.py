@@ -4,8 +4,8 @@
 
 Every arm starts from the embedded model with the same pairs, seed and number of steps, and is judged in rooms that none has
 seen, from what was drawn (editloss_core/demo/judge.py). Runs are spread over processes of one thread; each leaves a file
-below --runs, and one that is there is not made again, so that the experiment can be stopped and go on. Writes
-benchmarks/results/efficacy.md and a picture of the curves.
+below --runs, and one that is there, or in --record, is not made again, so that the experiment can be stopped and go on,
+on another machine as well. Writes benchmarks/results/efficacy.md, a picture of the curves, and the record.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arms  # noqa: E402
+import record  # noqa: E402
 from in_comfyui import ROOT, start  # noqa: E402
 
+WEIGHTS = ROOT / "editloss_core" / "demo" / "weights"
 PLAN = {  # (data, variants of each pair) → arms, in the order in which they are made
     ("flawed kept", 8): (
         arms.PLAIN, arms.RECIPE, "regression on rollouts", "only no-edit identity", "only overlay avoidance",
@@ -47,6 +49,9 @@ parser.add_argument("--data", default="", help="comma-separated: right, flawed k
 parser.add_argument("--variants", default="", help="comma-separated numbers; default: those of the plan")
 parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each (default: the cores)")
 parser.add_argument("--runs", type=Path, default=ROOT / "results" / "efficacy", help="folder of what each run found")
+parser.add_argument(
+    "--record", type=Path, default=ROOT / "benchmarks" / "results" / "efficacy_runs.jsonl", help="of all runs, in git"
+)
 parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "efficacy.md")
 parser.add_argument("--report", action="store_true", help="no runs: write the report of those that are there")
 parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -73,10 +78,10 @@ def work(args: argparse.Namespace) -> None:
     """Take jobs that nobody has taken until there are none."""
     from one import Lab
 
-    lab = Lab(start(args.comfyui), args.runs / "cache")
+    lab, recorded = Lab(start(args.comfyui), args.runs / "cache"), known(args)
     for job in jobs(args):
         path, claim = args.runs / f"{job.name}.json", args.runs / f"{job.name}.claim"
-        if path.is_file():
+        if path.is_file() or job in recorded:
             continue
         try:
             claim.touch(exist_ok=False)
@@ -85,7 +90,7 @@ def work(args: argparse.Namespace) -> None:
         cost = 1.0
         if lab.arms[job.arm].longer:
             pair = [replace(job, arm=name) for name in (lab.arms[job.arm].longer, arms.PLAIN)]
-            times = [read(args.runs / f"{other.name}.json") for other in pair]
+            times = [read(args.runs / f"{other.name}.json") or recorded.get(other) for other in pair]
             if None in times:
                 claim.unlink()
                 continue
@@ -96,6 +101,14 @@ def work(args: argparse.Namespace) -> None:
         path = args.runs / f"base-{seed}-{args.rooms}.json"
         if not path.is_file():
             write(path, {"verdicts": lab.base(seed, args.rooms)})
+
+
+def known(args: argparse.Namespace) -> dict:
+    """Jobs that the record has, and what they found."""
+    from one import Job
+
+    runs = record.load(args.record, record.digest(WEIGHTS))
+    return {Job(*(run[field.name] for field in fields(Job))): run for run in runs}
 
 
 def read(path: Path) -> dict | None:
@@ -114,25 +127,35 @@ def main() -> None:
     if args.worker:
         work(args)
         return
-    todo = jobs(args)
+    todo, recorded = jobs(args), known(args)
+
+    def made() -> int:
+        return sum(j in recorded or (args.runs / f"{j.name}.json").is_file() for j in todo)
+
     if not args.report:
         for claim in args.runs.glob("*.claim"):
             claim.unlink()
-        began, before = time.time(), sum((args.runs / f"{j.name}.json").is_file() for j in todo)
+        began, before = time.time(), made()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(Path(__file__).parent), *sys.argv[1:], "--worker"]
         for _turn in range(2):  # once more for what waited for another run
             workers = [subprocess.Popen(command, env=environment) for _ in range(args.processes)]
             while any(w.poll() is None for w in workers):
                 time.sleep(20)
-                done = sum((args.runs / f"{j.name}.json").is_file() for j in todo)
+                done = made()
                 left = (time.time() - began) / max(1, done - before) * (len(todo) - done)
                 print(f"{done} of {len(todo)} runs; about {left / 60:.0f} minutes left", flush=True)
             if any(w.returncode for w in workers):
                 raise SystemExit("a process failed; what is done is kept")
     from report import write_report
 
-    results = [found for job in todo if (found := read(args.runs / f"{job.name}.json"))]
+    ours = {"base": record.digest(WEIGHTS), "processor": record.processor()}
+    for job in todo:
+        found = read(args.runs / f"{job.name}.json")
+        if found:
+            recorded[job] = {**ours, **found}
+    record.save(args.record, list(recorded.values()))
+    results = [recorded[job] for job in todo if job in recorded]
     bases = [read(p)["verdicts"] for p in sorted(args.runs.glob(f"base-*-{args.rooms}.json"))]
     write_report(args.out, results, bases, start(args.comfyui))
 

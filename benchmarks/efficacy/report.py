@@ -14,7 +14,7 @@ FAILURES = ("no edit", "overlay", "distorted")
 
 
 def write_report(out: Path, results: Sequence[dict], bases: Sequence[list], pack: Callable[[str], Any]) -> None:
-    """Markdown at ``out``, and ``efficacy.webp`` beside it; printed as well."""
+    """Markdown at ``out``, and a picture of that name beside it; printed as well."""
     judge = pack("editloss_core.demo.judge")
     about = arms.arms(pack("editloss_core.objective"))
     groups: dict[tuple[str, int], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -27,7 +27,8 @@ def write_report(out: Path, results: Sequence[dict], bases: Sequence[list], pack
         f"`python benchmarks/efficacy`: {len(seeds)} seeds, each with its own pairs, noise and {results[0]['rooms']} rooms; "
         f"{steps} steps of batch 6, rank 16, learning rate 0.008 with a cosine; encoder VAE latents where nothing else is said. "
         f"Right pairs: 12; flawed ones: 2 unedited and 2 overlaid more. torch {torch.__version__}, CPU, one thread a run. "
-        "Seconds are processor seconds of the steps, as a ratio to flow matching's of the same seeds and pairs.",
+        "Seconds are processor seconds of the steps, as a ratio to flow matching's of the same seeds and pairs. An arm with fewer "
+        "numbers under *good by seed* was run on fewer seeds.",
         "",
         "| arm | what it is |",
         "|---|---|",
@@ -40,10 +41,10 @@ def write_report(out: Path, results: Sequence[dict], bases: Sequence[list], pack
         called = f"{data}, {variants} variants of each pair" if variants else f"{data}, no variants"
         lines += ["", f"## {called[0].upper()}{called[1:]}", "", *_table(runs)]
     lines += ["", "The points before the last of a curve are of an eighth of the rooms.", ""]
-    lines += ["![Good outputs over steps and over seconds](efficacy.webp)"]
+    lines += [f"![Good outputs over steps and over seconds]({out.with_suffix('.webp').name})"]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _picture(out.with_name("efficacy.webp"), groups)
+    _picture(out.with_suffix(".webp"), groups)
     print("\n".join(lines))
 
 
@@ -67,9 +68,9 @@ def _table(runs: dict[str, list[dict]]) -> list[str]:
         by_seed = " ".join(f"{100 * _good(r):.0f}" for r in sorted(found, key=lambda r: r["seed"]))
         cost = ""
         if plain:
-            times = {r["seed"]: r["seconds"] for r in plain}
-            both = [r for r in found if r["seed"] in times]
-            cost = f"{sum(r['seconds'] for r in both) / sum(times[r['seed']] for r in both):.2f} ×" if both else ""
+            times = {(r["seed"], r["processor"]): r["seconds"] for r in plain}
+            both = [(r["seconds"], times[at]) for r in found if (at := (r["seed"], r["processor"])) in times]
+            cost = f"{sum(ours for ours, _ in both) / sum(its for _, its in both):.2f} ×" if both else ""
         split = f"{splits[name][0]} : {splits[name][1]}" if name in splits else ""
         p = f"{held[name]:.2g}" if name in held else ""
         lines.append(
