@@ -6,10 +6,10 @@ import contextlib
 from typing import Callable
 
 import torch
-from comfy.taesd.taesd import TAESD, Block
-from torch import Tensor, nn
+from comfy.taesd.taesd import TAESD
+from torch import Tensor
 
-from .encoders import check_vae
+from .encoders import check_vae, idle_blocks
 from .frames import decode, downscale, memory_to_decode
 from .gradients import checkpointed, differentiable, replaced_forwards, usable
 from .loading import load_for_call
@@ -89,19 +89,3 @@ class VAEDecoder:
             unclamped = self._offset + self._slope * decoded
             pictures = unclamped + (pictures - unclamped).detach()
         return pictures.movedim(1, -1)
-
-
-def idle_blocks(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-    """The blocks in TAESD's layout whose last convolution is all zeros, each with the little that it does.
-
-    The demo's autoencoder is trained without the blocks that cost most, and ComfyUI's class has them all: of its decoder's
-    arithmetic, they are three fifths.
-    """
-    return {
-        block: block.fuse.forward
-        for block in net.modules()
-        if isinstance(block, Block)
-        and isinstance(block.skip, nn.Identity)
-        and getattr(block, "pool", None) is None
-        and not any(p.any() for p in block.conv[-1].parameters())
-    }

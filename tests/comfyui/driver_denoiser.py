@@ -1182,7 +1182,7 @@ def check_decode_lets_gradients_through_the_clamp() -> None:
 
 @check
 def check_blocks_of_zeros_are_not_computed() -> None:
-    """The demo's decoder has three; pictures and gradients are what they are with them."""
+    """The demo's decoder has three, its encoder none but these; latents, pictures and gradients are what they are with them."""
     vae, count = PACK.small.small_vae(), 0
     net, decoder = vae.first_stage_model, PACK.decoder.VAEDecoder(vae)
     z = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(4))
@@ -1204,7 +1204,16 @@ def check_blocks_of_zeros_are_not_computed() -> None:
     (ours, gradient), (theirs, wanted) = found
     assert torch.equal(ours, theirs) and gradient.abs().max() > 0.1
     assert_close(gradient, wanted, 1e-5, "gradient")
-    assert not PACK.decoder.idle_blocks(small_vae(16).first_stage_model)
+    count = 0
+    for module in net.taesd_encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(counted)
+    pixels = torch.rand(2, 32, 48, 3, generator=torch.Generator().manual_seed(6))
+    ours, first = PACK.encoders.vae_encoder(vae).latents(pixels), count
+    theirs = vae.first_stage_model.encode(vae.process_input(pixels.movedim(-1, 1)))
+    assert (first, count - first) == (5, 5 + 10 * 3), f"{first} and {count - first} convolutions"
+    assert torch.equal(ours, theirs.float()) and ours.std() > 0.1
+    assert not PACK.encoders.idle_blocks(small_vae(16).first_stage_model)
 
 
 @check
