@@ -76,11 +76,14 @@ def _table(runs: dict[str, list[dict]]) -> list[str]:
         lines.append(
             f"| {name} | **{shares[0]} %** | {' | '.join(f'{s} %' for s in shares[1:])} | {by_seed} | {cost} | {split} | {p} |"
         )
-    if plain and arms.RECIPE in runs and "regression on rollouts" in runs:
-        other = runs["regression on rollouts"]
-        seeds = {r["seed"] for r in runs[arms.RECIPE]} & {r["seed"] for r in other}
-        here, there = _split(runs[arms.RECIPE], other, seeds)
-        lines += ["", f"Recipe against regression on rollouts: {here} : {there}, p = {sign_test(here, there):.2g}."]
+    against = []
+    for name, other in runs.items():
+        seeds = {r["seed"] for r in runs.get(arms.RECIPE, ())} & {r["seed"] for r in other}
+        if name not in (arms.PLAIN, arms.RECIPE) and seeds:
+            here, there = _split(runs[arms.RECIPE], other, seeds)
+            against.append(f"{name} {here} : {there} (p = {sign_test(here, there):.2g})")
+    if against:
+        lines += ["", f"Good only with the recipe : only with the other, seeds that both have: {'; '.join(against)}."]
     return lines
 
 
