@@ -91,9 +91,8 @@ def box_mean(x: Tensor, size: int, step: int = 1) -> Tensor:
         padding = (before, after, 0, 0) if dim == -1 else (0, 0, before, after)
         sums = F.pad(x, padding).cumsum(dim, dtype=torch.float64)
         upper, lower = (sums.narrow(dim, at, length) for at in (size, 0))
-        if step > 1:
-            upper, lower = (t[..., ::step] if dim == -1 else t[..., ::step, :] for t in (upper, lower))
-        x = ((upper - lower) / size).to(x.dtype)
+        kept = (..., slice(None, None, step)) if dim == -1 else (..., slice(None, None, step), slice(None))
+        x = ((upper[kept] - lower[kept]) / size).to(x.dtype)
     return x
 
 

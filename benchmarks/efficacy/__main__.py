@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -157,7 +158,9 @@ def main() -> None:
     record.save(args.record, list(recorded.values()))
     results = [recorded[job] for job in todo if job in recorded]
     bases = [read(p)["verdicts"] for p in sorted(args.runs.glob(f"base-*-{args.rooms}.json"))]
-    write_report(args.out, results, bases, start(args.comfyui))
+    chosen = {"data": args.data, "variants": args.variants, "arms": args.arms}
+    options = "".join(f" --{name} {shlex.quote(value)}" for name, value in chosen.items() if value)
+    write_report(args.out, results, bases, start(args.comfyui), options)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,14 @@ import torch
 FAILURES = ("no edit", "overlay", "distorted")
 
 
-def write_report(out: Path, results: Sequence[dict], bases: Sequence[list], pack: Callable[[str], Any]) -> None:
-    """Markdown at ``out``, and a picture of that name beside it; printed as well."""
+def write_report(
+    out: Path, results: Sequence[dict], bases: Sequence[list], pack: Callable[[str], Any], chosen: str = ""
+) -> None:
+    """Markdown at ``out``, and a picture of that name beside it; printed as well.
+
+    Args:
+        chosen: the options that say which of all runs these are.
+    """
     judge = pack("editloss_core.demo.judge")
     about = arms.arms(pack("editloss_core.objective"))
     groups: dict[tuple[str, int], dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -24,7 +30,7 @@ def write_report(out: Path, results: Sequence[dict], bases: Sequence[list], pack
     lines = [
         "# Ways to train, judged in held-out rooms",
         "",
-        f"`python benchmarks/efficacy`: {len(seeds)} seeds, each with its own pairs, noise and {results[0]['rooms']} rooms; "
+        f"`python benchmarks/efficacy{chosen}`: {len(seeds)} seeds, each with its own pairs, noise and {results[0]['rooms']} rooms; "
         f"{steps} steps of batch 6, rank 16, learning rate 0.008 with a cosine; encoder VAE latents where nothing else is said. "
         f"Right pairs: 12; flawed ones: 2 unedited and 2 overlaid more. torch {torch.__version__}, CPU, one thread a run. "
         "Seconds are processor seconds of the steps, as a ratio to flow matching's of the same seeds and pairs. An arm with fewer "

@@ -257,8 +257,8 @@ def _small_move(x: Tensor, s: Tensor, outside: Tensor, scaled: bool) -> Optional
     if int(where.sum()) < 64:
         return None
     centre = torch.tensor([(width - 1) / 2, (height - 1) / 2])
-    y, x_ = where.nonzero().float().unbind(1)
     index = where.flatten().nonzero()[:, 0]
+    y, x_ = (index // width).float(), (index % width).float()
     u, v = ((t - c) / longest for t, c in ((x_, centre[0]), (y, centre[1])))
     move = Alignment(centre, torch.eye(2), torch.zeros(2), 1.0)
     for sigma in (4.0, 2.0, 1.0) if scaled else (1.0,):
